@@ -1,0 +1,133 @@
+"""Context: what a train/eval function is given. Its world, its run directory, and what it does together with others."""
+
+from __future__ import annotations
+
+import socket
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.errors import ConfigError
+from training.files import append_line
+from training.group import Group, Vote, make_group
+from training.world import World
+
+if TYPE_CHECKING:
+    import torch
+
+    from training.checkpoints import Checkpoints
+
+STAT_SECONDS = 0.25  # how often at most rank 0 looks for the file `stop`; a shared disk may take long to answer
+
+
+class Context:
+    """One rank of a run. Used as a context manager, or closed by hand, so that no group or thread is left over."""
+
+    def __init__(self, run_dir: Path, world: World, *, args: tuple[str, ...] = ()) -> None:
+        self.run_dir = Path(run_dir)
+        self.world = world
+        self.args = args
+        self.stopped = False  # True once should_stop has said so
+        self.stop_reason = ""  # what this rank was told; empty on ranks that only heard of it from others
+        self._vote: Vote | None = None
+        self._next_stat = 0.0
+
+    @classmethod
+    def here(cls, run_dir: str | Path) -> Context:
+        """A Context for this process alone, on its GPU if it has one; for notebooks and plain Python."""
+        import torch
+
+        run_dir = Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return cls(run_dir, World(device="cuda" if torch.cuda.is_available() else "cpu", run_id=run_dir.name))
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The device of this rank. Its local rank indexes the visible ones; where each rank sees only one, it is that.
+
+        Raises ConfigError where there is no such device.
+        """
+        import torch
+
+        if self.world.device == "cpu":
+            return torch.device("cpu")
+        if self.world.device == "tpu":
+            import torch_tpu  # type: ignore[import-not-found]  # noqa: F401
+
+            return torch.device("tpu")
+        visible = torch.cuda.device_count()
+        index = 0 if visible == 1 else self.world.local_rank
+        if index >= visible:
+            raise ConfigError(
+                f"local rank {self.world.local_rank} on {socket.gethostname()} needs GPU {index}, but {visible} are "
+                "visible; ask for fewer GPUs a node, or for CPU ranks"
+            )
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
+
+    @cached_property
+    def group(self) -> Group:
+        """All ranks of the run; made on first use, by all of them."""
+        _ = self.device  # a process group over NCCL needs the device to be set first
+        return make_group(self.world)
+
+    @cached_property
+    def checkpoints(self) -> Checkpoints:
+        """The checkpoints of this run, in `run_dir/checkpoints`."""
+        from training.checkpoints import Checkpoints
+
+        return Checkpoints(self.run_dir / "checkpoints")
+
+    def log(self, step: int, **values: Any) -> None:
+        """Append {"time", "attempt", "step", **values} to `metrics.jsonl`; rank 0 only, elsewhere nothing happens."""
+        if self.world.rank == 0:
+            record = {"time": time.time(), "attempt": self.world.attempt, "step": step, **values}
+            append_line(self.run_dir / "metrics.jsonl", record)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append {"time", "attempt", "rank", "event": kind, **fields} to `events.jsonl`."""
+        record = {"time": time.time(), "attempt": self.world.attempt, "rank": self.world.rank, "event": kind, **fields}
+        append_line(self.run_dir / "events.jsonl", record)
+
+    def request_stop(self, reason: str) -> None:
+        """Ask the run to stop at a step boundary. Only sets a flag, so a signal handler may call it."""
+        self.stop_reason = reason
+
+    def should_stop(self, step: int) -> bool:
+        """Whether all ranks stop now; the same answer on every rank. Every rank calls it once after every step.
+
+        The question of one step is answered at the next, so that nobody waits: the vote travels while the step runs.
+        """
+        if self.stopped:
+            return True
+        asked = bool(self.stop_reason) or self._stop_file()
+        if self.world.world_size == 1:
+            self.stopped = asked
+        else:
+            self.stopped = self._vote.result() if self._vote is not None else False
+            self._vote = None if self.stopped else self.group.post_any(asked)
+        return self.stopped
+
+    def close(self) -> None:
+        """Finish what is under way (a save, a vote) and leave the group. Twice is as good as once."""
+        self._vote = None
+        if "checkpoints" in self.__dict__:
+            self.checkpoints.close()
+        if "group" in self.__dict__:
+            self.__dict__.pop("group").close()
+
+    def _stop_file(self) -> bool:
+        if self.world.rank or time.monotonic() < self._next_stat:
+            return False
+        self._next_stat = time.monotonic() + STAT_SECONDS
+        if (self.run_dir / "stop").exists():
+            self.stop_reason = "the file `stop` in the run directory"
+            return True
+        return False

@@ -1,0 +1,241 @@
+"""One optimizer step, one evaluation, and all the state that a checkpoint must hold. Accelerate does the device work."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from typing import TYPE_CHECKING, Any
+
+from training.errors import CheckpointError
+from training.group import environment
+from training.metrics import Metric, combine, evaluation_batches
+from training.sampler import Step
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from training.context import Context
+    from training.data import Encoded
+    from training.train import TrainConfig
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python's, numpy's and torch's generators, on the CPU and on every GPU."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # the generator of old, because models and user code draw from it
+    torch.manual_seed(seed)
+
+
+def make_accelerator(ctx: Context, precision: str) -> Accelerator:
+    """An Accelerator on the device and the process group of `ctx`; it creates neither. The environment stays as it was."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # a second run in one process, as in a notebook
+    GradientState._reset_state()
+    _ = ctx.group  # before accelerate looks, so that it takes this process group and makes none
+    facts: dict[str, str | None] = dict(ctx.world.environment())
+    if ctx.world.world_size == 1:
+        facts = dict.fromkeys(facts)
+    facts["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # unset, accelerate changes the number of threads
+    facts["ACCELERATE_TORCH_DEVICE"] = str(ctx.device)
+    facts["ACCELERATE_USE_CPU"] = str(ctx.world.device == "cpu").lower()
+    with environment(facts):
+        return Accelerator(cpu=ctx.world.device == "cpu", mixed_precision={"fp32": "no"}.get(precision, precision))
+
+
+class Engine:
+    """A model with its optimizer, scheduler and data on one rank.
+
+    Attributes: `model` (the bare one), `loss_sum` (float32 scalar on the device: the mean losses of this rank's share,
+    summed over the steps since the last log), `loss_steps`.
+    """
+
+    def __init__(
+        self, ctx: Context, config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, steps: int
+    ) -> None:
+        import torch
+        from transformers import DataCollatorWithPadding, get_scheduler
+
+        self.ctx = ctx
+        self.world_size = ctx.world.world_size
+        self.max_grad_norm = config.max_grad_norm
+        self.model = model
+        self.accelerator = make_accelerator(ctx, config.precision)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.lr or 0.0, weight_decay=config.weight_decay, fused=True
+        )
+        self.wrapped, self.prepared = self.accelerator.prepare(model, self.optimizer)
+        self.scheduler = get_scheduler(config.schedule, self.optimizer, config.warmup_steps, steps)
+        self.collate = DataCollatorWithPadding(tokenizer)
+        self.loss_sum = torch.zeros((), device=ctx.device)
+        self.loss_steps = 0
+        self.wrapped.train()
+
+    def batch(self, data: Encoded, samples: tuple[int, ...] | list[int]) -> dict[str, torch.Tensor]:
+        """The padded tensors, int64 of shape (samples, longest), of `samples` on the device."""
+        batch = self.collate(data.rows(samples))
+        return {name: tensor.to(self.ctx.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def step(self, data: Encoded, step: Step) -> None:
+        """One optimizer step over the microbatches of this rank."""
+        import torch
+
+        total = torch.zeros((), device=self.ctx.device)
+        for number, microbatch in enumerate(step.microbatches, start=1):
+            last = number == len(step.microbatches)
+            weight = step.weight(microbatch, self.world_size)
+            # Gradients travel between ranks once a step, with the last microbatch.
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                loss = self.wrapped(**self.batch(data, microbatch or (step.stand_in,))).loss * weight
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        if self.max_grad_norm:
+            self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.max_grad_norm)
+        self.prepared.step()
+        if not self.prepared.step_was_skipped:  # fp16: the scaler found gradients that are not finite
+            self.scheduler.step()
+        self.prepared.zero_grad()
+        self.loss_sum += total
+        self.loss_steps += 1
+
+    def mean_loss(self) -> float:
+        """The mean loss over all samples of the steps since the last call, over all ranks. A collective."""
+        import torch
+
+        sums = self.ctx.group.gather(float(self.loss_sum.item()))
+        mean = sum(sums) / self.world_size / max(1, self.loss_steps)
+        self.loss_sum = torch.zeros((), device=self.ctx.device)
+        self.loss_steps = 0
+        return mean
+
+    def evaluate(self, data: Encoded, batch_size: int, metric: Metric) -> dict[str, float]:
+        """The metric over every sample of `data` once, the same on every rank and for every number of ranks."""
+        import torch
+
+        ids: list[int] = []
+        outputs: list[torch.Tensor] = []
+        self.model.eval()
+        try:
+            with torch.inference_mode(), self.accelerator.autocast():
+                for samples in evaluation_batches(data.lengths, batch_size)[self.ctx.world.rank :: self.world_size]:
+                    batch = self.batch(data, samples)
+                    batch.pop("labels")
+                    logits = self.model(**batch).logits.float()
+                    outputs.append(logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1))
+                    ids += samples
+        finally:
+            self.model.train()
+        predictions = torch.cat(outputs).tolist() if outputs else []
+        return combine(self.ctx.group, metric, len(data), ids, predictions, [data.labels[sample] for sample in ids])
+
+    def capture(self) -> dict[str, Any]:
+        """The parts of a checkpoint that the engine knows; the state of all ranks is gathered. A collective."""
+        ranks = self.ctx.group.gather({"rng": rng_state(), "loss": [float(self.loss_sum.item()), self.loss_steps]})
+        tensors, plain = split_optimizer(self.optimizer.state_dict())
+        scaler = self.accelerator.scaler
+        return {
+            "model.safetensors": self.model.state_dict(),
+            "optimizer.safetensors": tensors,
+            "rng.safetensors": {
+                f"{rank}.{name}": tensor for rank, state in enumerate(ranks) for name, tensor in state["rng"].items()
+            },
+            "engine.json": {
+                "optimizer": plain,
+                "scheduler": self.scheduler.state_dict(),
+                "scaler": scaler.state_dict() if scaler is not None else None,
+                "losses": [state["loss"] for state in ranks],
+            },
+            "config.json": self.model.config.to_dict() | {"architectures": [type(self.model).__name__]},
+        }
+
+    def restore(self, parts: dict[str, Any]) -> None:
+        """Put back what `capture` took. Raises CheckpointError where it is another model's.
+
+        Where the number of ranks has changed, generators are those that the fresh ranks were seeded with.
+        """
+        import torch
+
+        try:
+            self.model.load_state_dict(parts["model.safetensors"])
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"the checkpoint is of another model than --model builds ({str(error).strip().splitlines()[-1].strip()}); "
+                "give the model it was made with, or another run name"
+            ) from error
+        plain = parts["engine.json"]
+        self.optimizer.load_state_dict(join_optimizer(parts["optimizer.safetensors"], plain["optimizer"]))
+        self.scheduler.load_state_dict(plain["scheduler"])
+        if self.accelerator.scaler is not None and plain["scaler"]:
+            self.accelerator.scaler.load_state_dict(plain["scaler"])
+        if len(plain["losses"]) == self.world_size:
+            rank = self.ctx.world.rank
+            total, self.loss_steps = plain["losses"][rank]
+            self.loss_sum = torch.tensor(total, device=self.ctx.device)
+            mine = {
+                name.partition(".")[2]: tensor
+                for name, tensor in parts["rng.safetensors"].items()
+                if name.partition(".")[0] == str(rank)
+            }
+            set_rng_state(mine)
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    """The state of every random generator of this process, as tensors."""
+    import numpy as np
+    import torch
+
+    version, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *words], dtype=torch.int64),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    """Put back what `rng_state` took."""
+    import numpy as np
+    import torch
+
+    torch.set_rng_state(state["torch"])
+    version, *words = state["python"].tolist()
+    gauss = state["python_gauss"].tolist()
+    random.setstate((version, tuple(words), gauss[0] if gauss else None))
+    *keys, position, has_gauss = state["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, state["numpy_gauss"].item()))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def split_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """An optimizer's state_dict as tensors, named `<parameter>.<field>`, and the JSON rest."""
+    import torch
+
+    tensors: dict[str, torch.Tensor] = {}
+    values: dict[str, Any] = {}
+    for parameter, fields in state["state"].items():
+        for field, value in fields.items():
+            (tensors if isinstance(value, torch.Tensor) else values)[f"{parameter}.{field}"] = value
+    return tensors, {"values": values, "param_groups": state["param_groups"]}
+
+
+def join_optimizer(tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> dict[str, Any]:
+    """What `split_optimizer` took apart."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in {**tensors, **plain["values"]}.items():
+        parameter, _, field = name.partition(".")
+        state.setdefault(int(parameter), {})[field] = value
+    return {"state": state, "param_groups": plain["param_groups"]}

@@ -1,0 +1,219 @@
+"""Command-line flags from a dataclass: its fields are the flags, its types the checks, its comments the help.
+
+    @dataclass(frozen=True)
+    class Config:
+        batch_size: int = 8  # samples a rank takes at once
+        amp: bool = True     # --amp or --no-amp
+
+    config = parse(Config, ["--batch-size", "16", "--no-amp"])
+
+Types: int, float, str, bool, Path, Literal, Enum (by member name), `X | None` (the word `none`), unions, and list or
+tuple of those, written with commas. Dashes and underscores are the same; names are never abbreviated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import inspect
+import io
+import math
+import textwrap
+import tokenize
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from training.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def parse(cls: type[T], args: Sequence[str], *, prog: str = "") -> T:
+    """An instance of the dataclass `cls` made of the flags in `args`.
+
+    Raises ConfigError, and never SystemExit, for an unknown flag, a value of the wrong type, a flag without a value or
+    given twice, a required flag left out, a word that is no flag, and whatever ConfigError `cls` itself raises.
+    """
+    hints, fields = _fields(cls)
+    where = f"{prog}: " if prog else ""
+    values: dict[str, Any] = {}
+    rest = list(args)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise ConfigError(f"{where}unexpected {word!r}; every argument is written --name value")
+        flag, equals, value = word[2:].partition("=")
+        name, negated = flag.replace("-", "_"), False
+        if name not in fields and name.startswith("no_") and hints.get(name[3:]) is bool:
+            name, negated = name[3:], True
+        if name not in fields:
+            known = [_dashed(field) for field in fields]
+            raise ConfigError(
+                f"{where}unknown option --{flag}{did_you_mean('--' + flag.replace('_', '-'), known)} "
+                f"(known: {' '.join(known) or 'none, it takes no options'})"
+            )
+        if name in values:
+            raise ConfigError(f"{where}{_dashed(name)} is given twice; leave one of them out")
+        if hints[name] is bool and not equals:
+            values[name] = not negated
+            continue
+        if negated:
+            raise ConfigError(f"{where}--{flag} takes no value; write --{flag} or {_dashed(name)}")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(
+                    f"{where}{_dashed(name)} needs a value: {_dashed(name)} {_shape(hints[name])}"
+                    + (f" (a value that starts with dashes is written {_dashed(name)}={rest[0]})" if rest else "")
+                )
+            value = rest.pop(0)
+        try:
+            values[name] = _convert(hints[name], value)
+        except ValueError as error:
+            allowed = str(error) or _shape(hints[name])
+            raise ConfigError(f"{where}{_dashed(name)}: {value!r} is not {allowed}") from None
+    missing = [_dashed(name) for name, field in fields.items() if _required(field) and name not in values]
+    if missing:
+        raise ConfigError(f"{where}{' and '.join(missing)} must be given")
+    return cls(**values)
+
+
+def usage(cls: type[Any]) -> str:
+    """One line for each flag of the dataclass `cls`: its name, what it takes, its help and its default."""
+    hints, fields = _fields(cls)
+    comments = _comments(cls)
+    rows = []
+    for name, field in fields.items():
+        flag = f"--[no-]{name.replace('_', '-')}" if hints[name] is bool else f"{_dashed(name)} {_shape(hints[name])}"
+        text = field.metadata.get("help") or comments.get(name, "")
+        if _required(field):
+            text += " (required)"
+        else:
+            default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+            if default is not None and default != "":
+                text += f" (default: {_spell(default)})"
+        rows.append((flag, text.strip()))
+    width = min(34, max((len(flag) for flag, _ in rows), default=0))
+    lines = []
+    for flag, text in rows:
+        body = textwrap.wrap(text, 100 - width) or [""]
+        if len(flag) > width:
+            lines.append(f"  {flag}")
+        else:
+            lines.append(f"  {flag:<{width}}  {body.pop(0)}".rstrip())
+        lines += [f"  {'':<{width}}  {line}" for line in body]
+    return "\n".join(lines)
+
+
+def _fields(cls: type[Any]) -> tuple[dict[str, Any], dict[str, dataclasses.Field[Any]]]:
+    if not dataclasses.is_dataclass(cls):
+        raise ConfigError(f"{cls!r} is no dataclass, so it has no flags; decorate it with @dataclass")
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    hints = get_type_hints(cls)
+    for name in fields:
+        _shape(hints[name])  # refuses a type that no flag can have, before anything is parsed
+    return hints, fields
+
+
+def _dashed(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _spell(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ",".join(map(_spell, value))
+    return value.name if isinstance(value, enum.Enum) else str(value)
+
+
+def _shape(hint: Any) -> str:
+    """How a value of type `hint` is written. Raises ConfigError for a type that has no spelling."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return "|".join(dict.fromkeys("none" if part is type(None) else _shape(part) for part in arguments))
+    if origin is Literal:
+        return "|".join(map(str, arguments))
+    if origin in (list, tuple) and arguments:
+        items = [_shape(part) for part in arguments if part is not ...]
+        return ",".join(items) + (",..." if origin is list or arguments[-1] is ... else "")
+    if hint is bool:
+        return "true|false"
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return "|".join(hint.__members__)
+    if hint in (int, float, str, Path):
+        return {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH"}[hint]
+    raise ConfigError(
+        f"no flag can have the type {hint!r}; use int, float, str, bool, Path, Literal, Enum, list or tuple"
+    )
+
+
+def _convert(hint: Any, text: str) -> Any:
+    """`text` as a value of type `hint`; ValueError, with what is allowed as its message, where it is none."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        for part in sorted(arguments, key=lambda part: part is str):  # str takes anything, so it is asked last
+            try:
+                return _convert(part, text)
+            except ValueError:
+                continue
+        raise ValueError(_shape(hint))
+    if hint is type(None):
+        if text.lower() != "none":
+            raise ValueError("none")
+        return None
+    if origin is Literal:
+        for choice in arguments:
+            if text == str(choice):
+                return choice
+        raise ValueError("one of " + ", ".join(map(str, arguments)))
+    if origin in (list, tuple):
+        items = text.split(",") if text else []
+        if origin is list or arguments[-1] is ...:
+            return origin(_convert(arguments[0], item) for item in items)
+        if len(items) != len(arguments):
+            raise ValueError(f"{len(arguments)} values with commas between them")
+        return tuple(_convert(part, item) for part, item in zip(arguments, items, strict=True))
+    if hint is bool:
+        if text.lower() not in _WORDS:
+            raise ValueError("true or false")
+        return _WORDS[text.lower()]
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        if text not in hint.__members__:
+            raise ValueError("one of " + ", ".join(hint.__members__))
+        return hint[text]
+    try:
+        value = hint(text)
+    except ValueError:
+        raise ValueError({int: "a whole number", float: "a number"}[hint]) from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("a finite number")
+    return value
+
+
+def _comments(cls: type[Any]) -> dict[str, str]:
+    """Field name -> the comment on its line; nothing where the source is not at hand (a class made in a shell)."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        try:
+            source = textwrap.dedent(inspect.getsource(base))
+        except (OSError, TypeError):
+            continue
+        previous = ""
+        names = base.__dict__.get("__annotations__", {})
+        lines: dict[int, str] = {}
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type == tokenize.NAME and token.string in names and token.line.lstrip().startswith(token.string):
+                lines.setdefault(token.start[0], token.string)
+            elif token.type == tokenize.COMMENT:
+                text = token.string.lstrip("# ").strip()
+                if token.start[0] in lines:
+                    found[lines[token.start[0]]] = text
+                    previous = lines[token.start[0]]
+                elif previous and token.line.strip().startswith("#") and token.start[1] > 4:
+                    found[previous] += " " + text  # a comment that goes on, set under the first
+    return found

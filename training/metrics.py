@@ -1,0 +1,102 @@
+"""Exact metrics over all ranks: each sample counts once, by its id, and the number of samples is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from training.group import Group
+
+# (predictions, references), float64 arrays of shape (samples,) in the order of the ids -> name -> value
+Metric = Callable[["npt.NDArray[np.float64]", "npt.NDArray[np.float64]"], dict[str, float]]
+
+
+def evaluation_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """The batches of an evaluation: samples sorted by length, so that little is padded.
+
+    They do not depend on the number of ranks, each of which takes whole batches in turn. A sample thus always meets the
+    same padding and the same arithmetic, and gets the same prediction to the bit.
+    """
+    ordered = sorted(range(len(lengths)), key=lambda sample: (lengths[sample], sample))
+    return [ordered[at : at + batch_size] for at in range(0, len(ordered), batch_size)]
+
+
+def combine(
+    group: Group,
+    metric: Metric,
+    size: int,
+    ids: Sequence[int],
+    predictions: Sequence[float],
+    references: Sequence[float],
+) -> dict[str, float]:
+    """The metric over the predictions of all ranks, and "samples", their number; on every rank.
+
+    One collective. Each rank brings any share of the `size` samples, also none. Raises RuntimeError unless every id of
+    range(size) has come exactly once.
+    """
+    import numpy as np
+
+    mine = np.array([ids, predictions, references], dtype=np.float64).reshape(3, len(ids))
+    rows = np.concatenate(group.gather(mine), axis=1)
+    rows = rows[:, np.argsort(rows[0], kind="stable")]
+    if rows.shape[1] != size or not np.array_equal(rows[0], np.arange(size)):
+        seen = np.bincount(rows[0].astype(np.int64), minlength=size)
+        raise RuntimeError(
+            f"the evaluation must see each of {size} samples once: {int((seen[:size] == 0).sum())} are missing, "
+            f"{int((seen > 1).sum())} came more than once, {int(seen[size:].sum())} do not exist"
+        )
+    return {**metric(rows[1], rows[2]), "samples": size}
+
+
+def accuracy_and_f1(predictions: npt.NDArray[np.float64], references: npt.NDArray[np.float64]) -> dict[str, float]:
+    """GLUE's metric for mrpc and qqp: the share of right answers, and F1 of class 1 (0 where neither side has any)."""
+    right = int((predictions == references).sum())
+    positive = int(((predictions == 1) & (references == 1)).sum())
+    claimed, true = int((predictions == 1).sum()), int((references == 1).sum())
+    return {
+        "accuracy": right / len(references),
+        "f1": 2 * positive / (claimed + true) if claimed + true else 0.0,
+    }
+
+
+def accuracy(predictions: npt.NDArray[np.float64], references: npt.NDArray[np.float64]) -> dict[str, float]:
+    """The share of right answers, for any number of classes."""
+    return {"accuracy": int((predictions == references).sum()) / len(references)}
+
+
+def pearson_and_spearman(predictions: npt.NDArray[np.float64], references: npt.NDArray[np.float64]) -> dict[str, float]:
+    """GLUE's metric for stsb, a regression: both correlations (0 where one side is constant), and the squared error."""
+    import numpy as np
+
+    return {
+        "pearson": _correlation(predictions, references),
+        "spearmanr": _correlation(_ranks(predictions), _ranks(references)),
+        "mse": float(np.mean((predictions - references) ** 2)),
+    }
+
+
+def _correlation(left: npt.NDArray[np.float64], right: npt.NDArray[np.float64]) -> float:
+    import numpy as np
+
+    left, right = left - left.mean(), right - right.mean()
+    scale = float(np.sqrt((left**2).sum() * (right**2).sum()))
+    return float((left * right).sum()) / scale if scale else 0.0
+
+
+def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Ranks from 1, equal values sharing the mean of theirs."""
+    import numpy as np
+
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts).astype(np.float64)
+    shared: npt.NDArray[np.float64] = (last - (counts - 1) / 2)[inverse]
+    return shared
+
+
+def metric_for(num_labels: int) -> Metric:
+    """The metric of a task: two classes accuracy and F1, more classes accuracy, regression (1) the correlations."""
+    return {1: pearson_and_spearman, 2: accuracy_and_f1}.get(num_labels, accuracy)

@@ -1,0 +1,278 @@
+"""The reference job: fine-tune a BERT classifier on sentence pairs. Start reading here, at `train`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from training.data import PAIRS, check_source, find_source
+from training.errors import CheckpointError, ConfigError
+from training.files import sync_folder
+from training.model import TINY, check_model
+from training.progress import Progress
+from training.sampler import Position, Step, steps, steps_per_epoch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from training.context import Context
+    from training.data import Encoded
+    from training.engine import Engine
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What to train, on what, and how. Without any of it: a small BERT from scratch, offline, in about a minute."""
+
+    model: str = TINY  # a Hub name, a folder saved by save_pretrained, or `tiny`: a small BERT from scratch
+    dataset: str = PAIRS  # `glue/mrpc` (Hub), a folder with train.csv and validation.csv, or `pairs`: ships with this
+    train_file: str = ""  # CSV, JSON-lines or Parquet with sentence1, sentence2, label; instead of the dataset's
+    validation_file: str = ""  # the same for evaluation
+    num_labels: int = 2  # classes 0..N-1; 1 means regression
+    max_length: int = 128  # tokens of a pair; longer ones are cut
+    batch_size: int | None = None  # samples a rank takes at once; by default 8, and 32 for `tiny`
+    global_batch: int = 0  # samples of an optimizer step over all ranks; 0 means batch size x ranks
+    eval_batch_size: int = 32  # samples a rank evaluates at once; has no influence on the result
+    epochs: int | None = None  # passes over the training data; by default 3, and 10 for `tiny`
+    max_steps: int = 0  # stop after so many optimizer steps; 0 means at the end of the epochs
+    lr: float | None = None  # peak learning rate of AdamW; by default 5e-5, and 1e-3 for `tiny`
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"  # of the learning rate
+    warmup_steps: int = 0  # steps during which the learning rate rises to its peak
+    weight_decay: float = 0.01  # of AdamW
+    max_grad_norm: float = 0.0  # clip gradients to this norm; 0 means never
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # arithmetic of forward and backward passes
+    seed: int = 42  # decides the order of the data, fresh weights and dropout
+    log_every: int = 10  # steps between two lines of metrics
+    save_every: int = 500  # steps between two checkpoints; one is also saved after every epoch
+    keep: int = 2  # newest checkpoints to keep; the best is kept besides
+    cache: Path | None = None  # folder for tokenised data; by default ~/.cache/launch/tokens
+
+    def resolved(self) -> TrainConfig:
+        """The same with every default filled in."""
+        tiny = self.model == TINY
+        return replace(
+            self,
+            batch_size=self.batch_size or (32 if tiny else 8),
+            epochs=self.epochs or (10 if tiny else 3),
+            lr=self.lr or (1e-3 if tiny else 5e-5),
+        )
+
+
+def check(config: TrainConfig) -> None:
+    """Raise ConfigError for a request that cannot work; cheap, and without torch, so it runs before anything is sent."""
+    for name in ("num_labels", "max_length", "eval_batch_size", "log_every", "save_every", "keep"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)} must be 1 or more")
+    for name in ("global_batch", "max_steps", "warmup_steps", "weight_decay", "max_grad_norm", "seed"):
+        if getattr(config, name) < 0:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)} must be 0 or more")
+    for name in ("batch_size", "epochs", "lr"):
+        if getattr(config, name) is not None and getattr(config, name) <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)} must be more than 0")
+    check_model(config.model)
+    for split, file in (("train", config.train_file), ("validation", config.validation_file)):
+        check_source(find_source(split, config.dataset, file), config.num_labels)
+
+
+def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
+    """Train and evaluate; the result is {"accuracy", "f1", "samples", "steps", "epochs", "best", "model"}.
+
+    Goes on from the newest good checkpoint of the run by itself. When the run is asked to stop, saves and returns with
+    `ctx.stopped` true. Raises ConfigError for unusable input and CheckpointError for an unusable checkpoint.
+    """
+    from training.engine import Engine, seed_all
+    from training.metrics import metric_for
+    from training.model import load_model
+
+    check(config)
+    config = config.resolved()
+    quiet(ctx)
+    tokenizer, data, validation = load_data(ctx, config)
+    seed_all(config.seed)
+    model = load_model(config.model, config.num_labels)
+    state = State.fresh(config, ctx.world.world_size, data)
+    parts = find_checkpoint(ctx)
+    if parts is not None:
+        state = State.resumed(parts["state.json"], state)
+    per_epoch = steps_per_epoch(len(data), state.global_batch)
+    total = min(per_epoch * config.epochs, config.max_steps or sys.maxsize)
+    engine = Engine(ctx, config, model, tokenizer, total)
+    seed_all(config.seed + ctx.world.rank)  # dropout differs from rank to rank
+    if parts is not None:
+        engine.restore(parts)
+        ctx.event("resumed", step=state.step)
+    metric = metric_for(config.num_labels)
+    progress = Progress(total, state, enabled=ctx.world.rank == 0)
+
+    while state.step < total and not ctx.stopped:
+        for step in epoch_steps(ctx, config, state, data):
+            engine.step(data, step)
+            state.step += 1
+            state.at = step.after
+            if state.step % config.log_every == 0 or state.step == total:
+                values = progress.line(state, engine.mean_loss(), engine.scheduler.get_last_lr()[0], per_epoch)
+                ctx.log(state.step, **values)
+            score = None
+            if state.at.position == 0 or state.step == total:
+                evaluation = engine.evaluate(validation, config.eval_batch_size, metric)
+                score = state.note(evaluation, state.step / per_epoch)
+                ctx.log(state.step, epoch=state.step / per_epoch, eval=evaluation)
+                progress.evaluation(state)
+            stop = ctx.should_stop(state.step)
+            if stop or score is not None or state.step % config.save_every == 0:
+                save(ctx, engine, state, score)
+            if stop or state.step == total:
+                break
+    progress.close()
+    ctx.checkpoints.close()
+    result = {**state.evaluations[-1]} if state.evaluations else {}
+    result |= {"steps": state.step, "epochs": state.step / per_epoch, "best": state.best}
+    if not ctx.stopped:
+        result["model"] = publish_model(ctx, engine, tokenizer)
+    return result
+
+
+train.check = check  # type: ignore[attr-defined]  # the launcher asks for it before it sends anything
+
+
+@dataclass
+class State:
+    """Where a run is: what `state.json` of a checkpoint holds."""
+
+    at: Position
+    global_batch: int
+    identity: dict[str, Any]  # what must be the same for the order of the data to have a meaning
+    step: int = 0
+    best: dict[str, Any] | None = None
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def fresh(cls, config: TrainConfig, world_size: int, data: Encoded) -> State:
+        identity = {"data": data.fingerprint, "samples": len(data)}
+        return cls(Position(config.seed), config.global_batch or (config.batch_size or 1) * world_size, identity)
+
+    @classmethod
+    def resumed(cls, saved: dict[str, Any], fresh: State) -> State:
+        """The saved state; ConfigError where it belongs to other data or another order of them."""
+        state = cls(**{**saved, "at": Position(**saved["at"])})
+        if state.identity != fresh.identity:
+            raise ConfigError(
+                f"the training data have changed since this run began ({state.identity['samples']} samples then, "
+                f"{fresh.identity['samples']} now); put the old data back, or start a new run with another name"
+            )
+        if state.at.seed != fresh.at.seed:
+            raise ConfigError(
+                f"--seed is {fresh.at.seed}, but this run began with --seed {state.at.seed}; "
+                "give that one, or start a new run with another name"
+            )
+        return state
+
+    def note(self, evaluation: dict[str, float], epoch: float) -> float:
+        """Remember an evaluation; its score, the first value of the metric."""
+        score = next(iter(evaluation.values()))
+        self.evaluations.append(evaluation)
+        if self.best is None or score >= self.best["score"]:
+            self.best = {"step": self.step, "epoch": epoch, "score": score, **evaluation}
+        return score
+
+
+def load_data(ctx: Context, config: TrainConfig) -> tuple[PreTrainedTokenizerBase, Encoded, Encoded]:
+    """The tokeniser and both splits. The first rank of each node fills the cache, then the others read it."""
+    from training.data import encode
+    from training.model import load_tokenizer
+
+    def load() -> tuple[PreTrainedTokenizerBase, Encoded, Encoded]:
+        tokenizer = load_tokenizer(config.model)
+        longest = min(config.max_length, tokenizer.model_max_length)
+        train_data, validation = (
+            encode(
+                find_source(split, config.dataset, file),
+                tokenizer,
+                max_length=longest,
+                num_labels=config.num_labels,
+                cache=config.cache,
+            )
+            for split, file in (("train", config.train_file), ("validation", config.validation_file))
+        )
+        return tokenizer, train_data, validation
+
+    loaded, problem = None, None
+    if ctx.world.local_rank == 0:
+        try:
+            loaded = load()
+        except ConfigError as error:  # told to all ranks, or they would wait for this one for ever
+            problem = str(error)
+    problems = [text for text in ctx.group.gather(problem) if text]
+    if problems:
+        raise ConfigError(problems[0])
+    return loaded or load()
+
+
+def find_checkpoint(ctx: Context) -> dict[str, Any] | None:
+    """The parts of the newest good checkpoint, the same on all ranks: rank 0 chooses."""
+    from training.checkpoints import load
+
+    chosen, problem = None, None
+    if ctx.world.rank == 0:
+        ctx.checkpoints.clean()
+        try:
+            chosen = ctx.checkpoints.latest()
+        except CheckpointError as error:
+            problem = str(error)
+    chosen, problem = ctx.group.broadcast((chosen, problem))
+    if problem:
+        raise CheckpointError(problem)
+    return load(chosen.path) if chosen else None
+
+
+def save(ctx: Context, engine: Engine, state: State, score: float | None) -> None:
+    """Save a checkpoint in the background; on return all state is copied. A collective."""
+    parts = {**engine.capture(), "state.json": asdict(state)}
+    if ctx.world.rank == 0:
+        ctx.checkpoints.on_saved = lambda saved: ctx.event("saved", step=saved.step)
+        ctx.checkpoints.on_failed = lambda step, error: ctx.event("save-failed", step=step, error=str(error))
+        ctx.checkpoints.save(state.step, parts, score=score)
+
+
+def publish_model(ctx: Context, engine: Engine, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Save the final model for `from_pretrained` as `run_dir/model`, whole or not at all; the folder's name."""
+    if ctx.world.rank == 0:
+        staging, target = ctx.run_dir / ".model.staging", ctx.run_dir / "model"
+        shutil.rmtree(staging, ignore_errors=True)
+        engine.model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(staging, target)
+        sync_folder(ctx.run_dir)
+    ctx.group.barrier()
+    return "model"
+
+
+def epoch_steps(ctx: Context, config: TrainConfig, state: State, data: Encoded) -> Iterator[Step]:
+    """The steps from where `state` is to the end of that epoch, for this rank."""
+    return steps(
+        len(data),
+        state.at,
+        rank=ctx.world.rank,
+        world_size=ctx.world.world_size,
+        batch_size=config.batch_size or 1,
+        global_batch=state.global_batch,
+    )
+
+
+def quiet(ctx: Context) -> None:
+    """Set the number of CPU threads, and keep the libraries' bars and advice out of the log."""
+    import torch
+    from datasets import disable_progress_bars
+    from transformers.utils import logging
+
+    if ctx.world.threads:
+        torch.set_num_threads(ctx.world.threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
