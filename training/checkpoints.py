@@ -51,7 +51,8 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints in one folder. One process writes (rank 0); any process reads.
 
-    `on_saved(checkpoint)` and `on_failed(step, error)` are called from the writer's thread.
+    `on_saved(checkpoint)` and `on_failed(step, error)` are called from the writer's thread, `on_damaged(error)` by
+    `latest` for each checkpoint that it passes over.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
@@ -59,6 +60,7 @@ class Checkpoints:
         self.keep = keep
         self.on_saved: Callable[[Checkpoint], None] = lambda checkpoint: None
         self.on_failed: Callable[[int, Exception], None] = lambda step, error: None
+        self.on_damaged: Callable[[CheckpointError], None] = lambda error: None
         self._writer: ThreadPoolExecutor | None = None
         self._under_way: Future[None] | None = None
         self._host: dict[tuple[str, str], torch.Tensor] = {}
@@ -115,6 +117,7 @@ class Checkpoints:
             except CheckpointError as error:
                 damaged.append(str(error))
                 warnings.warn(f"passing over a damaged checkpoint: {error}", stacklevel=2)
+                self.on_damaged(error)
                 continue
             return checkpoint
         if damaged:
@@ -147,7 +150,7 @@ class Checkpoints:
                     self._host[file, name] = buffer
                 buffer.copy_(source, non_blocking=True)
                 copied[file][name] = buffer
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
+        if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.current_stream().synchronize()
         return copied
 
@@ -232,7 +235,7 @@ def write_manifest(folder: Path, body: dict[str, Any]) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint in `path`. Raises CheckpointError where it is absent or differs by a single byte."""
+    """The manifest of the checkpoint in `path`. Raises CheckpointError where it is absent or not as written."""
     file = path / MANIFEST
     try:
         raw = file.read_bytes()
@@ -286,7 +289,7 @@ def _safetensors(tensors: Mapping[str, torch.Tensor]) -> list[bytes | memoryview
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
         end = offset + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        pieces.append(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        pieces.append(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from functools import cached_property
@@ -117,7 +118,10 @@ class Context:
 
     def close(self) -> None:
         """Finish what is under way (a save, a vote) and leave the group. Twice is as good as once."""
-        self._vote = None
+        vote, self._vote = self._vote, None
+        if vote is not None:  # the last vote has no next step to be read at; leaving it under way would upset the group
+            with contextlib.suppress(RuntimeError):
+                vote.settle()
         if "checkpoints" in self.__dict__:
             self.checkpoints.close()
         if "group" in self.__dict__:

@@ -73,7 +73,7 @@ def find_source(split: str, dataset: str, file: str) -> Source:
 
 
 def check_source(source: Source, num_labels: int) -> None:
-    """Raise ConfigError where a file lacks columns, is empty, or has labels outside the model's range. Imports no torch.
+    """Raise ConfigError where a file lacks columns, is empty, or has labels outside the model's range; without torch.
 
     Looks at the first CHECKED_ROWS rows; a Hub data set is looked at only when it is loaded.
     """
@@ -115,7 +115,7 @@ def _peek(path: Path) -> tuple[list[str], Iterator[dict[str, Any]]]:
             reader = csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines(keepends=True), strict=True)
             return list(reader.fieldnames or ()), _guarded(path, reader)
         if path.suffix == ".parquet":
-            import pyarrow.parquet as parquet
+            import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 
             file = parquet.ParquetFile(path)
             names = list(file.schema_arrow.names)

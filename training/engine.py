@@ -1,4 +1,4 @@
-"""One optimizer step, one evaluation, and all the state that a checkpoint must hold. Accelerate does the device work."""
+"""One optimizer step, one evaluation, and the state that a checkpoint must hold. Accelerate does the device work."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def seed_all(seed: int) -> None:
 
 
 def make_accelerator(ctx: Context, precision: str) -> Accelerator:
-    """An Accelerator on the device and the process group of `ctx`; it creates neither. The environment stays as it was."""
+    """An Accelerator on the device and the process group of `ctx`; it creates neither, and no variable."""
     import torch
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
@@ -110,7 +110,7 @@ class Engine:
         import torch
 
         sums = self.ctx.group.gather(float(self.loss_sum.item()))
-        mean = sum(sums) / self.world_size / max(1, self.loss_steps)
+        mean: float = sum(sums) / self.world_size / max(1, self.loss_steps)
         self.loss_sum = torch.zeros((), device=self.ctx.device)
         self.loss_steps = 0
         return mean
@@ -166,8 +166,8 @@ class Engine:
             self.model.load_state_dict(parts["model.safetensors"])
         except RuntimeError as error:
             raise CheckpointError(
-                f"the checkpoint is of another model than --model builds ({str(error).strip().splitlines()[-1].strip()}); "
-                "give the model it was made with, or another run name"
+                "the checkpoint is of another model than --model builds "
+                f"({str(error).strip().splitlines()[-1].strip()}); give the model it was made with, or another run name"
             ) from error
         plain = parts["engine.json"]
         self.optimizer.load_state_dict(join_optimizer(parts["optimizer.safetensors"], plain["optimizer"]))
@@ -193,14 +193,15 @@ def rng_state() -> dict[str, torch.Tensor]:
 
     version, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    words_of_numpy = np.asarray(keys, dtype=np.int64).tolist()
     state = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor([version, *words], dtype=torch.int64),
         "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
+        "numpy": torch.tensor([*words_of_numpy, position, has_gauss], dtype=torch.int64),
         "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 

@@ -12,7 +12,7 @@ from typing import Any
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write `data` to `path` so that a reader, also after a crash, sees the old file or the new one and nothing between.
+    """Write `data` to `path` so that a reader, also after a crash, sees the old file or the new one, never a part.
 
     Raises OSError as the file system does; no temporary file is left then.
     """

@@ -91,7 +91,8 @@ def usage(cls: type[Any]) -> str:
         if _required(field):
             text += " (required)"
         else:
-            default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+            factory = field.default_factory
+            default = field.default if factory is dataclasses.MISSING else factory()
             if default is not None and default != "":
                 text += f" (default: {_spell(default)})"
         rows.append((flag, text.strip()))
@@ -204,7 +205,7 @@ def _comments(cls: type[Any]) -> dict[str, str]:
         except (OSError, TypeError):
             continue
         previous = ""
-        names = base.__dict__.get("__annotations__", {})
+        names = inspect.get_annotations(base)
         lines: dict[int, str] = {}
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
             if token.type == tokenize.NAME and token.string in names and token.line.lstrip().startswith(token.string):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 TIMEOUT = timedelta(minutes=30)  # a rank that waits longer than this for the others gives up with an error
+SETTLE = timedelta(seconds=5)
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "tpu": "tpu_dist"}
 
 
@@ -55,6 +56,9 @@ class Vote:
     def result(self) -> bool:
         """The answer, the same on every rank; waits for the slowest rank's post."""
         return self._flag
+
+    def settle(self) -> None:
+        """Wait at most SETTLE for the answer, which nobody wants any more; RuntimeError where it does not come."""
 
 
 class TorchGroup(Group):
@@ -125,6 +129,9 @@ class _TorchVote(Vote):
     def result(self) -> bool:
         self._work.wait()
         return bool(self._tensor.item())
+
+    def settle(self) -> None:
+        self._work.wait(SETTLE)
 
 
 def make_group(world: World) -> Group:

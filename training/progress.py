@@ -22,7 +22,7 @@ class Progress:
         self._next_line = 0.0
         self._bar: Any = None
         if enabled and sys.stdout.isatty():
-            from tqdm import tqdm
+            from tqdm import tqdm  # type: ignore[import-untyped]
 
             self._bar = tqdm(total=total, initial=state.step, unit="step", file=sys.stdout, dynamic_ncols=True)
 
@@ -39,7 +39,8 @@ class Progress:
         elif self.enabled and now >= self._next_line:
             self._next_line = now + QUIET_SECONDS
             print(
-                f"step {state.step}/{self.total}  loss {loss:.4f}  lr {lr:.2e}  {rate:.0f} samples/s  {left:.0f} s left",
+                f"step {state.step}/{self.total}  loss {loss:.4f}  lr {lr:.2e}  "
+                f"{rate:.0f} samples/s  {left:.0f} s left",
                 flush=True,
             )
         return {

@@ -1,6 +1,6 @@
 """Data order as arithmetic: which sample goes to which rank at which step.
 
-The order of an epoch is a function of (seed, epoch), so all there is to save is `Position(seed, epoch, position)`, where
+The order of an epoch is a function of (seed, epoch), so all there is to save is `Position(seed, epoch, position)`:
 position counts the samples of the epoch already used. One optimizer step takes the next `global_batch` samples of the
 order, however many ranks there are: rank r takes the r-th share of them, in microbatches of at most `batch_size`.
 Changing the number of ranks therefore changes neither the order nor what a step consists of.
@@ -34,8 +34,8 @@ class Position:
 class Step:
     """What one rank does in one optimizer step.
 
-    `microbatches` has as many entries on every rank. One that is empty (the last step of an epoch may hold fewer samples
-    than there are ranks) is run on `stand_in` with weight 0, because all ranks must take part in the collectives.
+    Every rank has as many `microbatches`. An empty one (the last step of an epoch may hold fewer samples than there are
+    ranks) is run on `stand_in` with weight 0, because all ranks must take part in the collectives.
     """
 
     microbatches: tuple[tuple[int, ...], ...]
@@ -44,7 +44,7 @@ class Step:
     after: Position
 
     def weight(self, microbatch: Sequence[int], world_size: int) -> float:
-        """The factor on the mean loss of a microbatch that makes the ranks' average gradient the mean over all samples."""
+        """The factor on a microbatch's mean loss by which the ranks' average gradient is the mean over samples."""
         return len(microbatch) * world_size / self.samples
 
 
@@ -130,8 +130,3 @@ def steps(
 def steps_per_epoch(size: int, global_batch: int) -> int:
     """How many optimizer steps an epoch of `size` samples has."""
     return -(-size // global_batch)
-
-
-def shard(size: int, rank: int, world_size: int) -> range:
-    """The samples that `rank` evaluates: every one of range(size) belongs to exactly one rank, some ranks may have none."""
-    return range(rank, size, world_size)

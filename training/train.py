@@ -35,10 +35,10 @@ class TrainConfig:
     validation_file: str = ""  # the same for evaluation
     num_labels: int = 2  # classes 0..N-1; 1 means regression
     max_length: int = 128  # tokens of a pair; longer ones are cut
-    batch_size: int | None = None  # samples a rank takes at once; by default 8, and 32 for `tiny`
-    global_batch: int = 0  # samples of an optimizer step over all ranks; 0 means batch size x ranks
+    batch_size: int | None = None  # samples a rank takes at once; by default 8; for `tiny` 32, shared among all ranks
+    global_batch: int = 0  # samples of an optimizer step over all ranks; 0 means batch size x ranks, or 32 for `tiny`
     eval_batch_size: int = 32  # samples a rank evaluates at once; has no influence on the result
-    epochs: int | None = None  # passes over the training data; by default 3, and 10 for `tiny`
+    epochs: int | None = None  # passes over the training data; by default 3, and 9 for `tiny`
     max_steps: int = 0  # stop after so many optimizer steps; 0 means at the end of the epochs
     lr: float | None = None  # peak learning rate of AdamW; by default 5e-5, and 1e-3 for `tiny`
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"  # of the learning rate
@@ -58,13 +58,14 @@ class TrainConfig:
         return replace(
             self,
             batch_size=self.batch_size or (32 if tiny else 8),
-            epochs=self.epochs or (10 if tiny else 3),
+            global_batch=self.global_batch or (32 if tiny and not self.batch_size else 0),
+            epochs=self.epochs or (9 if tiny else 3),
             lr=self.lr or (1e-3 if tiny else 5e-5),
         )
 
 
 def check(config: TrainConfig) -> None:
-    """Raise ConfigError for a request that cannot work; cheap, and without torch, so it runs before anything is sent."""
+    """Raise ConfigError for a request that cannot work; cheap and without torch, to run before anything is sent."""
     for name in ("num_labels", "max_length", "eval_batch_size", "log_every", "save_every", "keep"):
         if getattr(config, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)} must be 1 or more")
@@ -91,6 +92,7 @@ def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
 
     check(config)
     config = config.resolved()
+    assert config.epochs
     quiet(ctx)
     tokenizer, data, validation = load_data(ctx, config)
     seed_all(config.seed)
@@ -123,13 +125,14 @@ def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
                 score = state.note(evaluation, state.step / per_epoch)
                 ctx.log(state.step, epoch=state.step / per_epoch, eval=evaluation)
                 progress.evaluation(state)
-            stop = ctx.should_stop(state.step)
+            stop = state.step < total and ctx.should_stop(state.step)
             if stop or score is not None or state.step % config.save_every == 0:
                 save(ctx, engine, state, score)
             if stop or state.step == total:
                 break
     progress.close()
     ctx.checkpoints.close()
+    ctx.group.barrier()  # nobody leaves before the last checkpoint is committed
     result = {**state.evaluations[-1]} if state.evaluations else {}
     result |= {"steps": state.step, "epochs": state.step / per_epoch, "best": state.best}
     if not ctx.stopped:
@@ -220,6 +223,7 @@ def find_checkpoint(ctx: Context) -> dict[str, Any] | None:
     chosen, problem = None, None
     if ctx.world.rank == 0:
         ctx.checkpoints.clean()
+        ctx.checkpoints.on_damaged = lambda error: ctx.event("checkpoint-damaged", error=str(error))
         try:
             chosen = ctx.checkpoints.latest()
         except CheckpointError as error:

@@ -2,7 +2,7 @@
 
 The pairs have the columns of MRPC (sentence1, sentence2, label, idx) and its share of positives (about 68 %). Each
 sentence states five facts (who, what was done, to what, where, when). A positive pair states the same facts in another
-word order and, often, with a synonym of the verb; in a negative pair one to three facts differ. Facts of both kinds of
+word order and, often, with a synonym of the verb; in a negative pair three to five facts differ. Facts of both kinds of
 pair are drawn from the same distributions, so neither sentence alone says anything about the label: only a comparison
 does. All words are written here; there is no source text and so no licence.
 
@@ -38,8 +38,34 @@ VERBS = (
     ("borrowed", "rented", "leased"),
 )
 WHAT = ["boat", "house", "piano", "clock", "horse", "lamp", "mirror", "novel", "radio", "statue", "ticket", "violin"]
-WHERE = ["athens", "berlin", "cairo", "dublin", "geneva", "havana", "kyoto", "lisbon", "madrid", "nairobi", "oslo", "paris"]
-WHEN = ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday", "january", "march", "april", "june", "august"]
+WHERE = [
+    "athens",
+    "berlin",
+    "cairo",
+    "dublin",
+    "geneva",
+    "havana",
+    "kyoto",
+    "lisbon",
+    "madrid",
+    "nairobi",
+    "oslo",
+    "paris",
+]
+WHEN = [
+    "monday",
+    "tuesday",
+    "wednesday",
+    "thursday",
+    "friday",
+    "saturday",
+    "sunday",
+    "january",
+    "march",
+    "april",
+    "june",
+    "august",
+]
 FORMS = (
     "{who} {verb} the {what} in {where} on {when} .",
     "on {when} , {who} {verb} the {what} in {where} .",
@@ -65,10 +91,10 @@ def _say(rng: random.Random, facts: Facts) -> str:
 
 
 def _changed(rng: random.Random, facts: Facts) -> Facts:
-    """`facts` with two to four of them replaced by others."""
+    """`facts` with three to five of them replaced by others."""
     choices: tuple[Sequence[object], ...] = (WHO, range(len(VERBS)), WHAT, WHERE, WHEN)
     changed: list[object] = list(facts)
-    slots = sorted(range(5), key=lambda _: rng.random())[: 2 + int(rng.random() * 3)]
+    slots = sorted(range(5), key=lambda _: rng.random())[: 3 + int(rng.random() * 3)]
     for slot in slots:
         changed[slot] = _pick(rng, [choice for choice in choices[slot] if choice != facts[slot]])
     return tuple(changed)  # type: ignore[return-value]
