@@ -1,0 +1,1 @@
+"""The cluster profiles that ship with the package: one TOML file each."""

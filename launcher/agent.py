@@ -1,0 +1,94 @@
+"""The node agent: one on every node. Node 0's also coordinates (`launcher.coordinator`).
+
+The agents of a run speak JSON lines over TCP. Node 0 listens and leaves its address in ``rendezvous.json``; the others
+connect to it and do as they are told. When a connection ends, the node behind it is lost: the coordinator decides what
+happens to the run, and a node that lost its coordinator kills its ranks and leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from launcher.coordinator import Coordinator
+from launcher.ranks import CONNECT_SECONDS, Message, NodeRanks, Seat, on_signals
+from launcher.rundir import RunDir
+from launcher.spec import Plan
+from training.files import read_json
+
+
+async def run_agent(run_dir: RunDir, seat: Seat) -> int:
+    """Be the agent of one node until the run ends; return the run's exit status."""
+    plan = run_dir.plan()
+    run_dir.logs.mkdir(exist_ok=True)
+    if seat.node == 0:
+        return await Coordinator(run_dir, plan, seat).run()
+    return await follow(run_dir, plan, seat)
+
+
+async def follow(run_dir: RunDir, plan: Plan, seat: Seat) -> int:
+    """Be the agent of a node other than node 0: do what the coordinator says until it says `end` or is gone."""
+    outgoing: asyncio.Queue[Message] = asyncio.Queue()
+    ranks = NodeRanks(run_dir, plan, seat, outgoing.put_nowait)
+    on_signals(lambda number: outgoing.put_nowait({"signal": number}))
+    await ranks.open()
+    sending: asyncio.Task[None] | None = None
+    try:
+        reader, writer = await connect(run_dir, seat)
+        sending = asyncio.create_task(_send_all(outgoing, writer))
+        while line := await reader.readline():
+            message = json.loads(line)
+            if "end" in message:
+                return int(message["end"])
+            await ranks.handle(message)
+        print(f"node {seat.node}: the coordinator on node 0 is gone", file=sys.stderr)
+        return 1
+    finally:
+        if sending is not None:
+            sending.cancel()
+        await ranks.close()
+
+
+async def _send_all(outgoing: asyncio.Queue[Message], writer: asyncio.StreamWriter) -> None:
+    while True:
+        writer.write(json.dumps(await outgoing.get()).encode() + b"\n")
+        await writer.drain()
+
+
+async def connect(run_dir: RunDir, seat: Seat) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect to the coordinator.
+
+    Raises:
+        TimeoutError: it left no rendezvous, or did not answer, within `CONNECT_SECONDS`.
+    """
+    deadline = time.monotonic() + CONNECT_SECONDS
+    while time.monotonic() < deadline:
+        # Listing the folder makes an NFS client look again; a file that was absent once stays absent in its cache.
+        os.listdir(run_dir.path)
+        found = read_json(run_dir.rendezvous_file)
+        if found and found["session"] == seat.session:
+            with suppress(OSError):
+                reader, writer = await asyncio.open_connection(found["address"], found["port"])
+                hello = {"hello": seat.node, "token": found["token"], "host": socket.gethostname()}
+                writer.write(json.dumps(hello).encode() + b"\n")
+                return reader, writer
+        await asyncio.sleep(0.1)
+    raise TimeoutError(
+        f"node {seat.node}: no coordinator after {CONNECT_SECONDS:.0f} s. Node 0 did not start, or its address"
+        f" {seat.address} cannot be reached from here, or {run_dir.path} is not the same folder on both nodes."
+    )
+
+
+def main() -> None:
+    """``python -m launcher.agent RUN_DIR``: the agent of a run on this machine alone."""
+    sys.exit(asyncio.run(run_agent(RunDir(Path(sys.argv[1])), Seat())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""The engines. Each is one module with the five functions of `Backend`, imported when it is first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Protocol, cast
+
+from launcher.cluster import BACKENDS, Cluster
+from launcher.errors import BadRequest, nearest
+from launcher.spec import Plan, State
+
+
+class Backend(Protocol):
+    """What an engine does. Logs, metrics and results are files of the run directory, so no engine has a say in them."""
+
+    def survey(self, cluster: Cluster) -> Cluster:
+        """Fill in what the profile left open and this engine can tell: nodes, and a node's devices."""
+
+    def render(self, plan: Plan) -> str:
+        """Return all that would be sent, word for word. Sends nothing and needs no engine at hand."""
+
+    def submit(self, plan: Plan) -> str:
+        """Send what `render` shows and return the job id.
+
+        Raises:
+            BadRequest: the engine cannot be reached, or it refuses the request.
+        """
+
+    def poll(self, job_id: str) -> State:
+        """Say what the engine knows of the job. LOST means that it has ended; the run directory says how."""
+
+    def cancel(self, job_id: str) -> None:
+        """End the job now. What should end with a checkpoint is asked through the run directory before."""
+
+
+def get(name: str) -> Backend:
+    """Import and return the backend called `name`.
+
+    Raises:
+        BadRequest: there is no such backend.
+    """
+    if name not in BACKENDS:
+        raise BadRequest(f"--backend {name!r}: no such backend{nearest(name, BACKENDS)}. Known: {', '.join(BACKENDS)}.")
+    return cast(Backend, importlib.import_module(f"launcher.backends.{name}"))

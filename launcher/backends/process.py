@@ -1,0 +1,73 @@
+"""A detached process of this machine as a job: what stands behind a local run and behind a Ray driver."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from launcher.errors import LaunchError
+from launcher.spec import State
+
+
+def start(module: str, run_dir: Path, log: Path) -> str:
+    """Start ``python -m module RUN_DIR`` in a session of its own and return its job id.
+
+    The job id is ``host:pid:start time``, the last in clock ticks since boot, so that a recycled pid is not mistaken for
+    the process. It survives the shell that started it.
+    """
+    log.parent.mkdir(exist_ok=True)
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", module, str(run_dir)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    _children.append(process)
+    return f"{socket.gethostname()}:{process.pid}:{_start_time(process.pid)}"
+
+
+_children: list[subprocess.Popen[bytes]] = []
+"""Kept so that a long-lived Python (a notebook) reaps what it started; see `poll`."""
+
+
+def poll(job_id: str) -> State:
+    """RUNNING while the process lives, LOST once it is gone, UNKNOWN from another machine."""
+    host, pid, started = job_id.rsplit(":", 2)
+    if host != socket.gethostname():
+        return State.UNKNOWN
+    for child in list(_children):
+        if child.poll() is not None:
+            _children.remove(child)
+    return State.RUNNING if _start_time(int(pid)) == started else State.LOST
+
+
+def kill(job_id: str) -> None:
+    """Kill the process; its children watch for its end and go with it.
+
+    Raises:
+        LaunchError: the process is on another machine.
+    """
+    host, pid, _ = job_id.rsplit(":", 2)
+    state = poll(job_id)
+    if state is State.UNKNOWN:
+        raise LaunchError(f"the run is supervised by a process on {host}; cancel it from there.")
+    if state is State.RUNNING:
+        with suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+
+
+def _start_time(pid: int) -> str:
+    """The process's start in clock ticks since boot, or an empty string when it is gone or only waits to be reaped."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    fields = stat.rpartition(")")[2].split()  # the command's name may hold spaces and brackets
+    return "" if fields[0] in "ZX" else fields[19]

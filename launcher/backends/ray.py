@@ -1,0 +1,99 @@
+"""Ray, through Ray Train: a driver, detached on this machine, that runs one `TorchTrainer` on the cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import replace
+from typing import Any
+
+from launcher.backends import local, process
+from launcher.cluster import Cluster
+from launcher.errors import BadRequest
+from launcher.rundir import RunDir
+from launcher.spec import Plan, State
+
+ACCEPT_SECONDS = 180.0
+"""How long `submit` waits for the driver's word that the cluster can run this; starting a Ray of our own takes seconds."""
+
+
+def address(cluster: Cluster) -> str | None:
+    """Where the cluster is; None for a Ray that the run starts on this machine. The only place that reads RAY_ADDRESS."""
+    return cluster.ray.address or os.environ.get("RAY_ADDRESS") or None
+
+
+def survey(cluster: Cluster) -> Cluster:
+    """Without a cluster this machine is it; a real one is looked at by the driver, which has to connect anyway."""
+    where = address(cluster)
+    cluster = replace(cluster, ray=replace(cluster.ray, address=where))
+    return cluster if where else local.survey(cluster)
+
+
+def trainer(plan: Plan) -> dict[str, Any]:
+    """The arguments of Ray's ScalingConfig and RunConfig, as plain data: what `render` prints is what the driver uses."""
+    placement, ray = plan.placement, plan.cluster.ray
+    resources: dict[str, float] = {"CPU": max(1, placement.cpus_per_rank)}
+    scaling: dict[str, Any] = {"num_workers": placement.world_size, "placement_strategy": _strategy(plan)}
+    if placement.device == "cuda":
+        resources["GPU"] = 1
+        scaling |= {"use_gpu": True, "accelerator_type": placement.accelerator if ray.address else None}
+    elif placement.device == "tpu":
+        resources["TPU"] = 1
+        generation = f"TPU-{(placement.accelerator or '').upper()}"
+        scaling |= {"use_tpu": True, "topology": placement.topology, "accelerator_type": generation}
+        scaling.pop("placement_strategy")  # whole slices are reserved instead
+    scaling["resources_per_worker"] = resources
+    return {
+        "address": ray.address or "a Ray started on this machine",
+        "scaling_config": {key: value for key, value in scaling.items() if value is not None},
+        # Restarts are decided by the driver (launcher.policy), which knows a user's error from a lost node.
+        "run_config": {
+            "name": plan.name,
+            "storage_path": str(RunDir(plan.run_dir).path / "ray"),
+            "failure_config": {"max_failures": 0},
+        },
+    }
+
+
+def _strategy(plan: Plan) -> str:
+    """Ray chooses the nodes; what it can be held to is one node for all ranks, or one for each."""
+    nodes, world_size = plan.spec.nodes, plan.placement.world_size
+    if nodes == 1:
+        return "STRICT_PACK"
+    if nodes == world_size:
+        return "STRICT_SPREAD"
+    return plan.cluster.ray.placement_strategy
+
+
+def render(plan: Plan) -> str:
+    """The arguments of TorchTrainer, and where the cluster is."""
+    return json.dumps(trainer(plan), indent=2) + "\n"
+
+
+def submit(plan: Plan) -> str:
+    """Start the driver and wait until it has the cluster's word that the request can be met."""
+    run_dir = RunDir(plan.run_dir)
+    job_id = process.start("launcher.backends.ray_driver", plan.run_dir, run_dir.agent_log(0))
+    deadline = time.monotonic() + ACCEPT_SECONDS
+    while time.monotonic() < deadline:
+        result = run_dir.result()
+        if result and result["failure"]["kind"] == "bad request":
+            raise BadRequest(result["failure"]["message"])
+        if any(e["event"] == "accepted" for e in run_dir.events()):
+            return job_id
+        if process.poll(job_id) is not State.RUNNING:
+            lines = run_dir.agent_log(0).read_text().splitlines()[-5:]
+            raise BadRequest("the Ray driver ended before it reached the cluster. Its last lines:\n" + "\n".join(lines))
+        time.sleep(0.1)
+    process.kill(job_id)
+    raise BadRequest(f"Ray at {plan.cluster.ray.address} did not answer within {ACCEPT_SECONDS:.0f} s.")
+
+
+def poll(job_id: str) -> State:
+    return process.poll(job_id)
+
+
+def cancel(job_id: str) -> None:
+    """Kill the driver: Ray ends the job of a driver that is gone, with its controller and workers."""
+    process.kill(job_id)

@@ -1,0 +1,482 @@
+"""The command line: argv -> RunSpec; prints; the only place that exits."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from launcher.errors import BadRequest, LaunchError, nearest
+from launcher.spec import RunSpec, State
+
+DESCRIPTION = """\
+Send one train/eval function, or a script, to where the accelerators are.
+
+  launch                                             a small BERT on bundled data, here and offline, in a minute
+  launch --backend slurm --gpus 8                    the same on SLURM
+  launch --backend ray --gpus 8                      the same on Ray
+  launch --gpus 2 train.py --lr 3e-5                 a script written for torchrun or accelerate, unchanged
+  launch mypackage.train:main --epochs 5             a function; the fields of its config dataclass are flags
+  launch -- --model bert-base-uncased --dataset glue/mrpc      arguments of the default target follow --
+"""
+
+COMMANDS = {
+    "list": "the runs of this folder",
+    "status": "one run: state, progress, metrics, failure",
+    "logs": "what a run's ranks printed",
+    "cancel": "stop a run at its next step, with a checkpoint",
+    "resume": "take a run up again from its newest checkpoint",
+    "clusters": "the cluster profiles that were found, and where",
+    "doctor": "whether this machine and its engines are in order",
+}
+
+EPILOG = (
+    """\
+commands (launch COMMAND --help tells more):
+"""
+    + "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+    + """
+
+exit status: 0 succeeded; 1 the run failed; 2 the request was wrong and nothing was sent; 3 stopped before the end,
+and `launch resume` goes on
+"""
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are BadRequests, and which refuses an option that is given twice."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise BadRequest(message)
+
+    def option(self, name: str, **settings: Any) -> None:
+        self.add_argument(name, action=Once if "action" not in settings else settings.pop("action"), **settings)
+
+
+class Once(argparse.Action):
+    """Store a value; a second one is an error rather than a silent correction."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        given = namespace.__dict__.setdefault("_given", set())
+        if self.dest in given:
+            parser.error(f"{option_string} is given twice.")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
+def whole(text: str) -> int:
+    """A whole number; argparse quotes this function's name in its complaint."""
+    return int(text)
+
+
+def add_placement(parser: Parser) -> None:
+    """The options that say where and how much: fields of RunSpec."""
+    where = parser.add_argument_group("where")
+    once: dict[str, Any] = {"action": Once}
+    where.add_argument("--backend", **once, metavar="NAME", help="local (default), slurm or ray")
+    where.add_argument("--cluster", **once, metavar="NAME|PATH", help="a profile (see `launch clusters`)")
+    where.add_argument("--gpus", **once, type=whole, metavar="N", help="GPUs in all, one rank each")
+    where.add_argument("--tpus", **once, type=whole, metavar="N", help="TPU chips in all, one rank each")
+    where.add_argument("--cpus", **once, type=whole, metavar="N", help="CPU ranks in all, one core each, to debug")
+    where.add_argument("--nodes", **once, type=whole, metavar="N", help="spread them evenly over N nodes")
+    where.add_argument(
+        "--accelerator", **once, metavar="TYPE", help="h100, a100, ..., or a TPU generation: v5e, v5p, ..."
+    )
+    where.add_argument("--topology", **once, metavar="4x4", help="the shape of a TPU slice")
+    run = parser.add_argument_group("the run")
+    run.add_argument("--time", **once, metavar="2h", help="time limit")
+    run.add_argument("--max-restarts", **once, type=whole, metavar="N", help="restarts after crashes (default 3)")
+
+
+def add_json(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+
+
+def launch_parser() -> Parser:
+    parser = Parser(
+        prog="launch",
+        usage="launch [OPTIONS] [TARGET] [ARGS]...",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+    )
+    add_placement(parser)
+    more = parser.add_argument_group("how")
+    more.add_argument("--name", action=Once, metavar="NAME", help="the run's name (default: target and time)")
+    more.add_argument("--dry-run", action="store_true", help="print all that would be sent, and send nothing")
+    more.add_argument("--detach", action="store_true", help="return once it is submitted")
+    add_json(more)  # type: ignore[arg-type]
+    more.add_argument("-m", dest="module", action=Once, metavar="MODULE", help="run a module as a script")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="TARGET [ARGS]", help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """The command. Exits with the status that `launch --help` documents."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in argv[: argv.index("--") if "--" in argv else None]
+    try:
+        status = _COMMANDS[argv[0]](argv[1:]) if argv and argv[0] in COMMANDS else run_launch(argv)
+    except BadRequest as error:
+        status = _complain(error, "bad request", 2, as_json)
+    except LaunchError as error:
+        status = _complain(error, "failed", 1, as_json)
+    except BrokenPipeError:
+        # `launch logs | head`: nobody reads any more. Point stdout elsewhere, or its last flush would complain too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        status = 0
+    sys.exit(status)
+
+
+def _complain(error: LaunchError, kind: str, status: int, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({"error": str(error), "kind": kind}))
+    else:
+        print(f"launch: {error}", file=sys.stderr)
+    return status
+
+
+# ---- launch and resume ----------------------------------------------------------------------------------------------
+
+
+def parse_request(argv: Sequence[str]) -> tuple[RunSpec, argparse.Namespace]:
+    """Split argv into our options, the target, and the target's arguments.
+
+    Raises:
+        BadRequest: an unknown option, an option given twice, or a value of the wrong kind.
+    """
+    parser = launch_parser()
+    options, rest, separated = _split(parser, argv)
+    parsed = parser.parse_args(options)
+    if parsed.module is not None:
+        target = f"-m {parsed.module}"
+    elif rest and not separated:
+        target, rest = rest[0], rest[1:]
+        if rest[:1] == ["--"]:
+            rest = rest[1:]
+    else:
+        target = RunSpec.target
+    given = {f.name: getattr(parsed, f.name, None) for f in fields(RunSpec) if f.name not in ("target", "args")}
+    return RunSpec(target, tuple(rest), **{k: v for k, v in given.items() if v is not None}), parsed
+
+
+def _split(parser: Parser, argv: Sequence[str]) -> tuple[list[str], list[str], bool]:
+    """Return our options, what follows them, and whether ``--`` stood between."""
+    takes_value = {s: a.nargs != 0 for a in parser._actions for s in a.option_strings}
+    index = 0
+    while index < len(argv):
+        word = argv[index]
+        if word == "--":
+            return list(argv[:index]), list(argv[index + 1 :]), True
+        if not word.startswith("-") or word == "-":
+            return list(argv[:index]), list(argv[index:]), False
+        name = word.split("=", 1)[0]
+        if name not in takes_value:
+            raise BadRequest(
+                f"unknown option {name}{nearest(name, takes_value)}. `launch --help` lists them; options of the target"
+                " come after it (or after -- where the target is left out)."
+            )
+        index += 2 if takes_value[name] and "=" not in word else 1
+        if name == "-m":
+            return list(argv[:index]), list(argv[index:]), True
+    return list(argv), [], False
+
+
+def run_launch(argv: Sequence[str]) -> int:
+    """``launch [OPTIONS] [TARGET] [ARGS]...``."""
+    if argv and argv[0] in ("-h", "--help"):
+        launch_parser().print_help()
+        return 0
+    spec, options = parse_request(argv)
+    if spec.args and spec.args[0] in ("-h", "--help") and ":" in spec.target:
+        return target_help(spec)
+    from launcher import backends
+    from launcher.launch import make_plan, submit
+    from launcher.records import to_data
+
+    plan = make_plan(spec, Path.cwd())
+    if options.dry_run:
+        sent = backends.get(plan.backend).render(plan)
+        if options.json:
+            print(json.dumps({"plan": to_data(plan), "sent": sent}, indent=2))
+        else:
+            print(describe(plan) + "\n" + sent, end="")
+        return 0
+    if not (options.json or options.detach):
+        print(describe(plan), flush=True)
+    return _attend(submit(plan), options)
+
+
+def run_resume(argv: Sequence[str]) -> int:
+    """``launch resume RUN``."""
+    parser = _command(
+        "resume", "With the code and arguments it was sent with; what is given here replaces its placement."
+    )
+    add_placement(parser)
+    parser.add_argument("--detach", action="store_true", help="return once it is submitted")
+    options = parser.parse_args(list(argv))
+    from launcher.launch import find, resubmit
+
+    names = {f.name for f in fields(RunSpec)} - {"target", "args", "name"}
+    changes = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
+    return _attend(resubmit(find(options.run, Path(options.runs)), **changes), options)
+
+
+def _attend(run: Any, options: argparse.Namespace) -> int:
+    """Follow a run to its end, unless asked not to; report it; return the exit status."""
+    if options.detach:
+        print(json.dumps(run.status()) if options.json else f"{run.name}\nlaunch status {run.name} shows how it goes")
+        return 0
+    state = _follow(run, sys.stderr if options.json else sys.stdout)
+    if state is None:
+        return State.STOPPED.exit_status
+    _drop_refused(run)
+    if options.json:
+        print(json.dumps(run.status()))
+    else:
+        print(summary(run))
+    return state.exit_status
+
+
+def _follow(run: Any, out: Any) -> State | None:
+    """Follow; None when a cluster run was left to itself by Ctrl-C.
+
+    Here, the first Ctrl-C asks for a checkpoint and the second ends at once; on a cluster it only stops watching.
+    """
+    from launcher.view import follow
+
+    try:
+        state: State = follow(run, out)
+        return state
+    except KeyboardInterrupt:
+        if run.dir.plan().backend != "local":
+            print(
+                f"\nlaunch: no longer watching; {run.name} goes on. Come back with `launch logs -f {run.name}`, see"
+                f" `launch status {run.name}`, end it with `launch cancel {run.name}`.",
+                file=sys.stderr,
+            )
+            return None
+    print("\nlaunch: stopping at the next step, with a checkpoint; Ctrl-C again ends at once", file=sys.stderr)
+    run.dir.request_stop("Ctrl-C")
+    try:
+        return follow(run, out)
+    except KeyboardInterrupt:
+        killed: State = run.kill()
+        return killed
+
+
+def _drop_refused(run: Any) -> None:
+    """A run whose target refused its input at the start leaves nothing: it counts as never sent.
+
+    Raises:
+        BadRequest: with the target's words.
+    """
+    failure = (run.dir.result() or {}).get("failure")
+    if failure and failure["kind"] == "bad request" and run.dir.last_attempt() <= 1 and not run.dir.metrics():
+        import shutil
+
+        shutil.rmtree(run.path, ignore_errors=True)
+        raise BadRequest(failure["message"])
+
+
+def describe(plan: Any) -> str:
+    """The plan in a few lines for a person."""
+    where = plan.backend if plan.cluster.name == plan.backend else f"{plan.backend} ({plan.cluster.name})"
+    arguments = " ".join(plan.target.args)
+    return (
+        f"launch: {plan.spec.target} {arguments}".rstrip()
+        + f"\n  on     {where}: {plan.placement.why}"
+        + f"\n  run    {_short(plan.run_dir)}"
+        + (f"\n  limit  {plan.time_minutes} min" if plan.backend == "slurm" else "")
+    )
+
+
+def summary(run: Any) -> str:
+    """The end of a run: its result or its failure, and where to look."""
+    state, result = run.state(), run.dir.result() or {}
+    if state is State.SUCCEEDED:
+        metrics = {k: v for k, v in result.get("metrics", {}).items() if isinstance(v, int | float | str)}
+        shown = "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
+        lines = [f"launch: succeeded in {result['seconds']:.1f} s", *([f"  {shown}"] if shown else [])]
+    elif state is State.STOPPED:
+        lines = [f"launch: stopped before the end; `launch resume {run.name}` goes on from the newest checkpoint"]
+    else:
+        lines = [f"launch: failed: {run.explain()}"]
+    return "\n".join(
+        [*lines, f"  run in {_short(run.path)}", f"  look: launch status {run.name}, launch logs {run.name}"]
+    )
+
+
+def target_help(spec: RunSpec) -> int:
+    """``launch module:function --help``: the flags of the function's config dataclass."""
+    from launcher.target import load, resolve, signature
+    from training.flags import usage
+
+    resolve(spec.target, (), Path.cwd())
+    sys.path.insert(0, str(Path.cwd()))
+    takes_context, config = signature(load(spec.target))
+    if config is not None:
+        print(f"launch [OPTIONS] {spec.target} [ARGS]...\n\n{usage(config)}")
+    else:
+        print(f"{spec.target} takes {'a Context and reads its arguments itself' if takes_context else 'no arguments'}.")
+    return 0
+
+
+def _short(path: Path) -> str:
+    relative = os.path.relpath(path)
+    return relative if not relative.startswith("..") else str(path)
+
+
+# ---- living with runs -----------------------------------------------------------------------------------------------
+
+
+def _command(name: str, more: str = "", run: bool = True) -> Parser:
+    parser = Parser(
+        prog=f"launch {name}", description=f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}. {more}".rstrip()
+    )
+    if run:
+        parser.add_argument("run", metavar="RUN", help="its name, or the path of its directory")
+    parser.add_argument("--runs", default="runs", metavar="DIR", help="the folder of runs (default: runs)")
+    add_json(parser)
+    return parser
+
+
+def run_list(argv: Sequence[str]) -> int:
+    """``launch list``."""
+    options = _command("list", run=False).parse_args(list(argv))
+    from launcher.launch import runs
+
+    found = runs(options.runs)
+    if options.json:
+        print(json.dumps([run.status() for run in found]))
+        return 0
+    if not found:
+        print(f"no runs in {options.runs}")
+    for run in found:
+        status = run.status()
+        progress = status["progress"]
+        step = f"{progress['step']}/{progress['total_steps']}" if "total_steps" in progress else ""
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in status["evaluation"].items() if isinstance(v, float))
+        started = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.dir.plan_file.stat().st_mtime))
+        print(f"{run.name:<32} {status['state']:<10} {status['backend']:<6} {started}  {step:<12} {shown}".rstrip())
+    return 0
+
+
+def run_status(argv: Sequence[str]) -> int:
+    """``launch status RUN``."""
+    options = _command("status").parse_args(list(argv))
+    from launcher.launch import find
+
+    run = find(options.run, Path(options.runs))
+    status = run.status()
+    if options.json:
+        print(json.dumps(status))
+        return 0
+    placement = status["placement"]
+    print(f"{run.name}: {status['state']}")
+    print(f"  target      {status['target']}")
+    print(f"  on          {status['backend']} ({status['cluster']}), job {status['job_id']}: {placement['why']}")
+    print(f"  attempt     {status['attempt']}")
+    for title in ("progress", "evaluation", "metrics"):
+        if status[title]:
+            print(
+                f"  {title:<11} "
+                + "  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in status[title].items())
+            )
+    print(f"  run dir     {status['run_dir']}")
+    if status["state"] in ("failed", "lost"):
+        print(run.explain())
+    return 0
+
+
+def run_logs(argv: Sequence[str]) -> int:
+    """``launch logs RUN``."""
+    parser = _command("logs")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on until the run has ended")
+    parser.add_argument("--rank", action=Once, type=whole, metavar="R", help="only this rank (default: all; 0 with -f)")
+    parser.add_argument(
+        "--attempt", action=Once, type=whole, metavar="N", help="an earlier attempt (default: the newest)"
+    )
+    options = parser.parse_args(list(argv))
+    from launcher.launch import find
+
+    run = find(options.run, Path(options.runs))
+    size = run.dir.plan().placement.world_size
+    if options.rank is not None and not 0 <= options.rank < size:
+        raise BadRequest(f"--rank {options.rank}: the ranks of {run.name} are 0 to {size - 1}.")
+    if options.follow:
+        from launcher.view import follow
+
+        try:
+            follow(run, sys.stdout, options.rank or 0)
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+        return 0
+    lines = run.logs(options.rank, options.attempt)
+    if options.json:
+        print(json.dumps(list(lines)))
+        return 0
+    for line in lines:
+        print(line)
+    return 0
+
+
+def run_cancel(argv: Sequence[str]) -> int:
+    """``launch cancel RUN``."""
+    parser = _command("cancel", "It ends by itself within the cluster's grace, or is killed.")
+    parser.add_argument("--now", action="store_true", help="kill it without a checkpoint")
+    options = parser.parse_args(list(argv))
+    from launcher.launch import find
+
+    run = find(options.run, Path(options.runs))
+    state = run.kill() if options.now else run.cancel()
+    print(json.dumps({"name": run.name, "state": state.value}) if options.json else f"{run.name}: {state.value}")
+    return 0
+
+
+def run_clusters(argv: Sequence[str]) -> int:
+    """``launch clusters``."""
+    options = _command("clusters", run=False).parse_args(list(argv))
+    from launcher import cluster
+
+    rows = []
+    for profile in cluster.profiles(Path.cwd()):
+        try:
+            site = cluster.load(profile.name, Path.cwd())
+            backend, text = str(site.backend), site.description
+        except BadRequest as error:
+            backend, text = "?", f"unusable: {error}"
+        rows.append(
+            {
+                "name": profile.name,
+                "backend": backend,
+                "where": profile.where,
+                "path": str(profile.path),
+                "description": text,
+            }
+        )
+    if options.json:
+        print(json.dumps(rows))
+        return 0
+    for row in rows:
+        print(f"{row['name']:<24} {row['backend']:<6} {row['where']:<8} {row['description']}")
+    print("\nlooked in: " + ", ".join(f"{folder} ({where})" for where, folder in cluster.folders(Path.cwd())))
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "list": run_list,
+    "status": run_status,
+    "logs": run_logs,
+    "cancel": run_cancel,
+    "resume": run_resume,
+    "clusters": run_clusters,
+}

@@ -1,0 +1,234 @@
+"""The run directory: the only thing that crosses from the submitting side to the working side.
+
+Every file name lives here. Every file appears whole or not at all; the two logs of events are append-only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import BadRequest
+from launcher.records import from_data, to_data
+from launcher.spec import Plan, State
+from training.files import append_line, read_json, read_lines, write_atomic
+
+BEAT_SECONDS = 2.0
+"""How often whoever supervises a run touches its heartbeat."""
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The files of one run, by name."""
+
+    path: Path
+
+    @property
+    def plan_file(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def job_file(self) -> Path:
+        return self.path / "job.json"
+
+    @property
+    def script_file(self) -> Path:
+        return self.path / "script.sh"
+
+    @property
+    def code(self) -> Path:
+        return self.path / "code"
+
+    @property
+    def snapshot_file(self) -> Path:
+        return self.path / "snapshot.json"
+
+    @property
+    def diff_file(self) -> Path:
+        return self.path / "code.diff"
+
+    @property
+    def target_pickle(self) -> Path:
+        return self.path / "target.pkl"
+
+    @property
+    def value_pickle(self) -> Path:
+        return self.path / "value.pkl"
+
+    @property
+    def value_file(self) -> Path:
+        """What the target returned, where that is a dict that JSON can hold."""
+        return self.path / "value.json"
+
+    @property
+    def stop_file(self) -> Path:
+        """Asks the run to stop at the next step boundary; `Context` looks for it too."""
+        return self.path / "stop"
+
+    @property
+    def events_file(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def result_file(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def heartbeat_file(self) -> Path:
+        return self.path / "heartbeat"
+
+    @property
+    def rendezvous_file(self) -> Path:
+        return self.path / "rendezvous.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def log(self, attempt: int, rank: int) -> Path:
+        return self.logs / str(attempt) / f"{rank}.log"
+
+    def agent_log(self, node: int) -> Path:
+        return self.logs / f"agent-{node}.log"
+
+    def error(self, attempt: int, rank: int) -> Path:
+        return self.path / "errors" / str(attempt) / f"{rank}.json"
+
+    # ---- written once ---------------------------------------------------------------------------------------------
+
+    def create(self) -> None:
+        """Make the directory, and the runs folder that holds it (which git is told to ignore).
+
+        Raises:
+            BadRequest: a run of this name exists, or the folder cannot be written.
+        """
+        try:
+            if not self.path.parent.exists():
+                self.path.parent.mkdir(parents=True)
+                (self.path.parent / ".gitignore").write_text("*\n")
+            self.path.mkdir()
+        except FileExistsError:
+            raise BadRequest(
+                f"run {self.path.name!r} exists already in {self.path.parent}. `launch resume {self.path.name}` goes on"
+                f" with it; another --name starts a new one."
+            ) from None
+        except OSError as error:
+            raise BadRequest(f"the run directory {self.path} cannot be made: {error.strerror or error}.") from None
+
+    def write_plan(self, plan: Plan) -> None:
+        write_atomic(self.plan_file, to_json(to_data(plan)))
+
+    def plan(self) -> Plan:
+        """Read the plan back.
+
+        Raises:
+            BadRequest: there is none, so this is not a run directory.
+        """
+        data = read_json(self.plan_file)
+        if data is None:
+            raise BadRequest(f"{self.path} is not a run directory: it has no plan.json.")
+        return from_data(Plan, data, str(self.plan_file))
+
+    def write_job(self, backend: str, job_id: str) -> None:
+        record = {"backend": backend, "job_id": job_id, "host": socket.gethostname(), "time": time.time()}
+        write_atomic(self.job_file, to_json(record))
+
+    def job(self) -> dict[str, Any] | None:
+        return read_json(self.job_file)
+
+    # ---- while it runs --------------------------------------------------------------------------------------------
+
+    def event(self, event: str, /, **fields: Any) -> None:
+        append_line(self.events_file, {"time": time.time(), "event": event, **fields})
+
+    def events(self) -> list[dict[str, Any]]:
+        return read_lines(self.events_file)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return read_lines(self.metrics_file)
+
+    def claim_attempt(self) -> int:
+        """Return the next attempt's number and make its log folder; no two callers get the same one."""
+        self.logs.mkdir(exist_ok=True)
+        number = self.last_attempt() + 1
+        while True:
+            with suppress(FileExistsError):
+                (self.logs / str(number)).mkdir()
+                (self.path / "errors" / str(number)).mkdir(parents=True, exist_ok=True)
+                return number
+            number += 1
+
+    def last_attempt(self) -> int:
+        """The number of the newest attempt; 0 before the first."""
+        if not self.logs.is_dir():
+            return 0
+        return max((int(p.name) for p in self.logs.iterdir() if p.name.isdigit()), default=0)
+
+    def beat(self) -> None:
+        """Say that the run is supervised right now."""
+        self.heartbeat_file.touch()
+
+    def heartbeat_age(self) -> float | None:
+        """Seconds since the last beat, by this machine's clock; None when there was none."""
+        with suppress(FileNotFoundError):
+            return time.time() - self.heartbeat_file.stat().st_mtime
+        return None
+
+    def request_stop(self, reason: str) -> None:
+        write_atomic(self.stop_file, to_json({"reason": reason, "time": time.time()}))
+
+    def errors(self, attempt: int) -> list[dict[str, Any]]:
+        """The error records of an attempt, the likeliest cause first.
+
+        A rank that raises breaks the collectives of the others, which then raise too: such errors come last, whatever
+        the clocks of their nodes say; among the rest the earliest is first.
+        """
+        folder = self.path / "errors" / str(attempt)
+        found = [read_json(p) for p in folder.glob("*.json")] if folder.is_dir() else []
+        return sorted((e for e in found if e), key=lambda e: (e.get("kind") == "communication", e.get("time", 0.0)))
+
+    # ---- the end --------------------------------------------------------------------------------------------------
+
+    def write_result(self, state: State, **fields: Any) -> None:
+        write_atomic(self.result_file, to_json({"state": state.value, "time": time.time(), **fields}))
+
+    def result(self) -> dict[str, Any] | None:
+        return read_json(self.result_file)
+
+    def reopen(self) -> None:
+        """Forget the end of the last submission so that the run can be submitted again; its history stays in events."""
+        ended = (self.result_file, self.value_file, self.value_pickle)
+        for path in (*ended, self.stop_file, self.heartbeat_file, self.rendezvous_file):
+            path.unlink(missing_ok=True)
+
+
+def tail(path: Path, lines: int = 20) -> list[str]:
+    """Return the last `lines` lines of a log, reading its end only; an absent file has none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 64 * 1024))
+            return file.read().decode(errors="replace").splitlines()[-lines:]
+    except FileNotFoundError:
+        return []
+
+
+def all_runs(folder: Path) -> Iterable[RunDir]:
+    """The runs in `folder`, newest first."""
+    found = [RunDir(p.parent) for p in folder.glob("*/plan.json")]
+    return sorted(found, key=lambda r: r.plan_file.stat().st_mtime, reverse=True)
+
+
+def to_json(data: Any) -> str:
+    """Return `data` as the text of a JSON file for people to read."""
+    return json.dumps(data, indent=2) + "\n"

@@ -1,0 +1,105 @@
+"""The code as submitted: a copy of the project, so that edits after submitting change nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.errors import BadRequest
+
+MAX_FILES = 20_000
+MAX_BYTES = 256 * 2**20
+SOURCE_SUFFIXES = (".py", ".pyi", ".json", ".jsonl", ".toml", ".yaml", ".yml", ".txt", ".cfg", ".ini", ".sh", ".md")
+"""Outside git nothing says which files matter; these are copied."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What was copied: the project's root, the commit it stood at (None outside git), and the uncommitted diff."""
+
+    root: Path
+    commit: str | None
+    dirty: bool
+    files: int
+    bytes: int
+    diff: str
+
+
+def project_root(folder: Path) -> tuple[Path, bool]:
+    """Return the top of the git checkout that holds `folder` and True, or `folder` itself and False."""
+    top = _git(folder, "rev-parse", "--show-toplevel")
+    return (Path(top.rstrip("\n")), True) if top else (folder, False)
+
+
+def take(root: Path, in_git: bool, destination: Path, exclude: Path) -> Snapshot:
+    """Copy the project at `root` to `destination`, leaving out what lies below `exclude` (the runs).
+
+    In a git checkout: tracked files as they are now, and untracked ones that git does not ignore. Elsewhere: source and
+    configuration files. Links are copied as links, modes are kept.
+
+    Raises:
+        BadRequest: more than `MAX_FILES` files or `MAX_BYTES` bytes; the largest are named.
+    """
+    exclude = exclude.resolve()
+    sizes: dict[str, int] = {}
+    for name in _git_files(root) if in_git else _source_files(root):
+        path = root / name
+        if path.is_symlink() or path.is_file():
+            if exclude == path or exclude in path.parents:
+                continue
+            sizes[name] = path.lstat().st_size
+        _check(root, sizes, in_git)
+    for name in sizes:
+        target = destination / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(root / name, target, follow_symlinks=False)
+    commit = _git(root, "rev-parse", "HEAD").strip() or None if in_git else None
+    diff = _git(root, "diff", "--binary", "HEAD") if commit else ""
+    status = _git(root, "status", "--porcelain") if in_git else ""
+    return Snapshot(root, commit, bool(status), len(sizes), sum(sizes.values()), diff)
+
+
+def _check(root: Path, sizes: dict[str, int], in_git: bool) -> None:
+    if len(sizes) <= MAX_FILES and sum(sizes.values()) <= MAX_BYTES:
+        return
+    largest = sorted(sizes, key=lambda n: sizes[n], reverse=True)[:3]
+    how = "name them in .gitignore" if in_git else "start from a folder that holds only the code, or `git init` it"
+    raise BadRequest(
+        f"the project {root} is too large to copy with the run (limit: {MAX_FILES} files, {MAX_BYTES >> 20} MiB); the"
+        f" largest files are {', '.join(largest)}. Data and outputs do not belong in it: {how}."
+    )
+
+
+def _git_files(root: Path) -> list[str]:
+    listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    return sorted({name for name in listed.split("\0") if name})
+
+
+def _source_files(root: Path) -> list[str]:
+    found: list[str] = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in ("__pycache__", "node_modules"))
+        # A nested environment is somebody's installation, not this project's code.
+        folders[:] = [f for f in folders if not os.path.exists(os.path.join(folder, f, "pyvenv.cfg"))]
+        found += [os.path.relpath(os.path.join(folder, f), root) for f in sorted(files) if f.endswith(SOURCE_SUFFIXES)]
+        if len(found) > MAX_FILES:
+            break
+    return found
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    """Run git in `folder`; an empty string where git is missing or says no."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            errors="surrogateescape",
+            check=False,
+        )
+    except OSError:
+        return ""
+    return done.stdout if done.returncode == 0 else ""

@@ -1,0 +1,181 @@
+"""One rank: open the Context, call the target, leave a result or an error. The same on every backend."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import BadRequest
+from launcher.records import from_data
+from launcher.rundir import RunDir
+from launcher.spec import Plan
+from launcher.target import call
+from training.context import Context
+from training.errors import ConfigError
+from training.files import write_atomic
+from training.world import World
+
+FINISHED, RAISED, REFUSED, STOPPED = 0, 1, 2, 3
+"""Exit statuses of a rank; the same numbers, with the same meanings, as those of the command."""
+
+COMMUNICATION = ("DistBackendError", "DistNetworkError", "DistStoreError")
+COMMUNICATION_SIGNS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "gloo",
+    "NCCL",
+    "Broken pipe",
+    "ProcessGroup",
+)
+
+
+class Stopping(BaseException):
+    """Raised in a target that cannot be asked to stop, when it is told to (SIGTERM)."""
+
+
+def work(run_dir: RunDir, world: World) -> int:
+    """Run the target as the rank that `world` describes; return the exit status.
+
+    What the target returned is left by rank 0 in ``value.pkl``; what it raised in ``errors/<attempt>/<rank>.json``.
+    """
+    plan = run_dir.plan()
+    prepare(plan, world)
+    opened: list[Context] = []
+
+    def context() -> Context:
+        opened.append(Context(run_dir.path, world, args=plan.target.args))
+        return opened[0]
+
+    on_signal = _install_signal_handlers(opened)
+    try:
+        value = call(plan.target, run_dir.target_pickle, context)
+    except Stopping:
+        return STOPPED
+    except SystemExit as error:
+        if error.code in (None, 0):
+            return FINISHED
+        _leave_error(run_dir, world, error, "user error")
+        return RAISED
+    except (ConfigError, BadRequest) as error:
+        _leave_error(run_dir, world, error, "bad request")
+        return REFUSED
+    except KeyboardInterrupt:
+        return STOPPED
+    except BaseException as error:
+        _leave_error(run_dir, world, error, classify(error))
+        return RAISED
+    finally:
+        on_signal()
+        sys.stdout.flush()
+    stopped = bool(opened and opened[0].stopped)
+    for each in opened:
+        each.close()
+    if world.rank == 0 and not stopped:
+        _leave_value(run_dir, value)
+    return STOPPED if stopped else FINISHED
+
+
+def prepare(plan: Plan, world: World) -> None:
+    """Give this process the environment, the threads and the folder of its rank."""
+    os.environ.update(plan.environment)
+    os.environ.update(world.environment())
+    if world.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # scripts ask torch.cuda.is_available() rather than us
+    if world.threads and "torch" in sys.modules:
+        # OMP_NUM_THREADS is read when the library is loaded, which for a forked rank was before the fork.
+        sys.modules["torch"].set_num_threads(world.threads)
+    if plan.cwd.is_dir():
+        os.chdir(plan.cwd)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+def _install_signal_handlers(opened: list[Context]) -> Callable[[], None]:
+    """Turn signals into the Context's flag, or into `Stopping` for a target that has none. Returns the undoing."""
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None  # a Ray worker's thread: there the file `stop` says the same
+
+    def handle(number: int, _: object) -> None:
+        if opened:
+            opened[0].request_stop(signal.Signals(number).name)
+        else:
+            # What a script or a plain function would do on its own, but with its finally blocks run.
+            raise Stopping
+
+    previous = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGUSR2)}
+
+    def undo() -> None:
+        for number, handler in previous.items():
+            # The last word is said: from here on a polite signal must not interrupt what is being written.
+            signal.signal(number, signal.SIG_IGN if handler is signal.SIG_DFL else handler)
+
+    return undo
+
+
+def classify(error: BaseException) -> str:
+    """Name the kind of an exception: ``out of memory``, ``communication``, ``disk full`` or ``user error``."""
+    name, text = type(error).__name__, str(error)
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError":
+        return "out of memory"
+    if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
+        return "disk full"
+    if name in COMMUNICATION or isinstance(error, ConnectionError):
+        return "communication"
+    if name == "RuntimeError" and any(sign in text for sign in COMMUNICATION_SIGNS):
+        return "communication"
+    return "user error"
+
+
+def _leave_error(run_dir: RunDir, world: World, error: BaseException, kind: str) -> None:
+    text = "".join(traceback.format_exception(error)) if kind != "bad request" else f"{error}\n"
+    sys.stderr.write(text)
+    record = {
+        "time": time.time(),
+        "rank": world.rank,
+        "host": socket.gethostname(),
+        "kind": kind,
+        "type": type(error).__name__,
+        "message": str(error)
+        if not isinstance(error, SystemExit)
+        else f"the script ended with exit status {error.code}",
+        "traceback": text,
+    }
+    path = run_dir.error(world.attempt, world.rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(record))
+
+
+def _leave_value(run_dir: RunDir, value: Any) -> None:
+    if value is None:
+        return
+    import cloudpickle
+
+    try:
+        data = cloudpickle.dumps(value)
+    except Exception as error:
+        print(f"launch: the value that the target returned cannot be pickled and is not kept: {error}", file=sys.stderr)
+        return
+    write_atomic(run_dir.value_pickle, data)
+    if isinstance(value, dict):
+        with suppress(TypeError, ValueError):
+            write_atomic(run_dir.value_file, json.dumps(value))
+
+
+def main(run_dir: Path, world: dict[str, Any]) -> int:
+    """Enter a rank's process: what the forkserver calls in a fork, and ``python -m launcher.worker`` after a spawn."""
+    return work(RunDir(run_dir), from_data(World, world, "world"))
+
+
+if __name__ == "__main__":
+    from launcher.forkserver import finish
+
+    finish(main(Path(sys.argv[1]), json.loads(sys.argv[2])))
