@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 import sys
 import time
 from contextlib import suppress
@@ -75,7 +74,7 @@ async def connect(run_dir: RunDir, seat: Seat) -> tuple[asyncio.StreamReader, as
         if found and found["session"] == seat.session:
             with suppress(OSError):
                 reader, writer = await asyncio.open_connection(found["address"], found["port"])
-                hello = {"hello": seat.node, "token": found["token"], "host": socket.gethostname()}
+                hello = {"hello": seat.node, "token": found["token"], "host": seat.host}
                 writer.write(json.dumps(hello).encode() + b"\n")
                 return reader, writer
         await asyncio.sleep(0.1)

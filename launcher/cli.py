@@ -251,11 +251,11 @@ def _follow(run: Any, out: Any) -> State | None:
 
     Here, the first Ctrl-C asks for a checkpoint and the second ends at once; on a cluster it only stops watching.
     """
-    from launcher.view import follow
+    from launcher.view import Follower
 
+    follower = Follower(run, out)
     try:
-        state: State = follow(run, out)
-        return state
+        return follower.follow()
     except KeyboardInterrupt:
         if run.dir.plan().backend != "local":
             print(
@@ -267,7 +267,7 @@ def _follow(run: Any, out: Any) -> State | None:
     print("\nlaunch: stopping at the next step, with a checkpoint; Ctrl-C again ends at once", file=sys.stderr)
     run.dir.request_stop("Ctrl-C")
     try:
-        return follow(run, out)
+        return follower.follow()
     except KeyboardInterrupt:
         killed: State = run.kill()
         return killed
@@ -309,7 +309,7 @@ def summary(run: Any) -> str:
     elif state is State.STOPPED:
         lines = [f"launch: stopped before the end; `launch resume {run.name}` goes on from the newest checkpoint"]
     else:
-        lines = [f"launch: failed: {run.explain()}"]
+        lines = [f"launch: failed: {run.explain(shown_rank=0)}"]
     return "\n".join(
         [*lines, f"  run in {_short(run.path)}", f"  look: launch status {run.name}, launch logs {run.name}"]
     )

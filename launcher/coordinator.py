@@ -24,6 +24,10 @@ LAST_WORDS_SECONDS = 0.5
 """How long other ranks get, after one raised, to leave their own errors before they are killed."""
 
 
+FAREWELL_SECONDS = 10.0
+"""How long the coordinator waits, after the end, for the other agents to leave."""
+
+
 class Coordinator:
     """Runs one job: all attempts inside one allocation."""
 
@@ -32,7 +36,7 @@ class Coordinator:
         self.inbox: asyncio.Queue[tuple[int, Message]] = asyncio.Queue()
         self.own = NodeRanks(run_dir, plan, seat, lambda message: self.inbox.put_nowait((seat.node, message)))
         self.peers: dict[int, asyncio.StreamWriter] = {}
-        self.hosts = {seat.node: socket.gethostname()}
+        self.hosts = {seat.node: seat.host}
         self.stop: signal.Signals | None = None  # the first request to stop
         self.preempted = False
 
@@ -53,10 +57,7 @@ class Coordinator:
             await self.own.close()
             if server is not None:
                 server.close()
-                for writer in self.peers.values():
-                    with suppress(OSError):
-                        await writer.drain()
-                    writer.close()
+                await self._farewell()
             beating.cancel()
         return state.exit_status
 
@@ -100,6 +101,13 @@ class Coordinator:
             self._note_stop(message)
         return []
 
+    async def _farewell(self) -> None:
+        """Give the other agents time to hear the end; each closes its connection when its ranks are gone."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FAREWELL_SECONDS):
+                while self.peers:
+                    await self.inbox.get()
+
     def _send(self, node: int, message: Message) -> None:
         writer = self.peers.get(node)
         if writer is not None:
@@ -129,12 +137,10 @@ class Coordinator:
             attempt = self.run_dir.claim_attempt()
             outcome = Outcome({}, stop=self.reason, lost=lost) if lost or self.stop else await self._attempt(attempt)
             action, failure = decide(outcome, restarts_left if not outcome.lost else 0)
-            if failure is not None:
-                self.run_dir.event("failed", attempt=attempt, kind=failure.kind, message=failure.message)
             match action:
                 case Action.RESTART:
                     restarts_left -= 1
-                    self.run_dir.event("restarted", attempt=attempt, restarts_left=restarts_left)
+                    note_failure(self.run_dir, attempt, failure, restarts_left)
                 case Action.FINISH:
                     return self._end(State.SUCCEEDED, attempt, started)
                 case Action.FAIL:
@@ -226,6 +232,14 @@ class Coordinator:
         return end_run(self.run_dir, self.plan, state, attempt, started, failure)
 
 
+def note_failure(run_dir: RunDir, attempt: int, failure: Failure | None, restarts_left: int) -> None:
+    """Leave the events of an attempt that failed and is followed by another."""
+    assert failure is not None, "only a failure is worth a restart"
+    told = {"attempt": attempt, "kind": failure.kind, "message": failure.message, "rank": failure.rank}
+    run_dir.event("failed", **told)
+    run_dir.event("restarted", **told, restarts_left=restarts_left)
+
+
 def end_run(
     run_dir: RunDir, plan: Plan, state: State, attempt: int, started: float, failure: Failure | None = None
 ) -> State:
@@ -239,6 +253,7 @@ def end_run(
         "seconds": round(time.time() - started, 3),
     }
     if failure is not None:
+        run_dir.event("failed", attempt=attempt, kind=failure.kind, message=failure.message, rank=failure.rank)
         rank = failure.rank if failure.rank is not None else 0
         fields["failure"] = asdict(failure) | {"log": tail(run_dir.log(attempt, rank))}
     run_dir.write_result(state, **fields)

@@ -292,8 +292,8 @@ class Run:
         if state is not State.SUCCEEDED:
             raise RunFailed(self.explain())
 
-    def explain(self) -> str:
-        """Say why the run failed, its first exception first, and what to do."""
+    def explain(self, shown_rank: int | None = None) -> str:
+        """Say why the run failed, its first exception first, and what to do; `shown_rank`'s log was seen already."""
         failure = (self.dir.result() or {}).get("failure")
         if not failure:
             job = self.dir.job() or {}
@@ -304,11 +304,13 @@ class Run:
             )
         where = f" [rank {failure['rank']} on {failure['host']}]" if failure.get("host") else ""
         text = f"{failure['message']}{where}\n"
-        if failure.get("traceback"):
+        if shown_rank is not None and failure["rank"] == shown_rank:
+            pass
+        elif failure.get("traceback"):
             text += "\n" + failure["traceback"].rstrip() + "\n"
         elif failure.get("log"):
             text += "\nThe last lines of its log:\n" + "\n".join(failure["log"]) + "\n"
-        return f"{text}\n{failure['kind']}: {failure['advice']}"
+        return f"{text}{failure['kind']}: {failure['advice']}"
 
     def result(self) -> Any:
         """Wait for the end and return what the target returned on rank 0.

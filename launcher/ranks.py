@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from launcher.network import interface_of, source_towards
@@ -29,6 +29,7 @@ class Seat:
     """Where an agent sits. The backend makes it; the agent reads no environment.
 
     Attributes:
+        host: this node's name, for people.
         address: node 0's IP address, as the other nodes reach it.
         session: differs between two submissions of a run, and between two starts of a job, so that nobody takes an old
             rendezvous for a new one.
@@ -37,6 +38,7 @@ class Seat:
 
     node: int = 0
     nodes: int = 1
+    host: str = field(default_factory=socket.gethostname)
     address: str = "127.0.0.1"
     session: str = ""
     requeue: Callable[[], bool] | None = None

@@ -11,10 +11,10 @@ import runpy
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from launcher.errors import BadRequest, nearest
 from launcher.spec import Target
@@ -218,8 +218,11 @@ def signature(function: Callable[..., Any]) -> tuple[bool, type | None]:
         )
     if len(required) == 1:
         return True, None
-    hints = get_type_hints(function)
-    config = hints.get(required[1].name)
+    config = required[1].annotation
+    if isinstance(config, str):
+        # Only this one: the Context's annotation may be a name that is imported for type checkers alone.
+        with suppress(NameError):
+            config = eval(config, getattr(function, "__globals__", {}))
     if not (isinstance(config, type) and is_dataclass(config)):
         raise BadRequest(
             f"{named}: its second argument {required[1].name!r} needs a dataclass as annotation, whose fields become flags."

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import Any, TextIO
 
 from launcher.launch import Run
 from launcher.spec import State
 
 LOOK_SECONDS = 0.2
-TOLD = ("started", "stopping", "preempted", "requeued", "failed", "restarted")
-"""The events worth a line while one watches."""
 
 
 class Tail:
@@ -21,82 +19,83 @@ class Tail:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.file: IO[bytes] | None = None
+        self.offset = 0
         self.rest = b""
 
-    def read(self) -> Iterator[str]:
-        if self.file is None:
-            if not self.path.exists():
-                return
-            self.file = self.path.open("rb")
-        *lines, self.rest = (self.rest + self.file.read()).split(b"\n")
-        for line in lines:
-            yield line.decode(errors="replace").rpartition("\r")[2]
-
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
+    def read(self) -> list[str]:
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        self.offset += len(data)
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        return [line.decode(errors="replace").rpartition("\r")[2] for line in lines]
 
 
 def follow(run: Run, out: TextIO, rank: int = 0) -> State:
-    """Print what happens until the run has ended, and return its state. Prints plain lines where `out` is no terminal."""
-    live = out.isatty()
-    seen = len([e for e in run.dir.events() if e["event"] == "finished"])  # of earlier submissions
-    events, log, attempt = _events_since(run, seen), None, 0
-    state = State.QUEUED
-    told = ""
-    while True:
-        state = run.state()
-        if live:
-            out.write("\r\x1b[K")
-        number = run.dir.last_attempt()
-        if log is None or number != attempt:
-            if log is not None:
-                _print(log.read(), out)
-                log.close()
-            log, attempt = Tail(run.dir.log(number, rank)), number
-        for event in events():
-            line = describe(event)
-            if line:
-                out.write(f"launch: {line}\n")
-        _print(log.read(), out)
-        if state.done:
-            log.close()
-            return state
-        if state is State.QUEUED and told != "queued" and run.dir.plan().backend != "local":
-            told = "queued"
-            out.write(f"launch: waiting in the queue of {run.dir.plan().backend}\n")
-        if live:
-            out.write(status_line(run, state)[: shutil.get_terminal_size().columns - 1])
-        out.flush()
-        time.sleep(LOOK_SECONDS)
+    """Print what happens until the run has ended, and return its state; see `Follower`."""
+    return Follower(run, out, rank).follow()
 
 
-def _print(lines: Iterator[str], out: TextIO) -> None:
-    for line in lines:
-        out.write(line + "\n")
+class Follower:
+    """Prints what one rank prints and what happens to the run; on a terminal, one line of progress below."""
 
+    def __init__(self, run: Run, out: TextIO, rank: int = 0) -> None:
+        self.run, self.out, self.rank = run, out, rank
+        self.live = out.isatty()
+        self.backend = run.dir.plan().backend
+        self.events = Tail(run.dir.events_file)
+        # Ends of earlier submissions: what came before them was told then.
+        self.ended = sum(e["event"] == "finished" for e in run.dir.events()) - (run.dir.result() is not None)
+        self.log: Tail | None = None
+        self.attempt = 0
+        self.queued = False
 
-def _events_since(run: Run, finished: int) -> Any:
-    """A function that returns the events since it was last called, beginning after the `finished`-th end of the run."""
-    tail = Tail(run.dir.events_file)
-    import json
+    def follow(self) -> State:
+        """Print until the run has ended. After an interruption, a second call goes on where the first one was."""
+        while True:
+            state = self.run.state()
+            if self.live:
+                self.out.write("\r\x1b[K")
+            self._tell_events()
+            self._tell_log()
+            if state is State.QUEUED and not self.queued and self.backend != "local":
+                self.queued = True
+                self.out.write(f"launch: waiting in the queue of {self.backend}\n")
+            if self.live and not state.done:
+                self.out.write(status_line(self.run, state)[: shutil.get_terminal_size().columns - 1])
+            self.out.flush()
+            if state.done:
+                return state
+            time.sleep(LOOK_SECONDS)
 
-    left = finished
-
-    def read() -> Iterator[dict[str, Any]]:
-        nonlocal left
-        for line in tail.read():
+    def _tell_events(self) -> None:
+        for line in self.events.read():
             try:
                 event = json.loads(line)
             except ValueError:
                 continue  # a line whose writer died
-            if left:
-                left -= event["event"] == "finished"
-            else:
-                yield event
+            if self.ended > 0:
+                self.ended -= event["event"] == "finished"
+            elif text := describe(event):
+                self._tell_log()  # what the rank said before it
+                self.out.write(f"launch: {text}\n")
 
-    return read
+    def _tell_log(self) -> None:
+        """Print the lines that the rank's log gained; of the newest attempt, and of the one before it to its end."""
+        newest = self.run.dir.last_attempt()
+        if newest != self.attempt and self.log is not None:
+            self._print(self.log)
+        if newest != self.attempt:
+            self.log, self.attempt = Tail(self.run.dir.log(newest, self.rank)), newest
+        if self.log is not None:
+            self._print(self.log)
+
+    def _print(self, log: Tail) -> None:
+        for line in log.read():
+            self.out.write(line + "\n")
 
 
 def describe(event: dict[str, Any]) -> str:
@@ -111,10 +110,8 @@ def describe(event: dict[str, Any]) -> str:
             return "preempted: saving and leaving"
         case {"event": "requeued"}:
             return "asked the scheduler to start the run again"
-        case {"event": "failed", "attempt": attempt, "kind": kind, "message": message}:
-            return f"attempt {attempt} failed: {kind}: {message}" if kind != "bad request" else ""
-        case {"event": "restarted", "restarts_left": left}:
-            return f"starting all ranks again from the newest checkpoint ({left} restarts left)"
+        case {"event": "restarted", "attempt": attempt, "kind": kind, "message": message, "restarts_left": left}:
+            return f"attempt {attempt} failed: {kind}: {message}; starting all ranks again ({left} restarts left)"
     return ""
 
 

@@ -135,9 +135,26 @@ def classify(error: BaseException) -> str:
     return "user error"
 
 
+def short_traceback(error: BaseException) -> str:
+    """The traceback from the target's first frame on: how this package and runpy came to call it is no news."""
+    ours = (str(Path(__file__).parent), "<frozen runpy>", "<frozen importlib")
+    report = traceback.TracebackException.from_exception(error)
+    frames = list(report.stack)
+    while len(frames) > 1 and frames[0].filename.startswith(ours):
+        del frames[0]
+    if frames and not frames[0].filename.startswith(ours):
+        report.stack = traceback.StackSummary.from_list(frames)
+    return "".join(report.format())
+
+
 def _leave_error(run_dir: RunDir, world: World, error: BaseException, kind: str) -> None:
-    text = "".join(traceback.format_exception(error)) if kind != "bad request" else f"{error}\n"
-    sys.stderr.write(text)
+    text = short_traceback(error) if kind != "bad request" else f"{error}\n"
+    if kind == "communication":
+        # The echo of another rank's failure; in full it would drown the cause for whoever watches rank 0.
+        line = str(error).splitlines()[0] if str(error) else ""
+        sys.stderr.write(f"launch: rank {world.rank} lost its peers: {type(error).__name__}: {line}\n")
+    else:
+        sys.stderr.write(text)
     record = {
         "time": time.time(),
         "rank": world.rank,

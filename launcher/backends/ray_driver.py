@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher.backends.ray import trainer
-from launcher.coordinator import end_run
+from launcher.coordinator import end_run, note_failure
 from launcher.errors import BadRequest
 from launcher.policy import ADVICE, Action, Failure, Outcome, decide
 from launcher.rundir import BEAT_SECONDS, RunDir
-from launcher.spec import State
+from launcher.spec import Plan, State
 
 
 class Driver:
@@ -122,12 +122,10 @@ class Driver:
             outcome = self._attempt()
             attempt = self.run_dir.last_attempt()
             action, failure = decide(outcome, restarts_left)
-            if failure is not None:
-                self.run_dir.event("failed", attempt=attempt, kind=failure.kind, message=failure.message)
             match action:
                 case Action.RESTART:
                     restarts_left -= 1
-                    self.run_dir.event("restarted", attempt=attempt, restarts_left=restarts_left)
+                    note_failure(self.run_dir, attempt, failure, restarts_left)
                 case Action.FINISH:
                     return end_run(self.run_dir, self.plan, State.SUCCEEDED, attempt, self.started)
                 case Action.STOP:
@@ -147,7 +145,7 @@ class Driver:
             # Ray resumes a trainer of the same name from its own state; ours is in the checkpoints.
             "name": f"{plan.name}-{number}",
             "failure_config": FailureConfig(**asked["run_config"]["failure_config"]),
-            "worker_runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join(plan.target.path), **plan.environment}},
+            "worker_runtime_env": {"env_vars": _worker_environment(plan)},
         }
         config = {
             "run_dir": str(plan.run_dir),
@@ -169,6 +167,15 @@ class Driver:
             attempt = self.run_dir.last_attempt()
             return Outcome(_exits(error), self.run_dir.errors(attempt), stop)
         return Outcome({0: result.return_value}, stop=stop)
+
+
+def _worker_environment(plan: Plan) -> dict[str, str]:
+    return {
+        "PYTHONPATH": os.pathsep.join(plan.target.path),
+        # Ray Train replaces print by one that also logs to stdout, so every line would come twice.
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        **plan.environment,
+    }
 
 
 def _exits(error: Any) -> dict[int, int]:

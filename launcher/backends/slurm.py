@@ -27,7 +27,18 @@ STATES: dict[str, State] = {
         ("RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED"), State.RUNNING
     ),
     **dict.fromkeys(
-        ["BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"],
+        [
+            "BOOT_FAIL",
+            "CANCELLED",
+            "COMPLETED",
+            "DEADLINE",
+            "FAILED",
+            "NODE_FAIL",
+            "OUT_OF_MEMORY",
+            "PREEMPTED",
+            "REVOKED",
+            "TIMEOUT",
+        ],
         State.LOST,
     ),
 }
@@ -206,6 +217,7 @@ def seat(environment: Mapping[str, str]) -> Seat:
     return Seat(
         node=int(environment["SLURM_NODEID"]),
         nodes=int(environment["SLURM_NNODES"]),
+        host=environment["SLURMD_NODENAME"],
         address=environment["SLURM_LAUNCH_NODE_IPADDR"],
         session=f"{job}.{environment.get('SLURM_RESTART_COUNT', '0')}",
         requeue=lambda: subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0,
