@@ -1,0 +1,277 @@
+"""The process that holds a test cluster's daemons, so that none of them can outlive the tests.
+
+A cluster is a folder and one keeper. The keeper starts every daemon as a child of its own, adopts whatever those
+daemonise (it is a child subreaper), and watches its owner. When the owner says ``stop``, closes the pipe or dies, even
+by ``kill -9``, the keeper kills every descendant and removes the folder. If the keeper itself was killed, the next one
+to start in the same place finds the folder unlocked and finishes the work.
+
+This module imports the standard library only and also runs as a plain script: ``python keeper.py FOLDER OWNER_PID``.
+The protocol is one JSON object a line: ``{"start": argv, "env": {...}, "log": path, "cwd": path}`` answers
+``{"pid": n}``; ``{"poll": pid}`` answers ``{"status": null | n}``; ``{"stop": true}`` answers when all is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import random
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+SESSION = "LAUNCH_TEST_SESSION"  # "<pid of the owner>-<random>", in the environment of all a test session starts
+FOLDER = "LAUNCH_TESTBED"  # in the environment of a cluster's daemons: its folder
+PREFIX = "launch-testbed-"
+PR_SET_CHILD_SUBREAPER = 36
+
+
+class TestbedError(Exception):
+    """A test cluster did not start or did not do as told; the message names the daemon and its last lines."""
+
+    __test__ = False
+
+
+class Keeper:
+    """The owner's side: starts daemons through a keeper process and stops them all.
+
+    Raises `TestbedError` where the keeper is gone or a daemon cannot be started.
+    """
+
+    def __init__(self, kind: str) -> None:
+        base = tempfile.gettempdir()
+        if len(base) > 30:  # the path of a UNIX socket ends at 107 bytes
+            base = "/tmp"
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{kind}-", dir=base))
+        self.folder.chmod(0o755)  # munged and daemons of other users must get through
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", __file__, str(self.folder), str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # a Ctrl-C in the terminal is for the owner alone
+        )
+
+    def start(self, name: str, argv: Sequence[str], env: Mapping[str, str]) -> int:
+        """Start a daemon that stays in the foreground; its output goes to ``<folder>/<name>.out``. Returns its pid."""
+        log = str(self.folder / f"{name}.out")
+        return int(self._ask({"start": list(argv), "env": dict(env), "log": log, "cwd": str(self.folder)})["pid"])
+
+    def poll(self, pid: int) -> int | None:
+        """The exit status of a daemon as `subprocess.Popen.returncode` has it, None while it runs."""
+        status = self._ask({"poll": pid})["status"]
+        return None if status is None else int(status)
+
+    def stop(self) -> None:
+        """Kill every daemon and what they started, remove the folder, end the keeper."""
+        if self._process.poll() is None:
+            with contextlib.suppress(TestbedError):
+                self._ask({"stop": True})
+        self._process.communicate()
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+            line = self._process.stdout.readline()
+        except (BrokenPipeError, ValueError):
+            line = ""
+        if not line:
+            raise TestbedError(f"the keeper of {self.folder} is gone")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise TestbedError(answer["error"])
+        return answer
+
+
+def tail(path: Path, lines: int = 15) -> str:
+    """The last lines of a log, for an error message."""
+    with contextlib.suppress(OSError):
+        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) or "(empty)"
+    return "(no log)"
+
+
+def processes_with(*needles: str) -> dict[int, str]:
+    """Living processes whose environment holds all `needles`, as pid -> command line. This process is left out.
+
+    The environment is that of the last exec: a variable set later in the process itself is not seen.
+    """
+    found = {}
+    for pid in _pids():
+        with contextlib.suppress(OSError):
+            environ = Path(f"/proc/{pid}/environ").read_bytes()
+            if pid != os.getpid() and all(needle.encode() in environ for needle in needles):
+                found[pid] = (
+                    Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                )
+    return found
+
+
+def descendants(root: int) -> set[int]:
+    """All living processes below `root`."""
+    children: dict[int, list[int]] = {}
+    for pid in _pids():
+        with contextlib.suppress(OSError):
+            stat = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+            if stat[0] != "Z":
+                children.setdefault(int(stat[1]), []).append(pid)
+    found: set[int] = set()
+    todo = [root]
+    while todo:
+        below = children.get(todo.pop(), [])
+        found.update(below)
+        todo.extend(below)
+    return found
+
+
+def kill(pids: Sequence[int] | set[int]) -> None:
+    """SIGKILL each of them; one that is gone already is no error."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports nobody listens on, below the range that the kernel gives to outgoing connections."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.SystemRandom().randrange(10000, 32000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+        if port not in found:
+            found.append(port)
+    return found
+
+
+def listening(port: int, host: str = "127.0.0.1") -> bool:
+    """Does something accept connections there?"""
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex((host, port)) == 0
+
+
+def _pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+# --- the keeper process
+
+
+def main(folder: Path, owner: int) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    lock = _lock(folder)
+    _finish_work_of_dead_keepers(folder)
+    ended: dict[int, int] = {}
+
+    def reap(*_: object) -> None:
+        with contextlib.suppress(ChildProcessError):
+            while (found := os.waitpid(-1, os.WNOHANG))[0]:
+                ended[found[0]] = os.waitstatus_to_exitcode(found[1])
+
+    signal.signal(signal.SIGCHLD, reap)
+    told = False
+    for request in _requests(owner):
+        if "start" in request:
+            answer = _spawn(request)
+        elif "poll" in request:
+            answer = {"status": ended.get(request["poll"])}
+        else:
+            told = True
+            break
+        print(json.dumps(answer), flush=True)
+    left = _kill_all()
+    if not told:  # the owner died: what it started itself (srun, sbatch, launch) has to go as well
+        session = os.environ.get(SESSION, "")
+        if session.startswith(f"{owner}-"):
+            strays = processes_with(f"{SESSION}={session}")
+            kill([pid for pid, command in strays.items() if __file__ not in command])
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
+    with contextlib.suppress(BrokenPipeError):
+        print(json.dumps({"error": f"these do not die: {sorted(left)}"} if left else {"stopped": True}), flush=True)
+
+
+def _requests(owner: int) -> Any:
+    """Requests as they come, until the pipe closes or the owner dies (a forked child may still hold the pipe)."""
+    try:
+        watch = [0, os.pidfd_open(owner)]
+    except ProcessLookupError:
+        return
+    pending = b""
+    while True:
+        ready, _, _ = select.select(watch, [], [])
+        chunk = os.read(0, 1 << 16) if 0 in ready else b""
+        if not chunk:
+            return
+        *lines, pending = (pending + chunk).split(b"\n")
+        for line in lines:
+            yield json.loads(line)
+
+
+def _spawn(request: dict[str, Any]) -> dict[str, Any]:
+    # setpriv: should the keeper be killed, the kernel takes its daemons with it
+    argv = ["setpriv", "--pdeathsig", "KILL", *request["start"]]
+    actions = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 1, request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644),
+        (os.POSIX_SPAWN_DUP2, 1, 2),
+    ]
+    env = request["env"] | {FOLDER: request["cwd"]}
+    ignored = [signal.SIGPIPE, signal.SIGXFSZ]  # by Python, and a child would inherit that
+    os.chdir(request["cwd"])
+    try:
+        return {"pid": os.posix_spawnp(argv[0], argv, env, file_actions=actions, setsid=True, setsigdef=ignored)}
+    except OSError as error:
+        return {"error": f"cannot start {request['start'][0]}: {error}"}
+
+
+def _kill_all() -> set[int]:
+    deadline = time.monotonic() + 20
+    while (left := descendants(os.getpid())) and time.monotonic() < deadline:
+        kill(left)
+        time.sleep(0.02)
+    return left
+
+
+def _lock(folder: Path) -> int:
+    """Held as long as a keeper lives; raises BlockingIOError where one does."""
+    handle = os.open(folder / "keeper.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _finish_work_of_dead_keepers(own: Path) -> None:
+    for folder in own.parent.glob(f"{PREFIX}*"):
+        # a folder without a lock file is about to get one
+        if folder == own or not (folder / "keeper.lock").exists():
+            continue
+        with contextlib.suppress(OSError):
+            lock = _lock(folder)
+            # SLURM_CONF alone may also be in a shell that somebody opened by hand: that is not ours to kill
+            while strays := processes_with(f"{FOLDER}={folder}\0") | processes_with(f"{folder}/", "SLURMD_NODENAME="):
+                kill(set(strays))
+                time.sleep(0.02)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,169 @@
+"""A real Ray cluster on one machine: ``with RayCluster() as cluster: ...`` or ``python -m tests.testbed.ray``.
+
+    keeper.py ── ray_host.py ── gcs_server · one raylet a node ── workers
+
+Every node is a raylet of its own; CPUs, GPUs, resources and labels are what the test says they are. Ports, sockets and
+session files are the folder's own, so another Ray on the machine is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Client
+from typing import Any, Self
+
+from tests.testbed.keeper import Keeper, TestbedError, tail
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the behaviour to come; the old one warns
+    "RAY_DEDUP_LOGS": "0",
+}
+
+
+@dataclass(frozen=True)
+class RayNode:
+    """What one raylet offers; numbers only, nothing is looked up on the machine."""
+
+    num_cpus: float = 4
+    num_gpus: float = 0
+    resources: Mapping[str, float] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def params(self) -> dict[str, Any]:
+        return {
+            "num_cpus": self.num_cpus,
+            "num_gpus": self.num_gpus,
+            "resources": dict(self.resources),
+            "labels": dict(self.labels),
+        }
+
+
+THREE_NODES = (RayNode(), RayNode(), RayNode())
+
+
+def missing() -> list[str]:
+    """What this machine lacks for a Ray cluster, in words; empty where nothing is missing."""
+    return [] if importlib.util.find_spec("ray") else ["ray (Python package ray[train])"]
+
+
+class RayCluster:
+    """A cluster of raylets "node1", "node2", ...; the first is the head, where drivers connect.
+
+    Raises `TestbedError` with the last lines of what Ray said.
+    """
+
+    def __init__(self, nodes: Sequence[RayNode] = THREE_NODES) -> None:
+        self._first = nodes
+        self._count = 0
+        self.address = ""
+
+    # --- life
+
+    def __enter__(self) -> Self:
+        if lacks := missing():
+            raise TestbedError("a Ray cluster cannot start here; missing: " + "; ".join(lacks))
+        self._keeper = Keeper("ray")
+        self.folder = self._keeper.folder
+        try:
+            env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | QUIET
+            env |= {"RAY_TMPDIR": str(self.folder), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            self._host = self._keeper.start(
+                "host", [sys.executable, "-m", "tests.testbed.ray_host", str(self.folder)], env
+            )
+            self._connection = self._connect()
+            self.address = self._ask("start", {self._name(): node.params() for node in self._first})
+        except BaseException:
+            self._keeper.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+        self._keeper.stop()
+
+    # --- for tests
+
+    def environment(self) -> dict[str, str]:
+        """What to put into the environment of a driver so that ``ray.init()`` comes here and says little."""
+        return {"RAY_ADDRESS": self.address, **QUIET}
+
+    def add_node(self, node: RayNode = THREE_NODES[0]) -> str:
+        """Start one more raylet; returns its name."""
+        name = self._name()
+        self._ask("start", {name: node.params()})
+        return name
+
+    def remove_node(self, name: str, *, graceful: bool = False) -> None:
+        """Stop a raylet with its workers; by default as a machine that dies."""
+        self._ask("remove", name, graceful)
+
+    def node_ids(self) -> dict[str, str]:
+        """Name -> Ray's node id in hex, of the nodes started and not removed."""
+        ids: dict[str, str] = self._ask("ids")
+        return ids
+
+    # --- inside
+
+    def _name(self) -> str:
+        self._count += 1
+        return f"node{self._count}"
+
+    def _connect(self) -> Any:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                return Client(str(self.folder / "host"))
+            except (FileNotFoundError, ConnectionRefusedError):
+                if self._keeper.poll(self._host) is not None or time.monotonic() > deadline:
+                    raise TestbedError(f"ray_host did not start\n{tail(self.folder / 'host.out')}") from None
+            time.sleep(0.02)
+
+    def _ask(self, operation: str, *arguments: Any) -> Any:
+        try:
+            self._connection.send((operation, arguments))
+            if not self._connection.poll(90):
+                raise TestbedError(f"ray_host: no answer to {operation}\n{tail(self.folder / 'host.out')}")
+            outcome, value = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise TestbedError(f"ray_host died\n{tail(self.folder / 'host.out')}") from error
+        if outcome == "error":
+            logs = sorted((self.folder / "session_latest" / "logs").glob("*.*"))
+            said = [
+                f"{log.name}:\n{tail(log)}" for log in logs if log.suffix in (".err", ".log") and log.stat().st_size
+            ]
+            raise TestbedError(f"ray_host: {operation} failed\n{value}\n" + "\n".join(said))
+        return value
+
+
+def main() -> int:
+    """Run a cluster of three nodes in the foreground until Ctrl-C, or run one command in it."""
+    parser = argparse.ArgumentParser(prog="python -m tests.testbed.ray", description=main.__doc__)
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs of each node, as numbers")
+    parser.add_argument("--command", nargs=argparse.REMAINDER, help="run this in the cluster and exit with its status")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        with RayCluster([RayNode(num_gpus=args.gpus)] * 3) as cluster:
+            if args.command:
+                return subprocess.run(args.command, env=os.environ | cluster.environment(), check=False).returncode
+            print("\n".join(f"export {k}={v}" for k, v in cluster.environment().items()), flush=True)
+            signal.pause()
+    except TestbedError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

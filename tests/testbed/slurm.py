@@ -1,0 +1,264 @@
+"""A real SLURM cluster on one machine: ``with SlurmCluster() as cluster: ...`` or ``python -m tests.testbed.slurm``.
+
+    folder/   slurm.conf  gres.conf  slurmdbd.conf  munge/  db/  state/  <node>/  gpu/  *.out *.log
+       keeper.py ── munged · mariadbd · slurmdbd · slurmctld · one slurmd a node ── slurmstepd ── jobs
+
+Nodes are names on this machine; GPUs are character devices without a driver behind them. Everything else is real:
+SLURM schedules, binds CUDA_VISIBLE_DEVICES, preempts, requeues and keeps accounts. Ports, sockets and keys are the
+folder's own, so a SLURM that lives on the machine is left alone, and so is a second checkout's cluster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from tests.testbed.keeper import (
+    Keeper,
+    TestbedError,
+    descendants,
+    free_ports,
+    kill,
+    listening,
+    processes_with,
+    tail,
+)
+from tests.testbed.slurm_conf import FOUR_NODES, Node, config_files
+
+BINARIES = {  # binary -> Debian package
+    "munged": "munge",
+    "slurmctld": "slurm-wlm",
+    "slurmd": "slurm-wlm",
+    "srun": "slurm-wlm",
+    "sbatch": "slurm-wlm",
+    "slurmdbd": "slurmdbd",
+    "mariadbd": "mariadb-server-core",
+}
+PATH = f"{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A line of squeue; `state` is SLURM's word, as in "RUNNING"."""
+
+    id: str
+    name: str
+    state: str
+    partition: str
+    nodes: str
+    reason: str
+
+
+def missing() -> list[str]:
+    """What this machine lacks for a SLURM cluster, in words; empty where nothing is missing."""
+    absent = [name for name in BINARIES if not shutil.which(name, path=PATH)]
+    lacks = [f"{name} (Debian package {BINARIES[name]})" for name in absent]
+    plugin = "slurm-wlm/accounting_storage_slurmdbd.so"
+    if not any(found for lib in ("lib", "lib64", "lib/*") for found in Path("/usr").glob(f"{lib}/{plugin}")):
+        lacks.append(f"{plugin} (Debian package slurm-wlm-basic-plugins)")
+    if os.geteuid() != 0:
+        lacks.append("root (SLURM's daemons, mknod)")
+    return lacks
+
+
+class SlurmCluster:
+    """A cluster with partitions ``debug`` (the default, preempted after `grace_time` seconds) and ``urgent``.
+
+    `accounting=False` leaves slurmdbd and the database out: sacct does not work then. `extra` is appended to slurm.conf.
+    Raises `TestbedError`, which names the daemon and shows its last lines.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[Node] = FOUR_NODES,
+        *,
+        accounting: bool = True,
+        grace_time: int = 30,
+        extra: str = "",
+    ) -> None:
+        self.nodes = tuple(nodes)
+        self.accounting = accounting
+        self.grace_time = grace_time
+        self.extra = extra
+        self._pids: dict[str, int] = {}
+
+    # --- life
+
+    def __enter__(self) -> Self:
+        if lacks := missing():
+            raise TestbedError("a SLURM cluster cannot start here; missing: " + "; ".join(lacks))
+        self._keeper = Keeper("slurm")
+        self.folder = self._keeper.folder
+        try:
+            self._start()
+        except BaseException:
+            self._keeper.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._keeper.stop()
+
+    def _start(self) -> None:
+        dbd_port, ctld_port, *ports = free_ports(2 + len(self.nodes))
+        self._ports = dict(zip((node.name for node in self.nodes), ports, strict=True))
+        self._write_files(dbd_port, ctld_port)
+        munge, db = self.folder / "munge", self.folder / "db"
+        self._daemon(
+            *("munged", "--foreground", "--force", f"--socket={munge}/socket", f"--key-file={munge}/key"),
+            *(f"--pid-file={munge}/pid", f"--log-file={munge}/log", f"--seed-file={munge}/seed", "--num-threads=2"),
+        )
+        if self.accounting:
+            # no network and no users: the folder's permissions guard the socket, and nothing here outlives a test
+            self._daemon(
+                *("mariadbd", "--no-defaults", "--user=root", f"--datadir={db}", f"--socket={db}/socket"),
+                *("--skip-networking", "--skip-grant-tables", f"--pid-file={db}/pid", "--innodb-log-file-size=8M"),
+                *("--innodb-buffer-pool-size=64M", "--innodb-flush-log-at-trx-commit=0", "--innodb-doublewrite=0"),
+                "--innodb-flush-method=nosync",
+            )
+            self._wait("mariadbd", (db / "socket").exists)
+        self._wait("munged", (munge / "socket").exists)
+        if self.accounting:
+            self._daemon("slurmdbd", "-D")
+            self._wait("slurmdbd", lambda: listening(dbd_port))
+            self.run("sacctmgr", "-i", "add", "cluster", "testbed")
+        self._daemon("slurmctld", "-D", "-c")
+        self._wait("slurmctld", lambda: listening(ctld_port))
+        for node in self.nodes:
+            self._start_slurmd(node.name)
+        self.wait_idle()
+
+    # --- for tests
+
+    def environment(self) -> dict[str, str]:
+        """What to put into the environment of sbatch, squeue and the like, so that they talk to this cluster."""
+        return {"SLURM_CONF": str(self.folder / "slurm.conf")}
+
+    def run(self, *command: str) -> str:
+        """Run a client command to its end and return its stdout; raises `TestbedError` where it fails."""
+        done = subprocess.run(command, env=self._env(), capture_output=True, text=True, check=False, timeout=120)
+        if done.returncode:
+            raise TestbedError(f"{' '.join(command)}: exit status {done.returncode}\n{done.stderr}{done.stdout}")
+        return done.stdout
+
+    def jobs(self) -> list[Job]:
+        """All jobs that the controller knows, ended ones included for some minutes."""
+        lines = self.run("squeue", "--noheader", "--states=all", "--format=%i|%j|%T|%P|%N|%r").splitlines()
+        return [Job(*line.split("|")) for line in lines]
+
+    def node_states(self) -> dict[str, str]:
+        """Node -> SLURM's word in lower case, as in "idle"; a star behind it says that slurmd does not answer."""
+        lines = self.run("sinfo", "--noheader", "--Node", "--format=%N %T").splitlines()
+        return dict(line.split(maxsplit=1) for line in lines)
+
+    def wait_idle(self, timeout: float = 30) -> None:
+        """Return when no job runs and every node is idle; raises `TestbedError` after `timeout` seconds."""
+        idle = {node.name: "idle" for node in self.nodes}
+        self._wait("slurmctld", lambda: self.node_states() == idle, timeout, lambda: f"nodes: {self.node_states()}")
+
+    def set_node(self, name: str, state: str, reason: str = "test") -> None:
+        """``scontrol update``: down, drain, resume, ..."""
+        self.run("scontrol", "update", f"nodename={name}", f"state={state}", f"reason={reason}")
+
+    def reset(self) -> None:
+        """Cancel all jobs, bring every node back and wait until all are idle: the state a test may expect."""
+        for name in self._ports:
+            if self._keeper.poll(self._pids[name]) is not None:
+                self.restart_slurmd(name)
+        active = [job.id for job in self.jobs() if job.state in ("PENDING", "RUNNING", "SUSPENDED", "COMPLETING")]
+        if active:
+            self.run("scancel", "--signal=KILL", "--full", *active)
+            self.run("scancel", *active)
+        for name, state in self.node_states().items():
+            if state.rstrip("*") not in ("idle", "allocated", "mixed", "completing"):
+                self.set_node(name, "resume")
+        self.wait_idle()
+
+    def kill_slurmd(self, name: str, *, jobs: bool = False) -> None:
+        """SIGKILL a node's slurmd; with `jobs` also its steps and tasks, as when the node loses power."""
+        pid = self._pids[name]
+        victims = {pid} | descendants(pid)
+        if jobs:
+            victims |= set(processes_with(f"{NODE}={self.folder}/{name}\0"))
+            victims |= set(processes_with(f"{self.folder}/", f"SLURMD_NODENAME={name}\0"))
+        kill(victims)
+        self._wait("slurmctld", lambda: self._keeper.poll(pid) is not None)
+
+    def restart_slurmd(self, name: str) -> None:
+        """Start a node's slurmd again after `kill_slurmd`."""
+        self._start_slurmd(name)
+
+    # --- inside
+
+    def _env(self) -> dict[str, str]:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH_", "SALLOC_", "SQUEUE_"))}
+        return clean | self.environment() | {"PATH": PATH, "MYSQL_UNIX_PORT": str(self.folder / "db" / "socket")}
+
+    def _daemon(self, binary: str, *args: str, name: str = "", env: dict[str, str] | None = None) -> None:
+        self._pids[name or binary] = self._keeper.start(name or binary, [binary, *args], self._env() | (env or {}))
+
+    def _start_slurmd(self, name: str) -> None:
+        self._daemon("slurmd", "-D", "-N", name, name=name, env={NODE: f"{self.folder}/{name}"})
+
+    def _wait(
+        self, daemon: str, ready: Callable[[], bool], timeout: float = 30, state: Callable[[], str] = lambda: ""
+    ) -> None:
+        deadline = time.monotonic() + timeout
+        while not ready():
+            status = self._keeper.poll(self._pids[daemon])
+            if status is not None or time.monotonic() > deadline:
+                what = f"not ready after {timeout} s" if status is None else f"ended with status {status}"
+                raise TestbedError(f"{daemon}: {what}. {state()}\n{tail(self.folder / f'{daemon}.out')}")
+            time.sleep(0.05)
+
+    def _write_files(self, dbd_port: int, ctld_port: int) -> None:
+        for name in ("munge", "db", "state", "gpu", *self._ports):
+            (self.folder / name).mkdir(mode=0o700 if name == "db" else 0o755)
+        for i in range(max(node.gpus for node in self.nodes)):
+            os.mknod(self.folder / "gpu" / f"gpu{i}", 0o20666, os.makedev(1, 3))
+        files = config_files(
+            self.folder, self.nodes, self._ports, ctld_port, dbd_port if self.accounting else None, self.grace_time
+        )
+        files["slurm.conf"] += self.extra
+        files["munge/key"] = os.urandom(64).hex()
+        for name, text in files.items():
+            (self.folder / name).touch(mode=0o644 if name in ("slurm.conf", "gres.conf") else 0o600)
+            (self.folder / name).write_text(text)
+
+
+NODE = "LAUNCH_TESTBED_NODE"  # in the environment of a slurmd and of its slurmstepds
+
+
+def main() -> int:
+    """Run a cluster in the foreground until Ctrl-C, or run one command in it."""
+    parser = argparse.ArgumentParser(prog="python -m tests.testbed.slurm", description=main.__doc__)
+    parser.add_argument("--no-accounting", action="store_true", help="without slurmdbd: sacct does not work")
+    parser.add_argument("--grace-time", type=int, default=30, help="seconds of GraceTime in partition debug")
+    parser.add_argument("--command", nargs=argparse.REMAINDER, help="run this in the cluster and exit with its status")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        with SlurmCluster(accounting=not args.no_accounting, grace_time=args.grace_time) as cluster:
+            if args.command:
+                return subprocess.run(args.command, env=os.environ | cluster.environment(), check=False).returncode
+            print("\n".join(f"export {k}={v}" for k, v in cluster.environment().items()), flush=True)
+            signal.pause()
+    except TestbedError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
