@@ -121,10 +121,12 @@ class Engine:
 
         ids: list[int] = []
         outputs: list[torch.Tensor] = []
+        batches = evaluation_batches(data.lengths, batch_size)
+        most = -(-len(batches) // self.world_size) * batch_size
         self.model.eval()
         try:
             with torch.inference_mode(), self.accelerator.autocast():
-                for samples in evaluation_batches(data.lengths, batch_size)[self.ctx.world.rank :: self.world_size]:
+                for samples in batches[self.ctx.world.rank :: self.world_size]:
                     batch = self.batch(data, samples)
                     batch.pop("labels")
                     logits = self.model(**batch).logits.float()
@@ -133,7 +135,8 @@ class Engine:
         finally:
             self.model.train()
         predictions = torch.cat(outputs).tolist() if outputs else []
-        return combine(self.ctx.group, metric, len(data), ids, predictions, [data.labels[sample] for sample in ids])
+        references = [data.labels[sample] for sample in ids]
+        return combine(self.ctx.group, metric, len(data), ids, predictions, references, most)
 
     def capture(self) -> dict[str, Any]:
         """The parts of a checkpoint that the engine knows; the state of all ranks is gathered. A collective."""

@@ -157,7 +157,9 @@ def _convert(hint: Any, text: str) -> Any:
     """`text` as a value of type `hint`; ValueError, with what is allowed as its message, where it is none."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        for part in sorted(arguments, key=lambda part: part is str):  # str takes anything, so it is asked last
+        for part in sorted(
+            arguments, key=lambda part: part in (str, Path)
+        ):  # they take anything, so they are asked last
             try:
                 return _convert(part, text)
             except ValueError:
@@ -187,6 +189,8 @@ def _convert(hint: Any, text: str) -> Any:
         if text not in hint.__members__:
             raise ValueError("one of " + ", ".join(hint.__members__))
         return hint[text]
+    if hint is Path and not text:
+        raise ValueError("a path")
     try:
         value = hint(text)
     except ValueError:

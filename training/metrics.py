@@ -32,24 +32,25 @@ def combine(
     ids: Sequence[int],
     predictions: Sequence[float],
     references: Sequence[float],
+    most: int | None = None,
 ) -> dict[str, float]:
     """The metric over the predictions of all ranks, and "samples", their number; on every rank.
 
-    One collective. Each rank brings any share of the `size` samples, also none. Raises RuntimeError unless every id of
+    One collective. Each rank brings any share of the `size` samples, also none, but at most `most`. Raises RuntimeError unless every id of
     range(size) has come exactly once.
     """
     import numpy as np
 
-    mine = np.array([ids, predictions, references], dtype=np.float64).reshape(3, len(ids))
-    rows = np.concatenate(group.gather(mine), axis=1)
-    rows = rows[:, np.argsort(rows[0], kind="stable")]
-    if rows.shape[1] != size or not np.array_equal(rows[0], np.arange(size)):
-        seen = np.bincount(rows[0].astype(np.int64), minlength=size)
+    mine = np.array([ids, predictions, references], dtype=np.float64).T.reshape(len(ids), 3)
+    rows = group.gather_rows(mine, size if most is None else most)
+    rows = rows[np.argsort(rows[:, 0], kind="stable")]
+    if not np.array_equal(rows[:, 0], np.arange(size)):
+        seen = np.bincount(rows[:, 0].astype(np.int64), minlength=size)
         raise RuntimeError(
             f"the evaluation must see each of {size} samples once: {int((seen[:size] == 0).sum())} are missing, "
             f"{int((seen > 1).sum())} came more than once, {int(seen[size:].sum())} do not exist"
         )
-    return {**metric(rows[1], rows[2]), "samples": size}
+    return {**metric(rows[:, 1], rows[:, 2]), "samples": size}
 
 
 def accuracy_and_f1(predictions: npt.NDArray[np.float64], references: npt.NDArray[np.float64]) -> dict[str, float]:

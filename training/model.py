@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 TINY = "tiny"
 VOCABULARY = Path(__file__).parent / "corpus" / "vocab.txt"
-# Two layers compare two sentences; weights start wide because with 64 units at BERT's usual 0.02 it takes many times the steps
-# to find that words of the first sentence should look at the same words of the second.
+# Two layers compare two sentences; weights start wide because at BERT's usual 0.02 so few units take many more steps to
+# find that words of the first sentence should look at the same words of the second.
 TINY_SHAPE: dict[str, Any] = {
     "hidden_size": 64,
     "num_hidden_layers": 2,

@@ -1,0 +1,14 @@
+"""What the server of forked ranks imports once: all that a run of the reference job imports."""
+
+from __future__ import annotations
+
+import torch.distributed  # noqa: F401
+from accelerate import Accelerator  # noqa: F401
+from datasets import load_from_disk  # noqa: F401
+from transformers import (  # noqa: F401
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+    BertTokenizer,
+    DataCollatorWithPadding,
+    get_scheduler,
+)

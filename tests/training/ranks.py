@@ -1,0 +1,83 @@
+"""Real ranks for tests: forked from a server that has imported torch and transformers once, joined over gloo."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from training.context import Context
+from training.world import World
+
+PRELOAD = ["tests.training.preload"]
+SECONDS = 120.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def worlds(size: int, *, attempt: int = 1) -> list[World]:
+    port = free_port()
+    return [
+        World(rank, rank, 0, size, size, 1, "127.0.0.1", port if size > 1 else 0, "cpu", 1, attempt, "test")
+        for rank in range(size)
+    ]
+
+
+def spawn(work: Callable[..., Any], size: int, *args: Any) -> list[Any]:
+    """What `work(world, *args)` returns on each of `size` ranks; the first exception otherwise, with its traceback."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    ranks = []
+    for world in worlds(size):
+        here, there = context.Pipe()
+        process = context.Process(target=_enter, args=(there, work, world, args))
+        process.start()
+        there.close()
+        ranks.append((process, here))
+    results: list[Any] = [None] * size
+    try:
+        pending: dict[Any, int] = {here: rank for rank, (_, here) in enumerate(ranks)}
+        while pending:
+            ready = wait(list(pending), SECONDS)
+            assert ready, f"ranks {sorted(pending.values())} have not answered within {SECONDS} s"
+            for answered in ready:
+                assert isinstance(answered, Connection)
+                rank = pending.pop(answered)
+                try:
+                    ok, value = answered.recv()
+                except EOFError:
+                    ok, value = True, None  # killed, as some tests intend
+                if not ok:
+                    raise AssertionError(f"rank {rank}:\n{value}")
+                results[rank] = value
+    finally:
+        for process, _ in ranks:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+                process.join()
+    return results
+
+
+def _enter(pipe: Any, work: Callable[..., Any], world: World, args: tuple[Any, ...]) -> None:
+    try:
+        pipe.send((True, work(world, *args)))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+
+
+def train_in(world: World, run_dir: Path, **options: Any) -> tuple[dict[str, Any], bool]:
+    """Run the reference job as one rank; its result, and whether it was stopped."""
+    from training.train import TrainConfig, train
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with Context(run_dir, world) as ctx:
+        return train(ctx, TrainConfig(**options)), ctx.stopped

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.training.ranks import spawn
+from training.group import Group, make_group
+from training.metrics import accuracy, accuracy_and_f1, combine, evaluation_batches, metric_for, pearson_and_spearman
+from training.world import World
+
+
+class Simulated(Group):
+    """Rank 0 of several ranks of which all have already said what they bring."""
+
+    def __init__(self, others: list[Any]) -> None:
+        self.others = others
+
+    def gather_rows(self, rows: Any, most: int) -> Any:
+        assert max(map(len, [rows, *self.others])) <= most
+        return np.concatenate([rows, *self.others])
+
+
+def predict(sample: int) -> int:
+    return (sample * 2654435761 >> 7) % 2
+
+
+def reference(sample: int) -> int:
+    return (sample * 40503 >> 3) % 3 > 0
+
+
+def shares(size: int, batch_size: int, world_size: int) -> list[list[int]]:
+    lengths = [(sample * 13) % 50 for sample in range(size)]
+    batches = evaluation_batches(lengths, batch_size)
+    return [[sample for batch in batches[rank::world_size] for sample in batch] for rank in range(world_size)]
+
+
+def brought(ids: list[int]) -> Any:
+    rows = [ids, [predict(sample) for sample in ids], [reference(sample) for sample in ids]]
+    return np.array(rows, dtype=np.float64).T.reshape(len(ids), 3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 8, 32])
+@pytest.mark.parametrize("world_size", range(1, 9))
+def test_any_number_of_ranks_gives_the_number_of_one(world_size: int, batch_size: int) -> None:
+    for size in range(1, 409):
+        whole = np.arange(size)
+        alone = accuracy_and_f1(
+            np.array([predict(int(i)) for i in whole], dtype=float), np.array([reference(int(i)) for i in whole], float)
+        )
+        mine, *others = [brought(ids) for ids in shares(size, batch_size, world_size)]
+        together = combine(Simulated(others), accuracy_and_f1, size, *mine.T.tolist())
+        assert together == {**alone, "samples": size}
+
+
+def _combine(world: World, sizes: list[int]) -> list[dict[str, float]]:
+    group = make_group(world)
+    results = []
+    for size in sizes:
+        ids = shares(size, 8, world.world_size)[world.rank]
+        rows = brought(ids).T.tolist()
+        results.append(combine(group, accuracy_and_f1, size, ids, rows[1], rows[2]))
+    group.close()
+    return results
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_real_ranks_give_the_number_of_one(world_size: int) -> None:
+    sizes = [1, 2, 7, 8, 9, 24, 25, 407, 408]
+    alone = _combine(World(), sizes)
+    for result in spawn(_combine, world_size, sizes):
+        assert result == alone
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [([0, 1], "1 are missing"), ([0, 1, 1], "1 are missing, 1 came more than once"), ([0, 1, 2, 3], "1 do not exist")],
+)
+def test_a_wrong_set_of_samples_is_an_error(ids: list[int], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        combine(Group(), accuracy, 3, ids, [0] * len(ids), [0] * len(ids))
+
+
+vectors = st.integers(1, 60).flatmap(
+    lambda size: st.tuples(*[st.lists(st.integers(0, 1), min_size=size, max_size=size)] * 2)
+)
+
+
+@given(vectors)
+@settings(deadline=None, max_examples=200)
+def test_accuracy_and_f1_are_those_of_sklearn(pair: tuple[list[int], list[int]]) -> None:
+    from sklearn.metrics import accuracy_score, f1_score
+
+    predictions, references = (np.array(values, dtype=float) for values in pair)
+    ours = accuracy_and_f1(predictions, references)
+    assert ours["accuracy"] == accuracy_score(references, predictions)
+    assert ours["f1"] == f1_score(references, predictions, zero_division=0)
+
+
+def test_the_correlations_are_those_of_scipy() -> None:
+    from scipy.stats import pearsonr, spearmanr  # type: ignore[import-untyped]
+
+    rng = np.random.default_rng(0)
+    left, right = rng.integers(0, 9, 100).astype(float), rng.normal(size=100)
+    ours = pearson_and_spearman(left, right)
+    assert ours["pearson"] == pytest.approx(pearsonr(left, right)[0], abs=1e-12)
+    assert ours["spearmanr"] == pytest.approx(spearmanr(left, right)[0], abs=1e-12)
+    assert pearson_and_spearman(np.ones(3), right[:3])["pearson"] == 0.0
+
+
+@pytest.mark.parametrize(("labels", "metric"), [(1, pearson_and_spearman), (2, accuracy_and_f1), (7, accuracy)])
+def test_the_task_decides_the_metric(labels: int, metric: Callable[..., Any]) -> None:
+    assert metric_for(labels) is metric

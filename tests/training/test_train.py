@@ -1,0 +1,303 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training.ranks import spawn, train_in
+from training import train as module
+from training.checkpoints import load
+from training.context import Context
+from training.data import encode, find_source
+from training.engine import Engine, seed_all
+from training.errors import CheckpointError, ConfigError
+from training.files import read_lines
+from training.model import load_model, load_tokenizer
+from training.sampler import Position, steps
+from training.train import TrainConfig, check, train
+from training.world import World
+
+ONE = World(threads=1)
+Options = dict[str, Any]
+
+
+@pytest.fixture
+def options(small: Path, tmp_path: Path) -> Options:
+    return {
+        "dataset": str(small), "batch_size": 8, "epochs": 2, "log_every": 1, "save_every": 2, "keep": 100,
+        "cache": tmp_path / "cache",
+    }  # fmt: skip
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """The loss of each step, as last logged."""
+    return {line["step"]: line["loss"] for line in read_lines(run_dir / "metrics.jsonl") if "loss" in line}
+
+
+def final(run_dir: Path) -> dict[str, Any]:
+    newest = max((run_dir / "checkpoints").glob("step-*"))
+    return load(newest)
+
+
+def assert_same_end(left: Path, right: Path) -> None:
+    """Bit-identical weights, optimizer, generators, position and per-step losses."""
+    one, other = final(left), final(right)
+    assert one.keys() == other.keys()
+    for name in one:
+        if name.endswith(".safetensors"):
+            assert one[name].keys() == other[name].keys()
+            for key in one[name]:
+                assert torch.equal(one[name][key], other[name][key]), f"{name}: {key}"
+        else:
+            assert one[name] == other[name], name
+    assert losses(left) == losses(right)
+    assert (left / "model" / "model.safetensors").read_bytes() == (right / "model" / "model.safetensors").read_bytes()
+
+
+def test_a_run_from_start_to_end(tmp_path: Path, options: Options) -> None:
+    run = tmp_path / "run"
+    result, stopped = train_in(ONE, run, **options)
+    assert not stopped
+    assert result["samples"] == 23
+    assert result["steps"] == 2 * math.ceil(50 / 8)
+    assert result["epochs"] == 2
+    assert set(result) == {"accuracy", "f1", "samples", "steps", "epochs", "best", "model"}
+    assert result["best"]["score"] >= result["accuracy"]
+    lines = read_lines(run / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 15))
+    assert {"step", "total_steps", "epoch", "loss", "lr", "samples_per_second"} <= lines[0].keys()
+    assert [line["eval"]["samples"] for line in lines if "eval" in line] == [23, 23]
+    saved = [line["step"] for line in read_lines(run / "events.jsonl") if line["event"] == "saved"]
+    assert saved == [2, 4, 6, 7, 8, 10, 12, 14]
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(run / "model")
+    again = AutoModelForSequenceClassification.from_pretrained(run / "checkpoints" / "step-000000014")
+    for left, right in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(left, right)
+    assert AutoTokenizer.from_pretrained(run / "model")("anna sold the boat .")["input_ids"]
+    before = sorted(os.listdir(run))
+    assert train_in(ONE, run, **options)[0] == result, "a finished run that is started again has its result"
+    assert sorted(os.listdir(run)) == before
+
+
+def plain_loop(options: Options, seed: int, lr: float, fused: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The recipe's loop with nothing of ours but the order of the samples."""
+    from torch.utils.data import DataLoader
+    from transformers import DataCollatorWithPadding, get_scheduler
+
+    tokenizer = load_tokenizer("tiny")
+    source = find_source("train", options["dataset"], "")
+    data = encode(source, tokenizer, max_length=128, num_labels=2, cache=options["cache"])
+    seed_all(seed)
+    model = load_model("tiny", 2)
+    seed_all(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=fused)
+    batches = [
+        list(step.microbatches[0])
+        for epoch in (0, 1)
+        for step in steps(50, Position(seed, epoch), rank=0, world_size=1, batch_size=8, global_batch=8)
+    ]
+    scheduler = get_scheduler("linear", optimizer, 0, len(batches))
+    rows = data.rows(range(50))
+    loader: Any = DataLoader(rows, batch_sampler=batches, collate_fn=DataCollatorWithPadding(tokenizer))  # type: ignore[arg-type]
+    found = []
+    model.train()
+    for batch in loader:
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found, model.state_dict()
+
+
+def test_the_losses_are_those_of_the_plain_loop(tmp_path: Path, options: Options) -> None:
+    """The same recipe, not a similar one: every loss equal to the bit on one rank."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        expected, weights = plain_loop(options, 3, 1e-3, True)
+        unfused, _ = plain_loop(options, 3, 1e-3, False)
+    finally:
+        torch.set_num_threads(threads)
+    train_in(ONE, tmp_path / "run", **options, seed=3, lr=1e-3)
+    assert list(losses(tmp_path / "run").values()) == expected
+    assert expected == pytest.approx(unfused, rel=1e-5)  # the fused optimizer rounds differently, and that is all
+    trained = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert all(torch.equal(weights[name], trained[name]) for name in trained)
+
+
+def test_accumulation_and_ranks_take_the_same_step(tmp_path: Path, options: Options) -> None:
+    """Global batch 8 as one batch, as microbatches of 3, and on 2 and 3 ranks: equal up to rounding."""
+    train_in(ONE, tmp_path / "one", **options)
+    expected = losses(tmp_path / "one")
+    train_in(ONE, tmp_path / "micro", **{**options, "batch_size": 3, "global_batch": 8})
+    assert losses(tmp_path / "micro") == pytest.approx(expected, rel=1e-4)
+    for size in (2, 3):
+        run = tmp_path / str(size)
+        results = spawn(train_in_world, size, run, {**options, "batch_size": 3, "global_batch": 8})
+        assert losses(run) == pytest.approx(expected, rel=1e-4)
+        assert all(result == results[0] for result in results)
+
+
+def train_in_world(world: World, run_dir: Path, options: Options) -> tuple[dict[str, Any], bool]:
+    torch.set_num_threads(1)
+    return train_in(world, run_dir, **options)
+
+
+def train_and_die(world: World, run_dir: Path, options: Options, kills: dict[str, int]) -> None:
+    """As a rank that is killed at the given count of steps taken, evaluations begun, or files written by a save."""
+    from training import checkpoints
+
+    counts = dict.fromkeys(kills, 0)
+
+    def die(kind: str) -> None:
+        if kind in kills:
+            counts[kind] += 1
+            if counts[kind] == kills[kind]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    step, evaluate, write = Engine.step, Engine.evaluate, checkpoints._write_file
+    Engine.step = lambda self, *args: (die("step"), step(self, *args))[1]  # type: ignore[method-assign,func-returns-value]
+    Engine.evaluate = lambda self, *args: (die("evaluate"), evaluate(self, *args))[1]  # type: ignore[method-assign,func-returns-value]
+    checkpoints._write_file = lambda *args: (die("write"), write(*args))[1]  # type: ignore[func-returns-value]
+    train_in_world(world, run_dir, options)
+
+
+def some_kill(rng: random.Random) -> dict[str, int]:
+    return rng.choice(
+        [{"step": rng.randint(1, 9)}, {"step": rng.randint(1, 9)}, {"write": rng.randint(1, 30)}, {"evaluate": 1}]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "schedules"), [(1, 6), (2, 2)])
+def test_killed_and_resumed_ends_as_if_never_killed(
+    tmp_path: Path, options: Options, size: int, schedules: int
+) -> None:
+    options["batch_size"] //= size
+    spawn(train_in_world, size, tmp_path / "whole", options)
+    rng = random.Random(int(os.environ.get("KILL_SEED", "1")))
+    for schedule in range(int(os.environ.get("KILL_SCHEDULES", schedules))):
+        run = tmp_path / f"killed{schedule}"
+        for _ in range(3):
+            spawn(train_and_die, size, run, options, some_kill(rng))
+        spawn(train_in_world, size, run, options)
+        assert_same_end(tmp_path / "whole", run)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, options: Options) -> None:
+    """Stopped on 2 ranks, resumed on 1, then on 3: the same steps, so the same losses up to rounding."""
+    options |= {"batch_size": 4, "global_batch": 8}
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train_in(ONE, whole, **options)
+    for size, stop_after in ((2, 3), (1, 5), (3, 0)):
+        for result, stopped in spawn(train_and_stop, size, run, options, stop_after):
+            assert stopped == bool(stop_after)
+            assert ("model" in result) != stopped
+    assert sorted(losses(run)) == list(range(1, 15))
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-3)
+
+
+def train_and_stop(world: World, run_dir: Path, options: Options, after: int) -> tuple[dict[str, Any], bool]:
+    """As a rank of which the last one is asked to stop after some steps."""
+    torch.set_num_threads(1)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with Context(run_dir, world) as ctx:
+        step, count = Engine.step, 0
+
+        def counted(self: Engine, *args: Any) -> None:
+            nonlocal count
+            step(self, *args)
+            count += 1
+            if count == after and world.rank == world.world_size - 1:
+                ctx.request_stop("test")
+
+        Engine.step = counted  # type: ignore[method-assign,assignment]
+        try:
+            return train(ctx, TrainConfig(**options)), ctx.stopped
+        finally:
+            Engine.step = step  # type: ignore[method-assign]
+
+
+def test_a_stop_saves_and_the_run_ends_as_if_never_stopped(tmp_path: Path, options: Options) -> None:
+    options["save_every"] = 1000
+    train_in(ONE, tmp_path / "whole", **options)
+    result, stopped = train_and_stop(ONE, tmp_path / "run", options, 4)
+    assert stopped
+    assert result["steps"] == 4
+    assert not (tmp_path / "run" / "model").exists()
+    assert not train_in(ONE, tmp_path / "run", **options)[1]
+    assert_same_end(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_stop_asked_for_in_the_last_step_is_a_finish(tmp_path: Path, options: Options) -> None:
+    result, stopped = train_and_stop(ONE, tmp_path / "run", options, 14)
+    assert not stopped
+    assert result["model"] == "model"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 0}, "--batch-size 0 must be more than 0"),
+        ({"keep": 0}, "--keep 0 must be 1 or more"),
+        ({"seed": -1}, "--seed -1 must be 0 or more"),
+        ({"model": "./nowhere"}, "no such folder"),
+        ({"dataset": "./nowhere"}, "no such folder"),
+        ({"num_labels": 1, "lr": -1.0}, "--lr"),
+    ],
+)
+def test_bad_requests(change: Options, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(TrainConfig(**change))
+    assert module.train.check is check  # type: ignore[attr-defined]
+
+
+def test_a_run_does_not_go_on_with_other_data_seed_or_model(tmp_path: Path, options: Options, small: Path) -> None:
+    run = tmp_path / "run"
+    train_in(ONE, run, **{**options, "max_steps": 2})
+    with pytest.raises(ConfigError, match="began with --seed 42"):
+        train_in(ONE, run, **options, seed=1)
+    wide = load_model("tiny", 2)
+    wide.config.num_hidden_layers = 1
+    type(wide)(wide.config).save_pretrained(tmp_path / "other")
+    load_tokenizer("tiny").save_pretrained(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="of another model"):
+        train_in(ONE, run, **{**options, "model": str(tmp_path / "other")})
+    file = small / "train.csv"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(ConfigError, match=r"data have changed .* \(50 samples then, 49 now\)"):
+        train_in(ONE, run, **options)
+    for damaged in (run / "checkpoints").glob("step-*/manifest.json"):
+        damaged.write_text(json.dumps({}))
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(CheckpointError, match="every checkpoint"):
+        train_in(ONE, run, **options)
+
+
+def _bad_data(world: World, run_dir: Path, options: Options) -> str:
+    try:
+        train_in(world, run_dir, **options)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_every_rank_hears_of_unusable_data(tmp_path: Path, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found only while loading, past the rows that are checked before a run is sent."""
+    file = Path(options["dataset"]) / "train.csv"
+    rows = [f"a b,b a,{1 if row < 20_100 else 5},{row}" for row in range(20_101)]
+    file.write_text("sentence1,sentence2,label,idx\n" + "\n".join(rows) + "\n")
+    for message in spawn(_bad_data, 2, tmp_path / "run", options):
+        assert "row 20101: label 5 is outside the model's range 0..1" in message
