@@ -472,6 +472,34 @@ def run_clusters(argv: Sequence[str]) -> int:
     return 0
 
 
+def run_doctor(argv: Sequence[str]) -> int:
+    """``launch doctor``."""
+    parser = Parser(
+        prog="launch doctor", description="Check this machine and an engine; exit status 1 if something is wrong."
+    )
+    parser.add_argument("--backend", action=Once, metavar="NAME", help="local (default), slurm or ray")
+    parser.add_argument("--cluster", action=Once, metavar="NAME|PATH", help="a profile (see `launch clusters`)")
+    add_json(parser)
+    options = parser.parse_args(list(argv))
+    from launcher import backends, cluster
+    from launcher.doctor import examine
+    from launcher.records import to_data
+
+    if options.backend is not None:
+        backends.get(options.backend)
+    site = cluster.load(options.cluster or options.backend or "local", Path.cwd())
+    checks = []
+    for check in examine(site, Path.cwd()):
+        checks.append(check)
+        if not options.json:
+            print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<12} {check.found}", flush=True)
+            if check.remedy and not check.ok:
+                print(f"      -> {check.remedy}")
+    if options.json:
+        print(json.dumps(to_data(checks)))
+    return 0 if all(check.ok for check in checks) else 1
+
+
 _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "list": run_list,
     "status": run_status,
@@ -479,4 +507,5 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "cancel": run_cancel,
     "resume": run_resume,
     "clusters": run_clusters,
+    "doctor": run_doctor,
 }

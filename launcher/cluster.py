@@ -174,7 +174,10 @@ def parse(data: Mapping[str, Any], path: Path, cwd: Path) -> Cluster:
     cluster = from_data(Cluster, {"name": path.stem, **data}, where)
     if (cluster.node.gpus or 0) < 0 or cluster.node.cpus < 0 or cluster.nodes < 0 or cluster.grace <= 0:
         raise BadRequest(f"{where}: node.gpus, node.cpus and nodes are 0 or more, and grace is more than 0 seconds.")
-    return replace(cluster, runs=os.path.expanduser(os.path.expandvars(cluster.runs)))
+    runs = os.path.expanduser(os.path.expandvars(cluster.runs))
+    if "$" in runs:
+        raise BadRequest(f"{where}: runs = {cluster.runs!r} names a variable that is not set here.")
+    return replace(cluster, runs=runs)
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import os
 import runpy
 import sys
 import sysconfig
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
@@ -184,10 +185,13 @@ def load(name: str) -> Callable[..., Any]:
     """Import the function called ``module:function``.
 
     Raises:
-        BadRequest: the module has no such attribute, or it cannot be called.
+        BadRequest: the module cannot be imported (its own traceback, short), has no such attribute, or it is not a function.
     """
     module, _, path = name.partition(":")
-    found: Any = importlib.import_module(module)
+    try:
+        found: Any = importlib.import_module(module)
+    except Exception as error:
+        raise BadRequest(f"the target's module {module!r} cannot be imported:\n{short_traceback(error)}") from None
     for part in path.split("."):
         if not hasattr(found, part):
             raise BadRequest(f"{module} has no {path!r}{nearest(part, vars(found))}.")
@@ -195,6 +199,18 @@ def load(name: str) -> Callable[..., Any]:
     if not callable(found):
         raise BadRequest(f"{name} is {type(found).__name__}, not a function.")
     return found  # type: ignore[no-any-return]
+
+
+def short_traceback(error: BaseException) -> str:
+    """The traceback from the target's first frame on: how this package and runpy came to call it is no news."""
+    ours = (str(Path(__file__).parent), "<frozen runpy>", "<frozen importlib", importlib.__file__)
+    report = traceback.TracebackException.from_exception(error)
+    frames = list(report.stack)
+    while len(frames) > 1 and frames[0].filename.startswith(ours):
+        del frames[0]
+    if frames and not frames[0].filename.startswith(ours):
+        report.stack = traceback.StackSummary.from_list(frames)
+    return "".join(report.format())
 
 
 def signature(function: Callable[..., Any]) -> tuple[bool, type | None]:

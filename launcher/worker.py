@@ -9,7 +9,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +18,7 @@ from launcher.errors import BadRequest
 from launcher.records import from_data
 from launcher.rundir import RunDir
 from launcher.spec import Plan
-from launcher.target import call
+from launcher.target import call, short_traceback
 from training.context import Context
 from training.errors import ConfigError
 from training.files import write_atomic
@@ -133,18 +132,6 @@ def classify(error: BaseException) -> str:
     if name == "RuntimeError" and any(sign in text for sign in COMMUNICATION_SIGNS):
         return "communication"
     return "user error"
-
-
-def short_traceback(error: BaseException) -> str:
-    """The traceback from the target's first frame on: how this package and runpy came to call it is no news."""
-    ours = (str(Path(__file__).parent), "<frozen runpy>", "<frozen importlib")
-    report = traceback.TracebackException.from_exception(error)
-    frames = list(report.stack)
-    while len(frames) > 1 and frames[0].filename.startswith(ours):
-        del frames[0]
-    if frames and not frames[0].filename.startswith(ours):
-        report.stack = traceback.StackSummary.from_list(frames)
-    return "".join(report.format())
 
 
 def _leave_error(run_dir: RunDir, world: World, error: BaseException, kind: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import subprocess
@@ -63,6 +64,16 @@ def survey(cluster: Cluster) -> Cluster:
         cluster.node, cpus=cluster.node.cpus or cpus, gpus=gpus if cluster.node.gpus is None else cluster.node.gpus
     )
     return replace(cluster, nodes=cluster.nodes or len(nodes), node=node)
+
+
+def partitions() -> dict[str, str]:
+    """What `sinfo` says of each partition: nodes, cores, GPUs and time limit.
+
+    Raises:
+        BadRequest: SLURM cannot be reached.
+    """
+    listed = _command("sinfo", "--noheader", "--format", "%R|%D nodes of %c cores, %G, limit %l")
+    return dict(line.split("|", 1) for line in listed.splitlines())
 
 
 def _gpus(gres: str) -> int:
@@ -136,9 +147,10 @@ def _executor(plan: Plan, offline: bool) -> Any:
 
 
 def render(plan: Plan) -> str:
-    """The sbatch script, word for word."""
+    """The submitit parameters, and the sbatch script that comes of them, word for word."""
     executor = _executor(plan, offline=True)
-    return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
+    script = executor._make_submission_file_text(executor._submitit_command_str, "")
+    return f"# submitit.SlurmExecutor(...).update_parameters(**{json.dumps(parameters(plan), indent=4)})\n\n{script}"
 
 
 def submit(plan: Plan) -> str:

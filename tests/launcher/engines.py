@@ -1,0 +1,74 @@
+"""Run the command against each engine, as a person would: in a folder of their own, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PROGRAMS = Path(__file__).parent / "programs"
+COMMAND = [sys.executable, "-P", "-m", "launcher"]
+
+
+@dataclass(frozen=True)
+class Project:
+    """A user's folder with the test programs in it, and the engine that its runs go to."""
+
+    folder: Path
+    engine: str
+
+    def start(self, *argv: str) -> subprocess.Popen[str]:
+        """Start the command and return at once; its output goes to pipes."""
+        return subprocess.Popen(
+            [*COMMAND, *argv], cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def call(self, *argv: str, status: int | None = 0) -> subprocess.CompletedProcess[str]:
+        """Run the command to its end and check its exit status (None: any)."""
+        done = subprocess.run(
+            [*COMMAND, *argv], cwd=self.folder, capture_output=True, text=True, timeout=240, check=False
+        )
+        if status is not None and done.returncode != status:
+            logs = [f"== {p}\n{p.read_text(errors='replace')[-3000:]}" for p in self.folder.glob("runs/*/logs/*.log")]
+            raise AssertionError(
+                f"launch {' '.join(argv)} ended with {done.returncode}, not {status}\n{done.stdout}\n{done.stderr}\n"
+                + "\n".join(logs)
+            )
+        return done
+
+    def launch(self, *argv: str, status: int | None = 0) -> subprocess.CompletedProcess[str]:
+        """``launch --backend ENGINE ...``."""
+        return self.call("--backend", self.engine, *argv, status=status)
+
+    def status(self, run: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.call("status", run, "--json").stdout)
+        return found
+
+    def logs(self, run: str) -> list[str]:
+        return sorted(self.call("logs", run).stdout.splitlines())
+
+    def events(self, run: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "runs" / run / "events.jsonl").read_text().splitlines()]
+
+
+def make_project(folder: Path, engine: str) -> Project:
+    shutil.copytree(PROGRAMS, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return Project(folder, engine)
+
+
+def until(condition: Callable[[], object], what: str, seconds: float = 90.0) -> None:
+    """Wait until `condition` holds.
+
+    Raises:
+        AssertionError: it does not within `seconds`.
+    """
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"after {seconds} s still not: {what}"
+        time.sleep(0.1)
