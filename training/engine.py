@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections.abc import Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from training.ahead import ahead
 from training.errors import CheckpointError
 from training.group import environment
 from training.metrics import Metric, combine, evaluation_batches
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
     from training.context import Context
     from training.data import Encoded
     from training.train import TrainConfig
+
+    Batch = dict[str, torch.Tensor]
+
+COMPILED_LENGTHS = 32  # with --compile, batches are padded to multiples of so many tokens
 
 
 def seed_all(seed: int) -> None:
@@ -64,36 +70,53 @@ class Engine:
         from transformers import DataCollatorWithPadding, get_scheduler
 
         self.ctx = ctx
+        self._on_gpu = ctx.device.type == "cuda"
         self.world_size = ctx.world.world_size
         self.max_grad_norm = config.max_grad_norm
         self.model = model
         self.accelerator = make_accelerator(ctx, config.precision)
+        model.to(ctx.device)
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.lr or 0.0, weight_decay=config.weight_decay, fused=True
         )
-        self.wrapped, self.prepared = self.accelerator.prepare(model, self.optimizer)
+        forward = torch.compile(model, dynamic=False) if config.compile else model
+        self.wrapped, self.prepared = self.accelerator.prepare(forward, self.optimizer)
         self.scheduler = get_scheduler(config.schedule, self.optimizer, config.warmup_steps, steps)
-        self.collate = DataCollatorWithPadding(tokenizer)
+        # Compiled code is made for each shape, so lengths are rounded up to a handful of them.
+        self.collate = DataCollatorWithPadding(
+            tokenizer, pad_to_multiple_of=COMPILED_LENGTHS if config.compile else None
+        )
         self.loss_sum = torch.zeros((), device=ctx.device)
         self.loss_steps = 0
         self.wrapped.train()
 
-    def batch(self, data: Encoded, samples: tuple[int, ...] | list[int]) -> dict[str, torch.Tensor]:
-        """The padded tensors, int64 of shape (samples, longest), of `samples` on the device."""
+    def batch(self, data: Encoded, samples: Sequence[int]) -> Batch:
+        """The padded tensors, int64 of shape (samples, longest), of `samples`; in page-locked memory for a GPU."""
         batch = self.collate(data.rows(samples))
+        return {name: tensor.pin_memory() if self._on_gpu else tensor for name, tensor in batch.items()}
+
+    def batches(self, data: Encoded, steps: Iterable[Step]) -> Generator[tuple[Step, list[Batch]]]:
+        """The steps with the batches of this rank; for an accelerator they are made ahead, in a thread.
+
+        On a CPU that would only take the cores away from the arithmetic.
+        """
+        made = ((step, [self.batch(data, part or (step.stand_in,)) for part in step.microbatches]) for step in steps)
+        return made if self.ctx.device.type == "cpu" else ahead(made)
+
+    def _send(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.ctx.device, non_blocking=True) for name, tensor in batch.items()}
 
-    def step(self, data: Encoded, step: Step) -> None:
+    def step(self, step: Step, batches: list[Batch]) -> None:
         """One optimizer step over the microbatches of this rank."""
         import torch
 
         total = torch.zeros((), device=self.ctx.device)
-        for number, microbatch in enumerate(step.microbatches, start=1):
+        for number, (microbatch, batch) in enumerate(zip(step.microbatches, batches, strict=True), start=1):
             last = number == len(step.microbatches)
             weight = step.weight(microbatch, self.world_size)
             # Gradients travel between ranks once a step, with the last microbatch.
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                loss = self.wrapped(**self.batch(data, microbatch or (step.stand_in,))).loss * weight
+                loss = self.wrapped(**self._send(batch)).loss * weight
                 self.accelerator.backward(loss)
             total += loss.detach()
         if self.max_grad_norm:
@@ -127,7 +150,7 @@ class Engine:
         try:
             with torch.inference_mode(), self.accelerator.autocast():
                 for samples in batches[self.ctx.world.rank :: self.world_size]:
-                    batch = self.batch(data, samples)
+                    batch = self._send(self.batch(data, samples))
                     batch.pop("labels")
                     logits = self.model(**batch).logits.float()
                     outputs.append(logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1))

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +17,7 @@ from training.files import sync_folder
 from training.model import TINY, check_model
 from training.progress import Progress
 from training.sampler import Position, Step, steps, steps_per_epoch
+from training.trackers import Trackers, check_trackers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,9 +48,12 @@ class TrainConfig:
     weight_decay: float = 0.01  # of AdamW
     max_grad_norm: float = 0.0  # clip gradients to this norm; 0 means never
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # arithmetic of forward and backward passes
+    compile: bool = False  # compile the model; batches are then padded to multiples of 32 tokens
+    length_buckets: bool = False  # put samples of similar length together, which saves padding and changes the order
     seed: int = 42  # decides the order of the data, fresh weights and dropout
     log_every: int = 10  # steps between two lines of metrics
     save_every: int = 500  # steps between two checkpoints; one is also saved after every epoch
+    log_with: tuple[str, ...] = ("tensorboard",)  # trackers of accelerate, with commas between; `--log-with=` for none
     keep: int = 2  # newest checkpoints to keep; the best is kept besides
     cache: Path | None = None  # folder for tokenised data; by default ~/.cache/launch/tokens
 
@@ -75,6 +80,7 @@ def check(config: TrainConfig) -> None:
     for name in ("batch_size", "epochs", "lr"):
         if getattr(config, name) is not None and getattr(config, name) <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)} must be more than 0")
+    check_trackers(config.log_with)
     check_model(config.model)
     for split, file in (("train", config.train_file), ("validation", config.validation_file)):
         check_source(find_source(split, config.dataset, file), config.num_labels)
@@ -86,6 +92,7 @@ def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
     Goes on from the newest good checkpoint of the run by itself. When the run is asked to stop, saves and returns with
     `ctx.stopped` true. Raises ConfigError for unusable input and CheckpointError for an unusable checkpoint.
     """
+    from training.curve import draw_curve
     from training.engine import Engine, seed_all
     from training.metrics import metric_for
     from training.model import load_model
@@ -110,27 +117,32 @@ def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
         ctx.event("resumed", step=state.step)
     metric = metric_for(config.num_labels)
     progress = Progress(total, state, enabled=ctx.world.rank == 0)
+    trackers = Trackers(engine.accelerator, config.log_with, ctx.run_dir, asdict(config))
 
     while state.step < total and not ctx.stopped:
-        for step in epoch_steps(ctx, config, state, data):
-            engine.step(data, step)
-            state.step += 1
-            state.at = step.after
-            if state.step % config.log_every == 0 or state.step == total:
-                values = progress.line(state, engine.mean_loss(), engine.scheduler.get_last_lr()[0], per_epoch)
-                ctx.log(state.step, **values)
-            score = None
-            if state.at.position == 0 or state.step == total:
-                evaluation = engine.evaluate(validation, config.eval_batch_size, metric)
-                score = state.note(evaluation, state.step / per_epoch)
-                ctx.log(state.step, epoch=state.step / per_epoch, eval=evaluation)
-                progress.evaluation(state)
-            stop = state.step < total and ctx.should_stop(state.step)
-            if stop or score is not None or state.step % config.save_every == 0:
-                save(ctx, engine, state, score)
-            if stop or state.step == total:
-                break
+        with closing(engine.batches(data, epoch_steps(ctx, config, state, data))) as batches:
+            for step, tensors in batches:
+                engine.step(step, tensors)
+                state.step += 1
+                state.at = step.after
+                if state.step % config.log_every == 0 or state.step == total:
+                    values = progress.line(state, engine.mean_loss(), engine.scheduler.get_last_lr()[0], per_epoch)
+                    record(ctx, trackers, state, values)
+                score = None
+                if state.at.position == 0 or state.step == total:
+                    evaluation = engine.evaluate(validation, config.eval_batch_size, metric)
+                    score = state.note(evaluation)
+                    record(ctx, trackers, state, {"epoch": state.step / per_epoch, "eval": evaluation})
+                    progress.evaluation(state)
+                stop = state.step < total and ctx.should_stop(state.step)
+                if stop or score is not None or state.step % config.save_every == 0:
+                    save(ctx, engine, state, score)
+                if stop or state.step == total:
+                    break
     progress.close()
+    trackers.close()
+    if ctx.world.rank == 0:
+        draw_curve(ctx.run_dir, f"{config.model} on {config.dataset}")
     ctx.checkpoints.close()
     ctx.group.barrier()  # nobody leaves before the last checkpoint is committed
     result = {**state.evaluations[-1]} if state.evaluations else {}
@@ -156,13 +168,18 @@ class State:
 
     @classmethod
     def fresh(cls, config: TrainConfig, world_size: int, data: Encoded) -> State:
-        identity = {"data": data.fingerprint, "samples": len(data)}
+        identity = {"data": data.fingerprint, "samples": len(data), "length_buckets": config.length_buckets}
         return cls(Position(config.seed), config.global_batch or (config.batch_size or 1) * world_size, identity)
 
     @classmethod
     def resumed(cls, saved: dict[str, Any], fresh: State) -> State:
         """The saved state; ConfigError where it belongs to other data or another order of them."""
         state = cls(**{**saved, "at": Position(**saved["at"])})
+        if state.identity["length_buckets"] != fresh.identity["length_buckets"]:
+            raise ConfigError(
+                "--length-buckets cannot be changed within a run, because it changes the order of the data; "
+                "give it as before, or start a new run with another name"
+            )
         if state.identity != fresh.identity:
             raise ConfigError(
                 f"the training data have changed since this run began ({state.identity['samples']} samples then, "
@@ -175,12 +192,12 @@ class State:
             )
         return state
 
-    def note(self, evaluation: dict[str, float], epoch: float) -> float:
+    def note(self, evaluation: dict[str, float]) -> float:
         """Remember an evaluation; its score, the first value of the metric."""
         score = next(iter(evaluation.values()))
         self.evaluations.append(evaluation)
         if self.best is None or score >= self.best["score"]:
-            self.best = {"step": self.step, "epoch": epoch, "score": score, **evaluation}
+            self.best = {"step": self.step, "score": score, **evaluation}
         return score
 
 
@@ -234,6 +251,12 @@ def find_checkpoint(ctx: Context) -> dict[str, Any] | None:
     return load(chosen.path) if chosen else None
 
 
+def record(ctx: Context, trackers: Trackers, state: State, values: dict[str, Any]) -> None:
+    """Write `values` of the present step to the metrics file and to the trackers."""
+    ctx.log(state.step, **values)
+    trackers.log(state.step, values)
+
+
 def save(ctx: Context, engine: Engine, state: State, score: float | None) -> None:
     """Save a checkpoint in the background; on return all state is copied. A collective."""
     parts = {**engine.capture(), "state.json": asdict(state)}
@@ -266,6 +289,7 @@ def epoch_steps(ctx: Context, config: TrainConfig, state: State, data: Encoded) 
         world_size=ctx.world.world_size,
         batch_size=config.batch_size or 1,
         global_batch=state.global_batch,
+        lengths=data.lengths if config.length_buckets else None,
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.training.ranks import PRELOAD
 from training.data import CORPUS
 
 
@@ -36,6 +37,17 @@ def _nothing_left_behind() -> Iterator[None]:
     ]
     assert not left, f"threads left over: {left}"
     assert not multiprocessing.active_children()
+
+
+@pytest.fixture(scope="package")
+def rank_server() -> Iterator[None]:
+    """The server that ranks are forked from; it lives as long as the tests of this folder."""
+    from multiprocessing import forkserver
+
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    forkserver.ensure_running()
+    yield
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
 @pytest.fixture

@@ -32,9 +32,11 @@ def worlds(size: int, *, attempt: int = 1) -> list[World]:
 
 
 def spawn(work: Callable[..., Any], size: int, *args: Any) -> list[Any]:
-    """What `work(world, *args)` returns on each of `size` ranks; the first exception otherwise, with its traceback."""
+    """What `work(world, *args)` returns on each of `size` ranks; the first exception otherwise, with its traceback.
+
+    For tests with the fixture `rank_server`.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
     ranks = []
     for world in worlds(size):
         here, there = context.Pipe()

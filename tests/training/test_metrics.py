@@ -13,6 +13,8 @@ from training.group import Group, make_group
 from training.metrics import accuracy, accuracy_and_f1, combine, evaluation_batches, metric_for, pearson_and_spearman
 from training.world import World
 
+pytestmark = pytest.mark.usefixtures("rank_server")
+
 
 class Simulated(Group):
     """Rank 0 of several ranks of which all have already said what they bring."""

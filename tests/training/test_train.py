@@ -25,6 +25,8 @@ from training.sampler import Position, steps
 from training.train import TrainConfig, check, train
 from training.world import World
 
+pytestmark = pytest.mark.usefixtures("rank_server")
+
 ONE = World(threads=1)
 Options = dict[str, Any]
 

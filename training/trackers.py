@@ -1,0 +1,86 @@
+"""TensorBoard and the other trackers of accelerate. They are started at the first record, not before the first step."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# What accelerate 1.15 knows, and the package that each needs.
+PACKAGES = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+    "comet_ml": ("comet_ml",),
+    "aim": ("aim",),
+    "clearml": ("clearml",),
+    "dvclive": ("dvclive",),
+    "swanlab": ("swanlab",),
+    "trackio": ("trackio",),
+}
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Raise ConfigError for a tracker that does not exist, or whose package is not installed here."""
+    for name in names:
+        if name not in PACKAGES:
+            raise ConfigError(
+                f"--log-with {name}: no such tracker{did_you_mean(name, PACKAGES)}; known are {', '.join(PACKAGES)}"
+            )
+        if not any(importlib.util.find_spec(package) for package in PACKAGES[name]):
+            raise ConfigError(
+                f"--log-with {name} needs a package: pip install {PACKAGES[name][0]}, or give --log-with="
+            )
+
+
+class Trackers:
+    """The trackers of a run, on rank 0; on other ranks nothing happens."""
+
+    def __init__(self, accelerator: Accelerator, names: tuple[str, ...], run_dir: Path, settings: Mapping[str, Any]):
+        self._accelerator = accelerator
+        self._names = names if accelerator.is_main_process else ()
+        self._run_dir = run_dir
+        self._settings = {
+            name: value if isinstance(value, int | float | str | bool) else str(value)
+            for name, value in settings.items()
+        }
+        self._started = False
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Record the numbers in `values`; those of a nested mapping as `name/key`."""
+        if not self._names:
+            return
+        if not self._started:
+            self._start(step)
+            self._started = True
+        flat = {
+            (f"{name}/{key}" if key else name): number
+            for name, value in values.items()
+            for key, number in (value.items() if isinstance(value, Mapping) else [("", value)])
+        }
+        self._accelerator.log(flat, step=step)
+
+    def close(self) -> None:
+        """Write out what is left."""
+        if self._started:
+            for tracker in self._accelerator.trackers:
+                tracker.finish()
+            self._accelerator.trackers = []
+            self._started = False
+
+    def _start(self, step: int) -> None:
+        from accelerate.tracking import TensorBoardTracker
+
+        self._accelerator.log_with = [name for name in self._names if name != "tensorboard"]
+        self._accelerator.init_trackers(self._run_dir.name, config=self._settings)
+        if "tensorboard" in self._names:
+            # Steps that a resumed run takes again replace those recorded before.
+            tracker = TensorBoardTracker("tensorboard", logging_dir=str(self._run_dir), purge_step=step)
+            tracker.start()
+            self._accelerator.trackers.append(tracker)
