@@ -44,22 +44,26 @@ def take(root: Path, in_git: bool, destination: Path, exclude: Path) -> Snapshot
         BadRequest: more than `MAX_FILES` files or `MAX_BYTES` bytes; the largest are named.
     """
     exclude = exclude.resolve()
-    sizes: dict[str, int] = {}
-    for name in _git_files(root) if in_git else _source_files(root):
-        path = root / name
-        if path.is_symlink() or path.is_file():
-            if exclude == path or exclude in path.parents:
-                continue
-            sizes[name] = path.lstat().st_size
-        _check(root, sizes, in_git)
+    names = _git_files(root) if in_git else _source_files(root)
+    paths = {name: root / name for name in names}
+    sizes = {
+        name: path.lstat().st_size
+        for name, path in paths.items()
+        if (path.is_symlink() or path.is_file()) and exclude != path and exclude not in path.parents
+    }
+    _check(root, sizes, in_git)
     for name in sizes:
         target = destination / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(root / name, target, follow_symlinks=False)
     commit = _git(root, "rev-parse", "HEAD").strip() or None if in_git else None
-    diff = _git(root, "diff", "--binary", "HEAD") if commit else ""
+    diff = _git(root, *_DIFF, "HEAD") if commit else ""
     status = _git(root, "status", "--porcelain") if in_git else ""
     return Snapshot(root, commit, bool(status), len(sizes), sum(sizes.values()), diff)
+
+
+# Whatever the user's configuration makes of a diff to look at, this one is for `git apply`.
+_DIFF = ("diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/")
 
 
 def _check(root: Path, sizes: dict[str, int], in_git: bool) -> None:
@@ -75,7 +79,11 @@ def _check(root: Path, sizes: dict[str, int], in_git: bool) -> None:
 
 def _git_files(root: Path) -> list[str]:
     listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
-    return sorted({name for name in listed.split("\0") if name})
+    found = {name.rstrip("/") for name in listed.split("\0") if name}
+    # A submodule, and a checkout inside this one, is listed as one entry; its files are as much part of the code.
+    for inner in [name for name in found if (root / name / ".git").exists()]:
+        found |= {f"{inner}/{name}" for name in _git_files(root / inner)}
+    return sorted(found)
 
 
 def _source_files(root: Path) -> list[str]:
@@ -84,7 +92,9 @@ def _source_files(root: Path) -> list[str]:
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in ("__pycache__", "node_modules"))
         # A nested environment is somebody's installation, not this project's code.
         folders[:] = [f for f in folders if not os.path.exists(os.path.join(folder, f, "pyvenv.cfg"))]
-        found += [os.path.relpath(os.path.join(folder, f), root) for f in sorted(files) if f.endswith(SOURCE_SUFFIXES)]
+        links = [f for f in folders if os.path.islink(os.path.join(folder, f))]
+        wanted = links + [f for f in sorted(files) if f.endswith(SOURCE_SUFFIXES)]
+        found += [os.path.relpath(os.path.join(folder, f), root) for f in wanted]
         if len(found) > MAX_FILES:
             break
     return found
@@ -96,10 +106,9 @@ def _git(folder: Path, *arguments: str) -> str:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments],
             capture_output=True,
-            text=True,
-            errors="surrogateescape",
             check=False,
         )
     except OSError:
         return ""
-    return done.stdout if done.returncode == 0 else ""
+    # Not text=True: it would turn the \r\n inside a diff, or a \r in a file's name, into \n.
+    return os.fsdecode(done.stdout) if done.returncode == 0 else ""
