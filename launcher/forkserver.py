@@ -9,7 +9,8 @@ The protocol is one JSON object a line, over one socket (file descriptor 0):
 ======================================================  ===============================================================
 from the agent                                          back
 ======================================================  ===============================================================
-``{"preload": [...], "path": [...], "environment": {}}``  ``{"ready": seconds}`` once the imports are done
+``{"preload": [...], "path": [...], "environment": {},``  ``{"ready": seconds}`` once the imports are done
+``"spawn": false}``
 ``{"start": rank, "log": path, "world": {...}}``          ``{"started": rank, "pid": n}``, at its end ``{"exit": rank, "code": n}``
 ``{"signal": n, "ranks": [...]}``                         nothing
 ======================================================  ===============================================================
@@ -108,10 +109,11 @@ class ForkServer:
             case {"signal": number, "ranks": ranks}:
                 for pid, rank in list(self.ranks.items()):
                     if rank in ranks:
-                        with suppress(ProcessLookupError):
-                            # A rank leads a process group: its data workers hear SIGKILL too, while a polite signal is
-                            # for the rank alone, which knows best what its children need.
-                            (os.killpg if number == signal.SIGKILL else os.kill)(pid, number)
+                        # A polite signal is for the rank alone, which knows best what its children need.
+                        if number == signal.SIGKILL:
+                            kill_group(pid)
+                        else:
+                            os.kill(pid, number)
         return None
 
     def fork(self, rank: int, log: Path, world: dict[str, Any]) -> int | None:
@@ -184,8 +186,7 @@ class ForkServer:
 
     def kill_all(self) -> None:
         for pid in self.ranks:
-            with suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
+            kill_group(pid)
         for pid in list(self.ranks):
             with suppress(ChildProcessError):
                 os.waitpid(pid, 0)
@@ -193,11 +194,18 @@ class ForkServer:
         self.kill_orphans()
 
 
+def kill_group(pid: int) -> None:
+    """Kill a rank and its process group, its data workers; a rank just forked does not lead its group yet."""
+    for kill in (os.killpg, os.kill):
+        with suppress(ProcessLookupError):
+            kill(pid, signal.SIGKILL)
+
+
 def do_imports(statements: Sequence[str], path: Sequence[str]) -> None:
     """Run import statements, each on its own; one that fails is left for the rank to fail on, with its traceback."""
     sys.path[:0] = [p for p in path if p not in sys.path]
     for statement in statements:
-        with suppress(Exception):
+        with suppress(Exception, SystemExit):
             exec(statement, {})
     torch = sys.modules.get("torch")
     if torch is not None:
