@@ -97,7 +97,8 @@ def name_failure(outcome: Outcome, bad: Mapping[int, int]) -> Failure:
         text = cause["message"] if kind == "bad request" else f"{cause['type']}: {cause['message']}"
         return Failure(kind, text, cause["rank"], cause["host"], ADVICE[kind], cause.get("traceback", ""))
     if signalled is not None:
-        name = Signals(-bad[signalled]).name
+        number = -bad[signalled]
+        name = {each.value: each.name for each in Signals}.get(number, f"signal {number}")
         return Failure("killed", f"rank {signalled} was ended by {name}", signalled, advice=ADVICE["killed"])
     rank, code = next(iter(bad.items()))
     kind = "bad request" if code == REFUSED else "user error"
