@@ -115,7 +115,7 @@ class RunDir:
         """
         try:
             if not self.path.parent.exists():
-                self.path.parent.mkdir(parents=True)
+                self.path.parent.mkdir(parents=True, exist_ok=True)  # another run may be making it, too
                 (self.path.parent / ".gitignore").write_text("*\n")
             self.path.mkdir()
         except FileExistsError:
