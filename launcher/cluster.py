@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -126,11 +127,17 @@ def folders(cwd: Path) -> list[tuple[str, Path]]:
 def profiles(cwd: Path) -> list[Profile]:
     """All profiles that can be named with ``--cluster``, in look-up order, without those that an earlier one hides."""
     seen: dict[str, Profile] = {}
-    for where, folder in folders(cwd):
-        for path in sorted(folder.glob("*.toml")) + sorted(folder.glob("examples/*.toml")):
-            name = path.relative_to(folder).with_suffix("").as_posix()
-            seen.setdefault(name, Profile(name, path, where))
+    for profile in _all_profiles(cwd):
+        seen.setdefault(profile.name, profile)
     return list(seen.values())
+
+
+def _all_profiles(cwd: Path) -> list[Profile]:
+    return [
+        Profile(path.relative_to(folder).with_suffix("").as_posix(), path, where)
+        for where, folder in folders(cwd)
+        for path in sorted(folder.glob("*.toml")) + sorted(folder.glob("examples/*.toml"))
+    ]
 
 
 def load(name: str, cwd: Path) -> Cluster:
@@ -139,7 +146,7 @@ def load(name: str, cwd: Path) -> Cluster:
     Raises:
         BadRequest: no such profile, not TOML, an unknown key or an unusable value.
     """
-    path = Path(name)
+    path = cwd / name
     if path.suffix != ".toml":
         found = {p.name: p.path for p in profiles(cwd)}
         if name not in found:
@@ -165,8 +172,8 @@ def parse(data: Mapping[str, Any], path: Path, cwd: Path) -> Cluster:
     data = dict(data)
     where = f"cluster profile {path}"
     if "extends" in data:
-        base = data.pop("extends")
-        parent = _read(next((p.path for p in profiles(cwd) if p.name == base and p.path != path), Path(f"{base}.toml")))
+        base = str(data.pop("extends"))
+        parent = _read(_base(base, path, cwd, where))
         if "extends" in parent:
             raise BadRequest(f"{where}: extends {base!r}, which itself extends another; one level is allowed.")
         data = _merge(parent, data)
@@ -174,10 +181,26 @@ def parse(data: Mapping[str, Any], path: Path, cwd: Path) -> Cluster:
     cluster = from_data(Cluster, {"name": path.stem, **data}, where)
     if (cluster.node.gpus or 0) < 0 or cluster.node.cpus < 0 or cluster.nodes < 0 or cluster.grace <= 0:
         raise BadRequest(f"{where}: node.gpus, node.cpus and nodes are 0 or more, and grace is more than 0 seconds.")
+    for name, value in cluster.slurm.sbatch.items():
+        if not re.fullmatch(r"[A-Za-z][\w-]*", name) or not isinstance(value, str | int | float):
+            raise BadRequest(f"{where}: slurm.sbatch: {name!r} = {value!r} is not an option of sbatch and its value.")
+    for name in cluster.environment:
+        if not name or "=" in name:
+            raise BadRequest(f"{where}: environment: {name!r} cannot be the name of a variable.")
     runs = os.path.expanduser(os.path.expandvars(cluster.runs))
     if "$" in runs:
         raise BadRequest(f"{where}: runs = {cluster.runs!r} names a variable that is not set here.")
     return replace(cluster, runs=runs)
+
+
+def _base(name: str, path: Path, cwd: Path, where: str) -> Path:
+    """The profile `name`, looked up like any other; one that bears its own base's name builds on the one it hides."""
+    found = {p.name: p.path for p in reversed(_all_profiles(cwd)) if not (p.path.exists() and p.path.samefile(path))}
+    if name not in found:
+        raise BadRequest(
+            f"{where}: extends {name!r}: no such profile{nearest(name, found)}. Known: {', '.join(found)}."
+        )
+    return found[name]
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,6 +215,7 @@ def _refuse_control_characters(value: Any, where: str) -> None:
     """Profile values end up in one-line places (#SBATCH lines, arguments): a line break there would begin another."""
     if isinstance(value, Mapping):
         for key, item in value.items():
+            _refuse_control_characters(key, where)
             _refuse_control_characters(item, f"{where}: {key}")
     elif isinstance(value, list):
         for item in value:
