@@ -55,12 +55,13 @@ class RunSpec:
     max_restarts: int = 3
 
     def __post_init__(self) -> None:
-        for option in ("gpus", "tpus", "cpus", "nodes"):
+        for option, least in (("gpus", 1), ("tpus", 1), ("cpus", 1), ("nodes", 1), ("max_restarts", 0)):
             value = getattr(self, option)
-            if value is not None and value < 1:
-                raise BadRequest(f"--{option} {value}: at least 1 is needed.")
-        if self.max_restarts < 0:
-            raise BadRequest(f"--max-restarts {self.max_restarts}: 0 or more is needed.")
+            flag = f"--{option.replace('_', '-')} {value}"
+            if value is not None and type(value) is not int:  # from Python; a flag's text is a number by now
+                raise BadRequest(f"{flag}: a whole number is needed, not {value!r}.")
+            if value is not None and value < least:
+                raise BadRequest(f"{flag}: {'at least 1' if least else '0 or more'} is needed.")
         asked = [f"--{k}" for k in ("gpus", "tpus", "cpus") if getattr(self, k) is not None]
         if len(asked) > 1:
             raise BadRequest(f"{' and '.join(asked)} together: a run uses one kind of device. Give one of them.")
