@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -92,9 +93,10 @@ def find(name: str | Path, folder: Path) -> Run:
     Raises:
         BadRequest: there is none; near names are offered.
     """
-    for path in (folder / name, Path(name)):
-        if (path / "plan.json").is_file():
-            return Run(RunDir(path.resolve()))
+    with suppress(OSError):  # such as a name that is too long for a file
+        for path in (folder / name, Path(name)):
+            if (path / "plan.json").is_file():
+                return Run(RunDir(path.resolve()))
     known = [r.path.name for r in rundir.all_runs(folder)]
     near = difflib.get_close_matches(str(name), known, n=3) or known[:3]
     hint = f" Runs there: {', '.join(near)}." if near else ""
