@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -105,13 +106,26 @@ def parameters(plan: Plan) -> dict[str, Any]:
         "setup": list(slurm.setup) or None,
         "srun_args": list(slurm.srun_args) or None,
         "comment": "launch",
-        "additional_parameters": {
-            "requeue": True,
-            **({"reservation": slurm.reservation} if slurm.reservation else {}),
-            **slurm.sbatch,
-        },
+        "additional_parameters": _without_none(
+            # `requeue = false` in a profile takes the option out.
+            {"requeue": True, "reservation": slurm.reservation}
+            | {key: None if value is False else value for key, value in slurm.sbatch.items()}
+        ),
     }
-    return {key: value for key, value in wanted.items() if value is not None}
+    return _without_none(wanted)
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _python(command: str | None) -> str | None:
+    """The profile's Python command with its words quoted: submitit puts it into the script as it is."""
+    try:
+        words = shlex.split(command or "")
+    except ValueError as error:
+        raise BadRequest(f"python = {command!r} in the cluster's profile: {error}.") from None
+    return shlex.join(os.path.expanduser(os.path.expandvars(word)) for word in words) or None
 
 
 def _gpu_request(plan: Plan) -> str | int:
@@ -141,7 +155,7 @@ def _executor(plan: Plan, offline: bool) -> Any:
             return 2
 
     kind = Offline if offline else submitit.SlurmExecutor
-    executor = kind(folder=plan.run_dir / "submitit", python=plan.cluster.python)
+    executor = kind(folder=plan.run_dir / "submitit", python=_python(plan.cluster.python))
     executor.update_parameters(**parameters(plan))
     return executor
 
