@@ -456,6 +456,12 @@ def _copy_code(plan: Plan, run_dir: RunDir) -> None:
     _, project = _project_of(plan)
     root, in_git = snapshot.project_root(project)
     taken = snapshot.take(root, in_git, run_dir.code, exclude=run_dir.path.parent)
+    for file in map(Path, plan.target.source):
+        if run_dir.code in file.parents and not file.is_file():
+            raise BadRequest(
+                f"{root / file.relative_to(run_dir.code)} is not copied with the run: git ignores it (`git add -f` takes"
+                " it along), or it lies in the runs folder."
+            )
     record = {key: value for key, value in asdict(taken).items() if key != "diff"}
     write_atomic(run_dir.snapshot_file, rundir.to_json(to_data(record)))
     if taken.diff:

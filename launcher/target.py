@@ -38,17 +38,20 @@ def resolve(name: str, args: Sequence[str], cwd: Path) -> tuple[Target, Path | N
     if name.startswith("-m "):
         module = name[3:]
         origin = _find_module(module, cwd, f"-m {module}")
+        if origin.suffix == ".py":
+            _parse(origin)
         return Target("module", module, tuple(args), source=(str(origin),)), _project_folder(origin, module)
     if name.endswith(".py") and ":" not in name:
         script = (cwd / name).resolve()
-        if not script.is_file():
+        if not os.path.isfile(script):
             raise BadRequest(f"no such script: {name} (looked for {script}).")
+        _parse(script)
         return Target("script", str(script), tuple(args), source=(str(script),)), script.parent
     module, colon, function = name.partition(":")
     if not colon or not all(part.isidentifier() for part in [*module.split("."), *function.split(".")]):
         raise BadRequest(
             f"target {name!r}: write package.module:function, path/to/script.py or -m module."
-            + (f" Did you mean ./{name}.py?" if (cwd / f"{name}.py").is_file() else "")
+            + (f" Did you mean ./{name}.py?" if os.path.isfile(cwd / f"{name}.py") else "")
         )
     origin = _find_module(module, cwd, name)
     _check_function(origin, module, function)
@@ -71,6 +74,7 @@ def _find_module(module: str, cwd: Path, asked: str) -> Path:
         if spec is not None and spec.submodule_search_locations and asked.startswith("-m "):
             spec = _spec_in(Path(next(iter(spec.submodule_search_locations))), "__main__")
     if spec is None or not spec.origin or not spec.has_location:
+        check_shadowing([str(cwd)])  # ours may have been found where theirs was meant
         where = folder or cwd
         near = nearest(parts[-1], [p.stem for p in where.glob("*.py")] + [p.parent.name for p in where.glob("*/*.py")])
         raise BadRequest(
@@ -92,24 +96,31 @@ def _spec_in(folder: Path, name: str) -> Any:
 
 def _check_function(origin: Path, module: str, function: str) -> None:
     """Refuse a misspelt function without importing the module; a name that is made at run time passes."""
-    try:
-        tree = ast.parse(origin.read_bytes())
-    except SyntaxError as error:
-        raise BadRequest(
-            f"{origin}:{error.lineno}: the target's module is not valid Python: {error.msg}\n    {(error.text or '').strip()}"
-        ) from None
-    defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)}
+    if origin.suffix != ".py":
+        return
+    tree = _parse(origin)
+    defined = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)}
     bound = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     imported = {
         a.asname or a.name for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names
     }
     first = function.split(".")[0]
-    if first not in defined | bound | imported and "*" not in imported:
-        public = sorted(n for n in defined if not n.startswith("_"))
+    if first not in defined | bound | imported and "*" not in imported and "__getattr__" not in defined:
+        public = sorted(n.name for n in tree.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_"))
         raise BadRequest(
             f"{origin} has no function {first!r}{nearest(first, public)}. It has: {', '.join(public) or 'none'}"
             f" (as {module}:NAME)."
         )
+
+
+def _parse(file: Path) -> ast.Module:
+    try:
+        return ast.parse(file.read_bytes())
+    except SyntaxError as error:
+        line = (error.text or "").strip()
+        raise BadRequest(f"{file}:{error.lineno}: the target is not valid Python: {error.msg}\n    {line}") from None
+    except ValueError as error:
+        raise BadRequest(f"{file}: the target is not valid Python: {error}.") from None
 
 
 def _project_folder(origin: Path, module: str) -> Path | None:
@@ -131,11 +142,13 @@ def check_shadowing(path: Sequence[str]) -> None:
         ours = _find_spec(package)
         for folder in path:
             theirs = _spec_in(Path(folder), package)
-            if theirs is None or not theirs.origin or ours is None:
+            if theirs is None or ours is None:
                 continue
-            if Path(theirs.origin).resolve() != Path(ours.origin).resolve():
+            # Without an __init__.py, a folder of that name is a package only if there is code in it.
+            origin = theirs.origin or next(Path(folder, package).glob("*.py"), None)
+            if origin and Path(origin).resolve() != Path(ours.origin).resolve():
                 raise BadRequest(
-                    f"two packages are called {package!r}: yours at {theirs.origin} and this toolkit's at {ours.origin}."
+                    f"two packages are called {package!r}: yours at {origin} and this toolkit's at {ours.origin}."
                     f" A rank can import only one of them. Rename yours, or move it into a package of its own"
                     f" (myproject.{package})."
                 )
@@ -225,6 +238,11 @@ def signature(function: Callable[..., Any]) -> tuple[bool, type | None]:
         if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
     named = getattr(function, "__qualname__", repr(function))
+    if any(
+        each(function)
+        for each in (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+    ):
+        raise BadRequest(f"{named} only begins when it is awaited or iterated; a target is a plain function.")
     if not required:
         return False, None
     if len(required) > 2 or any(p.kind is p.KEYWORD_ONLY for p in required):
@@ -237,7 +255,7 @@ def signature(function: Callable[..., Any]) -> tuple[bool, type | None]:
     config = required[1].annotation
     if isinstance(config, str):
         # Only this one: the Context's annotation may be a name that is imported for type checkers alone.
-        with suppress(NameError):
+        with suppress(NameError, AttributeError):
             config = eval(config, getattr(function, "__globals__", {}))
     if not (isinstance(config, type) and is_dataclass(config)):
         raise BadRequest(
