@@ -64,8 +64,13 @@ class Keeper:
 
     def start(self, name: str, argv: Sequence[str], env: Mapping[str, str]) -> int:
         """Start a daemon that stays in the foreground; its output goes to ``<folder>/<name>.out``. Returns its pid."""
+        binary = shutil.which(argv[0], path=env.get("PATH", os.defpath))
+        if binary is None:
+            raise TestbedError(f"cannot start {argv[0]}: not found")
         log = str(self.folder / f"{name}.out")
-        return int(self._ask({"start": list(argv), "env": dict(env), "log": log, "cwd": str(self.folder)})["pid"])
+        return int(
+            self._ask({"start": [binary, *argv[1:]], "env": dict(env), "log": log, "cwd": str(self.folder)})["pid"]
+        )
 
     def poll(self, pid: int) -> int | None:
         """The exit status of a daemon as `subprocess.Popen.returncode` has it, None while it runs."""
@@ -173,7 +178,7 @@ def _pids() -> list[int]:
 
 def main(folder: Path, owner: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    lock = _lock(folder)
+    lock = lock_folder(folder)
     _finish_work_of_dead_keepers(folder)
     ended: dict[int, int] = {}
 
@@ -247,7 +252,7 @@ def _kill_all() -> set[int]:
     return left
 
 
-def _lock(folder: Path) -> int:
+def lock_folder(folder: Path) -> int:
     """Held as long as a keeper lives; raises BlockingIOError where one does."""
     handle = os.open(folder / "keeper.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
     try:
@@ -264,7 +269,7 @@ def _finish_work_of_dead_keepers(own: Path) -> None:
         if folder == own or not (folder / "keeper.lock").exists():
             continue
         with contextlib.suppress(OSError):
-            lock = _lock(folder)
+            lock = lock_folder(folder)
             # SLURM_CONF alone may also be in a shell that somebody opened by hand: that is not ours to kill
             while strays := processes_with(f"{FOLDER}={folder}\0") | processes_with(f"{folder}/", "SLURMD_NODENAME="):
                 kill(set(strays))

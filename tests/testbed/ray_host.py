@@ -20,11 +20,10 @@ from ray.util import get_node_ip_address
 
 from tests.testbed.keeper import free_ports, listening
 
-
 spawning = threading.Lock()
 
 
-class OrderlyNode(Node):
+class OrderlyNode(Node):  # type: ignore[misc]  # ray is not followed by mypy
     """Nodes choose the names of their log files by what exists, so they spawn their processes one after the other."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

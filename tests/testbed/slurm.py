@@ -11,6 +11,7 @@ folder's own, so a SLURM that lives on the machine is left alone, and so is a se
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -174,14 +175,19 @@ class SlurmCluster:
         for name in self._ports:
             if self._keeper.poll(self._pids[name]) is not None:
                 self.restart_slurmd(name)
-        active = [job.id for job in self.jobs() if job.state in ("PENDING", "RUNNING", "SUSPENDED", "COMPLETING")]
-        if active:
-            self.run("scancel", "--signal=KILL", "--full", *active)
-            self.run("scancel", *active)
+        active = [job.id for job in self.jobs() if job.state in ("PENDING", "RUNNING", "SUSPENDED")]
+        for how in (["--signal=KILL", "--full"], []) if active else ():
+            with contextlib.suppress(TestbedError):  # one that has ended meanwhile is no job to cancel
+                self.run("scancel", *how, *active)
         for name, state in self.node_states().items():
             if state.rstrip("*") not in ("idle", "allocated", "mixed", "completing"):
                 self.set_node(name, "resume")
+        self.set_grace_time(self.grace_time)
         self.wait_idle()
+
+    def set_grace_time(self, seconds: int) -> None:
+        """How long a preempted job of ``debug`` has between the signal and SIGTERM, until the next `reset`."""
+        self.run("scontrol", "update", "partitionname=debug", f"gracetime={seconds}")
 
     def kill_slurmd(self, name: str, *, jobs: bool = False) -> None:
         """SIGKILL a node's slurmd; with `jobs` also its steps and tasks, as when the node loses power."""

@@ -1,0 +1,152 @@
+"""What every test may rely on: a home of its own, no network, real clusters on request, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.testbed import keeper
+
+if TYPE_CHECKING:
+    from tests.testbed.ray import RayCluster
+    from tests.testbed.slurm import SlurmCluster
+
+# What a scheduler, a launcher or a user's profile may have put there; a test starts without any of it.
+FOREIGN = (
+    *("SLURM", "SBATCH_", "SALLOC_", "SQUEUE_", "SUBMITIT_", "RAY_", "HF_", "TRANSFORMERS_", "DATASETS_", "LAUNCH_"),
+    *("MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC", "ACCELERATE_", "XDG_", "GIT_"),
+)
+
+HOME = Path(tempfile.mkdtemp(prefix=f"{keeper.PREFIX}home-"))
+HOME_LOCK = keeper.lock_folder(HOME)  # should this session be killed, the next cluster to start removes the folder
+
+
+def isolate() -> None:
+    """Done at import, before a test module can import a library that reads its settings only once."""
+    for name in [name for name in os.environ if name.startswith(FOREIGN)]:
+        del os.environ[name]
+    os.environ |= {
+        keeper.SESSION: f"{os.getpid()}-{secrets.token_hex(4)}",
+        "HOME": str(HOME),
+        "XDG_CONFIG_HOME": str(HOME / ".config"),
+        "XDG_CACHE_HOME": str(HOME / ".cache"),
+        "XDG_DATA_HOME": str(HOME / ".local" / "share"),
+        "HF_HOME": str(HOME / "huggingface"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    (HOME / ".gitconfig").write_text(
+        "[user]\n\tname = Test\n\temail = test@example.invalid\n[init]\n\tdefaultBranch = main\n[safe]\n\tdirectory = *\n"
+    )
+
+
+isolate()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that asks for a cluster carries the cluster's marker without saying so."""
+    for item in items:
+        for name in ("slurm", "ray"):
+            if f"{name}_cluster" in getattr(item, "fixturenames", ()):
+                item.add_marker(name)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    left = strays(testbeds=True)
+    if left:
+        keeper.kill(set(left))
+        print(f"\nERROR: this test session left processes behind (killed now): {left}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    shutil.rmtree(HOME, ignore_errors=True)
+    os.close(HOME_LOCK)
+
+
+# --- clusters
+
+
+def require(what: str, lacks: Sequence[str]) -> None:
+    """Skip where something is missing; fail where it must not be: as root on Debian and in CI."""
+    if not lacks:
+        return
+    text = (
+        f"the {what} test cluster cannot start; missing: {'; '.join(lacks)}. `make test` as root installs it on Debian."
+    )
+    if os.environ.get("CI") == "true" or (os.geteuid() == 0 and Path("/etc/debian_version").exists()):
+        pytest.fail(text, pytrace=False)
+    pytest.skip(text)
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster() -> Iterator[SlurmCluster]:
+    """The SLURM cluster that the whole session shares; most tests want `on_slurm`."""
+    from tests.testbed import slurm
+
+    require("SLURM", slurm.missing())
+    with slurm.SlurmCluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def on_slurm(slurm_cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlurmCluster]:
+    """The shared cluster, all nodes idle, its SLURM_CONF in the environment; jobs are cancelled afterwards."""
+    slurm_cluster.reset()
+    for name, value in slurm_cluster.environment().items():
+        monkeypatch.setenv(name, value)
+    yield slurm_cluster
+    slurm_cluster.reset()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[RayCluster]:
+    """The Ray cluster that the whole session shares; most tests want `on_ray`."""
+    from tests.testbed import ray
+
+    require("Ray", ray.missing())
+    with ray.RayCluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def on_ray(ray_cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> RayCluster:
+    """The shared cluster, its RAY_ADDRESS in the environment. A test that calls ray.init also calls ray.shutdown."""
+    for name, value in ray_cluster.environment().items():
+        monkeypatch.setenv(name, value)
+    return ray_cluster
+
+
+# --- nothing left behind
+
+
+def strays(*, testbeds: bool = False) -> dict[int, str]:
+    """Living processes of this session; those of the shared clusters only with `testbeds`."""
+    found = keeper.processes_with(f"{keeper.SESSION}={os.environ[keeper.SESSION]}\0")
+    if not testbeds:
+        for pid in keeper.processes_with(f"{keeper.FOLDER}="):
+            found.pop(pid, None)
+    helpers = (keeper.__file__, "multiprocessing.resource_tracker")  # these end with their owner
+    return {pid: command for pid, command in found.items() if not any(helper in command for helper in helpers)}
+
+
+@pytest.fixture(autouse=True)
+def no_process_left_behind() -> Iterator[None]:
+    """Fails the test that leaves a process behind, after five seconds of patience, and kills the process."""
+    before = strays()
+    yield
+    deadline = time.monotonic() + 5
+    while (left := {pid: command for pid, command in strays().items() if pid not in before}) and (
+        time.monotonic() < deadline
+    ):
+        time.sleep(0.05)
+    if left:
+        keeper.kill(set(left))
+        pytest.fail(f"left behind: {left}", pytrace=False)
