@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import struct
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +28,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.errors import CheckpointError
-from training.files import sync_folder, write_atomic
+from training.files import read_json, sync_folder, write_atomic
+from training.sharding import assemble, is_part
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{9,})")
+PATIENCE = 600.0  # seconds that ranks wait for one another's parts
+POLL_SECONDS = 0.02
+Part = tuple[int, int]  # rank, ranks
 _CHUNK = 1 << 22  # bytes hashed and written at a time
 Parts = Mapping[str, Any]  # file name -> Mapping[str, torch.Tensor] for *.safetensors, a JSON value for *.json
 
@@ -58,6 +63,7 @@ class Checkpoints:
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
         self.folder = folder
         self.keep = keep
+        self.patience = PATIENCE
         self.on_saved: Callable[[Checkpoint], None] = lambda checkpoint: None
         self.on_failed: Callable[[int, Exception], None] = lambda step, error: None
         self.on_damaged: Callable[[CheckpointError], None] = lambda error: None
@@ -65,8 +71,13 @@ class Checkpoints:
         self._under_way: Future[None] | None = None
         self._host: dict[tuple[str, str], torch.Tensor] = {}
 
-    def save(self, step: int, parts: Parts, *, score: float | None = None, wait: bool = False) -> None:
+    def save(
+        self, step: int, parts: Parts, *, score: float | None = None, wait: bool = False, part: Part = (0, 1)
+    ) -> None:
         """Save `parts` as the checkpoint of `step`; returns once the tensors are copied to host memory.
+
+        Where every rank brings files of its own, all call this with `part` = (rank, ranks) and different file names, in
+        a folder that they share; rank 0 commits when all parts are there.
 
         Waits for the save before it, so none overtakes another. With `wait`, returns when the checkpoint is committed
         (or has failed). A failure to write does not raise: what was committed stays, and `on_failed` is told.
@@ -75,7 +86,7 @@ class Checkpoints:
         copied = self._copy_to_host(parts)
         if self._writer is None:
             self._writer = ThreadPoolExecutor(1, "checkpoint-writer")
-        self._under_way = self._writer.submit(self._write, step, copied, score)
+        self._under_way = self._writer.submit(self._write, step, copied, score, part)
         if wait:
             self.wait()
 
@@ -154,24 +165,58 @@ class Checkpoints:
             torch.cuda.current_stream().synchronize()
         return copied
 
-    def _write(self, step: int, parts: dict[str, Any], score: float | None) -> None:
+    def _write(self, step: int, parts: dict[str, Any], score: float | None, part: Part) -> None:
+        rank, ranks = part
         staging = self.folder / f".step-{step:09d}.staging"
+        target = self.folder / f"step-{step:09d}"
         try:
-            target = self.folder / f"step-{step:09d}"
-            if not self._already_there(target):
+            if ranks > 1 or not self._already_there(target):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                shutil.rmtree(staging, ignore_errors=True)
-                staging.mkdir()
+                if ranks == 1:
+                    shutil.rmtree(staging, ignore_errors=True)
+                staging.mkdir(exist_ok=ranks > 1)
                 files = {name: _write_file(staging / name, content) for name, content in parts.items()}
+                if rank:
+                    write_atomic(staging / _report(rank), json.dumps(files))
+                    self._wait_for_commit(staging, target)
+                    return
+                files |= self._others(staging, ranks)
                 write_manifest(staging, {"format": FORMAT, "step": step, "score": score, "files": files})
-                os.rename(staging, target)
+                if ranks > 1 and self._already_there(target):
+                    shutil.rmtree(staging)
+                else:
+                    os.rename(staging, target)
                 sync_folder(self.folder)
             self._prune()
         except Exception as error:
-            shutil.rmtree(staging, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)  # also tells the other ranks, which wait for it to go
             self.on_failed(step, error)
         else:
             self.on_saved(Checkpoint(step, target, score))
+
+    def _others(self, staging: Path, ranks: int) -> dict[str, Any]:
+        """The manifest's entries of the files that ranks 1 and above have written, once all of them have."""
+        files: dict[str, Any] = {}
+        deadline = time.monotonic() + self.patience
+        for rank in range(1, ranks):
+            while (written := read_json(staging / _report(rank))) is None:
+                if not staging.exists():
+                    raise CheckpointError(f"a rank could not write its part of {staging.name}")
+                if time.monotonic() > deadline:
+                    raise CheckpointError(
+                        f"rank {rank} has not written its part of {staging.name} in {self.patience:.0f} s"
+                    )
+                time.sleep(POLL_SECONDS)
+            (staging / _report(rank)).unlink()
+            files |= written
+        return files
+
+    def _wait_for_commit(self, staging: Path, target: Path) -> None:
+        deadline = time.monotonic() + self.patience
+        while staging.exists() and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        if not target.exists():
+            raise CheckpointError(f"{target} has not been committed by rank 0")
 
     def _already_there(self, target: Path) -> bool:
         """Whether a good checkpoint of this step is committed (a run that fell back comes by again); a bad one goes."""
@@ -204,11 +249,14 @@ class Checkpoints:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The parts of the checkpoint in `path`, tensors on the CPU. Raises CheckpointError for a file it cannot read."""
+    """The parts of the checkpoint in `path`, tensors on the CPU; files saved in parts under their whole name. Raises CheckpointError for a file it cannot read."""
     from safetensors.torch import load_file
 
-    parts: dict[str, Any] = {}
-    for name in read_manifest(path)["files"]:
+    names = list(read_manifest(path)["files"])
+    parts: dict[str, Any] = dict(assemble(path, names))
+    for name in names:
+        if is_part(name):
+            continue
         try:
             file = path / name
             parts[name] = load_file(file) if name.endswith(".safetensors") else json.loads(file.read_bytes())
@@ -227,6 +275,10 @@ def verify(path: Path) -> None:
             raise CheckpointError(f"{path / name} cannot be read: {error.strerror}") from None
         if digest != expected["sha256"]:
             raise CheckpointError(f"{path / name} is not what was written: its sha256 differs from the manifest's")
+
+
+def _report(rank: int) -> str:
+    return f"part-{rank:05d}.json"
 
 
 def write_manifest(folder: Path, body: dict[str, Any]) -> None:

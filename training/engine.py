@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from training.ahead import ahead
-from training.errors import CheckpointError
 from training.group import environment
 from training.metrics import Metric, combine, evaluation_batches
 from training.sampler import Step
+from training.sharding import like, load_model_state, local_parts, part_name, shard
 
 if TYPE_CHECKING:
     import torch
@@ -76,11 +76,16 @@ class Engine:
         self.model = model
         self.accelerator = make_accelerator(ctx, config.precision)
         model.to(ctx.device)
+        self.sharded = config.shard and self.world_size > 1
+        if self.sharded:
+            shard(model, ctx.world)
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.lr or 0.0, weight_decay=config.weight_decay, fused=True
         )
         forward = torch.compile(model, dynamic=False) if config.compile else model
-        self.wrapped, self.prepared = self.accelerator.prepare(forward, self.optimizer)
+        # `evaluation_mode` leaves a sharded model without the wrapper of DDP.
+        self.wrapped = self.accelerator.prepare_model(forward, device_placement=False, evaluation_mode=self.sharded)
+        self.prepared = self.accelerator.prepare_optimizer(self.optimizer, device_placement=False)
         self.scheduler = get_scheduler(config.schedule, self.optimizer, config.warmup_steps, steps)
         # Compiled code is made for each shape, so lengths are rounded up to a handful of them.
         self.collate = DataCollatorWithPadding(
@@ -115,7 +120,7 @@ class Engine:
             last = number == len(step.microbatches)
             weight = step.weight(microbatch, self.world_size)
             # Gradients travel between ranks once a step, with the last microbatch.
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+            with self._syncing(last):
                 loss = self.wrapped(**self._send(batch)).loss * weight
                 self.accelerator.backward(loss)
             total += loss.detach()
@@ -127,6 +132,12 @@ class Engine:
         self.prepared.zero_grad()
         self.loss_sum += total
         self.loss_steps += 1
+
+    def _syncing(self, last: bool) -> AbstractContextManager[Any]:
+        if self.sharded:
+            self.model.set_requires_gradient_sync(last)
+            return nullcontext()
+        return nullcontext() if last else self.accelerator.no_sync(self.wrapped)
 
     def mean_loss(self) -> float:
         """The mean loss over all samples of the steps since the last call, over all ranks. A collective."""
@@ -148,27 +159,40 @@ class Engine:
         most = -(-len(batches) // self.world_size) * batch_size
         self.model.eval()
         try:
-            with torch.inference_mode(), self.accelerator.autocast():
-                for samples in batches[self.ctx.world.rank :: self.world_size]:
-                    batch = self._send(self.batch(data, samples))
-                    batch.pop("labels")
-                    logits = self.model(**batch).logits.float()
+            with torch.no_grad() if self.sharded else torch.inference_mode(), self.accelerator.autocast():
+                mine = batches[self.ctx.world.rank :: self.world_size]
+                for samples in mine:
+                    logits = self._logits(data, samples)
                     outputs.append(logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1))
                     ids += samples
+                if self.sharded and len(mine) < most // batch_size:
+                    self._logits(data, batches[0])  # takes part in gathering the parameters for the other ranks
         finally:
             self.model.train()
         predictions = torch.cat(outputs).tolist() if outputs else []
         references = [data.labels[sample] for sample in ids]
         return combine(self.ctx.group, metric, len(data), ids, predictions, references, most)
 
+    def _logits(self, data: Encoded, samples: Sequence[int]) -> torch.Tensor:
+        """Float32 of shape (samples, labels)."""
+        batch = self._send(self.batch(data, samples))
+        batch.pop("labels")
+        logits: torch.Tensor = self.model(**batch).logits.float()
+        return logits
+
     def capture(self) -> dict[str, Any]:
         """The parts of a checkpoint that the engine knows; the state of all ranks is gathered. A collective."""
         ranks = self.ctx.group.gather({"rng": rng_state(), "loss": [float(self.loss_sum.item()), self.loss_steps]})
         tensors, plain = split_optimizer(self.optimizer.state_dict())
         scaler = self.accelerator.scaler
+        state: dict[str, Any] = {"model.safetensors": self.model.state_dict(), "optimizer.safetensors": tensors}
+        rank = self.ctx.world.rank
+        if self.sharded:
+            state = {part_name(file, rank): local_parts(content, rank) for file, content in state.items()}
+        if rank:
+            return state
         return {
-            "model.safetensors": self.model.state_dict(),
-            "optimizer.safetensors": tensors,
+            **state,
             "rng.safetensors": {
                 f"{rank}.{name}": tensor for rank, state in enumerate(ranks) for name, tensor in state["rng"].items()
             },
@@ -188,15 +212,15 @@ class Engine:
         """
         import torch
 
-        try:
-            self.model.load_state_dict(parts["model.safetensors"])
-        except RuntimeError as error:
-            raise CheckpointError(
-                "the checkpoint is of another model than --model builds "
-                f"({str(error).strip().splitlines()[-1].strip()}); give the model it was made with, or another run name"
-            ) from error
+        load_model_state(self.model, parts["model.safetensors"])
         plain = parts["engine.json"]
-        self.optimizer.load_state_dict(join_optimizer(parts["optimizer.safetensors"], plain["optimizer"]))
+        joined = join_optimizer(parts["optimizer.safetensors"], plain["optimizer"])
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for number, fields in joined["state"].items():
+            for field, value in fields.items():
+                if isinstance(value, torch.Tensor) and value.shape == parameters[number].shape:
+                    fields[field] = like(value, parameters[number])
+        self.optimizer.load_state_dict(joined)
         self.scheduler.load_state_dict(plain["scheduler"])
         if self.accelerator.scaler is not None and plain["scaler"]:
             self.accelerator.scaler.load_state_dict(plain["scaler"])
@@ -259,7 +283,7 @@ def split_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dic
     return tensors, {"values": values, "param_groups": state["param_groups"]}
 
 
-def join_optimizer(tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> dict[str, Any]:
+def join_optimizer(tensors: Mapping[str, torch.Tensor], plain: dict[str, Any]) -> dict[str, Any]:
     """What `split_optimizer` took apart."""
     state: dict[int, dict[str, Any]] = {}
     for name, value in {**tensors, **plain["values"]}.items():

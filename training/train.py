@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from training.data import PAIRS, check_source, find_source
+from training.definitions import check_metric, find_metric
 from training.errors import CheckpointError, ConfigError
 from training.files import sync_folder
 from training.model import TINY, check_model
@@ -36,6 +37,7 @@ class TrainConfig:
     train_file: str = ""  # CSV, JSON-lines or Parquet with sentence1, sentence2, label; instead of the dataset's
     validation_file: str = ""  # the same for evaluation
     num_labels: int = 2  # classes 0..N-1; 1 means regression
+    metric: str = ""  # package.module:function, or what evaluate loads; by default GLUE's accuracy and F1
     max_length: int = 128  # tokens of a pair; longer ones are cut
     batch_size: int | None = None  # samples a rank takes at once; by default 8; for `tiny` 32, shared among all ranks
     global_batch: int = 0  # samples of an optimizer step over all ranks; 0 means batch size x ranks, or 32 for `tiny`
@@ -48,6 +50,7 @@ class TrainConfig:
     weight_decay: float = 0.01  # of AdamW
     max_grad_norm: float = 0.0  # clip gradients to this norm; 0 means never
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # arithmetic of forward and backward passes
+    shard: bool = False  # shard parameters and optimizer over the ranks (FSDP2) instead of copying them to each (DDP)
     compile: bool = False  # compile the model; batches are then padded to multiples of 32 tokens
     length_buckets: bool = False  # put samples of similar length together, which saves padding and changes the order
     seed: int = 42  # decides the order of the data, fresh weights and dropout
@@ -81,6 +84,7 @@ def check(config: TrainConfig) -> None:
         if getattr(config, name) is not None and getattr(config, name) <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)} must be more than 0")
     check_trackers(config.log_with)
+    check_metric(config.metric)
     check_model(config.model)
     for split, file in (("train", config.train_file), ("validation", config.validation_file)):
         check_source(find_source(split, config.dataset, file), config.num_labels)
@@ -94,7 +98,6 @@ def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
     """
     from training.curve import draw_curve
     from training.engine import Engine, seed_all
-    from training.metrics import metric_for
     from training.model import load_model
 
     check(config)
@@ -115,7 +118,7 @@ def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
     if parts is not None:
         engine.restore(parts)
         ctx.event("resumed", step=state.step)
-    metric = metric_for(config.num_labels)
+    metric = find_metric(config.metric, config.num_labels, config.dataset)
     progress = Progress(total, state, enabled=ctx.world.rank == 0)
     trackers = Trackers(engine.accelerator, config.log_with, ctx.run_dir, asdict(config))
 
@@ -259,19 +262,25 @@ def record(ctx: Context, trackers: Trackers, state: State, values: dict[str, Any
 
 def save(ctx: Context, engine: Engine, state: State, score: float | None) -> None:
     """Save a checkpoint in the background; on return all state is copied. A collective."""
-    parts = {**engine.capture(), "state.json": asdict(state)}
-    if ctx.world.rank == 0:
+    parts = engine.capture()
+    rank = ctx.world.rank
+    if rank == 0:
+        parts["state.json"] = asdict(state)
         ctx.checkpoints.on_saved = lambda saved: ctx.event("saved", step=saved.step)
         ctx.checkpoints.on_failed = lambda step, error: ctx.event("save-failed", step=step, error=str(error))
-        ctx.checkpoints.save(state.step, parts, score=score)
+    if rank == 0 or engine.sharded:
+        ctx.checkpoints.save(state.step, parts, score=score, part=(rank, ctx.world.world_size if engine.sharded else 1))
 
 
 def publish_model(ctx: Context, engine: Engine, tokenizer: PreTrainedTokenizerBase) -> str:
     """Save the final model for `from_pretrained` as `run_dir/model`, whole or not at all; the folder's name."""
+    from training.sharding import whole
+
+    weights = whole(engine.model.state_dict())
     if ctx.world.rank == 0:
         staging, target = ctx.run_dir / ".model.staging", ctx.run_dir / "model"
         shutil.rmtree(staging, ignore_errors=True)
-        engine.model.save_pretrained(staging)
+        engine.model.save_pretrained(staging, state_dict=weights)
         tokenizer.save_pretrained(staging)
         shutil.rmtree(target, ignore_errors=True)
         os.rename(staging, target)

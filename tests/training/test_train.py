@@ -35,7 +35,7 @@ Options = dict[str, Any]
 def options(small: Path, tmp_path: Path) -> Options:
     return {
         "dataset": str(small), "batch_size": 8, "epochs": 2, "log_every": 1, "save_every": 2, "keep": 100,
-        "cache": tmp_path / "cache",
+        "cache": tmp_path / "cache", "log_with": (),
     }  # fmt: skip
 
 
@@ -244,10 +244,57 @@ def test_a_stop_saves_and_the_run_ends_as_if_never_stopped(tmp_path: Path, optio
     assert_same_end(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precision_learns_the_same(tmp_path: Path, options: Options, precision: str) -> None:
+    train_in(ONE, tmp_path / "full", **options)
+    train_in(ONE, tmp_path / precision, **options, precision=precision, max_grad_norm=1.0)
+    assert losses(tmp_path / precision) == pytest.approx(losses(tmp_path / "full"), abs=0.05)
+    weights = load_file(tmp_path / precision / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_length_buckets_keep_the_samples_and_may_not_change_within_a_run(tmp_path: Path, options: Options) -> None:
+    train_in(ONE, tmp_path / "run", **options, length_buckets=True, max_steps=3)
+    with pytest.raises(ConfigError, match="--length-buckets cannot be changed"):
+        train_in(ONE, tmp_path / "run", **options)
+    assert train_in(ONE, tmp_path / "run", **options, length_buckets=True)[0]["steps"] == 14
+
+
+def test_tensorboard_gets_the_numbers(tmp_path: Path, options: Options) -> None:
+    train_in(ONE, tmp_path / "run", **{**options, "log_with": ("tensorboard",)})
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    logged = {event.step: event.value for event in events.Scalars("loss")}
+    assert logged == pytest.approx(losses(tmp_path / "run"))
+    assert len(events.Scalars("eval/accuracy")) == 2
+
+
 def test_a_stop_asked_for_in_the_last_step_is_a_finish(tmp_path: Path, options: Options) -> None:
     result, stopped = train_and_stop(ONE, tmp_path / "run", options, 14)
     assert not stopped
     assert result["model"] == "model"
+
+
+@pytest.mark.slow
+def test_sharded_training_is_the_same_and_goes_on_with_any_number_of_ranks(tmp_path: Path, options: Options) -> None:
+    options |= {"batch_size": 4, "global_batch": 8}
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train_in(ONE, whole, **options)
+    for size, stop_after, sharded in ((2, 3, True), (3, 3, True), (1, 3, False), (2, 0, True)):
+        for _, stopped in spawn(train_and_stop, size, run, {**options, "shard": sharded}, stop_after):
+            assert stopped == bool(stop_after)
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-3)
+    files = {path.name for path in max((run / "checkpoints").glob("step-*")).iterdir()}
+    assert {"model.rank00000.safetensors", "model.rank00001.safetensors", "optimizer.rank00001.safetensors"} <= files
+    sizes = [
+        (run / "checkpoints/step-000000014" / f"model.rank0000{rank}.safetensors").stat().st_size for rank in (0, 1)
+    ]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.1)
+    ours = load_file(run / "model" / "model.safetensors")
+    for name, tensor in load_file(whole / "model" / "model.safetensors").items():
+        assert torch.allclose(ours[name], tensor, atol=1e-3), name
 
 
 @pytest.mark.parametrize(
@@ -259,6 +306,10 @@ def test_a_stop_asked_for_in_the_last_step_is_a_finish(tmp_path: Path, options: 
         ({"model": "./nowhere"}, "no such folder"),
         ({"dataset": "./nowhere"}, "no such folder"),
         ({"num_labels": 1, "lr": -1.0}, "--lr"),
+        ({"log_with": ("tensorbord",)}, "did you mean tensorboard"),
+        ({"log_with": ("wandb",)}, "pip install wandb"),
+        ({"metric": "no such:thing"}, "written package.module:function"),
+        ({"metric": "./none.py"}, "no such file"),
     ],
 )
 def test_bad_requests(change: Options, message: str) -> None:
