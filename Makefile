@@ -1,0 +1,28 @@
+# `make run` starts it, `make test` tests all of it, `make check` takes under a minute.
+SYSTEM_PACKAGES = slurm-wlm slurm-wlm-basic-plugins munge slurmdbd mariadb-server-core
+
+.PHONY: run test check format setup
+.DEFAULT_GOAL := check
+
+run: setup
+	.venv/bin/launch $(ARGS)
+
+# Real SLURM and real Ray. Where the packages cannot be had, the tests say what is missing.
+test: setup
+	scripts/apt-install $(SYSTEM_PACKAGES) || true
+	.venv/bin/python -m pytest $(ARGS)
+
+check: setup
+	.venv/bin/ruff format --check
+	.venv/bin/ruff check
+	.venv/bin/mypy
+	.venv/bin/python -m pytest -q -m "not slow and not slurm and not ray"
+
+format: setup
+	.venv/bin/ruff format
+	.venv/bin/ruff check --fix
+
+setup: .venv/up-to-date
+
+.venv/up-to-date: pyproject.toml constraints.txt scripts/setup
+	scripts/setup
