@@ -107,12 +107,12 @@ class Checkpoints:
         """All committed checkpoints, oldest first; their content is not verified."""
         found = []
         for path in self.folder.glob("step-*") if self.folder.is_dir() else ():
-            match = _NAME.fullmatch(path.name)
-            if match and path.is_dir():
+            step = step_of(path.name)
+            if step is not None and path.is_dir():
                 manifest = None
                 with contextlib.suppress(CheckpointError):
                     manifest = read_manifest(path)
-                found.append(Checkpoint(int(match[1]), path, manifest["score"] if manifest else None))
+                found.append(Checkpoint(step, path, manifest["score"] if manifest else None))
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
     def latest(self) -> Checkpoint | None:
@@ -230,14 +230,10 @@ class Checkpoints:
         return True
 
     def _prune(self) -> None:
-        """Keep the newest `keep` and the best; of equal scores the newest is best."""
         committed = self.committed()
-        scored = [checkpoint for checkpoint in committed if checkpoint.score is not None]
-        kept = {checkpoint.path for checkpoint in committed[-self.keep :]}
-        if scored:
-            kept.add(max(scored, key=lambda checkpoint: (checkpoint.score, checkpoint.step)).path)
+        keep = kept(committed, self.keep)
         for checkpoint in committed:
-            if checkpoint.path not in kept:
+            if checkpoint not in keep:
                 self._discard(checkpoint.path)
 
     def _discard(self, path: Path) -> None:
@@ -291,18 +287,40 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     try:
         raw = file.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing, so this is no committed checkpoint") from None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
+    return parse_manifest(raw, str(file))
+
+
+def parse_manifest(raw: bytes, where: str) -> dict[str, Any]:
+    """The manifest with the bytes `raw`. Raises CheckpointError, naming `where`, unless every byte is as written."""
+    try:
         manifest = json.loads(raw)
         body = {key: value for key, value in manifest.items() if key != "sha256"}
         whole = _spell(manifest) == raw and manifest["sha256"] == hashlib.sha256(_spell(body)).hexdigest()
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing, so this is no committed checkpoint") from None
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from None
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{where} cannot be read: {error}") from None
     if not whole:
-        raise CheckpointError(f"{file} is not what was written: its sha256 differs")
+        raise CheckpointError(f"{where} is not what was written: its sha256 differs")
     if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{file} has format {manifest['format']}; this version reads format {FORMAT}")
+        raise CheckpointError(f"{where} has format {manifest['format']}; this version reads format {FORMAT}")
     return dict(manifest)
+
+
+def step_of(name: str) -> int | None:
+    """The step of a committed checkpoint's folder name; None for any other name."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def kept(committed: list[Checkpoint], keep: int) -> list[Checkpoint]:
+    """Those of `committed` (oldest first) to keep: the newest `keep` and the best; of equal scores the newest is best."""
+    scored = [checkpoint for checkpoint in committed if checkpoint.score is not None]
+    best = max(scored, key=lambda checkpoint: (checkpoint.score or 0.0, checkpoint.step)) if scored else None
+    newest = committed[-keep:]
+    return newest if best is None or best in newest else [best, *newest]
 
 
 def _spell(manifest: dict[str, Any]) -> bytes:

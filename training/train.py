@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -13,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from training.data import PAIRS, check_source, find_source
 from training.definitions import check_metric, find_metric
-from training.errors import CheckpointError, ConfigError
-from training.files import sync_folder
+from training.errors import ConfigError
 from training.model import TINY, check_model
 from training.progress import Progress
 from training.sampler import Position, Step, steps, steps_per_epoch
@@ -25,7 +22,6 @@ if TYPE_CHECKING:
 
     from training.context import Context
     from training.data import Encoded
-    from training.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -57,6 +53,9 @@ class TrainConfig:
     log_every: int = 10  # steps between two lines of metrics
     save_every: int = 500  # steps between two checkpoints; one is also saved after every epoch
     log_with: tuple[str, ...] = ("tensorboard",)  # trackers of accelerate, with commas between; `--log-with=` for none
+    mirror: str = (
+        ""  # copy checkpoints to this store as well, and resume from it: s3://bucket/folder, or any fsspec URI
+    )
     keep: int = 2  # newest checkpoints to keep; the best is kept besides
     cache: Path | None = None  # folder for tokenised data; by default ~/.cache/launch/tokens
 
@@ -85,6 +84,10 @@ def check(config: TrainConfig) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)} must be more than 0")
     check_trackers(config.log_with)
     check_metric(config.metric)
+    if config.mirror:
+        from training.mirror import open_store
+
+        open_store(config.mirror)
     check_model(config.model)
     for split, file in (("train", config.train_file), ("validation", config.validation_file)):
         check_source(find_source(split, config.dataset, file), config.num_labels)
@@ -99,6 +102,7 @@ def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
     from training.curve import draw_curve
     from training.engine import Engine, seed_all
     from training.model import load_model
+    from training.store import Store
 
     check(config)
     config = config.resolved()
@@ -108,7 +112,8 @@ def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
     seed_all(config.seed)
     model = load_model(config.model, config.num_labels)
     state = State.fresh(config, ctx.world.world_size, data)
-    parts = find_checkpoint(ctx)
+    store = Store(ctx, config)
+    parts = store.find()
     if parts is not None:
         state = State.resumed(parts["state.json"], state)
     per_epoch = steps_per_epoch(len(data), state.global_batch)
@@ -122,36 +127,34 @@ def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
     progress = Progress(total, state, enabled=ctx.world.rank == 0)
     trackers = Trackers(engine.accelerator, config.log_with, ctx.run_dir, asdict(config))
 
-    while state.step < total and not ctx.stopped:
-        with closing(engine.batches(data, epoch_steps(ctx, config, state, data))) as batches:
-            for step, tensors in batches:
-                engine.step(step, tensors)
-                state.step += 1
-                state.at = step.after
-                if state.step % config.log_every == 0 or state.step == total:
-                    values = progress.line(state, engine.mean_loss(), engine.scheduler.get_last_lr()[0], per_epoch)
-                    record(ctx, trackers, state, values)
-                score = None
-                if state.at.position == 0 or state.step == total:
-                    evaluation = engine.evaluate(validation, config.eval_batch_size, metric)
-                    score = state.note(evaluation)
-                    record(ctx, trackers, state, {"epoch": state.step / per_epoch, "eval": evaluation})
-                    progress.evaluation(state)
-                stop = state.step < total and ctx.should_stop(state.step)
-                if stop or score is not None or state.step % config.save_every == 0:
-                    save(ctx, engine, state, score)
-                if stop or state.step == total:
-                    break
-    progress.close()
-    trackers.close()
-    if ctx.world.rank == 0:
-        draw_curve(ctx.run_dir, f"{config.model} on {config.dataset}")
-    ctx.checkpoints.close()
+    with closing(store), closing(trackers), closing(progress):
+        while state.step < total and not ctx.stopped:
+            with closing(engine.batches(data, epoch_steps(ctx, config, state, data))) as batches:
+                for step, tensors in batches:
+                    engine.step(step, tensors)
+                    state.step += 1
+                    state.at = step.after
+                    if state.step % config.log_every == 0 or state.step == total:
+                        values = progress.line(state, engine.mean_loss(), engine.scheduler.get_last_lr()[0], per_epoch)
+                        record(ctx, trackers, state, values)
+                    score = None
+                    if state.at.position == 0 or state.step == total:
+                        evaluation = engine.evaluate(validation, config.eval_batch_size, metric)
+                        score = state.note(evaluation)
+                        record(ctx, trackers, state, {"epoch": state.step / per_epoch, "eval": evaluation})
+                        progress.evaluation(state)
+                    stop = state.step < total and ctx.should_stop(state.step)
+                    if stop or score is not None or state.step % config.save_every == 0:
+                        store.save(engine, state.step, asdict(state), score)
+                    if stop or state.step == total:
+                        break
+        if ctx.world.rank == 0:
+            draw_curve(ctx.run_dir, f"{config.model} on {config.dataset}")
     ctx.group.barrier()  # nobody leaves before the last checkpoint is committed
     result = {**state.evaluations[-1]} if state.evaluations else {}
     result |= {"steps": state.step, "epochs": state.step / per_epoch, "best": state.best}
     if not ctx.stopped:
-        result["model"] = publish_model(ctx, engine, tokenizer)
+        result["model"] = store.publish(engine, tokenizer)
     return result
 
 
@@ -236,57 +239,10 @@ def load_data(ctx: Context, config: TrainConfig) -> tuple[PreTrainedTokenizerBas
     return loaded or load()
 
 
-def find_checkpoint(ctx: Context) -> dict[str, Any] | None:
-    """The parts of the newest good checkpoint, the same on all ranks: rank 0 chooses."""
-    from training.checkpoints import load
-
-    chosen, problem = None, None
-    if ctx.world.rank == 0:
-        ctx.checkpoints.clean()
-        ctx.checkpoints.on_damaged = lambda error: ctx.event("checkpoint-damaged", error=str(error))
-        try:
-            chosen = ctx.checkpoints.latest()
-        except CheckpointError as error:
-            problem = str(error)
-    chosen, problem = ctx.group.broadcast((chosen, problem))
-    if problem:
-        raise CheckpointError(problem)
-    return load(chosen.path) if chosen else None
-
-
 def record(ctx: Context, trackers: Trackers, state: State, values: dict[str, Any]) -> None:
     """Write `values` of the present step to the metrics file and to the trackers."""
     ctx.log(state.step, **values)
     trackers.log(state.step, values)
-
-
-def save(ctx: Context, engine: Engine, state: State, score: float | None) -> None:
-    """Save a checkpoint in the background; on return all state is copied. A collective."""
-    parts = engine.capture()
-    rank = ctx.world.rank
-    if rank == 0:
-        parts["state.json"] = asdict(state)
-        ctx.checkpoints.on_saved = lambda saved: ctx.event("saved", step=saved.step)
-        ctx.checkpoints.on_failed = lambda step, error: ctx.event("save-failed", step=step, error=str(error))
-    if rank == 0 or engine.sharded:
-        ctx.checkpoints.save(state.step, parts, score=score, part=(rank, ctx.world.world_size if engine.sharded else 1))
-
-
-def publish_model(ctx: Context, engine: Engine, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Save the final model for `from_pretrained` as `run_dir/model`, whole or not at all; the folder's name."""
-    from training.sharding import whole
-
-    weights = whole(engine.model.state_dict())
-    if ctx.world.rank == 0:
-        staging, target = ctx.run_dir / ".model.staging", ctx.run_dir / "model"
-        shutil.rmtree(staging, ignore_errors=True)
-        engine.model.save_pretrained(staging, state_dict=weights)
-        tokenizer.save_pretrained(staging)
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(staging, target)
-        sync_folder(ctx.run_dir)
-    ctx.group.barrier()
-    return "model"
 
 
 def epoch_steps(ctx: Context, config: TrainConfig, state: State, data: Encoded) -> Iterator[Step]:

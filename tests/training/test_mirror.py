@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training.ranks import free_port, train_in
+from tests.training.test_checkpoints import parts, same
+from training import mirror as module
+from training.checkpoints import MANIFEST, Checkpoints, load
+from training.errors import CheckpointError, ConfigError
+from training.files import read_lines
+from training.mirror import Mirror, open_store
+from training.train import TrainConfig, check
+from training.world import World
+
+BUCKET = "launch-test"
+pytestmark = pytest.mark.usefixtures("s3")
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """A real S3-compatible server of this machine; its address."""
+    port = free_port()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert server.poll() is None, "the S3 server has ended"
+            assert time.monotonic() < deadline, "the S3 server does not answer"
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture(params=["folder", "s3"])
+def uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "folder":
+        return f"file://{tmp_path}/store"
+    import boto3  # type: ignore[import-untyped]
+
+    address: str = request.getfixturevalue("s3")
+    for name, value in (
+        ("AWS_ENDPOINT_URL", address),
+        ("AWS_ACCESS_KEY_ID", "test"),
+        ("AWS_SECRET_ACCESS_KEY", "test"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+    ):
+        monkeypatch.setenv(name, value)
+    boto3.client("s3").create_bucket(Bucket=BUCKET)
+    return f"s3://{BUCKET}/{tmp_path.name}"
+
+
+def saved(folder: Path, mirror: Mirror, *steps: int) -> None:
+    store = Checkpoints(folder)
+    store.on_saved = mirror.push
+    for step in steps:
+        store.save(step, parts(step), score=1.0 if step == 1 else None, wait=True)
+    store.close()
+    mirror.close()
+
+
+def test_checkpoints_go_there_and_come_back(tmp_path: Path, uri: str) -> None:
+    failed: list[Exception] = []
+    mirror = Mirror(uri, "a run")
+    mirror.on_failed = lambda step, error: failed.append(error)
+    mirror.check()
+    assert mirror.checkpoints() == []
+    saved(tmp_path / "here", mirror, 1, 2, 3, 4)
+    assert failed == []
+    assert [checkpoint.step for checkpoint in mirror.checkpoints()] == [1, 3, 4], "the best and the newest two"
+    path = Mirror(uri, "a run").pull("step-000000004", tmp_path / "elsewhere")
+    assert same(load(path), parts(4))
+    assert os.listdir(tmp_path / "elsewhere") == ["step-000000004"]
+
+
+def test_a_copy_without_its_manifest_or_with_a_wrong_byte_is_none(tmp_path: Path) -> None:
+    mirror = Mirror(f"file://{tmp_path}/store", "run")
+    saved(tmp_path / "here", mirror, 2, 3)
+    there = tmp_path / "store" / "run"
+    (there / "step-000000003" / MANIFEST).unlink()
+    assert [checkpoint.step for checkpoint in mirror.checkpoints()] == [2]
+    file = there / "step-000000002" / "state.json"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"state\.json is not what was written"):
+        mirror.pull("step-000000002", tmp_path / "elsewhere")
+    assert os.listdir(tmp_path / "elsewhere") == []
+    file.unlink()
+    with pytest.raises(CheckpointError, match="cannot be fetched"):
+        mirror.pull("step-000000002", tmp_path / "elsewhere")
+
+
+class Shaky:
+    """A store of which every operation fails now and then, or for ever."""
+
+    def __init__(self, fs: Any, period: int) -> None:
+        self.fs, self.period, self.calls = fs, period, 0
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            if self.calls % self.period == 0:
+                raise ConnectionError("reset by peer")
+            return getattr(self.fs, name)(*args, **kwargs)
+
+        return call
+
+
+def test_errors_that_pass_are_tried_again_and_others_do_not_end_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FIRST_WAIT", 0.001)
+    mirror = Mirror(f"file://{tmp_path}/store", "run")
+    failed: list[int] = []
+    mirror.on_failed = lambda step, error: failed.append(step)
+    fs = mirror._fs
+    mirror._fs = Shaky(fs, 3)
+    saved(tmp_path / "here", mirror, 1, 2)
+    assert failed == []
+    assert [checkpoint.step for checkpoint in mirror.checkpoints()] == [1, 2]
+    mirror._fs = Shaky(fs, 1)
+    saved(tmp_path / "here", mirror, 3)
+    assert failed == [3]
+    with pytest.raises(ConfigError, match=r"the store cannot be read .*reset by peer"):
+        mirror.check()
+    mirror._fs = fs
+    assert [checkpoint.step for checkpoint in mirror.checkpoints()] == [1, 2]
+
+
+def test_stores_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="write it as s3://"):
+        check(TrainConfig(mirror="nonsense://bucket"))
+    from fsspec.registry import known_implementations  # type: ignore[import-untyped]
+
+    odd = {"class": "no_such_package.Odd", "err": "Install no_such_package to use it"}
+    monkeypatch.setitem(known_implementations, "odd", odd)
+    with pytest.raises(ConfigError, match="Install no_such_package"):
+        open_store("odd://bucket/folder")
+
+
+def test_a_run_goes_on_from_the_mirror_where_its_disk_is_gone(tmp_path: Path, small: Path, uri: str) -> None:
+    options: dict[str, Any] = {
+        "dataset": str(small), "epochs": 2, "batch_size": 8, "log_with": (), "cache": tmp_path / "cache", "mirror": uri,
+    }  # fmt: skip
+    one, other = tmp_path / "one" / "run", tmp_path / "other" / "run"
+    train_in(World(threads=1), one, **options, max_steps=10)
+    assert [line["step"] for line in read_lines(one / "events.jsonl") if line["event"] == "mirrored"] == [7, 10]
+    result, _ = train_in(World(threads=1), other, **options)
+    events = {line["event"]: line for line in read_lines(other / "events.jsonl")}
+    assert events["fetched"]["step"] == events["resumed"]["step"] == 10
+    assert result["steps"] == 14
+
+
+def test_a_damaged_disk_is_healed_by_the_mirror(tmp_path: Path, small: Path) -> None:
+    options: dict[str, Any] = {
+        "dataset": str(small), "epochs": 2, "batch_size": 8, "log_with": (), "cache": tmp_path / "cache",
+        "mirror": f"file://{tmp_path}/store",
+    }  # fmt: skip
+    run = tmp_path / "run"
+    train_in(World(threads=1), run, **options, max_steps=10)
+    for file in run.glob("checkpoints/*/model.safetensors"):
+        file.write_bytes(b"")
+    with pytest.warns(UserWarning, match="damaged"):
+        result, _ = train_in(World(threads=1), run, **options)
+    assert result["steps"] == 14
+    assert "fetched" in {line["event"] for line in read_lines(run / "events.jsonl")}
+    shutil.rmtree(tmp_path / "store")
