@@ -73,8 +73,12 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise BadRequest(f"{where}: expected a table, got {value!r}.")
         return from_data(typing.cast(type, hint), value, where)
-    if isinstance(hint, type) and issubclass(hint, enum.Enum | Path):
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        if value not in (choices := [each.value for each in hint]):
+            raise BadRequest(f"{where}: {value!r} is not one of {', '.join(map(str, choices))}.")
         return hint(value)
+    if hint is Path:
+        return Path(_convert(str, value, where))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
