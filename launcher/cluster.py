@@ -82,6 +82,7 @@ class Cluster:
         runs: folder of run directories; every node must see it under this path. Relative to where `launch` is called.
         shared: folders that all nodes share; when given, ``runs`` must lie in one of them.
         nodes: number of nodes; 0 for unknown.
+        oversubscribe: CPU ranks may outnumber the cores; for debugging on one machine.
         time: default time limit of a run, as in ``--time``.
         grace: seconds between the request to stop and the end, for the last checkpoint.
         start_method: ``forkserver`` (imports once a node) or ``spawn`` (for code that cannot fork).
@@ -96,6 +97,7 @@ class Cluster:
     shared: tuple[str, ...] = ()
     nodes: int = 0
     node: Node = Node()
+    oversubscribe: bool = False
     time: str | None = None
     grace: float = 60.0
     start_method: Literal["forkserver", "spawn"] = "forkserver"

@@ -140,7 +140,7 @@ def _place(devices: Devices, cluster: Cluster) -> Placement:
         raise _Refused(
             f"--accelerator {devices.accelerator}: the nodes of cluster {cluster.name!r} have {node.accelerator}."
         )
-    per_node = node.gpus if kind == "gpu" else node.cpus or None
+    per_node = node.gpus if kind == "gpu" else (node.cpus if not cluster.oversubscribe else 0) or None
     if kind == "gpu" and per_node == 0:
         each = -(-count // (devices.nodes or 1))
         raise _Refused(

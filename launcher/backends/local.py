@@ -23,7 +23,7 @@ def survey(cluster: Cluster) -> Cluster:
     found = replace(
         node, gpus=_gpus() if node.gpus is None else node.gpus, cpus=node.cpus or len(os.sched_getaffinity(0))
     )
-    return replace(cluster, node=found, nodes=1)
+    return replace(cluster, node=found, nodes=1, oversubscribe=True)
 
 
 def _gpus() -> int:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import io
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -171,18 +174,22 @@ def submit(plan: Plan) -> str:
     """Hand the job to sbatch and keep what it got in ``script.sh``."""
     import submitit
 
+    if shutil.which("srun") is None or shutil.which("sbatch") is None:
+        raise BadRequest(_UNREACHABLE.format("the command srun or sbatch is missing."))
     _check_paths(plan)
+    executor = _executor(plan, offline=False)
     try:
-        executor = _executor(plan, offline=False)
-        job = executor.submit(AgentTask(plan.run_dir))
-    except RuntimeError as error:
-        raise BadRequest(
-            f"SLURM cannot be reached from here: {error} Log in to a submission host of the cluster, or use --dry-run."
-        ) from None
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats what sbatch said
+            job = executor.submit(AgentTask(plan.run_dir))
     except submitit.core.utils.FailedJobError as error:
-        raise BadRequest(f"sbatch refused the job: {_refusal(str(error))}") from None
+        refusal = _refusal(str(error))
+        heard = "Batch job submission failed" in refusal and "Unable to contact" not in refusal
+        raise BadRequest(f"sbatch refused the job: {refusal}" if heard else _UNREACHABLE.format(refusal)) from None
     RunDir(plan.run_dir).script_file.write_text(job.paths.submission_file.read_text())
     return str(job.job_id)
+
+
+_UNREACHABLE = "SLURM cannot be reached from here: {} Log in to a submission host of the cluster, or use --dry-run."
 
 
 def _check_paths(plan: Plan) -> None:
@@ -191,8 +198,8 @@ def _check_paths(plan: Plan) -> None:
 
 
 def _refusal(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.startswith("sbatch: error:")]
-    return "\n".join(line.removeprefix("sbatch: error: ") for line in lines) or text
+    lines = [re.sub(r"^sbatch: (error|fatal): ", "", line) for line in text.splitlines()]
+    return " ".join(line.rstrip(".") + "." for line in lines if line)
 
 
 def poll(job_id: str) -> State:

