@@ -81,7 +81,7 @@ def test_failures_are_named(
 
 
 def test_the_table_of_failures_covers_every_kind() -> None:
-    mark = next(m for m in test_failures_are_named.pytestmark if m.name == "parametrize")  # type: ignore[attr-defined]
+    mark = next(m for m in test_failures_are_named.pytestmark if m.name == "parametrize")
     assert {row[3] for row in mark.args[1]} == set(RETRIED)
 
 

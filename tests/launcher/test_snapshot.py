@@ -142,7 +142,8 @@ def test_submodules_and_checkouts_inside_come_along(repository: Path, tmp_path: 
         git(tmp_path / name, "commit", "-qm", "inner")
     git(repository, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(tmp_path / "submodule"))
     git(repository, "clone", "-q", str(tmp_path / "library"))
-    found = take(repository, tmp_path / "code") and names(tmp_path / "code")
+    take(repository, tmp_path / "code")
+    found = names(tmp_path / "code")
     assert {"submodule/inner.py", "library/inner.py"} <= found
     assert not any("/.git/" in name for name in found)
 
