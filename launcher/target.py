@@ -117,10 +117,11 @@ def _parse(file: Path) -> ast.Module:
     try:
         return ast.parse(file.read_bytes())
     except SyntaxError as error:
-        line = (error.text or "").strip()
-        raise BadRequest(f"{file}:{error.lineno}: the target is not valid Python: {error.msg}\n    {line}") from None
+        where = f"{file}:{error.lineno}" if error.lineno else file
+        line = f"\n    {error.text.strip()}" if error.text else ""
+        raise BadRequest(f"{where}: the target is not valid Python: {error.msg}{line}") from None
     except ValueError as error:
-        raise BadRequest(f"{file}: the target is not valid Python: {error}.") from None
+        raise BadRequest(f"{file}: the target is not valid Python: {error}") from None
 
 
 def _project_folder(origin: Path, module: str) -> Path | None:
@@ -221,7 +222,9 @@ def short_traceback(error: BaseException) -> str:
     frames = list(report.stack)
     while len(frames) > 1 and frames[0].filename.startswith(ours):
         del frames[0]
-    if frames and not frames[0].filename.startswith(ours):
+    if isinstance(error, ImportError) and frames and frames[0].filename.startswith(ours):
+        report.stack = traceback.StackSummary()  # the target itself is not there
+    elif frames and not frames[0].filename.startswith(ours):
         report.stack = traceback.StackSummary.from_list(frames)
     return "".join(report.format())
 
