@@ -25,32 +25,40 @@ FOREIGN = (
     *("MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC", "ACCELERATE_", "XDG_", "GIT_"),
 )
 
-HOME = Path(tempfile.mkdtemp(prefix=f"{keeper.PREFIX}home-"))
-HOME_LOCK = keeper.lock_folder(HOME)  # should this session be killed, the next cluster to start removes the folder
+home = pytest.StashKey[tuple[Path, int]]()
 
 
-def isolate() -> None:
-    """Done at import, before a test module can import a library that reads its settings only once."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Isolate the session before a test module can import a library that reads its settings only once.
+
+    Not at import: a job on a cluster that unpickles a test's function may import this module, too.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=f"{keeper.PREFIX}home-"))
+    # should this session be killed, the next cluster to start finds the folder unlocked and removes it
+    config.stash[home] = folder, keeper.lock_folder(folder)
     for name in [name for name in os.environ if name.startswith(FOREIGN)]:
         del os.environ[name]
     os.environ |= {
         keeper.SESSION: f"{os.getpid()}-{secrets.token_hex(4)}",
-        "HOME": str(HOME),
-        "XDG_CONFIG_HOME": str(HOME / ".config"),
-        "XDG_CACHE_HOME": str(HOME / ".cache"),
-        "XDG_DATA_HOME": str(HOME / ".local" / "share"),
-        "HF_HOME": str(HOME / "huggingface"),
+        "HOME": str(folder),
+        "XDG_CONFIG_HOME": str(folder / ".config"),
+        "XDG_CACHE_HOME": str(folder / ".cache"),
+        "XDG_DATA_HOME": str(folder / ".local" / "share"),
+        "HF_HOME": str(folder / "huggingface"),
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    (HOME / ".gitconfig").write_text(
+    (folder / ".gitconfig").write_text(
         "[user]\n\tname = Test\n\temail = test@example.invalid\n[init]\n\tdefaultBranch = main\n[safe]\n\tdirectory = *\n"
     )
 
 
-isolate()
+def pytest_unconfigure(config: pytest.Config) -> None:
+    folder, lock = config.stash[home]
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -67,8 +75,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         keeper.kill(set(left))
         print(f"\nERROR: this test session left processes behind (killed now): {left}")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    shutil.rmtree(HOME, ignore_errors=True)
-    os.close(HOME_LOCK)
 
 
 # --- clusters

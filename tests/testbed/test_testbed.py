@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import require
 from tests.testbed import keeper, slurm
 from tests.testbed.keeper import Keeper, TestbedError, processes_with
 from tests.testbed.ray import RayCluster, RayNode
@@ -113,6 +114,43 @@ def test_what_is_missing_is_listed_with_its_package(monkeypatch: pytest.MonkeyPa
     assert "slurmctld (Debian package slurm-wlm)" in slurm.missing()
     with pytest.raises(TestbedError, match="munged"), SlurmCluster():
         pass
+
+
+# --- what conftest.py promises
+
+
+@pytest.mark.parametrize(("ci", "uid", "outcome"), [("true", 1000, "Failed"), ("", 1000, "Skipped")])
+def test_missing_packages_fail_in_ci_and_skip_elsewhere(
+    ci: str, uid: int, outcome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    with pytest.raises(BaseException, match="missing: munged") as raised:
+        require("SLURM", ["munged"])
+    assert type(raised.value).__name__ == outcome
+    require("SLURM", [])
+
+
+@pytest.mark.slow
+def test_a_test_that_leaves_a_process_behind_fails(tmp_path: Path) -> None:
+    leaky = tmp_path / "test_leaky.py"
+    leaky.write_text(
+        "import subprocess\n"
+        "def test_leaks():\n"
+        "    subprocess.run(['sh', '-c', 'setsid sleep 605 >/dev/null 2>&1 &'], check=True)\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider", "-q", str(leaky)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert "left behind" in done.stdout
+    assert "sleep 605" in done.stdout
+    assert done.returncode == 1
+    assert not any("sleep 605" in command for command in processes_with("LAUNCH_TEST_SESSION=").values())
+
+
+def test_the_users_settings_are_out_of_reach() -> None:
+    assert Path.home().name.startswith(keeper.PREFIX)
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    assert not any(name.startswith(("SLURM_", "RAY_ADDRESS")) for name in os.environ)
 
 
 # --- SLURM
