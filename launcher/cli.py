@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -122,13 +123,12 @@ def launch_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """The command. Exits with the status that `launch --help` documents."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    as_json = "--json" in argv[: argv.index("--") if "--" in argv else None]
     try:
         status = _COMMANDS[argv[0]](argv[1:]) if argv and argv[0] in COMMANDS else run_launch(argv)
     except BadRequest as error:
-        status = _complain(error, "bad request", 2, as_json)
+        status = _complain(error, "bad request", 2, argv)
     except LaunchError as error:
-        status = _complain(error, "failed", 1, as_json)
+        status = _complain(error, "failed", 1, argv)
     except BrokenPipeError:
         # `launch logs | head`: nobody reads any more. Point stdout elsewhere, or its last flush would complain too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -136,8 +136,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     sys.exit(status)
 
 
-def _complain(error: LaunchError, kind: str, status: int, as_json: bool) -> int:
-    if as_json:
+def _complain(error: LaunchError, kind: str, status: int, argv: Sequence[str]) -> int:
+    if argv[:1] and argv[0] not in COMMANDS:
+        with suppress(BadRequest):  # --json after the target is the target's own
+            argv, _, _ = _split(launch_parser(), argv)
+    if "--json" in argv:
         print(json.dumps({"error": str(error), "kind": kind}))
     else:
         print(f"launch: {error}", file=sys.stderr)
