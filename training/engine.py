@@ -95,6 +95,16 @@ class Engine:
         self.loss_steps = 0
         self.wrapped.train()
 
+    def warm_up(self, data: Encoded) -> None:
+        """Let DDP find its order of gradients, by one backward pass that changes nothing. A collective.
+
+        DDP regroups gradients after its first backward pass. With more than two ranks the grouping decides the order in
+        which numbers are added, so a resumed run would round otherwise than one that never stopped.
+        """
+        if self.world_size > 2 and not self.sharded:
+            self.accelerator.backward(self.wrapped(**self._send(self.batch(data, (0,)))).loss * 0)
+            self.prepared.zero_grad()
+
     def batch(self, data: Encoded, samples: Sequence[int]) -> Batch:
         """The padded tensors, int64 of shape (samples, longest), of `samples`; in page-locked memory for a GPU."""
         batch = self.collate(data.rows(samples))

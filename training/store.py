@@ -25,6 +25,7 @@ class Store:
 
     def __init__(self, ctx: Context, config: TrainConfig) -> None:
         self._ctx = ctx
+        self._untold: tuple[int, dict[str, Any]] | None = None
         self._mirror = Mirror(config.mirror, ctx.run_dir.name, keep=config.keep) if config.mirror else None
         ctx.checkpoints.keep = config.keep
         ctx.checkpoints.on_saved = self._saved
@@ -71,12 +72,20 @@ class Store:
 
     def save(self, engine: Engine, step: int, state: dict[str, Any], score: float | None) -> None:
         """Save a checkpoint in the background; on return all state is copied. A collective."""
+        self._tell()
         parts, world = engine.capture(), self._ctx.world
         if world.rank == 0:
             parts["state.json"] = state
         if world.rank == 0 or engine.sharded:
             part = (world.rank, world.world_size if engine.sharded else 1)
             self._ctx.checkpoints.save(step, parts, score=score, part=part)
+        self._untold = (step, (state["evaluations"] or [{}])[-1])
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is committed, so that no rank leaves before. A collective."""
+        self._ctx.checkpoints.wait()
+        self._tell()
+        self._ctx.group.barrier()
 
     def publish(self, engine: Engine, tokenizer: PreTrainedTokenizerBase) -> str:
         """Save the final model for `from_pretrained` as `run_dir/model`, whole or absent; the folder's name."""
@@ -99,6 +108,18 @@ class Store:
         self._ctx.checkpoints.close()
         if self._mirror is not None:
             self._mirror.close()
+
+    def _tell(self) -> None:
+        """Tell of the checkpoint before: the next may begin, so it must be finished now anyway."""
+        untold, self._untold = self._untold, None
+        if untold is None or not self._ctx.on_checkpoint:
+            return
+        step, evaluation = untold
+        self._ctx.checkpoints.wait()
+        there = {saved.step: saved.path for saved in self._ctx.checkpoints.committed()}
+        path = there.get(step) if self._ctx.world.rank == 0 else None
+        for tell in self._ctx.on_checkpoint:
+            tell(step, evaluation, path)
 
     def _newest(self) -> Checkpoint | None:
         self._ctx.checkpoints.clean()

@@ -119,6 +119,7 @@ def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
     per_epoch = steps_per_epoch(len(data), state.global_batch)
     total = min(per_epoch * config.epochs, config.max_steps or sys.maxsize)
     engine = Engine(ctx, config, model, tokenizer, total)
+    engine.warm_up(data)
     seed_all(config.seed + ctx.world.rank)  # dropout differs from rank to rank
     if parts is not None:
         engine.restore(parts)
@@ -150,7 +151,7 @@ def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
                         break
         if ctx.world.rank == 0:
             draw_curve(ctx.run_dir, f"{config.model} on {config.dataset}")
-    ctx.group.barrier()  # nobody leaves before the last checkpoint is committed
+        store.finish()
     result = {**state.evaluations[-1]} if state.evaluations else {}
     result |= {"steps": state.step, "epochs": state.step / per_epoch, "best": state.best}
     if not ctx.stopped:

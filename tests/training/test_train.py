@@ -183,11 +183,11 @@ def some_kill(rng: random.Random) -> dict[str, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "schedules"), [(1, 6), (2, 2)])
+@pytest.mark.parametrize(("size", "schedules"), [(1, 5), (2, 2), (3, 1)])
 def test_killed_and_resumed_ends_as_if_never_killed(
     tmp_path: Path, options: Options, size: int, schedules: int
 ) -> None:
-    options["batch_size"] //= size
+    options |= {"batch_size": -(-8 // size), "global_batch": 8}
     spawn(train_in_world, size, tmp_path / "whole", options)
     rng = random.Random(int(os.environ.get("KILL_SEED", "1")))
     for schedule in range(int(os.environ.get("KILL_SCHEDULES", schedules))):
@@ -269,6 +269,22 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path, options: Options) -> None:
     logged = {event.step: event.value for event in events.Scalars("loss")}
     assert logged == pytest.approx(losses(tmp_path / "run"))
     assert len(events.Scalars("eval/accuracy")) == 2
+
+
+def _tells(world: World, run_dir: Path, options: Options) -> list[tuple[int, bool, bool]]:
+    run_dir.mkdir(exist_ok=True)
+    told: list[tuple[int, bool, bool]] = []
+    with Context(run_dir, world) as ctx:
+        ctx.on_checkpoint.append(lambda step, evaluation, path: told.append((step, bool(evaluation), path is not None)))
+        train(ctx, TrainConfig(**options))
+    return told
+
+
+def test_every_checkpoint_is_told_once_it_is_committed(tmp_path: Path, options: Options) -> None:
+    """On all ranks at the same steps; rank 0 knows the folder, and from the first epoch on there is an evaluation."""
+    first, second = spawn(_tells, 2, tmp_path / "run", {**options, "batch_size": 4})
+    assert first == [(step, step >= 7, True) for step in (2, 4, 6, 7, 8, 10, 12, 14)]
+    assert second == [(step, evaluated, False) for step, evaluated, _ in first]
 
 
 def test_a_stop_asked_for_in_the_last_step_is_a_finish(tmp_path: Path, options: Options) -> None:
