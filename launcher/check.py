@@ -16,6 +16,7 @@ from training.errors import ConfigError
 
 
 def main() -> None:
+    """Exit with the text for the user where something is wrong, silently where nothing is."""
     plan = RunDir(Path(sys.argv[1])).plan()
     os.environ.update(plan.environment)
     try:

@@ -82,6 +82,7 @@ class ForkServer:
                             return status
 
     def receive(self) -> list[bytes] | None:
+        """Return the whole lines that came, or None when the agent is gone."""
         try:
             data = self.control.recv(65536)
         except ConnectionError:
@@ -96,6 +97,7 @@ class ForkServer:
             self.control.sendall(json.dumps(message).encode() + b"\n")
 
     def handle(self, message: dict[str, Any]) -> int | None:
+        """Do what the agent says. Returns a rank's exit status in a forked child, None in the server."""
         match message:
             case {"preload": preload, "path": path, "environment": environment, "spawn": spawn}:
                 started = time.monotonic()
@@ -117,6 +119,7 @@ class ForkServer:
         return None
 
     def fork(self, rank: int, log: Path, world: dict[str, Any]) -> int | None:
+        """Start a rank. Returns its exit status in the forked child, None in the server."""
         sys.stdout.flush()
         sys.stderr.flush()
         server = os.getpid()
@@ -153,6 +156,7 @@ class ForkServer:
         return main(self.run_dir, world)
 
     def reap(self) -> None:
+        """Tell the agent about every rank that has ended, once what it left behind is killed."""
         while True:
             try:
                 # Look before reaping: while the rank is a zombie its process group cannot be given to anyone else.
@@ -185,6 +189,7 @@ class ForkServer:
                     os.waitpid(pid, 0)
 
     def kill_all(self) -> None:
+        """Kill every rank and what it left behind, and wait for their ends."""
         for pid in self.ranks:
             kill_group(pid)
         for pid in list(self.ranks):
@@ -229,6 +234,7 @@ def finish(status: int) -> NoReturn:
 
 
 def main() -> None:
+    """``python -m launcher.forkserver RUN_DIR``, with the agent's socket as descriptor 0."""
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     status = ForkServer(socket.socket(fileno=0), Path(sys.argv[1])).serve()
     if status is not None:

@@ -141,6 +141,7 @@ class RunDir:
         return from_data(Plan, data, str(self.plan_file))
 
     def write_job(self, backend: str, job_id: str) -> None:
+        """Leave what any shell needs to ask the engine about the run."""
         record = {"backend": backend, "job_id": job_id, "host": socket.gethostname(), "time": time.time()}
         write_atomic(self.job_file, to_json(record))
 

@@ -23,6 +23,7 @@ class Tail:
         self.rest = b""
 
     def read(self) -> list[str]:
+        """The new lines; of one that a progress bar wrote over, what was left to see."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self.offset)

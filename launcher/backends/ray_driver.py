@@ -212,6 +212,7 @@ def _reach(address: str) -> None:
 
 
 def main() -> None:
+    """``python -m launcher.backends.ray_driver RUN_DIR``."""
     run_dir = RunDir(Path(sys.argv[1]))
     state = Driver(run_dir).run()
     sys.exit(state.exit_status)

@@ -73,6 +73,7 @@ class AgreeOnly(Backend):  # type: ignore[misc]
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: RankConfig) -> None:
+        """Claim the attempt on rank 0 and tell every worker of it; Ray calls this before the train function."""
         rendezvous = worker_group.execute_single(0, open_attempt, backend_config.run_dir)
         nodes = dict(places := worker_group.execute(where))
         worker_group.execute(join_attempt, replace(rendezvous, num_nodes=len(nodes)))
