@@ -53,9 +53,7 @@ class TrainConfig:
     log_every: int = 10  # steps between two lines of metrics
     save_every: int = 500  # steps between two checkpoints; one is also saved after every epoch
     log_with: tuple[str, ...] = ("tensorboard",)  # trackers of accelerate, with commas between; `--log-with=` for none
-    mirror: str = (
-        ""  # copy checkpoints to this store as well, and resume from it: s3://bucket/folder, or any fsspec URI
-    )
+    mirror: str = ""  # copy checkpoints to this store too, and resume from it: s3://bucket/folder or any fsspec URI
     keep: int = 2  # newest checkpoints to keep; the best is kept besides
     cache: Path | None = None  # folder for tokenised data; by default ~/.cache/launch/tokens
 

@@ -182,3 +182,45 @@ def test_a_damaged_disk_is_healed_by_the_mirror(tmp_path: Path, small: Path) -> 
     assert result["steps"] == 14
     assert "fetched" in {line["event"] for line in read_lines(run / "events.jsonl")}
     shutil.rmtree(tmp_path / "store")
+
+
+class Dying:
+    """A store that cannot be reached any more from its `when`-th operation on, as if this process had been killed."""
+
+    def __init__(self, fs: Any, when: int) -> None:
+        self.fs, self.when, self.calls = fs, when, 0
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            if self.calls >= self.when:
+                if name == "put_file":
+                    Path(args[1]).write_bytes(b"half")
+                raise ConnectionError("killed")
+            return getattr(self.fs, name)(*args, **kwargs)
+
+        return call
+
+
+def test_a_death_at_any_operation_of_an_upload_leaves_whole_copies_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RETRIES", 1)
+    for when in range(1, 100):
+        uri = f"file://{tmp_path}/store{when}"
+        saved(tmp_path / f"here{when}", Mirror(uri, "run"), 2, 3)
+        mirror = Mirror(uri, "run")
+        dying = Dying(mirror._fs, when)
+        mirror._fs = dying
+        saved(tmp_path / f"here{when}", mirror, 4, 5)
+        there = Mirror(uri, "run")
+        steps = [checkpoint.step for checkpoint in there.checkpoints()]
+        assert steps
+        assert set(steps) <= {2, 3, 4, 5}
+        for checkpoint in there.checkpoints():
+            path = there.pull(checkpoint.path.name, tmp_path / f"elsewhere{when}")
+            assert same(load(path), parts(checkpoint.step))
+        if dying.calls < when:
+            assert steps == [4, 5]
+            return
+    pytest.fail("an upload takes fewer operations than that")
