@@ -7,7 +7,8 @@
 """
 
 from launcher.errors import BadRequest, LaunchError, RunFailed, RunStopped
-from launcher.launch import Run, launch, resume, runs
+from launcher.launch import launch, resume
+from launcher.run import Run, runs
 from launcher.spec import State
 
 __all__ = ["BadRequest", "LaunchError", "Run", "RunFailed", "RunStopped", "State", "launch", "resume", "runs"]

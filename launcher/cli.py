@@ -6,14 +6,15 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from launcher import living
 from launcher.errors import BadRequest, LaunchError, nearest
+from launcher.options import COMMANDS, Once, Parser, add_json, add_placement, command
 from launcher.spec import RunSpec, State
 
 DESCRIPTION = """\
@@ -141,7 +142,8 @@ def run_launch(argv: Sequence[str]) -> int:
     if spec.args and spec.args[0] in ("-h", "--help") and ":" in spec.target:
         return target_help(spec)
     from launcher import backends
-    from launcher.launch import make_plan, submit
+    from launcher.launch import submit
+    from launcher.plan import make_plan
     from launcher.records import to_data
 
     plan = make_plan(spec, Path.cwd())
@@ -159,13 +161,14 @@ def run_launch(argv: Sequence[str]) -> int:
 
 def run_resume(argv: Sequence[str]) -> int:
     """``launch resume RUN``."""
-    parser = _command(
+    parser = command(
         "resume", "With the code and arguments it was sent with; what is given here replaces its placement."
     )
     add_placement(parser)
     parser.add_argument("--detach", action="store_true", help="return once it is submitted")
     options = parser.parse_args(list(argv))
-    from launcher.launch import find, resubmit
+    from launcher.launch import resubmit
+    from launcher.run import find
 
     names = {f.name for f in fields(RunSpec)} - {"target", "args", "name"}
     changes = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
@@ -278,11 +281,11 @@ def _short(path: Path) -> str:
 
 
 _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "list": run_list,
-    "status": run_status,
-    "logs": run_logs,
-    "cancel": run_cancel,
+    "list": living.run_list,
+    "status": living.run_status,
+    "logs": living.run_logs,
+    "cancel": living.run_cancel,
     "resume": run_resume,
-    "clusters": run_clusters,
-    "doctor": run_doctor,
+    "clusters": living.run_clusters,
+    "doctor": living.run_doctor,
 }

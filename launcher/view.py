@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from launcher.launch import Run
+from launcher.run import Run
 from launcher.spec import State
 
 LOOK_SECONDS = 0.2

@@ -75,18 +75,27 @@ def submit(plan: Plan) -> str:
     """Start the driver and wait until it has the cluster's word that the request can be met."""
     run_dir = RunDir(plan.run_dir)
     job_id = process.start("launcher.backends.ray_driver", plan.run_dir, run_dir.agent_log(0))
+    try:
+        _await_acceptance(plan, job_id)
+    except BaseException:
+        process.kill(job_id)  # Ctrl-C while waiting included: what was not accepted was not sent
+        raise
+    return job_id
+
+
+def _await_acceptance(plan: Plan, job_id: str) -> None:
+    run_dir = RunDir(plan.run_dir)
     deadline = time.monotonic() + ACCEPT_SECONDS
     while time.monotonic() < deadline:
         result = run_dir.result()
         if result and result["failure"]["kind"] == "bad request":
             raise BadRequest(result["failure"]["message"])
         if any(e["event"] == "accepted" for e in run_dir.events()):
-            return job_id
+            return
         if process.poll(job_id) is not State.RUNNING:
             lines = run_dir.agent_log(0).read_text().splitlines()[-5:]
             raise BadRequest("the Ray driver ended before it reached the cluster. Its last lines:\n" + "\n".join(lines))
         time.sleep(0.1)
-    process.kill(job_id)
     raise BadRequest(f"Ray at {plan.cluster.ray.address} did not answer within {ACCEPT_SECONDS:.0f} s.")
 
 

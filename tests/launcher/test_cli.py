@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from launcher.cli import COMMANDS, main, parse_request
+from launcher.cli import main, parse_request
 from launcher.cluster import Cluster
+from launcher.options import COMMANDS
 from launcher.placement import Placement
 from launcher.rundir import RunDir
 from launcher.spec import Plan, RunSpec, State, Target

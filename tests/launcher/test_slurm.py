@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from launcher.backends import slurm
-from launcher.launch import make_plan, submit
+from launcher.launch import submit
+from launcher.plan import make_plan
 from launcher.spec import RunSpec, State
 from tests.launcher.engines import Project, until
 from tests.testbed.slurm import SlurmCluster

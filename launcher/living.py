@@ -1,0 +1,163 @@
+"""Living with runs: the commands that look at runs and at clusters, from any shell."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher.errors import BadRequest
+from launcher.options import Once, Parser, add_json, command, whole
+
+
+def run_list(argv: Sequence[str]) -> int:
+    """``launch list``."""
+    options = command("list", run=False).parse_args(list(argv))
+    from launcher.run import runs
+
+    found = runs(options.runs)
+    if options.json:
+        print(json.dumps([run.status() for run in found]))
+        return 0
+    if not found:
+        print(f"no runs in {options.runs}")
+    for run in found:
+        status = run.status()
+        progress = status["progress"]
+        step = f"{progress['step']}/{progress['total_steps']}" if "total_steps" in progress else ""
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in status["evaluation"].items() if isinstance(v, float))
+        started = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.dir.plan_file.stat().st_mtime))
+        print(f"{run.name:<32} {status['state']:<10} {status['backend']:<6} {started}  {step:<12} {shown}".rstrip())
+    return 0
+
+
+def run_status(argv: Sequence[str]) -> int:
+    """``launch status RUN``."""
+    options = command("status").parse_args(list(argv))
+    from launcher.run import find
+
+    run = find(options.run, Path(options.runs))
+    status = run.status()
+    if options.json:
+        print(json.dumps(status))
+        return 0
+    placement = status["placement"]
+    print(f"{run.name}: {status['state']}")
+    print(f"  target      {status['target']}")
+    print(f"  on          {status['backend']} ({status['cluster']}), job {status['job_id']}: {placement['why']}")
+    print(f"  attempt     {status['attempt']}")
+    for title in ("progress", "evaluation", "metrics"):
+        if status[title]:
+            print(
+                f"  {title:<11} "
+                + "  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in status[title].items())
+            )
+    print(f"  run dir     {status['run_dir']}")
+    if status["state"] in ("failed", "lost"):
+        print(run.explain())
+    return 0
+
+
+def run_logs(argv: Sequence[str]) -> int:
+    """``launch logs RUN``."""
+    parser = command("logs")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on until the run has ended")
+    parser.add_argument("--rank", action=Once, type=whole, metavar="R", help="only this rank (default: all; 0 with -f)")
+    parser.add_argument(
+        "--attempt", action=Once, type=whole, metavar="N", help="an earlier attempt (default: the newest)"
+    )
+    options = parser.parse_args(list(argv))
+    from launcher.run import find
+
+    run = find(options.run, Path(options.runs))
+    size = run.dir.plan().placement.world_size
+    if options.rank is not None and not 0 <= options.rank < size:
+        raise BadRequest(f"--rank {options.rank}: the ranks of {run.name} are 0 to {size - 1}.")
+    if options.follow:
+        from launcher.view import follow
+
+        try:
+            follow(run, sys.stdout, options.rank or 0)
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+        return 0
+    lines = run.logs(options.rank, options.attempt)
+    if options.json:
+        print(json.dumps(list(lines)))
+        return 0
+    for line in lines:
+        print(line)
+    return 0
+
+
+def run_cancel(argv: Sequence[str]) -> int:
+    """``launch cancel RUN``."""
+    parser = command("cancel", "It ends by itself within the cluster's grace, or is killed.")
+    parser.add_argument("--now", action="store_true", help="kill it without a checkpoint")
+    options = parser.parse_args(list(argv))
+    from launcher.run import find
+
+    run = find(options.run, Path(options.runs))
+    state = run.kill() if options.now else run.cancel()
+    print(json.dumps({"name": run.name, "state": state.value}) if options.json else f"{run.name}: {state.value}")
+    return 0
+
+
+def run_clusters(argv: Sequence[str]) -> int:
+    """``launch clusters``."""
+    options = command("clusters", run=False).parse_args(list(argv))
+    from launcher import cluster
+
+    rows = []
+    for profile in cluster.profiles(Path.cwd()):
+        try:
+            site = cluster.load(profile.name, Path.cwd())
+            backend, text = str(site.backend), site.description
+        except BadRequest as error:
+            backend, text = "?", f"unusable: {error}"
+        rows.append(
+            {
+                "name": profile.name,
+                "backend": backend,
+                "where": profile.where,
+                "path": str(profile.path),
+                "description": text,
+            }
+        )
+    if options.json:
+        print(json.dumps(rows))
+        return 0
+    for row in rows:
+        print(f"{row['name']:<24} {row['backend']:<6} {row['where']:<8} {row['description']}")
+    print("\nlooked in: " + ", ".join(f"{folder} ({where})" for where, folder in cluster.folders(Path.cwd())))
+    return 0
+
+
+def run_doctor(argv: Sequence[str]) -> int:
+    """``launch doctor``."""
+    parser = Parser(
+        prog="launch doctor", description="Check this machine and an engine; exit status 1 if something is wrong."
+    )
+    parser.add_argument("--backend", action=Once, metavar="NAME", help="local (default), slurm or ray")
+    parser.add_argument("--cluster", action=Once, metavar="NAME|PATH", help="a profile (see `launch clusters`)")
+    add_json(parser)
+    options = parser.parse_args(list(argv))
+    from launcher import backends, cluster
+    from launcher.doctor import examine
+    from launcher.records import to_data
+
+    if options.backend is not None:
+        backends.get(options.backend)
+    site = cluster.load(options.cluster or options.backend or "local", Path.cwd())
+    checks = []
+    for check in examine(site, Path.cwd()):
+        checks.append(check)
+        if not options.json:
+            print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<12} {check.found}", flush=True)
+            if check.remedy and not check.ok:
+                print(f"      -> {check.remedy}")
+    if options.json:
+        print(json.dumps(to_data(checks)))
+    return 0 if all(check.ok for check in checks) else 1

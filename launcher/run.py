@@ -1,0 +1,201 @@
+"""A run that was sent, from any process: its state, its end, its logs, its stop. All of it is read from its directory."""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from launcher import backends, rundir
+from launcher.errors import BadRequest, RunFailed, RunStopped
+from launcher.records import to_data
+from launcher.rundir import BEAT_SECONDS, RunDir
+from launcher.spec import State
+
+FRESH_SECONDS = 5 * BEAT_SECONDS
+"""A heartbeat younger than this says that the run is alive without asking its engine."""
+
+
+class Run:
+    """A run that was sent. Any process can make one from the run directory; all it knows is there."""
+
+    def __init__(self, directory: RunDir) -> None:
+        self.dir = directory
+
+    def __repr__(self) -> str:
+        return f"Run({self.name!r}, {self.state().value})"
+
+    @property
+    def name(self) -> str:
+        return self.dir.path.name
+
+    @property
+    def path(self) -> Path:
+        return self.dir.path
+
+    def state(self) -> State:
+        """Where the run is: by its files first, by its engine where they are silent."""
+        if result := self.dir.result():
+            return State(result["state"])
+        job = self.dir.job()
+        if job is None:
+            return State.UNKNOWN  # being submitted just now, or the submitting process died in the middle of it
+        age = self.dir.heartbeat_age()
+        if age is not None and abs(age) < FRESH_SECONDS:
+            return State.RUNNING if self._started() else State.QUEUED
+        hint = backends.get(job["backend"]).poll(job["job_id"])
+        if hint is State.LOST and (result := self.dir.result()):
+            return State(result["state"])  # it ended between the two looks
+        return hint
+
+    def _started(self) -> bool:
+        for event in reversed(self.dir.events()):
+            if event["event"] in ("started", "submitted"):
+                return bool(event["event"] == "started")
+        return False
+
+    def status(self) -> dict[str, Any]:
+        """Everything a person or a program may want to know, as plain data."""
+        plan, job, result = self.dir.plan(), self.dir.job() or {}, self.dir.result() or {}
+        steps = [m for m in self.dir.metrics() if "loss" in m]
+        evaluations = [m for m in self.dir.metrics() if "eval" in m]
+        kept = ("step", "total_steps", "epoch", "loss", "lr", "samples_per_second")
+        return {
+            "name": self.name,
+            "state": self.state().value,
+            "backend": plan.backend,
+            "cluster": plan.cluster.name,
+            "job_id": job.get("job_id"),
+            "placement": to_data(plan.placement),
+            "target": " ".join((plan.target.name, *plan.target.args)),
+            "attempt": self.dir.last_attempt(),
+            "progress": {k: steps[-1][k] for k in kept if k in steps[-1]} if steps else {},
+            "evaluation": evaluations[-1]["eval"] if evaluations else {},
+            "metrics": result.get("metrics", {}),
+            "failure": result.get("failure"),
+            "seconds": result.get("seconds"),
+            "run_dir": str(self.dir.path),
+        }
+
+    def wait(self, timeout: float | None = None) -> Run:
+        """Wait until the run has ended, `timeout` seconds at most.
+
+        Raises:
+            TimeoutError: it has not.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self.state().done:
+            if deadline is not None and time.monotonic() > deadline:
+                raise TimeoutError(f"run {self.name!r} is still {self.state().value} after {timeout} s")
+            time.sleep(0.2)
+        return self
+
+    def check(self) -> None:
+        """Raise what the end of the run calls for; nothing for success.
+
+        Raises:
+            BadRequest: the target refused its input.
+            RunFailed: it failed; the text begins with the exception of the rank that raised first.
+            RunStopped: it was stopped and can be resumed.
+        """
+        state = self.state()
+        failure = (self.dir.result() or {}).get("failure")
+        if failure and failure["kind"] == "bad request":
+            raise BadRequest(failure["message"])
+        if state is State.STOPPED:
+            raise RunStopped(f"run {self.name!r} stopped before its end. `launch resume {self.name}` goes on with it.")
+        if state is not State.SUCCEEDED:
+            raise RunFailed(self.explain())
+
+    def explain(self, shown_rank: int | None = None) -> str:
+        """Say why the run failed, its first exception first, and what to do; `shown_rank`'s log was seen already."""
+        failure = (self.dir.result() or {}).get("failure")
+        if not failure:
+            job = self.dir.job() or {}
+            return (
+                f"run {self.name!r} ended and left no result (job {job.get('job_id')}, {job.get('backend')}). Either its"
+                f" supervisor was killed, or {self.path} is not the same folder on the nodes. Its own logs:"
+                f" {self.dir.logs} and {self.path / 'submitit'}."
+            )
+        where = f" [rank {failure['rank']} on {failure['host']}]" if failure.get("host") else ""
+        text = f"{failure['message']}{where}\n"
+        if shown_rank is not None and failure["rank"] == shown_rank:
+            pass
+        elif failure.get("traceback"):
+            text += "\n" + failure["traceback"].rstrip() + "\n"
+        elif failure.get("log"):
+            text += "\nThe last lines of its log:\n" + "\n".join(failure["log"]) + "\n"
+        return f"{text}{failure['kind']}: {failure['advice']}"
+
+    def result(self) -> Any:
+        """Wait for the end and return what the target returned on rank 0.
+
+        Raises:
+            BadRequest, RunFailed, RunStopped: see `check`.
+        """
+        self.wait().check()
+        if not self.dir.value_pickle.exists():
+            return None
+        import pickle
+
+        # The run's own value, written by the run's own rank 0 into the run's own directory.
+        return pickle.loads(self.dir.value_pickle.read_bytes())
+
+    def logs(self, rank: int | None = None, attempt: int | None = None) -> Iterator[str]:
+        """The lines of the logs of an attempt (default: the newest), of one rank or of all in turn."""
+        folder = self.dir.logs / str(attempt or self.dir.last_attempt())
+        files = sorted(folder.glob("*.log"), key=lambda p: int(p.stem)) if folder.is_dir() else []
+        for file in files:
+            if rank is None or file.stem == str(rank):
+                prefix = f"[{file.stem}] " if rank is None and len(files) > 1 else ""
+                with file.open(errors="replace") as lines:
+                    yield from (prefix + line.rstrip("\n") for line in lines)
+
+    def cancel(self) -> State:
+        """Stop the run at its next step boundary, with a checkpoint; kill it when its grace is over. Returns its state.
+
+        Raises:
+            LaunchError: it is supervised from another machine and did not stop by itself.
+        """
+        state = self.state()
+        if state.done:
+            return state
+        self.dir.request_stop("cancelled")
+        deadline = time.monotonic() + (0 if state is State.QUEUED else self.dir.plan().cluster.grace)
+        while not self.state().done and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return self.kill()
+
+    def kill(self) -> State:
+        """End the run now, without a checkpoint. Returns its state."""
+        job = self.dir.job()
+        if job is not None and not self.state().done:
+            backends.get(job["backend"]).cancel(job["job_id"])
+        if self.dir.result() is None:
+            self.dir.write_result(State.STOPPED, attempts=self.dir.last_attempt())
+            self.dir.event("finished", state=State.STOPPED.value)
+        return self.state()
+
+
+def runs(folder: str | Path = "runs") -> list[Run]:
+    """The runs in `folder`, newest first."""
+    return [Run(r) for r in rundir.all_runs(Path(folder))]
+
+
+def find(name: str | Path, folder: Path) -> Run:
+    """Return the run called `name` in `folder`, or the one whose directory `name` is.
+
+    Raises:
+        BadRequest: there is none; near names are offered.
+    """
+    with suppress(OSError):  # such as a name that is too long for a file
+        for path in (folder / name, Path(name)):
+            if (path / "plan.json").is_file():
+                return Run(RunDir(path.resolve()))
+    known = [r.path.name for r in rundir.all_runs(folder)]
+    near = difflib.get_close_matches(str(name), known, n=3) or known[:3]
+    hint = f" Runs there: {', '.join(near)}." if near else ""
+    raise BadRequest(f"there is no run {str(name)!r} in {folder.resolve()}.{hint} A path to a run directory works too.")
