@@ -40,7 +40,8 @@ def trainer(plan: Plan) -> dict[str, Any]:
         scaling |= {"use_gpu": True, "accelerator_type": placement.accelerator if ray.address else None}
     elif placement.device == "tpu":
         resources["TPU"] = 1
-        generation = f"TPU-{(placement.accelerator or '').upper()}"
+        # Ray knows v5e by the older of its names.
+        generation = f"TPU-{(placement.accelerator or '').upper()}".replace("V5E", "V5LITEPOD")
         scaling |= {"use_tpu": True, "topology": placement.topology, "accelerator_type": generation}
         scaling.pop("placement_strategy")  # whole slices are reserved instead
     scaling["resources_per_worker"] = resources
