@@ -53,7 +53,8 @@ def render(case: Case, folder: Path) -> str:
         try:
             main(argv)
         except SystemExit as ended:
-            assert not ended.code, f"{case} was refused"
+            if ended.code:
+                raise AssertionError(f"{case} was refused") from None
     checkout = Path(__file__).parents[3]
     text = out.getvalue().replace(str(project), "PROJECT").replace(sys.executable, "PYTHON")
     return text.replace(str(checkout), "CHECKOUT")
