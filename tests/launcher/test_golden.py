@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launcher.backends import slurm
@@ -66,6 +66,7 @@ profiles = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None, derandomize=True, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @given(profiles, st.none() | anything, anything)
 def test_no_value_of_a_profile_adds_a_line_to_the_script(values: dict[str, Any], python: str | None, text: str) -> None:
     folder = Path("/runs/it's a $(folder)")

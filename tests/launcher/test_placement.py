@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launcher.cluster import Cluster, Node
@@ -192,6 +192,7 @@ clusters = st.builds(
 )
 
 
+@settings(deadline=None, derandomize=True, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(requests, clusters)
 def test_every_suggestion_works_when_it_is_typed(devices: Devices, cluster: Cluster) -> None:
     """A suggestion replaces the options it names; the rest of the command line stays."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launcher.cluster import Cluster, Node, Ray, Slurm
@@ -42,6 +42,7 @@ plans = st.builds(
 )  # fmt: skip
 
 
+@settings(deadline=None, derandomize=True, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 @given(plans)
 def test_a_plan_survives_its_journey_through_json(plan: Plan) -> None:
     there = json.loads(json.dumps(to_data(plan)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launcher.errors import BadRequest
@@ -66,6 +66,7 @@ def test_a_name_that_is_refused(name: str) -> None:
         check_name(name)
 
 
+@settings(deadline=None, derandomize=True, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(max_size=12))
 def test_no_name_that_passes_leaves_the_runs_folder(name: str) -> None:
     try:
