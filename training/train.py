@@ -38,7 +38,7 @@ class TrainConfig:
     batch_size: int | None = None  # samples a rank takes at once; by default 8; for `tiny` 32, shared among all ranks
     global_batch: int = 0  # samples of an optimizer step over all ranks; 0 means batch size x ranks, or 32 for `tiny`
     eval_batch_size: int = 32  # samples a rank evaluates at once; has no influence on the result
-    epochs: int | None = None  # passes over the training data; by default 3, and 9 for `tiny`
+    epochs: int | None = None  # passes over the training data; by default 3, and 4 for `tiny`
     max_steps: int = 0  # stop after so many optimizer steps; 0 means at the end of the epochs
     lr: float | None = None  # peak learning rate of AdamW; by default 5e-5, and 1e-3 for `tiny`
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"  # of the learning rate
@@ -64,7 +64,7 @@ class TrainConfig:
             self,
             batch_size=self.batch_size or (32 if tiny else 8),
             global_batch=self.global_batch or (32 if tiny and not self.batch_size else 0),
-            epochs=self.epochs or (9 if tiny else 3),
+            epochs=self.epochs or (4 if tiny else 3),
             lr=self.lr or (1e-3 if tiny else 5e-5),
         )
 

@@ -46,7 +46,7 @@ def test_one_sentence_alone_says_nothing_about_the_label() -> None:
 
 @pytest.mark.slow
 def test_only_learning_explains_the_result(tmp_path: Path) -> None:
-    """The default run, with two thirds of its epochs, learns; with shuffled labels it does not."""
+    """The default run learns; with shuffled labels it does not."""
     rows = read("train.csv")
     labels = [row["label"] for row in rows]
     random.Random(0).shuffle(labels)
@@ -57,8 +57,8 @@ def test_only_learning_explains_the_result(tmp_path: Path) -> None:
     result, _ = train_in(World(threads=1), tmp_path / "shuffled", train_file=str(file), epochs=2, log_with=())
     majority = sum(row["label"] == "1" for row in read("validation.csv")) / 408
     assert result["accuracy"] <= majority + 0.03
-    result, _ = train_in(World(threads=1), tmp_path / "real", epochs=6, log_with=())
-    assert result["accuracy"] >= majority + 0.15
+    result, _ = train_in(World(threads=1), tmp_path / "real", log_with=())
+    assert result["accuracy"] >= 0.9
     assert [line["eval"]["samples"] for line in read_lines(tmp_path / "real" / "metrics.jsonl") if "eval" in line] == [
         408
-    ] * 6
+    ] * 4
