@@ -7,9 +7,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from launcher.errors import BadRequest
 from launcher.options import Once, Parser, add_json, command, whole
+from launcher.spec import State
+
+if TYPE_CHECKING:
+    from launcher.run import Run
 
 
 def run_list(argv: Sequence[str]) -> int:
@@ -19,18 +24,29 @@ def run_list(argv: Sequence[str]) -> int:
 
     found = runs(options.runs)
     if options.json:
-        print(json.dumps([run.status() for run in found]))
+        print(json.dumps([_listed(run) for run in found]))
         return 0
     if not found:
         print(f"no runs in {options.runs}")
     for run in found:
-        status = run.status()
+        status = _listed(run)
+        if "error" in status:
+            print(f"{run.name:<32} unreadable: {status['error']}")
+            continue
         progress = status["progress"]
         step = f"{progress['step']}/{progress['total_steps']}" if "total_steps" in progress else ""
         shown = "  ".join(f"{k} {v:.4f}" for k, v in status["evaluation"].items() if isinstance(v, float))
         started = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.dir.plan_file.stat().st_mtime))
         print(f"{run.name:<32} {status['state']:<10} {status['backend']:<6} {started}  {step:<12} {shown}".rstrip())
     return 0
+
+
+def _listed(run: Run) -> dict[str, Any]:
+    """Its status; a run that cannot be read does not hide the others."""
+    try:
+        return run.status()
+    except BadRequest as error:
+        return {"name": run.name, "state": State.UNKNOWN.value, "error": str(error)}
 
 
 def run_status(argv: Sequence[str]) -> int:

@@ -133,9 +133,12 @@ class RunDir:
         """Read the plan back.
 
         Raises:
-            BadRequest: there is none, so this is not a run directory.
+            BadRequest: there is none, so this is not a run directory; or it was made by a version that is not this one.
         """
-        data = read_json(self.plan_file)
+        try:
+            data = read_json(self.plan_file)
+        except ValueError as error:
+            raise BadRequest(f"{self.plan_file} cannot be read: {error}.") from None
         if data is None:
             raise BadRequest(f"{self.path} is not a run directory: it has no plan.json.")
         return from_data(Plan, data, str(self.plan_file))

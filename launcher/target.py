@@ -204,7 +204,7 @@ def load(name: str) -> Callable[..., Any]:
     module, _, path = name.partition(":")
     try:
         found: Any = importlib.import_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # exit(0) while it is imported would pass for a success
         raise BadRequest(f"the target's module {module!r} cannot be imported:\n{short_traceback(error)}") from None
     for part in path.split("."):
         if not hasattr(found, part):

@@ -237,6 +237,17 @@ def test_exit_statuses_follow_the_run(folder: Path, launch: Launch) -> None:
     assert json.loads(launch("clusters", "--json")[1])[-1]["where"] == "shipped"
 
 
+def test_a_run_that_cannot_be_read_does_not_hide_the_others(folder: Path, launch: Launch) -> None:
+    leave_run(folder, "good", State.SUCCEEDED)
+    for name, plan in (("torn", '{"name": '), ("newer", '{"from": "another version"}')):
+        leave_run(folder, name).plan_file.write_text(plan)
+        assert launch("status", name)[0] == 2
+    status, out, err = launch("list")
+    assert (status, err, out.count("unreadable: "), out.count("succeeded")) == (0, "", 2, 1)
+    listed = {run["name"]: run["state"] for run in json.loads(launch("list", "--json")[1])}
+    assert listed == {"good": "succeeded", "torn": "unknown", "newer": "unknown"}
+
+
 def test_a_run_of_another_machine_is_not_cancelled_from_here(folder: Path, launch: Launch) -> None:
     leave_run(folder, "far")
     assert launch("cancel", "far", "--now") == (

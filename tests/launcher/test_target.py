@@ -301,6 +301,7 @@ def test_a_function_and_a_value_are_called(tmp_path: Path) -> None:
     [
         ("tt_absent:f", "module 'tt_absent' cannot be imported:\nModuleNotFoundError"),
         ("tt_bad:f", "tt_bad.py\", line 2, in <module>"),
+        ("tt_exits:f", "module 'tt_exits' cannot be imported:\nTraceback"),
         ("tt_good:fuction", "tt_good has no 'fuction' (did you mean 'function'?)"),
         ("tt_good:value", "tt_good:value is int, not a function"),
     ],
@@ -309,6 +310,7 @@ def test_a_function_that_cannot_be_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: str
 ) -> None:
     (tmp_path / "tt_bad.py").write_text("\nimport no_such_package\n")
+    (tmp_path / "tt_exits.py").write_text("import sys\nsys.exit(0)\n")
     (tmp_path / "tt_good.py").write_text("value = 1\ndef function(): ...\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(BadRequest) as refused:
