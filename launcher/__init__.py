@@ -2,13 +2,33 @@
 
 >>> import launcher
 >>> run = launcher.launch("training.train:train", cpus=2)   # doctest: +SKIP
->>> run.wait().state                                        # doctest: +SKIP
+>>> run.wait().state()                                      # doctest: +SKIP
 <State.SUCCEEDED: 'succeeded'>
 """
 
-from launcher.errors import BadRequest, LaunchError, RunFailed, RunStopped
-from launcher.launch import launch, resume
-from launcher.run import Run, runs
-from launcher.spec import State
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from launcher.api import launch, resume
+    from launcher.errors import BadRequest, LaunchError, RunFailed, RunStopped
+    from launcher.run import Run, runs
+    from launcher.spec import State
 
 __all__ = ["BadRequest", "LaunchError", "Run", "RunFailed", "RunStopped", "State", "launch", "resume", "runs"]
+
+_HOME = {
+    **dict.fromkeys(("launch", "resume"), "api"),
+    **dict.fromkeys(("BadRequest", "LaunchError", "RunFailed", "RunStopped"), "errors"),
+    **dict.fromkeys(("Run", "runs"), "run"),
+    "State": "spec",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use: agents, forkservers and ranks import this package too, and need none of it."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"launcher.{_HOME[name]}"), name)

@@ -142,7 +142,7 @@ def run_launch(argv: Sequence[str]) -> int:
     if spec.args and spec.args[0] in ("-h", "--help") and ":" in spec.target:
         return target_help(spec)
     from launcher import backends
-    from launcher.launch import submit
+    from launcher.api import submit
     from launcher.plan import make_plan
     from launcher.records import to_data
 
@@ -152,7 +152,7 @@ def run_launch(argv: Sequence[str]) -> int:
         if options.json:
             print(json.dumps({"plan": to_data(plan), "sent": sent}, indent=2))
         else:
-            print(describe(plan) + "\n" + sent, end="")
+            print(describe(plan) + describe_ranks(plan) + "\n" + sent, end="")
         return 0
     if not (options.json or options.detach):
         print(describe(plan), flush=True)
@@ -167,7 +167,7 @@ def run_resume(argv: Sequence[str]) -> int:
     add_placement(parser)
     parser.add_argument("--detach", action="store_true", help="return once it is submitted")
     options = parser.parse_args(list(argv))
-    from launcher.launch import resubmit
+    from launcher.api import resubmit
     from launcher.run import find
 
     names = {f.name for f in fields(RunSpec)} - {"target", "args", "name"}
@@ -242,6 +242,12 @@ def describe(plan: Any) -> str:
         + f"\n  run    {_short(plan.run_dir)}"
         + (f"\n  limit  {plan.time_minutes} min" if plan.backend == "slurm" else "")
     )
+
+
+def describe_ranks(plan: Any) -> str:
+    """What every rank gets besides: the part of a plan that only a dry run shows."""
+    code = f"\n  code   {plan.target.path[0]}, a copy of {plan.cwd}" if plan.target.path else ""
+    return code + "".join(f"\n  env    {name}={value}" for name, value in plan.environment.items())
 
 
 def summary(run: Any) -> str:

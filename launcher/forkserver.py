@@ -103,8 +103,9 @@ class ForkServer:
                 started = time.monotonic()
                 os.environ.update(environment)
                 self.spawn = spawn
-                if not spawn:
-                    do_imports(preload, path)
+                if not spawn and not do_imports(preload, path):
+                    print("launch: an import initialised CUDA, so ranks are spawned instead of forked", file=sys.stderr)
+                    self.spawn = True
                 self.send(ready=round(time.monotonic() - started, 3))
             case {"start": rank, "log": log, "world": world}:
                 return self.fork(rank, Path(log), world)
@@ -123,8 +124,12 @@ class ForkServer:
         sys.stdout.flush()
         sys.stderr.flush()
         server = os.getpid()
+        # Held back until the rank has handlers of its own: this server ignores them, and a stop would be lost.
+        held = (signal.SIGTERM, signal.SIGUSR2)
+        signal.pthread_sigmask(signal.SIG_BLOCK, held)
         pid = os.fork()
         if pid:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
             self.ranks[pid] = rank
             self.send(started=rank, pid=pid)
             return None
@@ -136,6 +141,7 @@ class ForkServer:
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -206,16 +212,17 @@ def kill_group(pid: int) -> None:
             kill(pid, signal.SIGKILL)
 
 
-def do_imports(statements: Sequence[str], path: Sequence[str]) -> None:
-    """Run import statements, each on its own; one that fails is left for the rank to fail on, with its traceback."""
+def do_imports(statements: Sequence[str], path: Sequence[str]) -> bool:
+    """Run import statements, each on its own; one that fails is left for the rank to fail on, with its traceback.
+
+    Returns whether this process can still be forked: a CUDA context, which an import may make, does not survive that.
+    """
     sys.path[:0] = [p for p in path if p not in sys.path]
     for statement in statements:
         with suppress(Exception, SystemExit):
             exec(statement, {})
     torch = sys.modules.get("torch")
-    if torch is not None:
-        # A CUDA context or a running OpenMP pool does not survive a fork; say so here rather than hang there.
-        assert not torch.cuda.is_initialized(), "an import initialised CUDA; use start_method = 'spawn' in the profile"
+    return torch is None or not torch.cuda.is_initialized()
 
 
 def finish(status: int) -> NoReturn:

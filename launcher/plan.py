@@ -103,7 +103,7 @@ def _check_folder(run_dir: Path, site: cluster.Cluster) -> None:
         raise BadRequest(
             f"the runs folder {run_dir.parent} cannot be written (`runs` in profile {site.name!r} sets it)."
         )
-    shared = [Path(os.path.expanduser(s)).resolve() for s in site.shared]
+    shared = [Path(os.path.expanduser(os.path.expandvars(s))).resolve() for s in site.shared]
     if shared and not any(s == p for s in shared for p in run_dir.resolve().parents):
         raise BadRequest(
             f"the runs folder {run_dir.parent} is not shared by the nodes of cluster {site.name!r}: its profile names"

@@ -30,15 +30,23 @@ def survey(cluster: Cluster) -> Cluster:
     return cluster if where else local.survey(cluster)
 
 
-def trainer(plan: Plan) -> dict[str, Any]:
-    """The arguments of Ray's ScalingConfig and RunConfig, as plain data: what `render` prints is what the driver uses."""
+def trainer(plan: Plan, attempt: int = 1) -> dict[str, Any]:
+    """The arguments of Ray's ScalingConfig and RunConfig, as plain data: what `render` prints is what the driver uses.
+
+    Raises:
+        BadRequest: several TPU chips without the shape of their slice, which Ray needs to reserve it.
+    """
     placement, ray = plan.placement, plan.cluster.ray
     resources: dict[str, float] = {"CPU": max(1, placement.cpus_per_rank)}
     scaling: dict[str, Any] = {"num_workers": placement.world_size, "placement_strategy": _strategy(plan)}
     if placement.device == "cuda":
         resources["GPU"] = 1
-        scaling |= {"use_gpu": True, "accelerator_type": placement.accelerator if ray.address else None}
+        # Ray's names of types are in capitals, and it matches them to the letter.
+        kind = placement.accelerator.upper() if placement.accelerator and ray.address else None
+        scaling |= {"use_gpu": True, "accelerator_type": kind}
     elif placement.device == "tpu":
+        if placement.topology is None and placement.world_size > 1:
+            raise BadRequest(f"--tpus {placement.world_size}: Ray reserves whole slices; add --topology, such as 4x4.")
         resources["TPU"] = 1
         # Ray knows v5e by the older of its names.
         generation = f"TPU-{(placement.accelerator or '').upper()}".replace("V5E", "V5LITEPOD")
@@ -50,10 +58,21 @@ def trainer(plan: Plan) -> dict[str, Any]:
         "scaling_config": {key: value for key, value in scaling.items() if value is not None},
         # Restarts are decided by the driver (launcher.policy), which knows a user's error from a lost node.
         "run_config": {
-            "name": plan.name,
+            # Ray resumes a trainer of the same name from a state of its own; ours is in the checkpoints.
+            "name": f"{plan.name}-{attempt}",
             "storage_path": str(RunDir(plan.run_dir).path / "ray"),
             "failure_config": {"max_failures": 0},
+            "worker_runtime_env": {"env_vars": _worker_environment(plan)},
         },
+    }
+
+
+def _worker_environment(plan: Plan) -> dict[str, str]:
+    return {
+        "PYTHONPATH": os.pathsep.join(plan.target.path),
+        # Ray Train replaces print by one that also logs to stdout, so every line would come twice.
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        **plan.environment,
     }
 
 
@@ -75,6 +94,7 @@ def render(plan: Plan) -> str:
 def submit(plan: Plan) -> str:
     """Start the driver and wait until it has the cluster's word that the request can be met."""
     run_dir = RunDir(plan.run_dir)
+    trainer(plan)  # refuses before anything starts
     job_id = process.start("launcher.backends.ray_driver", plan.run_dir, run_dir.agent_log(0))
     try:
         _await_acceptance(plan, job_id)

@@ -20,7 +20,7 @@ from launcher.coordinator import end_run, note_failure
 from launcher.errors import BadRequest
 from launcher.policy import ADVICE, Action, Failure, Outcome, decide
 from launcher.rundir import BEAT_SECONDS, RunDir
-from launcher.spec import Plan, State
+from launcher.spec import State
 
 
 class Driver:
@@ -139,14 +139,8 @@ class Driver:
 
         from launcher.backends.ray_worker import RankConfig, train_rank
 
-        plan, asked = self.plan, trainer(self.plan)
-        number = self.run_dir.last_attempt() + 1
-        run_config = asked["run_config"] | {
-            # Ray resumes a trainer of the same name from its own state; ours is in the checkpoints.
-            "name": f"{plan.name}-{number}",
-            "failure_config": FailureConfig(**asked["run_config"]["failure_config"]),
-            "worker_runtime_env": {"env_vars": _worker_environment(plan)},
-        }
+        plan, asked = self.plan, trainer(self.plan, self.run_dir.last_attempt() + 1)
+        failures = FailureConfig(**asked["run_config"]["failure_config"])
         config = {
             "run_dir": str(plan.run_dir),
             "name": plan.name,
@@ -158,7 +152,7 @@ class Driver:
             train_loop_config=config,
             torch_config=RankConfig(run_dir=str(plan.run_dir)),
             scaling_config=ScalingConfig(**asked["scaling_config"]),
-            run_config=RunConfig(**run_config),
+            run_config=RunConfig(**asked["run_config"] | {"failure_config": failures}),
         )
         stop = "stop" if self.run_dir.stop_file.exists() else ""
         try:
@@ -167,15 +161,6 @@ class Driver:
             attempt = self.run_dir.last_attempt()
             return Outcome(_exits(error), self.run_dir.errors(attempt), stop)
         return Outcome({0: result.return_value}, stop=stop)
-
-
-def _worker_environment(plan: Plan) -> dict[str, str]:
-    return {
-        "PYTHONPATH": os.pathsep.join(plan.target.path),
-        # Ray Train replaces print by one that also logs to stdout, so every line would come twice.
-        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-        **plan.environment,
-    }
 
 
 def _exits(error: Any) -> dict[int, int]:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from launcher.api import submit
 from launcher.backends import slurm
-from launcher.launch import submit
 from launcher.plan import make_plan
 from launcher.spec import RunSpec, State
 from tests.launcher.engines import Project, until

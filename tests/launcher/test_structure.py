@@ -24,7 +24,7 @@ FLOORS = [
     "options",
     "doctor",
     "__init__",
-    "launch",
+    "api",
     "view",
     "plan",
     "run",
