@@ -50,6 +50,7 @@ def test_not_even_where_it_is_the_only_one_left() -> None:
             other.bind(("", 0))
 
 
+@pytest.mark.slow
 def test_a_store_of_torch_listens_on_the_port_while_it_is_held() -> None:
     with reserve_port() as holder:
         port = str(holder.getsockname()[1])

@@ -67,10 +67,12 @@ def _stops_at(world: World, folder: Path, asker: int, when: int) -> tuple[int, b
 
 
 @pytest.mark.parametrize("asker", [0, 2])
+@pytest.mark.slow
 def test_all_ranks_stop_at_the_same_step(tmp_path: Path, asker: int) -> None:
     assert spawn(_stops_at, 3, tmp_path, asker, 7) == [(8, True)] * 3
 
 
+@pytest.mark.slow
 def test_nobody_asks_nobody_stops(tmp_path: Path) -> None:
     assert spawn(_stops_at, 2, tmp_path, 9, 0) == [(0, False)] * 2
 
@@ -92,6 +94,7 @@ def _collectives(world: World) -> object:
     return found
 
 
+@pytest.mark.slow
 def test_collectives() -> None:
     assert spawn(_collectives, 2) == [({"from": 1}, [0, 1], True)] * 2
     alone = Group()

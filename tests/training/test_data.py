@@ -21,6 +21,7 @@ def encoded(source: Source, cache: Path, num_labels: int = 2, max_length: int = 
     return encode(source, load_tokenizer("tiny"), max_length=max_length, num_labels=num_labels, cache=cache)
 
 
+@pytest.mark.slow
 def test_every_format_gives_the_same(tmp_path: Path) -> None:
     rows: list[list[object]] = [["a boat", 'the "boat" , sold', 1], ["käse\nhouse", "house", 0], ["anna", "boris", 1]]
     write_csv(tmp_path / "a.csv", HEADER, rows)
@@ -41,6 +42,7 @@ def test_every_format_gives_the_same(tmp_path: Path) -> None:
     assert found[0][2] == [len(row["input_ids"]) for row in encoded(source, tmp_path / "cache").rows([0, 1, 2])]
 
 
+@pytest.mark.slow
 def test_a_large_data_set_is_read_from_arrow(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = find_source("train", str(small), "")
     rows = encoded(source, tmp_path).rows([3, 1])

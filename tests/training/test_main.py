@@ -9,6 +9,7 @@ from training.__main__ import main
 from training.files import read_lines
 
 
+@pytest.mark.slow
 def test_a_run_without_the_launcher(tmp_path: Path, small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -71,6 +71,7 @@ def _combine(world: World, sizes: list[int]) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.slow
 def test_real_ranks_give_the_number_of_one(world_size: int) -> None:
     sizes = [1, 2, 7, 8, 9, 24, 25, 407, 408]
     alone = _combine(World(), sizes)
@@ -94,6 +95,7 @@ vectors = st.integers(1, 60).flatmap(
 
 @given(vectors)
 @settings(deadline=None, max_examples=200)
+@pytest.mark.slow
 def test_accuracy_and_f1_are_those_of_sklearn(pair: tuple[list[int], list[int]]) -> None:
     from sklearn.metrics import accuracy_score, f1_score
 

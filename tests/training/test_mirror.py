@@ -77,6 +77,7 @@ def saved(folder: Path, mirror: Mirror, *steps: int) -> None:
     mirror.close()
 
 
+@pytest.mark.slow
 def test_checkpoints_go_there_and_come_back(tmp_path: Path, uri: str) -> None:
     failed: list[Exception] = []
     mirror = Mirror(uri, "a run")
@@ -155,6 +156,7 @@ def test_stores_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
         open_store("odd://bucket/folder")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_mirror_where_its_disk_is_gone(tmp_path: Path, small: Path, uri: str) -> None:
     options: dict[str, Any] = {
         "dataset": str(small), "epochs": 2, "batch_size": 8, "log_with": (), "cache": tmp_path / "cache", "mirror": uri,
@@ -168,6 +170,7 @@ def test_a_run_goes_on_from_the_mirror_where_its_disk_is_gone(tmp_path: Path, sm
     assert result["steps"] == 14
 
 
+@pytest.mark.slow
 def test_a_damaged_disk_is_healed_by_the_mirror(tmp_path: Path, small: Path) -> None:
     options: dict[str, Any] = {
         "dataset": str(small), "epochs": 2, "batch_size": 8, "log_with": (), "cache": tmp_path / "cache",
@@ -202,6 +205,7 @@ class Dying:
         return call
 
 
+@pytest.mark.slow
 def test_a_death_at_any_operation_of_an_upload_leaves_whole_copies_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,6 +139,7 @@ def test_the_losses_are_those_of_the_plain_loop(tmp_path: Path, options: Options
     assert all(torch.equal(weights[name], trained[name]) for name in trained)
 
 
+@pytest.mark.slow
 def test_accumulation_and_ranks_take_the_same_step(tmp_path: Path, options: Options) -> None:
     """Global batch 8 as one batch, as microbatches of 3, and on 2 and 3 ranks: equal up to rounding."""
     train_in(ONE, tmp_path / "one", **options)
@@ -245,6 +246,7 @@ def test_a_stop_saves_and_the_run_ends_as_if_never_stopped(tmp_path: Path, optio
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.slow
 def test_lower_precision_learns_the_same(tmp_path: Path, options: Options, precision: str) -> None:
     train_in(ONE, tmp_path / "full", **options)
     train_in(ONE, tmp_path / precision, **options, precision=precision, max_grad_norm=1.0)
@@ -280,6 +282,7 @@ def _tells(world: World, run_dir: Path, options: Options) -> list[tuple[int, boo
     return told
 
 
+@pytest.mark.slow
 def test_every_checkpoint_is_told_once_it_is_committed(tmp_path: Path, options: Options) -> None:
     """On all ranks at the same steps; rank 0 knows the folder, and from the first epoch on there is an evaluation."""
     first, second = spawn(_tells, 2, tmp_path / "run", {**options, "batch_size": 4})
@@ -363,6 +366,7 @@ def _bad_data(world: World, run_dir: Path, options: Options) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_every_rank_hears_of_unusable_data(tmp_path: Path, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found only while loading, past the rows that are checked before a run is sent."""
     file = Path(options["dataset"]) / "train.csv"
