@@ -218,7 +218,7 @@ def do_imports(statements: Sequence[str], path: Sequence[str]) -> bool:
     Returns whether this process can still be forked: a CUDA context, which an import may make, does not survive that.
     """
     sys.path[:0] = [p for p in path if p not in sys.path]
-    for statement in statements:
+    for statement in ("import launcher.worker", *statements):
         with suppress(Exception, SystemExit):
             exec(statement, {})
     torch = sys.modules.get("torch")
