@@ -170,7 +170,7 @@ def _place(devices: Devices, cluster: Cluster) -> Placement:
             *(replace(devices, count=n * nodes) for n in (ranks - 1, ranks) if n),
         )
     if kind == "cpu":
-        why = f"{_many(count, 'CPU rank')} of one core each on {_many(nodes, 'node')}"
+        why = f"{_many(count, 'CPU rank')} of one core{' each' * (count > 1)} on {_many(nodes, 'node')}"
         return Placement(nodes, ranks, "cpu", cpus_per_rank=1, threads=1, why=why)
     cores = node.cpus // node.gpus if node.gpus else 0
     whole = {None: "the engine chooses the nodes", ranks: "whole nodes"}.get(

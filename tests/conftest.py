@@ -137,7 +137,10 @@ def strays(*, testbeds: bool = False) -> dict[int, str]:
     """Living processes of this session; those of the shared clusters only with `testbeds`."""
     found = keeper.processes_with(f"{keeper.SESSION}={os.environ[keeper.SESSION]}\0")
     if found and not testbeds:
-        for pid in keeper.processes_with(f"{keeper.FOLDER}="):
+        # By descent too: Ray's daemons set their title, which overwrites a part of the environment they show.
+        keepers = [pid for pid, command in found.items() if keeper.__file__ in command]
+        owned = set(keeper.processes_with(f"{keeper.FOLDER}=")).union(*map(keeper.descendants, keepers))
+        for pid in owned:
             found.pop(pid, None)
     helpers = (keeper.__file__, "multiprocessing.resource_tracker")  # these end with their owner
     return {pid: command for pid, command in found.items() if not any(helper in command for helper in helpers)}

@@ -1,0 +1,105 @@
+"""What only this machine can show: Ctrl-C, and what happens when a rank or its supervisor is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.launcher.engines import Project, until
+
+pytestmark = pytest.mark.slow
+
+DEAF = """
+import time
+
+def main(ctx):
+    ctx.log(1, loss=1.0)
+    time.sleep(600)
+"""
+
+
+def ranks(run: str) -> list[int]:
+    """The pids of the run's forkserver and of its ranks, oldest first."""
+    found = subprocess.run(
+        ["pgrep", "-f", f"launcher.forkserver .*/{run}$"], capture_output=True, text=True, check=False
+    )
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def has_stepped(project: Project, run: str) -> bool:
+    return bool((project.folder / "runs" / run / "metrics.jsonl").exists())
+
+
+def test_ctrl_c_saves_and_stops_and_the_run_goes_on(local_project: Project) -> None:
+    arguments = ("--cpus", "2", "--name", "c", "training.train:train", "--max-steps", "300", "--epochs", "50")
+    with local_project.start(*arguments) as running:
+        until(lambda: has_stepped(local_project, "c"), "a first step")
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=60)
+    assert running.returncode == 3
+    assert "with a checkpoint" in err
+    assert "`launch resume c` goes on" in out
+    saved = [e["step"] for e in local_project.events("c") if e["event"] == "saved"]
+    status = local_project.status("c")
+    assert status["state"] == "stopped"
+    assert 1 <= saved[-1] < 300
+    local_project.call("resume", "c")
+    status = local_project.status("c")
+    assert (status["state"], status["metrics"]["steps"]) == ("succeeded", 300)
+    assert any(e["event"] == "resumed" and e["step"] == saved[-1] for e in local_project.events("c"))
+
+
+def test_ctrl_c_twice_stops_at_once(local_project: Project) -> None:
+    (local_project.folder / "deaf.py").write_text(DEAF)
+    with local_project.start("--cpus", "2", "--name", "d", "deaf:main") as running:
+        until(lambda: has_stepped(local_project, "d"), "a first step")
+        running.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        running.send_signal(signal.SIGINT)
+        running.communicate(timeout=20)
+    assert running.returncode == 3
+    assert local_project.status("d")["state"] == "stopped"
+    until(lambda: not ranks("d"), "no process", 5)
+
+
+def test_a_killed_rank_is_replaced_in_place(local_project: Project) -> None:
+    with local_project.start("--cpus", "2", "--name", "k", "steps:main", "--steps", "400") as running:
+        until(lambda: has_stepped(local_project, "k"), "a first step")
+        os.kill(ranks("k")[-1], signal.SIGKILL)
+        out, _ = running.communicate(timeout=60)
+    assert running.returncode == 0
+    assert "killed: rank" in out
+    assert "starting all ranks again (2 restarts left)" in out
+    status = local_project.status("k")
+    assert (status["state"], status["attempt"]) == ("succeeded", 2)
+    assert status["metrics"]["first"] >= 1, "it went on where it was"
+
+
+def test_a_killed_agent_takes_its_ranks_along(local_project: Project) -> None:
+    local_project.launch("--detach", "--cpus", "2", "--name", "a", "steps:main", "--steps", "4000")
+    until(lambda: has_stepped(local_project, "a"), "a first step")
+    _, pid, _ = local_project.status("a")["job_id"].rsplit(":", 2)
+    os.kill(int(pid), signal.SIGKILL)
+    until(lambda: not ranks("a"), "no rank", 5)
+    until(lambda: local_project.status("a")["state"] == "lost", "the loss to be known", 30)
+    assert "left no result" in local_project.call("status", "a").stdout
+    (local_project.folder / "runs/a/state.json").write_text("3999")
+    local_project.call("resume", "a")
+    assert local_project.status("a")["state"] == "succeeded"
+
+
+def test_data_that_cannot_be_used_is_a_bad_request(local_project: Project) -> None:
+    data = local_project.folder / "data.csv"
+    data.write_text("sentence1,sentence2,label\na,b,7\nc,d,0\n")
+    arguments = ("--name", "b", "--", "--train-file", "data.csv", "--validation-file", "data.csv")
+    done = local_project.call(*arguments, status=2)
+    assert "7" in done.stderr
+    assert "label" in done.stderr
+    data.write_text("first,second,label\na,b,1\n")
+    done = local_project.call(*arguments, status=2)
+    assert "sentence1" in done.stderr
+    assert not (local_project.folder / "runs/b").exists(), "the name stays free"
