@@ -57,7 +57,7 @@ def tpus(count: int, nodes: int | None = None, **more: Any) -> Devices:
         (gpus(2), site(gpus=8, cpus=0), 1, 2, 0, "2 of 8 GPUs a node"),
         (gpus(3), site(gpus=3, cpus=32), 1, 3, 10, "whole nodes"),
         (gpus(1), site(gpus=1, cpus=1), 1, 1, 1, "whole nodes"),
-        (cpus(1), LAPTOP, 1, 1, 1, "1 CPU rank of one core each on 1 node"),
+        (cpus(1), LAPTOP, 1, 1, 1, "1 CPU rank of one core on 1 node"),
         (cpus(2), LAPTOP, 1, 2, 1, "2 CPU ranks of one core each on 1 node"),
         (cpus(4, 2), EIGHT, 2, 2, 1, "4 CPU ranks of one core each on 2 nodes"),
         (cpus(192), EIGHT, 2, 96, 1, "on 2 nodes"),
