@@ -246,7 +246,7 @@ def describe(plan: Any) -> str:
 
 def describe_ranks(plan: Any) -> str:
     """What every rank gets besides: the part of a plan that only a dry run shows."""
-    code = f"\n  code   {plan.target.path[0]}, a copy of {plan.cwd}" if plan.target.path else ""
+    code = f"\n  code   {plan.target.path[0]}, a copy of the project as it is" if plan.target.path else ""
     return code + "".join(f"\n  env    {name}={value}" for name, value in plan.environment.items())
 
 

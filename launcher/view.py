@@ -119,7 +119,8 @@ def describe(event: dict[str, Any]) -> str:
 def status_line(run: Run, state: State) -> str:
     """State, step, rate, loss and time left, as one line."""
     steps = [m for m in run.dir.metrics()[-20:] if "loss" in m]
-    parts = [f"[{run.name}] {state.value}"]
+    word = "starting" if state is State.QUEUED and run.dir.plan().backend == "local" else state.value
+    parts = [f"[{run.name}] {word}"]
     if state is State.RUNNING and steps:
         last = steps[-1]
         total = last.get("total_steps")
