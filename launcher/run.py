@@ -60,8 +60,9 @@ class Run:
     def status(self) -> dict[str, Any]:
         """Everything a person or a program may want to know, as plain data."""
         plan, job, result = self.dir.plan(), self.dir.job() or {}, self.dir.result() or {}
-        steps = [m for m in self.dir.metrics() if "loss" in m]
-        evaluations = [m for m in self.dir.metrics() if "eval" in m]
+        records = self.dir.metrics()
+        steps = [m for m in records if "loss" in m]
+        evaluations = [m for m in records if "eval" in m]
         kept = ("step", "total_steps", "epoch", "loss", "lr", "samples_per_second")
         return {
             "name": self.name,

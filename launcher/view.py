@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -51,6 +54,8 @@ class Follower:
         # Ends of earlier submissions: what came before them was told then.
         self.ended = sum(e["event"] == "finished" for e in run.dir.events()) - (run.dir.result() is not None)
         self.log: Tail | None = None
+        self.metrics = Tail(run.dir.metrics_file)  # read on from where it was: it grows for as long as the run lasts
+        self.steps: deque[dict[str, Any]] = deque(maxlen=20)
         self.attempt = 0
         self.queued = False
 
@@ -66,18 +71,17 @@ class Follower:
                 self.queued = True
                 self.out.write(f"launch: waiting in the queue of {self.backend}\n")
             if self.live and not state.done:
-                self.out.write(status_line(self.run, state)[: shutil.get_terminal_size().columns - 1])
+                word = "starting" if state is State.QUEUED and self.backend == "local" else state.value
+                self.steps.extend(m for m in _records(self.metrics) if "loss" in m)
+                line = status_line(self.run.name, word, self.steps)
+                self.out.write(line[: shutil.get_terminal_size().columns - 1])
             self.out.flush()
             if state.done:
                 return state
             time.sleep(LOOK_SECONDS)
 
     def _tell_events(self) -> None:
-        for line in self.events.read():
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue  # a line whose writer died
+        for event in _records(self.events):
             if self.ended > 0:
                 self.ended -= event["event"] == "finished"
             elif text := describe(event):
@@ -99,6 +103,12 @@ class Follower:
             self.out.write(line + "\n")
 
 
+def _records(tail: Tail) -> Iterator[dict[str, Any]]:
+    for line in tail.read():
+        with suppress(ValueError):  # a line whose writer died
+            yield json.loads(line)
+
+
 def describe(event: dict[str, Any]) -> str:
     """One line for a person about `event`; empty for those that the log shows anyway."""
     match event:
@@ -116,12 +126,10 @@ def describe(event: dict[str, Any]) -> str:
     return ""
 
 
-def status_line(run: Run, state: State) -> str:
-    """State, step, rate, loss and time left, as one line."""
-    steps = [m for m in run.dir.metrics()[-20:] if "loss" in m]
-    word = "starting" if state is State.QUEUED and run.dir.plan().backend == "local" else state.value
-    parts = [f"[{run.name}] {word}"]
-    if state is State.RUNNING and steps:
+def status_line(name: str, word: str, steps: Sequence[dict[str, Any]]) -> str:
+    """State, step, rate, loss and time left, as one line; `steps` are the newest records of steps."""
+    parts = [f"[{name}] {word}"]
+    if word == State.RUNNING and steps:
         last = steps[-1]
         total = last.get("total_steps")
         parts.append(f"step {last['step']}" + (f"/{total}" if total else ""))
