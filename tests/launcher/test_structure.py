@@ -36,6 +36,7 @@ FLOORS = [
     "backends.ray",
     "backends.local",
     "backends.process",
+    "backends.slurm_job",
     "agent",
     "coordinator",
     "policy",
