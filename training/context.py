@@ -6,6 +6,7 @@ import contextlib
 import socket
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from training.errors import ConfigError
 from training.files import append_line
 from training.group import Group, Vote, make_group
+from training.pulse import Pulse
 from training.world import World
 
 if TYPE_CHECKING:
@@ -26,10 +28,11 @@ STAT_SECONDS = 0.25  # how often at most rank 0 looks for the file `stop`; a sha
 class Context:
     """One rank of a run. Used as a context manager, or closed by hand, so that no group or thread is left over."""
 
-    def __init__(self, run_dir: Path, world: World, *, args: tuple[str, ...] = ()) -> None:
+    def __init__(self, run_dir: Path, world: World, *, args: tuple[str, ...] = (), pulse: Pulse | None = None) -> None:
         self.run_dir = Path(run_dir)
         self.world = world
         self.args = args
+        self.pulse = pulse or Pulse()
         self.stopped = False  # True once should_stop has said so
         self.stop_reason = ""  # what this rank was told; empty on ranks that only heard of it from others
         # Told of each checkpoint once it is committed, on every rank at the same step: (step, newest evaluation, its
@@ -101,6 +104,13 @@ class Context:
         record = {"time": time.time(), "attempt": self.world.attempt, "rank": self.world.rank, "event": kind, **fields}
         append_line(self.run_dir / "events.jsonl", record)
 
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Say that this rank is at something that takes longer than a step, such as ``evaluating``, inside the block.
+
+        A launcher that watches for hangs allows much more time there than between two calls of `should_stop`.
+        """
+        return self.pulse.phase(name)
+
     def request_stop(self, reason: str) -> None:
         """Ask the run to stop at a step boundary. Only sets a flag, so a signal handler may call it."""
         self.stop_reason = reason
@@ -110,6 +120,7 @@ class Context:
 
         The question of one step is answered at the next, so that nobody waits: the vote travels while the step runs.
         """
+        self.pulse.beat(step)
         if self.stopped:
             return True
         asked = bool(self.stop_reason) or self._stop_file()
