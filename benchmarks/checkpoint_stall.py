@@ -30,9 +30,10 @@ from typing import TYPE_CHECKING
 
 from benchmarks.paired import Case, measure, table
 from training.context import Context
-from training.engine import Engine, seed_all
+from training.engine import Engine
 from training.model import TINY, load_tokenizer
 from training.sampler import Position, Step
+from training.state import seed_all
 from training.store import Store
 from training.train import State, TrainConfig, quiet
 from training.world import World

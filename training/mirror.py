@@ -19,9 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from training.checkpoints import MANIFEST, Checkpoint, kept, parse_manifest, step_of, verify
+from training.checkpoints import Checkpoint, kept, step_of
 from training.errors import CheckpointError, ConfigError
 from training.files import sync_folder
+from training.manifest import MANIFEST, parse_manifest, verify
 
 T = TypeVar("T")
 RETRIES = 5  # tries of one operation

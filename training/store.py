@@ -7,9 +7,10 @@ import shutil
 import socket
 from typing import TYPE_CHECKING, Any
 
-from training.checkpoints import Checkpoint, load, read_manifest
+from training.checkpoints import Checkpoint
 from training.errors import CheckpointError, ConfigError
 from training.files import sync_folder
+from training.manifest import load, read_manifest
 from training.mirror import Mirror
 
 if TYPE_CHECKING:

@@ -98,8 +98,9 @@ def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
     `ctx.stopped` true. Raises ConfigError for unusable input and CheckpointError for an unusable checkpoint.
     """
     from training.curve import draw_curve
-    from training.engine import Engine, seed_all
+    from training.engine import Engine
     from training.model import load_model
+    from training.state import seed_all
     from training.store import Store
 
     check(config)

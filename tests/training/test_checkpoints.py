@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training.ranks import spawn
-from training import checkpoints as module
-from training.checkpoints import MANIFEST, Checkpoint, Checkpoints, load, read_manifest, verify, write_manifest
+from training.checkpoints import Checkpoint, Checkpoints
 from training.errors import CheckpointError
+from training.manifest import MANIFEST, load, read_manifest, verify, write_file, write_manifest
 from training.world import World
 
 pytestmark = pytest.mark.usefixtures("rank_server")
@@ -72,13 +72,13 @@ def test_training_may_change_the_tensors_once_save_has_returned(
     saved: list[Checkpoint] = []
     store = Checkpoints(tmp_path, keep=9)
     store.on_saved = saved.append
-    go, write = threading.Event(), module._write_file
+    go = threading.Event()
 
     def slow(path: Path, content: Any) -> dict[str, Any]:
         assert go.wait(20)
-        return write(path, content)
+        return write_file(path, content)
 
-    monkeypatch.setattr(module, "_write_file", slow)
+    monkeypatch.setattr("training.checkpoints.write_file", slow)
     state = parts(1)
     store.save(1, state)
     state["model.safetensors"]["weight"].zero_()
@@ -103,7 +103,7 @@ def test_a_full_disk_does_not_end_training(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_write_file", full)
+        patch.setattr("training.checkpoints.write_file", full)
         store.save(2, parts(2), wait=True)
     assert failed == [(2, "[Errno 28] No space left on device")]
     assert os.listdir(tmp_path) == ["step-000000001"]

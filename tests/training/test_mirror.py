@@ -15,9 +15,10 @@ import pytest
 from tests.training.ranks import free_port, train_in
 from tests.training.test_checkpoints import parts, same
 from training import mirror as module
-from training.checkpoints import MANIFEST, Checkpoints, load
+from training.checkpoints import Checkpoints
 from training.errors import CheckpointError, ConfigError
 from training.files import read_lines
+from training.manifest import MANIFEST, load
 from training.mirror import Mirror, open_store
 from training.train import TrainConfig, check
 from training.world import World

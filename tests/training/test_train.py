@@ -14,14 +14,15 @@ from safetensors.torch import load_file
 
 from tests.training.ranks import spawn, train_in
 from training import train as module
-from training.checkpoints import load
 from training.context import Context
 from training.data import encode, find_source
-from training.engine import Engine, seed_all
+from training.engine import Engine
 from training.errors import CheckpointError, ConfigError
 from training.files import read_lines
+from training.manifest import load, write_file
 from training.model import load_model, load_tokenizer
 from training.sampler import Position, steps
+from training.state import seed_all
 from training.train import TrainConfig, check, train
 from training.world import World
 
@@ -160,8 +161,6 @@ def train_in_world(world: World, run_dir: Path, options: Options) -> tuple[dict[
 
 def train_and_die(world: World, run_dir: Path, options: Options, kills: dict[str, int]) -> None:
     """As a rank that is killed at the given count of steps taken, evaluations begun, or files written by a save."""
-    from training import checkpoints
-
     counts = dict.fromkeys(kills, 0)
 
     def die(kind: str) -> None:
@@ -170,10 +169,11 @@ def train_and_die(world: World, run_dir: Path, options: Options, kills: dict[str
             if counts[kind] == kills[kind]:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    step, evaluate, write = Engine.step, Engine.evaluate, checkpoints._write_file
+    step, evaluate = Engine.step, Engine.evaluate
     Engine.step = lambda self, *args: (die("step"), step(self, *args))[1]  # type: ignore[method-assign,func-returns-value]
     Engine.evaluate = lambda self, *args: (die("evaluate"), evaluate(self, *args))[1]  # type: ignore[method-assign,func-returns-value]
-    checkpoints._write_file = lambda *args: (die("write"), write(*args))[1]  # type: ignore[func-returns-value]
+    patch = pytest.MonkeyPatch()  # never undone: the process is the test's own
+    patch.setattr("training.checkpoints.write_file", lambda *args: (die("write"), write_file(*args))[1])  # type: ignore[func-returns-value]
     train_in_world(world, run_dir, options)
 
 
