@@ -85,6 +85,8 @@ class Cluster:
         oversubscribe: CPU ranks may outnumber the cores; for debugging on one machine.
         time: default time limit of a run, as in ``--time``.
         grace: seconds between the request to stop and the end, for the last checkpoint.
+        hang_after: seconds without a step, or three times the longest step so far where that is more, after which a run
+            counts as hung; ten times that while it evaluates or saves; 0 never looks.
         start_method: ``forkserver`` (imports once a node) or ``spawn`` (for code that cannot fork).
         python: the Python command on the nodes; default: the one that submits.
         environment: variables set in every rank.
@@ -100,6 +102,7 @@ class Cluster:
     oversubscribe: bool = False
     time: str | None = None
     grace: float = 60.0
+    hang_after: float = 300.0
     start_method: Literal["forkserver", "spawn"] = "forkserver"
     python: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
