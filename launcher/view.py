@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from launcher.ledger import Account, keep
 from launcher.run import Run
 from launcher.spec import State
 
@@ -75,6 +76,8 @@ class Follower:
                 self.steps.extend(m for m in _records(self.metrics) if "loss" in m)
                 line = status_line(self.run.name, word, self.steps)
                 self.out.write(line[: shutil.get_terminal_size().columns - 1])
+            if state.done and (text := account_line(keep(self.run.dir.events(), self.run.dir.metrics()).total)):
+                self.out.write(f"launch: {text}\n")
             self.out.flush()
             if state.done:
                 return state
@@ -141,6 +144,22 @@ def status_line(name: str, word: str, steps: Sequence[dict[str, Any]]) -> str:
             left = (total - last["step"]) * spread / (last["step"] - steps[0]["step"])
             parts.append(f"{duration(left)} left")
     return "  ".join(parts)
+
+
+def account_line(total: Account) -> str:
+    """Goodput and where the rest of the time went, as one line; empty for a run that never came to a step."""
+    if not total.steps:
+        return ""
+    spent = {
+        "in the queue": total.queue,
+        "starting": total.startup,
+        "evaluating": total.evaluation,
+        "waiting for checkpoints": total.checkpoint or 0.0,
+        f"doing {total.steps_replayed} steps again": total.replayed,
+    }
+    rest = "".join(f", {duration(seconds)} {what}" for what, seconds in spent.items() if seconds >= 1)
+    hours = f"{total.device_hours:.3g} device-hour{'s' * (total.device_hours != 1)}"
+    return f"goodput {100 * total.goodput:.0f} % of {duration(total.held)}{rest}; {hours}"
 
 
 def duration(seconds: float) -> str:

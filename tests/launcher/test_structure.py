@@ -45,6 +45,7 @@ FLOORS = [
     "worker",
     "target",
     "rundir",
+    "ledger",
     "snapshot",
     "network",
     "spec",
