@@ -32,8 +32,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from training.data import CORPUS
 from training.flags import parse
+from training.sources import CORPUS
 
 PLAIN, OURS, BUCKETS = "plain loop", "ours", "ours, length buckets"
 LR = 5e-5

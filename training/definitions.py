@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.errors import ConfigError
 from training.metrics import Metric, metric_for
+from training.named import check_function, find_function
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,9 +21,8 @@ LOAD_SECONDS = 60.0  # how long an evaluation waits for a definition that is sti
 
 def check_metric(name: str) -> None:
     """Raise ConfigError where a metric's name cannot be right; loads nothing."""
-    module, _, function = name.partition(":")
-    if ":" in name and not all(part.isidentifier() for part in [*module.split("."), function]):
-        raise ConfigError(f"--metric {name}: a function of your own is written package.module:function")
+    if ":" in name:
+        check_function("--metric", name)
     if name.endswith(".py") and not Path(name).expanduser().is_file():
         raise ConfigError(f"--metric {name}: there is no such file")
 
@@ -36,22 +36,14 @@ def find_metric(name: str, num_labels: int, dataset: str) -> Metric:
     goes on; the first evaluation waits for it.
     """
     if ":" in name:
-        return _function(name)
+        found: Metric = find_function("--metric", name)
+        return found
     if name:
         return Loading(str(Path(name).expanduser().resolve()) if name.endswith(".py") else name, None, None)
     own = metric_for(num_labels)
     if dataset.startswith(("glue/", "nyu-mll/glue/")):
         return Loading("glue", dataset.rpartition("/")[2], own)
     return own
-
-
-def _function(name: str) -> Metric:
-    module, _, function = name.partition(":")
-    try:
-        found: Metric = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"--metric {name} cannot be loaded: {error}") from error
-    return found
 
 
 class Loading:

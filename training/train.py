@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from training.data import PAIRS, check_source, find_source
 from training.definitions import check_metric, find_metric
 from training.errors import ConfigError
 from training.model import TINY, check_model
 from training.progress import Progress
 from training.sampler import Position, Step, steps, steps_per_epoch
+from training.sources import PAIRS, check_source, find_source
 from training.trackers import Trackers, check_trackers
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class TrainConfig:
     """What to train, on what, and how. Without any of it: a small BERT from scratch, offline, in about a minute."""
 
     model: str = TINY  # a Hub name, a folder saved by save_pretrained, or `tiny`: a small BERT from scratch
-    dataset: str = PAIRS  # `glue/mrpc` (Hub), a folder with train.csv and validation.csv, or `pairs`: ships with this
+    dataset: str = PAIRS  # `glue/mrpc` (Hub), a folder with train.csv and validation.csv, module:function, or `pairs`
     train_file: str = ""  # CSV, JSON-lines or Parquet with sentence1, sentence2, label; instead of the dataset's
     validation_file: str = ""  # the same for evaluation
     num_labels: int = 2  # classes 0..N-1; 1 means regression
@@ -139,22 +139,26 @@ def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
                         record(ctx, trackers, state, values)
                     score = None
                     if state.at.position == 0 or state.step == total:
-                        evaluation = engine.evaluate(validation, config.eval_batch_size, metric)
+                        with ctx.phase("evaluating"):
+                            evaluation = engine.evaluate(validation, config.eval_batch_size, metric)
                         score = state.note(evaluation)
                         record(ctx, trackers, state, {"epoch": state.step / per_epoch, "eval": evaluation})
                         progress.evaluation(state)
                     stop = state.step < total and ctx.should_stop(state.step)
                     if stop or score is not None or state.step % config.save_every == 0:
-                        store.save(engine, state.step, asdict(state), score)
+                        with ctx.phase("saving"):
+                            store.save(engine, state.step, asdict(state), score)
                     if stop or state.step == total:
                         break
-        if ctx.world.rank == 0:
-            draw_curve(ctx.run_dir, f"{config.model} on {config.dataset}")
-        store.finish()
+        with ctx.phase("finishing"):
+            if ctx.world.rank == 0:
+                draw_curve(ctx.run_dir, f"{config.model} on {config.dataset}")
+            store.finish()
     result = {**state.evaluations[-1]} if state.evaluations else {}
     result |= {"steps": state.step, "epochs": state.step / per_epoch, "best": state.best}
     if not ctx.stopped:
-        result["model"] = store.publish(engine, tokenizer)
+        with ctx.phase("finishing"):
+            result["model"] = store.publish(engine, tokenizer)
     return result
 
 

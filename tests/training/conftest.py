@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.ranks import PRELOAD
-from training.data import CORPUS
+from training.sources import CORPUS
 
 
 @pytest.fixture(autouse=True)

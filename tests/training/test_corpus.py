@@ -9,8 +9,8 @@ import pytest
 from tests.training.conftest import write_csv
 from tests.training.ranks import train_in
 from training.corpus.generate import pairs, render
-from training.data import CORPUS
 from training.files import read_lines
+from training.sources import CORPUS
 from training.world import World
 
 

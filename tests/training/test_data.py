@@ -4,15 +4,19 @@ import json
 import os
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import pytest
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from tests.training.conftest import write_csv
 from training import data as module
-from training.data import CORPUS, Encoded, Source, check_source, encode, find_source
+from training.data import Encoded, encode
 from training.errors import ConfigError
 from training.model import load_tokenizer
+from training.sources import CORPUS, Source, check_source, find_source
 
 HEADER = ["sentence1", "sentence2", "label"]
 
@@ -103,6 +107,7 @@ def test_names_of_data_sets() -> None:
     ("dataset", "file", "message"),
     [
         ("/nowhere", "", "no such folder"),
+        ("my data:set", "", "written package.module:function"),
         ("a//b", "", "no such folder"),
         ("pairs", "/nowhere.csv", "there is no file"),
         ("pairs", __file__, r"none of \.csv"),
@@ -138,10 +143,77 @@ def test_files_that_do_not_fit(tmp_path: Path, name: str, text: str, message: st
         check_source(find_source("train", "pairs", str(tmp_path / name)), 2)
 
 
+ROWS = [{"sentence1": f"a boat {row}", "sentence2": "a boat", "label": row % 2} for row in range(5)]
+
+
+def made(split: str) -> Dataset:
+    return Dataset.from_list([{**row, "idx": number} for number, row in enumerate(ROWS)])
+
+
+def plain(split: str) -> list[dict[str, object]]:
+    return ROWS
+
+
+def incomplete(split: str) -> list[dict[str, object]]:
+    return [{"sentence1": "a"}]
+
+
+def empty(split: str) -> Dataset:
+    return made(split).select([])
+
+
+def both(split: str) -> DatasetDict:
+    return DatasetDict({split: made(split)})
+
+
+def stream(split: str) -> IterableDataset:
+    return made(split).to_iterable_dataset()
+
+
+def generator(split: str) -> Iterator[dict[str, object]]:
+    return iter(ROWS)
+
+
+def test_a_data_set_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("made", "plain"):
+        source = find_source("train", f"{__name__}:{name}", "")
+        check_source(source, 2)
+        data = encoded(source, tmp_path)
+        assert data.labels == [0, 1, 0, 1, 0]
+    assert len(os.listdir(tmp_path)) == 1, "the same rows are the same data"
+    monkeypatch.setitem(ROWS[0], "label", 1)
+    assert encoded(source, tmp_path).fingerprint != data.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("stream", r"IterableDataset for the split 'train', a stream: .*exact epoch.*to_parquet.*--train-file"),
+        ("generator", "a list_iterator for the split 'train', a stream"),
+        ("both", "returned a DatasetDict .* let it return a datasets.Dataset, or a sequence"),
+        ("incomplete", "column sentence2 and label missing; it has sentence1"),
+        ("empty", "there are no rows"),
+        ("absent", "cannot be loaded: .*absent"),
+    ],
+)
+def test_data_sets_of_the_users_own_that_do_not_fit(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        encoded(find_source("train", f"{__name__}:{name}", ""), tmp_path)
+
+
+def test_the_advice_for_a_stream_is_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line that the error says to type makes the file that --train-file takes."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as refused:
+        encoded(find_source("train", f"{__name__}:stream", ""), tmp_path)
+    eval(str(refused.value).split("`")[1], {"datasets": datasets, "stream": stream("train")})
+    assert encoded(find_source("train", "", "train.parquet"), tmp_path / "cache").labels == [0, 1, 0, 1, 0]
+
+
 def test_data_that_only_loading_finds_wrong(tmp_path: Path) -> None:
     for text, message in (
         ("sentence1,label\na,1\n", "column sentence2 missing"),
-        ("sentence1,sentence2,label\n", "no rows"),
+        ("sentence1,sentence2,label\n", "there are no rows"),
     ):
         (tmp_path / "a.csv").write_text(text)
         with pytest.raises(ConfigError, match=message):

@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 from tests.training.ranks import spawn, train_in
 from training import train as module
 from training.context import Context
-from training.data import encode, find_source
+from training.data import encode
 from training.engine import Engine
 from training.errors import CheckpointError, ConfigError
 from training.files import read_lines
 from training.manifest import load, write_file
 from training.model import load_model, load_tokenizer
 from training.sampler import Position, steps
+from training.sources import find_source
 from training.state import seed_all
 from training.train import TrainConfig, check, train
 from training.world import World
