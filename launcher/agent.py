@@ -16,9 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from launcher.coordinator import Coordinator
-from launcher.ranks import CONNECT_SECONDS, Message, NodeRanks, Seat, on_signals
+from launcher.peers import CONNECT_SECONDS, PULSE_SECONDS, SILENCE_SECONDS
+from launcher.ranks import Message, NodeRanks, Seat, on_signals
 from launcher.rundir import RunDir
-from launcher.spec import Plan
+from launcher.spec import Plan, State
 from training.files import read_json
 
 
@@ -26,9 +27,13 @@ async def run_agent(run_dir: RunDir, seat: Seat) -> int:
     """Be the agent of one node until the run ends; return the run's exit status."""
     plan = run_dir.plan()
     run_dir.logs.mkdir(exist_ok=True)
-    if seat.node == 0:
-        return await Coordinator(run_dir, plan, seat).run()
-    return await follow(run_dir, plan, seat)
+    if seat.node:
+        return await follow(run_dir, plan, seat)
+    if (result := run_dir.result()) is not None:  # a scheduler started a job again that had come to an end
+        if result["state"] == State.SUCCEEDED:
+            return 0
+        run_dir.result_file.unlink()
+    return await Coordinator(run_dir, plan, seat).run()
 
 
 async def follow(run_dir: RunDir, plan: Plan, seat: Seat) -> int:
@@ -37,20 +42,21 @@ async def follow(run_dir: RunDir, plan: Plan, seat: Seat) -> int:
     ranks = NodeRanks(run_dir, plan, seat, outgoing.put_nowait)
     on_signals(lambda number: outgoing.put_nowait({"signal": number}))
     await ranks.open()
-    sending: asyncio.Task[None] | None = None
+    tasks: list[asyncio.Task[None]] = []
     try:
         reader, writer = await connect(run_dir, seat)
-        sending = asyncio.create_task(_send_all(outgoing, writer))
-        while line := await reader.readline():
-            message = json.loads(line)
-            if "end" in message:
-                return int(message["end"])
-            await ranks.handle(message)
+        tasks += [asyncio.create_task(_send_all(outgoing, writer)), asyncio.create_task(_report(outgoing, ranks))]
+        with suppress(TimeoutError, ConnectionError):
+            while line := await asyncio.wait_for(reader.readline(), SILENCE_SECONDS):
+                message = json.loads(line)
+                if "end" in message:
+                    return int(message["end"])
+                ranks.handle(message)
         print(f"node {seat.node}: the coordinator on node 0 is gone", file=sys.stderr)
         return 1
     finally:
-        if sending is not None:
-            sending.cancel()
+        for task in tasks:
+            task.cancel()
         await ranks.close()
 
 
@@ -58,6 +64,13 @@ async def _send_all(outgoing: asyncio.Queue[Message], writer: asyncio.StreamWrit
     while True:
         writer.write(json.dumps(await outgoing.get()).encode() + b"\n")
         await writer.drain()
+
+
+async def _report(outgoing: asyncio.Queue[Message], ranks: NodeRanks) -> None:
+    """Say every second that this node is alive, and how its ranks get on."""
+    while True:
+        outgoing.put_nowait({"beats": ranks.report()})
+        await asyncio.sleep(PULSE_SECONDS)
 
 
 async def connect(run_dir: RunDir, seat: Seat) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import secrets
+import os
 import signal
-import socket
+import sys
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
+from launcher import history
+from launcher.attempt import Attempt
 from launcher.network import reserve_port
-from launcher.policy import Action, Failure, Outcome, decide
-from launcher.ranks import CONNECT_SECONDS, Message, NodeRanks, Seat, on_signals
+from launcher.peers import CONNECT_SECONDS, PULSE_SECONDS, Peers
+from launcher.policy import ADVICE, Action, Failure, Outcome, back_off, decide, unfit
+from launcher.ranks import Message, NodeRanks, Seat, on_signals
 from launcher.rundir import BEAT_SECONDS, RunDir, tail
 from launcher.spec import Plan, State
-from training.files import read_json, write_atomic
-
-LAST_WORDS_SECONDS = 0.5
-"""How long other ranks get, after one raised, to leave their own errors before they are killed."""
-
-
-FAREWELL_SECONDS = 10.0
-"""How long the coordinator waits, after the end, for the other agents to leave."""
+from training.files import read_json
 
 
 class Coordinator:
@@ -35,184 +29,160 @@ class Coordinator:
         self.run_dir, self.plan, self.seat = run_dir, plan, seat
         self.inbox: asyncio.Queue[tuple[int, Message]] = asyncio.Queue()
         self.own = NodeRanks(run_dir, plan, seat, lambda message: self.inbox.put_nowait((seat.node, message)))
-        self.peers: dict[int, asyncio.StreamWriter] = {}
-        self.hosts = {seat.node: seat.host}
+        self.peers = Peers(run_dir, seat, lambda node, message: self.inbox.put_nowait((node, message)))
         self.stop: signal.Signals | None = None  # the first request to stop
         self.preempted = False
+        self.started = time.time()
 
     async def run(self) -> int:
         """Bring the run to an end and return its exit status."""
         on_signals(lambda number: self.inbox.put_nowait((self.seat.node, {"signal": number})))
+        session = self.run_dir.claim_session(self.seat.host)
         self.run_dir.beat()
-        beating = asyncio.create_task(self._beat())
+        beating = asyncio.create_task(self._beat(session))
         await self.own.open()
-        server = await self._listen() if self.seat.nodes > 1 else None
+        if self.seat.nodes > 1:
+            await self.peers.listen()
         state = State.FAILED
         try:
-            lost = await self._wait_for_peers()
-            state = await self._attempts(lost)
+            await self._wait_for_peers()
+            state = await self._attempts()
         finally:
-            for node in self.peers:
-                self._send(node, {"end": state.exit_status})
             await self.own.close()
-            if server is not None:
-                server.close()
-                await self._farewell()
+            await self.peers.close(state.exit_status)
             beating.cancel()
         return state.exit_status
 
-    # ---- the other agents -----------------------------------------------------------------------------------------
-
-    async def _listen(self) -> asyncio.Server:
-        token = secrets.token_hex(16)
-
-        async def welcome(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            hello: Message = {}
-            with suppress(ValueError, OSError):  # clusters have port scanners, which say all kinds of things
-                hello = json.loads(await reader.readline())
-            if not secrets.compare_digest(str(hello.get("token")), token):
-                writer.close()
-                return
-            node = int(hello["hello"])
-            self.peers[node] = writer
-            self.hosts[node] = hello["host"]
-            self.inbox.put_nowait((node, {"joined": node}))
-            with suppress(ConnectionError):
-                while line := await reader.readline():
-                    self.inbox.put_nowait((node, json.loads(line)))
-            self.peers.pop(node, None)
-            self.inbox.put_nowait((node, {"lost": node}))
-
-        server = await asyncio.start_server(welcome, "", 0, family=socket.AF_INET)
-        port = server.sockets[0].getsockname()[1]
-        record = {"address": self.seat.address, "port": port, "token": token, "session": self.seat.session}
-        # The token keeps other users of the node away; the run directory's own permissions guard the file.
-        write_atomic(self.run_dir.rendezvous_file, json.dumps(record))
-        return server
-
-    async def _wait_for_peers(self) -> list[int]:
-        """Wait until every node has joined; return those that did not, empty when a stop came first."""
-        deadline = time.monotonic() + CONNECT_SECONDS
-        while len(self.hosts) < self.seat.nodes and not self.stop:
-            try:
-                async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                    _, message = await self.inbox.get()
-            except TimeoutError:
-                return [n for n in range(self.seat.nodes) if n not in self.hosts]
-            self._note_stop(message)
-        return []
-
-    async def _farewell(self) -> None:
-        """Give the other agents time to hear the end; each closes its connection when its ranks are gone."""
+    async def _wait_for_peers(self) -> None:
+        """Wait until every node has joined, or a stop came, or those that did not have had their time."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(FAREWELL_SECONDS):
-                while self.peers:
-                    await self.inbox.get()
+            async with asyncio.timeout(CONNECT_SECONDS):
+                while len(self.peers.here()) < self.seat.nodes and not self.stop:
+                    _, message = await self.inbox.get()
+                    self._note_stop(message)
 
-    def _send(self, node: int, message: Message) -> None:
-        writer = self.peers.get(node)
-        if writer is not None:
-            with suppress(ConnectionError):
-                writer.write(json.dumps(message).encode() + b"\n")
-
-    async def _tell_all(self, message: Message) -> None:
-        for node in list(self.peers):
-            self._send(node, message)
-        await self.own.handle(message)
-
-    async def _beat(self) -> None:
-        """Touch the heartbeat, and look whether somebody left a request to stop."""
+    async def _beat(self, session: str) -> None:
+        """Touch the heartbeat, look how the ranks of this node get on, and whether somebody left a request to stop."""
         while True:
             with suppress(OSError):  # a full disk must not end the run; the next beat may go through
+                if self.run_dir.session() not in (session, None):
+                    # A scheduler that thought this job dead has started it again: two must not write to one run.
+                    print("launch: this run has been taken over by another job; leaving", file=sys.stderr)
+                    os._exit(State.FAILED.exit_status)  # the forkserver sees the agent go and kills the ranks
                 self.run_dir.beat()
             if not self.stop and self.run_dir.stop_file.exists():
                 self.inbox.put_nowait((self.seat.node, {"signal": int(signal.SIGTERM)}))
-            await asyncio.sleep(BEAT_SECONDS / 4)
+            for _ in range(round(BEAT_SECONDS / PULSE_SECONDS)):
+                self.inbox.put_nowait((self.seat.node, {"beats": self.own.report()}))
+                await asyncio.sleep(PULSE_SECONDS)
 
     # ---- attempts -------------------------------------------------------------------------------------------------
 
-    async def _attempts(self, lost: list[int]) -> State:
-        started = time.time()
-        restarts_left = self.plan.spec.max_restarts
+    async def _attempts(self) -> State:
         while True:
+            past = history.read(self.run_dir.events())
+            left = self.plan.spec.max_restarts - len(past.setbacks)
             attempt = self.run_dir.claim_attempt()
-            outcome = Outcome({}, stop=self.reason, lost=lost) if lost or self.stop else await self._attempt(attempt)
-            action, failure = decide(outcome, restarts_left if not outcome.lost else 0)
+            outcome = await self._attempt(attempt)
+            spare = len(self.peers.here()) >= self.plan.placement.nodes
+            action, failure = decide(outcome, left, past, self.seat.requeue is not None, spare)
             match action:
-                case Action.RESTART:
-                    restarts_left -= 1
-                    note_failure(self.run_dir, attempt, failure, restarts_left)
                 case Action.FINISH:
-                    return self._end(State.SUCCEEDED, attempt, started)
+                    return self._end(State.SUCCEEDED, attempt)
                 case Action.FAIL:
-                    return self._end(State.FAILED, attempt, started, failure)
+                    return self._end(State.FAILED, attempt, failure, outcome.step)
                 case Action.STOP:
-                    if self.preempted and self.seat.requeue is not None and self.seat.requeue():
-                        self.run_dir.event("requeued", attempt=attempt)
+                    return self._stopped(attempt, past, outcome.step)
+                case Action.MOVE:
+                    assert failure is not None, "only a failure is a reason to leave"
+                    note_failure(self.run_dir, attempt, failure, left - 1, outcome.step)
+                    if self._requeue(attempt, failure.kind, outcome.step, unfit(failure, past, outcome.step)):
                         return State.STOPPED
-                    return self._end(State.STOPPED, attempt, started)
+                    return self._end(State.FAILED, attempt, failure, outcome.step)
+                case Action.RESTART:
+                    note_failure(self.run_dir, attempt, failure, left - 1, outcome.step)
+                    await asyncio.sleep(back_off(past, outcome.step))
 
-    async def _attempt(self, attempt: int) -> Outcome:
+    def _stopped(self, attempt: int, past: history.History, step: int | None) -> State:
+        """The ranks stopped because they were asked to: go on later if it was the scheduler, else that was the end."""
+        cancelled = self.run_dir.stop_file.exists()
+        if not cancelled and not self.preempted and self.seat.requeued():
+            self.run_dir.event("requeued", attempt=attempt, reason="scheduler", step=step)
+            return State.STOPPED
+        if self.preempted and not cancelled:
+            if past.stuck(step):
+                text = f"the nodes were taken away twice, and no step was done in between (the newest is {step})"
+                failure = Failure("no progress", text, advice=ADVICE["no progress"])
+                return self._end(State.STOPPED, attempt, failure, step)
+            if self._requeue(attempt, "preempted", step):
+                return State.STOPPED
+        return self._end(State.STOPPED, attempt)
+
+    def _requeue(self, attempt: int, reason: str, step: int | None, exclude: tuple[str, ...] = ()) -> bool:
+        if self.seat.requeue is None or not self.seat.requeue(exclude):
+            return False
+        self.run_dir.event("requeued", attempt=attempt, reason=reason, step=step, exclude=list(exclude))
+        return True
+
+    async def _attempt(self, number: int) -> Outcome:
         """Start all ranks and watch them to their end."""
+        if self.stop:
+            return Outcome({}, stop=self.reason)
+        placement = self.plan.placement
+        agents = self.peers.here()[: placement.nodes]  # those after them are spare
+        if len(agents) < placement.nodes:
+            return Outcome({}, lost=[self._host(node) for node in range(self.seat.nodes) if node not in agents])
+        nodes = {agent: node for node, agent in enumerate(agents)}
+        attempt = Attempt(number, nodes, placement.ranks_per_node, self.plan.cluster.hang_after, self._tell_all)
         holder = reserve_port()
         try:
-            port = holder.getsockname()[1]
-            self.run_dir.event(
-                "started",
-                attempt=attempt,
-                world_size=self.plan.placement.world_size,
-                hosts=[self.hosts[n] for n in sorted(self.hosts)],
-            )
-            await self._tell_all({"start": attempt, "address": self.seat.address, "port": port})
-            exits, lost = await self._watch()
-            return Outcome(exits, self.run_dir.errors(attempt), self.reason, lost)
+            hosts = [self.peers.hosts[agent] for agent in agents]
+            self.run_dir.event("started", attempt=number, world_size=placement.world_size, hosts=hosts)
+            start = {"start": number, "address": self.seat.address, "port": holder.getsockname()[1]}
+            for agent, node in nodes.items():
+                self._tell(agent, start | {"node": node})
+            while not attempt.over:
+                await self._listen(attempt)
+            host_of = {rank: hosts[rank // placement.ranks_per_node] for rank in range(placement.world_size)}
+            step = attempt.step if attempt.step >= 0 else None
+            errors = self.run_dir.errors(number)
+            lost = [self._host(agent) for agent in attempt.lost]
+            return Outcome(attempt.exits, errors, self.reason, lost, host_of, step, attempt.hung)
         finally:
             holder.close()
 
-    async def _watch(self) -> tuple[Mapping[int, int], list[int]]:
-        """Wait for every rank's end. After a bad one the others are killed: their collectives would wait for it."""
-        alive = set(range(self.plan.placement.world_size))
-        exits: dict[int, int] = {}
-        lost: list[int] = []
-        kill_at: float | None = None
-        killed = False
-        while alive:
-            try:
-                async with asyncio.timeout_at(kill_at):
-                    node, message = await self.inbox.get()
-            except TimeoutError:
-                await self._tell_all({"signal": int(signal.SIGKILL)})
-                killed, kill_at = True, None
-                continue
-            if "exit" in message:
-                rank, code = message["exit"], message["code"]
-                alive.discard(rank)
-                if not killed:
-                    exits[rank] = code
-                    if code < 0 or code in (1, 2):
-                        kill_at = self._soonest(kill_at, 0.0 if code < 0 else LAST_WORDS_SECONDS)
-            elif "lost" in message:
-                lost.append(node)
-                per_node = self.plan.placement.ranks_per_node
-                alive -= set(range(node * per_node, (node + 1) * per_node))
-                kill_at = self._soonest(kill_at, 0.0)
-            elif "signal" in message:
-                # The first request is passed on; a second Ctrl-C, or the end of the grace, kills.
-                first = not self.stop
-                again = self.stop == message["signal"] == signal.SIGINT
-                self._note_stop(message)
-                if first:
-                    self.run_dir.event("stopping", reason=self.reason)
-                    kill_at = self._soonest(kill_at, self.plan.cluster.grace)
-                    await self._tell_all({"signal": int(signal.SIGTERM)})
-                elif again:
-                    kill_at = self._soonest(kill_at, 0.0)
-        return exits, lost
+    def _host(self, agent: int) -> str:
+        return self.peers.hosts.get(agent, f"node {agent}, which never joined,")
 
-    @staticmethod
-    def _soonest(kill_at: float | None, seconds: float) -> float:
-        wanted = asyncio.get_running_loop().time() + seconds
-        return wanted if kill_at is None else min(kill_at, wanted)
+    async def _listen(self, attempt: Attempt) -> None:
+        try:
+            async with asyncio.timeout_at(attempt.kill_at):
+                agent, message = await self.inbox.get()
+        except TimeoutError:
+            attempt.times_up()
+            return
+        attempt.hear(agent, message)
+        if "signal" in message:
+            # The first request is passed on; a second Ctrl-C, or the end of the grace, kills.
+            first = not self.stop
+            again = self.stop == message["signal"] == signal.SIGINT
+            self._note_stop(message)
+            if first:
+                self.run_dir.event("stopping", reason=self.reason)
+                attempt.kill_within(self.plan.cluster.grace)
+                self._tell_all({"signal": int(signal.SIGTERM)})
+            elif again:
+                attempt.kill_within(0.0)
+
+    def _tell_all(self, message: Message) -> None:
+        for agent in self.peers.here():
+            self._tell(agent, message)
+
+    def _tell(self, agent: int, message: Message) -> None:
+        if agent != self.seat.node:
+            self.peers.tell(agent, message)
+        else:
+            self.own.handle(message)
 
     def _note_stop(self, message: Message) -> None:
         """Remember a request to stop, if `message` is one."""
@@ -227,22 +197,33 @@ class Coordinator:
     def reason(self) -> str:
         return self.stop.name if self.stop else ""
 
-    # ---- the end --------------------------------------------------------------------------------------------------
-
-    def _end(self, state: State, attempt: int, started: float, failure: Failure | None = None) -> State:
-        return end_run(self.run_dir, self.plan, state, attempt, started, failure)
+    def _end(self, state: State, attempt: int, failure: Failure | None = None, step: int | None = None) -> State:
+        return end_run(self.run_dir, self.plan, state, attempt, self.started, failure, step)
 
 
-def note_failure(run_dir: RunDir, attempt: int, failure: Failure | None, restarts_left: int) -> None:
-    """Leave the events of an attempt that failed and is followed by another."""
+def note_failure(
+    run_dir: RunDir, attempt: int, failure: Failure | None, restarts_left: int, step: int | None = None
+) -> None:
+    """Leave the events of an attempt that failed, after `step`, and is followed by another."""
     assert failure is not None, "only a failure is worth a restart"
-    told = {"attempt": attempt, "kind": failure.kind, "message": failure.message, "rank": failure.rank}
+    told = _told(attempt, failure, step)
     run_dir.event("failed", **told)
     run_dir.event("restarted", **told, restarts_left=restarts_left)
 
 
+def _told(attempt: int, failure: Failure, step: int | None) -> dict[str, Any]:
+    told = {"kind": failure.kind, "message": failure.message, "rank": failure.rank, "host": failure.host}
+    return {"attempt": attempt, "step": step, **told}
+
+
 def end_run(
-    run_dir: RunDir, plan: Plan, state: State, attempt: int, started: float, failure: Failure | None = None
+    run_dir: RunDir,
+    plan: Plan,
+    state: State,
+    attempt: int,
+    started: float,
+    failure: Failure | None = None,
+    step: int | None = None,
 ) -> State:
     """Leave ``result.json`` and the last event; `started` is when this submission began, in seconds since 1970."""
     steps = max((int(m.get("step", 0)) for m in run_dir.metrics()), default=0)
@@ -254,7 +235,7 @@ def end_run(
         "seconds": round(time.time() - started, 3),
     }
     if failure is not None:
-        run_dir.event("failed", attempt=attempt, kind=failure.kind, message=failure.message, rank=failure.rank)
+        run_dir.event("failed", **_told(attempt, failure, step))
         rank = failure.rank if failure.rank is not None else 0
         fields["failure"] = asdict(failure) | {"log": tail(run_dir.log(attempt, rank))}
     run_dir.write_result(state, **fields)

@@ -47,9 +47,10 @@ def _prctl(option: int, value: int) -> None:
 class ForkServer:
     """The server's side: imports, forks, reaps."""
 
-    def __init__(self, control: socket.socket, run_dir: Path) -> None:
+    def __init__(self, control: socket.socket, run_dir: Path, pulses: int) -> None:
         self.control = control
         self.run_dir = run_dir
+        self.pulses = pulses  # the descriptor of the memory that the agent watches
         self.ranks: dict[int, int] = {}  # pid -> rank
         self.buffer = b""
         self.spawn = False
@@ -152,14 +153,14 @@ class ForkServer:
         os.close(null)
         self.control.detach()
         if self.spawn:
-            argument = json.dumps(world)
-            os.execv(sys.executable, [sys.executable, "-P", "-m", "launcher.worker", str(self.run_dir), argument])
+            arguments = [str(self.run_dir), json.dumps(world), str(self.pulses)]
+            os.execv(sys.executable, [sys.executable, "-P", "-m", "launcher.worker", *arguments])
         numpy = sys.modules.get("numpy")
         if numpy is not None:
             numpy.random.seed()  # it was seeded by its import, once for all ranks of the node
         from launcher.worker import main
 
-        return main(self.run_dir, world)
+        return main(self.run_dir, world, self.pulses)
 
     def reap(self) -> None:
         """Tell the agent about every rank that has ended, once what it left behind is killed."""
@@ -241,9 +242,9 @@ def finish(status: int) -> NoReturn:
 
 
 def main() -> None:
-    """``python -m launcher.forkserver RUN_DIR``, with the agent's socket as descriptor 0."""
+    """``python -m launcher.forkserver RUN_DIR DESCRIPTOR``, with the agent's socket as descriptor 0."""
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
-    status = ForkServer(socket.socket(fileno=0), Path(sys.argv[1])).serve()
+    status = ForkServer(socket.socket(fileno=0), Path(sys.argv[1]), int(sys.argv[2])).serve()
     if status is not None:
         finish(status)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from signal import Signals
 from typing import Any
 
+from launcher.history import History
 from launcher.worker import FINISHED, REFUSED, STOPPED
 
 
@@ -16,30 +17,58 @@ class Action(StrEnum):
 
     FINISH = "finish"
     STOP = "stop"
-    RESTART = "restart"
+    RESTART = "restart"  # on the nodes at hand
+    MOVE = "move"  # on other nodes: the scheduler is asked to start the job again
     FAIL = "fail"
 
 
-RETRIED: dict[str, bool] = {
-    # kind of failure: is it worth another attempt?
-    "user error": False,  # the same code on the same data raises again
-    "bad request": False,
-    "out of memory": False,  # the same batch needs the same memory
-    "disk full": False,
-    "killed": True,  # kill -9, the kernel's OOM killer, a crash in native code
-    "communication": True,  # a peer went away
-    "node lost": True,
-}
+class Retry(StrEnum):
+    """Where a failure is worth another attempt."""
 
-ADVICE: dict[str, str] = {
-    "user error": "The target raised this itself; fix it and start again.",
-    "bad request": "Correct the request and start again.",
-    "out of memory": "Use a smaller batch, gradient accumulation, a lower precision or more ranks.",
-    "disk full": "Free space where the run directory lies, then `launch resume`.",
-    "killed": "If the kernel killed it for memory, ask for more memory or fewer ranks a node; then `launch resume`.",
-    "communication": "The ranks lost each other; look at the network between the nodes, then `launch resume`.",
-    "node lost": "A node stopped answering; `launch resume` goes on from the newest checkpoint.",
+    HERE = "here"
+    ELSEWHERE = "elsewhere"
+    NEVER = "never"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What follows from a kind of failure: where to try again, and what to tell a person when nothing more is tried."""
+
+    retry: Retry
+    advice: str
+
+
+RULES: dict[str, Rule] = {
+    "user error": Rule(Retry.NEVER, "The target raised this itself; fix it and start again."),
+    "bad request": Rule(Retry.NEVER, "Correct the request and start again."),
+    "out of memory": Rule(
+        Retry.NEVER, "Use a smaller batch, gradient accumulation, a lower precision or more ranks."
+    ),  # the same batch needs the same memory
+    "disk full": Rule(Retry.NEVER, "Free space where the run directory lies, then `launch resume`."),
+    "killed": Rule(
+        Retry.HERE,
+        "If the kernel killed it for memory, ask for more memory or fewer ranks a node; then `launch resume`.",
+    ),
+    "communication": Rule(
+        Retry.HERE, "The ranks lost each other; look at the network between the nodes, then `launch resume`."
+    ),
+    "hung": Rule(Retry.HERE, "The stacks of all ranks are in their logs; then `launch resume`."),
+    "device": Rule(
+        Retry.ELSEWHERE, "A GPU or its driver is at fault, not the target; tell the cluster's keepers which node."
+    ),
+    "node lost": Rule(Retry.ELSEWHERE, "A node stopped answering; `launch resume` goes on from the newest checkpoint."),
+    "no progress": Rule(
+        Retry.NEVER, "Give the run more time between two stops, or save and log more often; then `launch resume`."
+    ),
 }
+"""Every way in which a run can fail. Source of truth for the policy, for the texts and for the README's table."""
+
+ADVICE = {kind: rule.advice for kind, rule in RULES.items()}
+
+STRIKES = 3
+"""Failures of one node in a row, without a step of progress between them, before the run is moved away from it."""
+
+LONGEST_BACK_OFF = 30.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -51,13 +80,19 @@ class Outcome:
             coordinator killed itself are left out.
         errors: the error records that ranks left, the likeliest cause first.
         stop: why the attempt was asked to stop; empty where it was not.
-        lost: nodes that stopped answering.
+        lost: hosts that stopped answering.
+        hosts: the host of each rank.
+        step: the newest step that a rank had done; None where ranks do not say.
+        hung: the rank that held the others up (None: no single one) and the sentence about it; None: nothing hung.
     """
 
     exits: Mapping[int, int]
     errors: Sequence[Mapping[str, Any]] = ()
     stop: str = ""
-    lost: Sequence[int] = ()
+    lost: Sequence[str] = ()
+    hosts: Mapping[int, str] = field(default_factory=dict)
+    step: int | None = None
+    hung: tuple[int | None, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,34 +107,76 @@ class Failure:
     traceback: str = field(default="", repr=False)
 
 
-def decide(outcome: Outcome, restarts_left: int) -> tuple[Action, Failure | None]:
-    """Say what follows from `outcome`, and name the failure if it was one."""
+def decide(
+    outcome: Outcome,
+    restarts_left: int,
+    history: History | None = None,
+    movable: bool = False,
+    spare: bool = False,
+) -> tuple[Action, Failure | None]:
+    """Say what follows from `outcome`, and name the failure if it was one.
+
+    `history` is what the attempts before came to. `movable`: a scheduler can start the job again elsewhere. `spare`: there
+    are nodes enough here to go on without the lost ones.
+    """
+    history = history or History()
     bad = {rank: code for rank, code in outcome.exits.items() if code not in (FINISHED, STOPPED)}
-    if not bad and not outcome.lost:
+    if not bad and not outcome.lost and outcome.hung is None:
         if outcome.stop and not outcome.exits:
             return Action.STOP, None  # stopped before, or killed after, its ranks could say anything
         return (Action.STOP if STOPPED in outcome.exits.values() else Action.FINISH), None
     if outcome.stop and all(code < 0 for code in bad.values()) and not outcome.lost:
         return Action.STOP, None  # ranks that die of a stop are not a failure
     failure = name_failure(outcome, bad)
-    return (Action.RESTART if RETRIED[failure.kind] and restarts_left > 0 else Action.FAIL), failure
+    if RULES[failure.kind].retry is Retry.NEVER or restarts_left <= 0:
+        return Action.FAIL, failure
+    if history.repeats(failure.kind, failure.rank, outcome.step):
+        return Action.FAIL, replace(failure, message=f"{failure.message}, again at step {outcome.step}")
+    if outcome.lost and spare:
+        return Action.RESTART, failure
+    if outcome.lost and not movable:
+        return Action.FAIL, failure  # ranks cannot start on a node that is gone
+    elsewhere = movable and (
+        RULES[failure.kind].retry is Retry.ELSEWHERE or bool(unfit(failure, history, outcome.step))
+    )
+    return (Action.MOVE if elsewhere else Action.RESTART), failure
+
+
+def unfit(failure: Failure, history: History, step: int | None) -> tuple[str, ...]:
+    """The hosts to stay away from after `failure`: a sick device's at once, another's when it failed often in vain."""
+    if failure.host is None:
+        return ()
+    strikes = 1 if failure.kind == "device" else STRIKES
+    return (failure.host,) if history.fruitless_on(failure.host, step) >= strikes - 1 else ()
+
+
+def back_off(history: History, step: int | None) -> float:
+    """Seconds to wait before the next attempt: none while the run gets on, else 1, 2, 4, ... for each vain one."""
+    vain = history.fruitless(step)
+    return min(LONGEST_BACK_OFF, 2.0 ** (vain - 1)) if vain else 0.0
 
 
 def name_failure(outcome: Outcome, bad: Mapping[int, int]) -> Failure:
     """Name the failure of an attempt with the bad exits `bad` (exit code by rank)."""
     signalled = next((r for r, code in bad.items() if code < 0), None)
     cause = next(iter(outcome.errors), None)
+
+    def failure(kind: str, message: str, rank: int | None, traceback: str = "", host: str | None = None) -> Failure:
+        host = host or (outcome.hosts.get(rank) if rank is not None else None)
+        return Failure(kind, message, rank, host, ADVICE[kind], traceback)
+
+    if outcome.hung is not None:
+        return failure("hung", outcome.hung[1], outcome.hung[0])
     if outcome.lost:
-        kind, message = "node lost", f"node {outcome.lost[0]} stopped answering"
-        return Failure(kind, message, advice=ADVICE[kind])
+        return failure("node lost", f"{outcome.lost[0]} stopped answering", None, host=outcome.lost[0])
     if cause is not None and (cause["kind"] != "communication" or signalled is None):
         kind = str(cause["kind"])
         text = cause["message"] if kind == "bad request" else f"{cause['type']}: {cause['message']}"
-        return Failure(kind, text, cause["rank"], cause["host"], ADVICE[kind], cause.get("traceback", ""))
+        return failure(kind, text, cause["rank"], cause.get("traceback", ""), cause["host"])
     if signalled is not None:
         number = -bad[signalled]
         name = {each.value: each.name for each in Signals}.get(number, f"signal {number}")
-        return Failure("killed", f"rank {signalled} was ended by {name}", signalled, advice=ADVICE["killed"])
+        return failure("killed", f"rank {signalled} was ended by {name}", signalled)
     rank, code = next(iter(bad.items()))
     kind = "bad request" if code == REFUSED else "user error"
-    return Failure(kind, f"rank {rank} ended with exit status {code} and left no error", rank, advice=ADVICE[kind])
+    return failure(kind, f"rank {rank} ended with exit status {code} and left no error", rank)

@@ -8,18 +8,22 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, astuple, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from launcher.network import interface_of, source_towards
 from launcher.rundir import RunDir
 from launcher.spec import Plan
 from launcher.target import imports_of
+from launcher.watch import Beat, place_of
+from training.pulse import SLOT, Pulse
 from training.world import World
 
-CONNECT_SECONDS = 300.0
-"""How long the agents of a run wait for each other at the start; nodes of one allocation can boot minutes apart."""
+STACK_SECONDS = 1.0
+"""How long ranks get to write their stacks; it is done by a signal handler in C, which no stuck Python code holds up."""
 
 Message = dict[str, Any]
 
@@ -33,7 +37,9 @@ class Seat:
         address: node 0's IP address, as the other nodes reach it.
         session: differs between two submissions of a run, and between two starts of a job, so that nobody takes an old
             rendezvous for a new one.
-        requeue: asks the scheduler to start the job again later; None where it cannot.
+        requeue: asks the scheduler to start the job again later, away from the given hosts; says whether it will. None
+            where nobody can.
+        requeued: asks the scheduler whether it took the nodes away and starts the job again by itself.
     """
 
     node: int = 0
@@ -41,7 +47,8 @@ class Seat:
     host: str = field(default_factory=socket.gethostname)
     address: str = "127.0.0.1"
     session: str = ""
-    requeue: Callable[[], bool] | None = None
+    requeue: Callable[[Sequence[str]], bool] | None = None
+    requeued: Callable[[], bool] = lambda: False
 
 
 class NodeRanks:
@@ -49,28 +56,40 @@ class NodeRanks:
 
     It does what the coordinator's messages say (`handle`) and tells what happens through `post`:
 
-    =====================================================  =====================================================
-    from the coordinator                                   back
-    =====================================================  =====================================================
-    ``{"start": attempt, "address": ..., "port": ...}``     ``{"exit": rank, "code": n}`` for each rank
-    ``{"signal": n}``: for every rank of the node           ``{"signal": n}``: this agent was sent it
+    ========================================================  ========================================================
+    from the coordinator                                      back
+    ========================================================  ========================================================
+    ``{"start": attempt, "node": n, "address": ..., "port":   ``{"exit": rank, "code": n, "step": n}`` for each rank
+    ...}``: be node n of the attempt
+    ``{"signal": n}``: for every rank of the node             ``{"signal": n}``: this agent was sent it
+    ``{"stacks": attempt}``: where does each rank stand?      ``{"stacks": {rank: [line, waiting]}}``
+    ``{"beat": 0}``: the coordinator is alive                 ``{"beats": {rank: [step, phase, age, state]}}``, likewise
     ``{"end": exit status}``: close and leave
-    =====================================================  =====================================================
+    ========================================================  ========================================================
     """
 
     def __init__(self, run_dir: RunDir, plan: Plan, seat: Seat, post: Callable[[Message], None]) -> None:
         self.run_dir, self.plan, self.seat, self.post = run_dir, plan, seat, post
+        self.node = seat.node  # which node of the placement this is; a spare one learns it when it is needed
         self.running: set[int] = set()
+        self.pids: dict[int, int] = {}
+        self.memory = -1  # of the pulses; anonymous, so that nothing is left of it whatever happens
+        self.pulses: dict[int, Pulse] = {}
         self.process: asyncio.subprocess.Process | None = None
         self.writer: asyncio.StreamWriter | None = None
         self.reading: asyncio.Task[None] | None = None
+        self.task: asyncio.Task[None] | None = None  # kept, or it could be collected before it is done
 
     async def open(self) -> None:
         """Start the forkserver; it imports while the agents find each other."""
         ours, theirs = socket.socketpair()
+        if self.memory < 0:
+            self.memory = os.memfd_create("pulses")
+            os.ftruncate(self.memory, SLOT * self.plan.placement.ranks_per_node)
         with self.run_dir.agent_log(self.seat.node).open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", "launcher.forkserver", str(self.run_dir.path)),
+                *(sys.executable, "-P", "-m", "launcher.forkserver", str(self.run_dir.path), str(self.memory)),
+                pass_fds=[self.memory],
                 stdin=theirs.fileno(),
                 stdout=log,
                 stderr=log,
@@ -109,34 +128,72 @@ class NodeRanks:
     async def _read(self, reader: asyncio.StreamReader) -> None:
         while line := await reader.readline():
             message = json.loads(line)
-            if "exit" in message:
-                self.running.discard(message["exit"])
-                self.post(message)
+            if "started" in message:
+                self.pids[message["started"]] = message["pid"]
+            elif "exit" in message:
+                self._ended(message["exit"], message["code"])
         # The forkserver is gone, and by PR_SET_PDEATHSIG its ranks with it.
-        for rank in sorted(self.running):
-            self.post({"exit": rank, "code": -signal.SIGKILL})
-        self.running.clear()
         self.writer = None
+        for rank in sorted(self.running):
+            self._ended(rank, -signal.SIGKILL)
+
+    def _ended(self, rank: int, code: int) -> None:
+        self.running.discard(rank)
+        self.pids.pop(rank, None)
+        self.post({"exit": rank, "code": code, "step": self.pulses[rank].read().step})
 
     def _tell(self, **message: Any) -> None:
         assert self.writer is not None
         self.writer.write(json.dumps(message).encode() + b"\n")
 
-    async def handle(self, message: Message) -> None:
+    def handle(self, message: Message) -> None:
         """Do what the coordinator says."""
         match message:
-            case {"start": attempt, "address": address, "port": port}:
-                if self.writer is None:
-                    await self.open()
-                for world in self.worlds(attempt, address, port):
+            case {"start": _} if self.writer is None:  # its forkserver died with the ranks before
+                self.task = asyncio.create_task(self._open_and(message))
+            case {"start": attempt, "node": node, "address": address, "port": port}:
+                self.node = node
+                worlds = self.worlds(attempt, address, port)
+                self.pulses = {world.rank: Pulse.of(self.memory, world.local_rank) for world in worlds}
+                for world in worlds:
+                    self.pulses[world.rank].clear()
                     self.running.add(world.rank)
                     self._tell(start=world.rank, log=str(self.run_dir.log(attempt, world.rank)), world=asdict(world))
             case {"signal": number} if self.writer is not None:
                 self._tell(signal=number, ranks=sorted(self.running))
+            case {"stacks": attempt}:
+                self.task = asyncio.create_task(self._stacks(attempt))
+
+    async def _open_and(self, message: Message) -> None:
+        await self.open()
+        self.handle(message)
+
+    def report(self) -> dict[int, tuple[Any, ...]]:
+        """What the ranks that run last said of themselves: the fields of `launcher.watch.Beat` by rank."""
+        found = {}
+        for rank in sorted(self.running):
+            pulse = self.pulses[rank].read()
+            found[rank] = astuple(Beat(pulse.step, pulse.phase, pulse.age, process_state(self.pids.get(rank))))
+        return found
+
+    async def _stacks(self, attempt: int) -> None:
+        """Let every rank write the stacks of its threads into its log, and say where it stands by that."""
+        logs = {rank: self.run_dir.log(attempt, rank) for rank in sorted(self.running)}
+        sizes = {rank: log.stat().st_size for rank, log in logs.items() if log.exists()}
+        if self.writer is not None:
+            self._tell(signal=int(signal.SIGQUIT), ranks=sorted(logs))
+        await asyncio.sleep(STACK_SECONDS)
+        found = {}
+        for rank, size in sizes.items():
+            with logs[rank].open("rb") as log:
+                log.seek(size)
+                place = place_of(log.read(1 << 20).decode(errors="replace"))
+            found[rank] = place.line, place.waiting
+        self.post({"stacks": found})
 
     def worlds(self, attempt: int, address: str, port: int) -> list[World]:
         """The worlds of this node's ranks."""
-        placement, node = self.plan.placement, self.seat.node
+        placement, node = self.plan.placement, self.node
         per_node = placement.ranks_per_node
         return [
             World(
@@ -165,6 +222,16 @@ class NodeRanks:
         if self.reading is not None:
             self.running.clear()
             await self.reading
+        if self.memory >= 0:
+            os.close(self.memory)
+            self.memory = -1
+
+
+def process_state(pid: int | None) -> str:
+    """The state letter of a process in ``/proc``, such as ``R``, ``S``, ``D`` or ``T``; empty where there is none."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return ""
 
 
 def on_signals(tell: Callable[[int], None]) -> None:

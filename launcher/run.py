@@ -53,7 +53,7 @@ class Run:
 
     def _started(self) -> bool:
         for event in reversed(self.dir.events()):
-            if event["event"] in ("started", "submitted"):
+            if event["event"] in ("started", "submitted", "requeued"):
                 return bool(event["event"] == "started")
         return False
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Iterable
@@ -91,6 +92,10 @@ class RunDir:
     @property
     def rendezvous_file(self) -> Path:
         return self.path / "rendezvous.json"
+
+    @property
+    def session_file(self) -> Path:
+        return self.path / "session.json"
 
     @property
     def logs(self) -> Path:
@@ -182,6 +187,16 @@ class RunDir:
     def beat(self) -> None:
         """Say that the run is supervised right now."""
         self.heartbeat_file.touch()
+
+    def claim_session(self, host: str) -> str:
+        """Take the run over as its one supervisor and return what says so; an earlier one sees it and leaves."""
+        token = secrets.token_hex(8)
+        write_atomic(self.session_file, to_json({"session": token, "host": host, "time": time.time()}))
+        return token
+
+    def session(self) -> str | None:
+        """What the newest `claim_session` returned."""
+        return (read_json(self.session_file) or {}).get("session")
 
     def heartbeat_age(self) -> float | None:
         """Seconds since the last beat, by this machine's clock; None when there was none."""

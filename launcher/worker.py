@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from launcher.target import call, short_traceback
 from training.context import Context
 from training.errors import ConfigError
 from training.files import write_atomic
+from training.pulse import Pulse
 from training.world import World
 
 FINISHED, RAISED, REFUSED, STOPPED = 0, 1, 2, 3
@@ -42,8 +44,8 @@ class Stopping(BaseException):
     """Raised in a target that cannot be asked to stop, when it is told to (SIGTERM)."""
 
 
-def work(run_dir: RunDir, world: World) -> int:
-    """Run the target as the rank that `world` describes; return the exit status.
+def work(run_dir: RunDir, world: World, pulse: Pulse | None = None) -> int:
+    """Run the target as the rank that `world` describes; return the exit status. `pulse` is where it says how it gets on.
 
     What the target returned is left by rank 0 in ``value.pkl``; what it raised in ``errors/<attempt>/<rank>.json``.
     """
@@ -52,7 +54,7 @@ def work(run_dir: RunDir, world: World) -> int:
     opened: list[Context] = []
 
     def context() -> Context:
-        opened.append(Context(run_dir.path, world, args=plan.target.args))
+        opened.append(Context(run_dir.path, world, args=plan.target.args, pulse=pulse))
         return opened[0]
 
     on_signal = _install_signal_handlers(opened)
@@ -120,13 +122,26 @@ def _install_signal_handlers(opened: list[Context]) -> Callable[[], None]:
     return undo
 
 
+DEVICE_SIGNS = (
+    "uncorrectable ECC",
+    "fallen off the bus",
+    "hardware stack error",
+    "CUDA driver initialization failed",
+    "system not yet initialized",
+    "no CUDA-capable device is detected",
+)
+"""Texts of cudaError_t that speak of a sick GPU or driver rather than of the program. Source: CUDA runtime API, errors."""
+
+
 def classify(error: BaseException) -> str:
-    """Name the kind of an exception: ``out of memory``, ``communication``, ``disk full`` or ``user error``."""
+    """Name the kind of an exception: ``out of memory``, ``communication``, ``disk full``, ``device`` or ``user error``."""
     name, text = type(error).__name__, str(error)
     if isinstance(error, MemoryError) or name == "OutOfMemoryError":
         return "out of memory"
     if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
         return "disk full"
+    if isinstance(error, RuntimeError) and any(sign in text for sign in DEVICE_SIGNS):
+        return "device"
     if name in COMMUNICATION or isinstance(error, ConnectionError):
         return "communication"
     if name == "RuntimeError" and any(sign in text for sign in COMMUNICATION_SIGNS):
@@ -174,12 +189,15 @@ def _leave_value(run_dir: RunDir, value: Any) -> None:
             write_atomic(run_dir.value_file, json.dumps(value))
 
 
-def main(run_dir: Path, world: dict[str, Any]) -> int:
+def main(run_dir: Path, world: dict[str, Any], pulses: int) -> int:
     """Enter a rank's process: what the forkserver calls in a fork, and ``python -m launcher.worker`` after a spawn."""
-    return work(RunDir(run_dir), from_data(World, world, "world"))
+    faulthandler.enable(2)  # a crash in native code leaves the Python stack in the log
+    faulthandler.register(signal.SIGQUIT, 2)  # and the agent asks a rank that hangs for it
+    rank = from_data(World, world, "world")
+    return work(RunDir(run_dir), rank, Pulse.of(pulses, rank.local_rank))
 
 
 if __name__ == "__main__":
     from launcher.forkserver import finish
 
-    finish(main(Path(sys.argv[1]), json.loads(sys.argv[2])))
+    finish(main(Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])))

@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -104,6 +105,7 @@ def parameters(plan: Plan) -> dict[str, Any]:
         "exclusive": slurm.exclusive or None,
         "signal_delay_s": int(plan.cluster.grace),
         "setup": list(slurm.setup) or None,
+        "teardown": _teardown(plan),
         "srun_args": list(slurm.srun_args) or None,
         "comment": "launch",
         "additional_parameters": _without_none(
@@ -113,6 +115,13 @@ def parameters(plan: Plan) -> dict[str, Any]:
         ),
     }
     return _without_none(wanted)
+
+
+def _teardown(plan: Plan) -> list[str]:
+    """The lines after srun: see to a run whose supervisor was killed, and end as the run did."""
+    python = _python(plan.cluster.python) or shlex.quote(sys.executable)
+    look = f"{python} -P -m launcher.backends.slurm_job {shlex.quote(str(plan.run_dir))} $status"
+    return ["status=$?", f"[ $status = 0 ] || {look} || status=$?", "exit $status"]
 
 
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:

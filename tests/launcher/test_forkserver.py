@@ -21,6 +21,7 @@ from launcher.cluster import Cluster
 from launcher.placement import Placement
 from launcher.rundir import RunDir
 from launcher.spec import Plan, RunSpec, Target
+from training.pulse import SLOT
 from training.world import World
 
 TARGET = """
@@ -50,11 +51,14 @@ class Server:
         self.ours, theirs = socket.socketpair()
         self.ours.settimeout(60)
         self.buffer = b""
+        pulses = os.memfd_create("pulses")
+        os.ftruncate(pulses, 16 * SLOT)
         with theirs, log.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "launcher.forkserver", str(run.path)],
-                stdin=theirs.fileno(), stdout=output, stderr=output, start_new_session=True,
+                [sys.executable, "-P", "-m", "launcher.forkserver", str(run.path), str(pulses)],
+                stdin=theirs.fileno(), stdout=output, stderr=output, start_new_session=True, pass_fds=[pulses],
             )  # fmt: skip
+        os.close(pulses)
 
     def tell(self, **message: Any) -> None:
         self.ours.sendall(json.dumps(message).encode() + b"\n")

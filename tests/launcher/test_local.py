@@ -25,7 +25,7 @@ def main(ctx):
 def ranks(run: str) -> list[int]:
     """The pids of the run's forkserver and of its ranks, oldest first."""
     found = subprocess.run(
-        ["pgrep", "-f", f"launcher.forkserver .*/{run}$"], capture_output=True, text=True, check=False
+        ["pgrep", "-f", f"launcher.forkserver .*/{run} [0-9]+$"], capture_output=True, text=True, check=False
     )
     return [int(pid) for pid in found.stdout.split()]
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from launcher.policy import ADVICE, RETRIED, Action, Outcome, decide
+from launcher.history import History, Setback
+from launcher.policy import ADVICE, LONGEST_BACK_OFF, RULES, Action, Outcome, Retry, back_off, decide, unfit
 
 Errors = list[dict[str, Any]]
 
@@ -24,8 +25,8 @@ def error(kind: str, rank: int = 0, message: str = "no") -> dict[str, Any]:
 
 
 def test_every_kind_says_whether_it_is_retried_and_what_to_do() -> None:
-    assert list(RETRIED) == list(ADVICE)
-    assert all(text.endswith(".") for text in ADVICE.values())
+    assert list(RULES) == list(ADVICE)
+    assert all(rule.advice.endswith(".") for rule in RULES.values())
 
 
 @pytest.mark.parametrize(
@@ -64,10 +65,13 @@ def test_ends_that_are_no_failures(outcome: Outcome, action: Action) -> None:
         ({2: 1}, [], {}, "user error", 2, "rank 2 ended with exit status 1 and left no error"),
         ({2: 77}, [], {}, "user error", 2, "rank 2 ended with exit status 77 and left no error"),
         ({2: 2}, [], {}, "bad request", 2, "rank 2 ended with exit status 2 and left no error"),
-        ({}, [], {"lost": [3, 1]}, "node lost", None, "node 3 stopped answering"),
-        ({0: 1}, [error("communication")], {"lost": [1]}, "node lost", None, "node 1 stopped answering"),
-        ({0: 3}, [], {"lost": [1], "stop": "SIGTERM"}, "node lost", None, "node 1 stopped answering"),
+        ({}, [], {"lost": ["node3", "node1"]}, "node lost", None, "node3 stopped answering"),
+        ({0: 1}, [error("communication")], {"lost": ["node1"]}, "node lost", None, "node1 stopped answering"),
+        ({0: 3}, [], {"lost": ["node1"], "stop": "SIGTERM"}, "node lost", None, "node1 stopped answering"),
         ({0: 1}, [error("user error")], {"stop": "SIGTERM"}, "user error", 0, "OSError: no"),
+        ({1: 1}, [error("device", 1)], {}, "device", 1, "OSError: no"),
+        ({0: 1}, [error("communication")], {"hung": (1, "rank 1 is stopped")}, "hung", 1, "rank 1 is stopped"),
+        ({}, [], {"hung": (None, "all ranks stand still")}, "hung", None, "all ranks stand still"),
     ],
 )
 def test_failures_are_named(
@@ -76,13 +80,67 @@ def test_failures_are_named(
     action, failure = decide(Outcome(exits, errors, **more), restarts_left=1)
     assert failure is not None
     assert (failure.kind, failure.rank, failure.message, failure.advice) == (kind, rank, message, ADVICE[kind])
-    assert action is (Action.RESTART if RETRIED[kind] else Action.FAIL)
+    again = RULES[kind].retry is not Retry.NEVER and "lost" not in more
+    assert action is (Action.RESTART if again else Action.FAIL)
     assert decide(Outcome(exits, errors, **more), restarts_left=0) == (Action.FAIL, failure)
 
 
 def test_the_table_of_failures_covers_every_kind() -> None:
     mark = next(m for m in test_failures_are_named.pytestmark if m.name == "parametrize")
-    assert {row[3] for row in mark.args[1]} == set(RETRIED)
+    # "no progress" is found between two jobs, not at the end of an attempt.
+    assert {row[3] for row in mark.args[1]} == set(RULES) - {"no progress"}
+
+
+def test_what_needs_another_node_waits_for_one_where_a_scheduler_has_them() -> None:
+    lost, sick, killed = (
+        Outcome({}, lost=["node2"]),
+        Outcome({0: 1}, [error("device")]),
+        Outcome({0: -9}, hosts={0: "node1"}, step=5),
+    )
+    for outcome, here, there in ((lost, Action.FAIL, Action.MOVE), (sick, Action.RESTART, Action.MOVE)):
+        assert decide(outcome, 1)[0] is here
+        assert decide(outcome, 1, movable=True)[0] is there
+        assert decide(outcome, 0, movable=True)[0] is Action.FAIL
+    assert decide(lost, 1, movable=True, spare=True)[0] is Action.RESTART, "the node that is spare is there already"
+    assert decide(killed, 1, movable=True)[0] is Action.RESTART
+
+
+def test_a_node_that_fails_again_and_again_in_vain_is_struck_off() -> None:
+    def past(*hosts: str) -> History:
+        return History(tuple(Setback("killed", n, host, 5) for n, host in enumerate(hosts)))
+
+    killed = Outcome({2: -9}, hosts={2: "node1"}, step=5)
+    for history, moves in ((past("node1"), False), (past("node1", "node1"), True), (past("node2", "node1"), False)):
+        action, failure = decide(killed, 1, history, movable=True)
+        assert failure is not None
+        assert action is (Action.MOVE if moves else Action.RESTART)
+        assert unfit(failure, history, 5) == (("node1",) if moves else ())
+    got_on = Outcome({2: -9}, hosts={2: "node1"}, step=6)
+    assert decide(got_on, 1, past("node1", "node1"), movable=True)[0] is Action.RESTART
+    _, sick = decide(Outcome({0: 1}, [error("device")]), 1)
+    assert sick is not None
+    assert unfit(sick, History(), 5) == ("node1",), "a sick GPU does not get a second chance"
+
+
+def test_the_same_failure_at_the_same_step_is_not_tried_a_third_time() -> None:
+    killed = Outcome({1: -11}, step=5)
+    action, failure = decide(killed, 3, History((Setback("killed", 1, None, 5),)))
+    assert failure is not None
+    assert (action, failure.message) == (Action.FAIL, "rank 1 was ended by SIGSEGV, again at step 5")
+    for other in (Setback("killed", 0, None, 5), Setback("killed", 1, None, 4), Setback("hung", 1, None, 5)):
+        assert decide(killed, 3, History((other,)))[0] is Action.RESTART
+
+
+def test_restarts_come_at_once_while_the_run_gets_on_and_ever_later_while_it_does_not() -> None:
+    def waits(*steps: int | None) -> list[float]:
+        """The wait after each of several failures, each after the given newest step."""
+        past = [Setback("killed", 0, None, step) for step in steps]
+        return [back_off(History(tuple(past[:n])), step) for n, step in enumerate(steps)]
+
+    assert waits(3, 5, 9) == [0, 0, 0]
+    assert waits(3, 3, 3, 3, 4) == [0, 1, 2, 4, 0]
+    assert waits(None, None, None) == [0, 1, 2]
+    assert waits(*[3] * 9)[-1] == LONGEST_BACK_OFF
 
 
 def test_no_signal_is_without_a_name() -> None:

@@ -1,0 +1,102 @@
+"""One attempt: all ranks from their start to the end of the last of them, whatever that end is."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable, Mapping
+
+from launcher.ranks import STACK_SECONDS, Message
+from launcher.watch import Beat, Place, Watch, accuse
+
+LAST_WORDS_SECONDS = 0.5
+"""How long other ranks get, after one raised, to leave their own errors before they are killed."""
+
+
+class Attempt:
+    """Hears what happens to the ranks of one attempt and says what to tell the agents about it.
+
+    Attributes:
+        nodes: which agent is which node of the placement.
+        exits: exit code by rank, in the order in which they were seen; ranks that we killed are left out.
+        lost: agents that are gone.
+        step: the newest step that a rank had done; -1 before the first.
+        hung: the rank at fault and the sentence about it, once the attempt hung.
+    """
+
+    def __init__(
+        self,
+        attempt: int,
+        nodes: Mapping[int, int],
+        ranks_per_node: int,
+        hang_after: float,
+        tell: Callable[[Message], None],
+    ) -> None:
+        self.attempt, self.nodes, self.ranks_per_node = attempt, nodes, ranks_per_node
+        self.tell = tell
+        self.alive = {rank for node in nodes.values() for rank in self._ranks_of(node)}
+        self.exits: dict[int, int] = {}
+        self.lost: list[int] = []
+        self.step = -1
+        self.hung: tuple[int | None, str] | None = None
+        self.kill_at: float | None = None  # seconds of the event loop's clock
+        self._killed = False
+        self._beats: dict[int, Beat] = {}
+        self._watch = Watch(hang_after)
+        self._suspects: dict[int, Beat] | None = None  # what the ranks said when they were found to hang
+        self._places: dict[int, Place] = {}
+
+    def _ranks_of(self, node: int) -> range:
+        return range(node * self.ranks_per_node, (node + 1) * self.ranks_per_node)
+
+    @property
+    def over(self) -> bool:
+        return not self.alive
+
+    def kill_within(self, seconds: float) -> None:
+        """Kill what still runs `seconds` from now, or sooner where that was settled before."""
+        wanted = asyncio.get_running_loop().time() + seconds
+        self.kill_at = wanted if self.kill_at is None else min(self.kill_at, wanted)
+
+    def times_up(self) -> None:
+        """The time of `kill_at` has come."""
+        if self._suspects is not None and self.hung is None:
+            self.hung = accuse(self._suspects, self._places)
+        self.tell({"signal": int(signal.SIGKILL)})
+        self._killed, self.kill_at = True, None
+
+    def hear(self, agent: int, message: Message) -> None:
+        """Take in what an agent says."""
+        match message:
+            case {"exit": rank, "code": code, "step": step}:
+                self.alive.discard(rank)
+                self._beats.pop(rank, None)
+                self.step = max(self.step, step)
+                if not self._killed:
+                    self.exits[rank] = code
+                    if code < 0:
+                        self.kill_within(0.0)
+                    elif code in (1, 2):
+                        self.kill_within(LAST_WORDS_SECONDS)
+            case {"lost": _}:
+                self.lost.append(agent)
+                if agent in self.nodes:
+                    gone = set(self._ranks_of(self.nodes[agent]))
+                    self.alive -= gone
+                    self._beats = {rank: beat for rank, beat in self._beats.items() if rank not in gone}
+                    self.kill_within(0.0)
+            case {"beats": beats}:
+                self._hear_beats({int(rank): Beat(*fields) for rank, fields in beats.items()})
+            case {"stacks": places}:
+                self._places |= {int(rank): Place(*fields) for rank, fields in places.items()}
+
+    def _hear_beats(self, beats: Mapping[int, Beat]) -> None:
+        self._beats |= {rank: beat for rank, beat in beats.items() if rank in self.alive}
+        self.step = max([self.step, *(beat.step for beat in self._beats.values())])
+        ending = self.kill_at is not None or self._killed
+        if ending or len(self._beats) < len(self.alive):
+            return
+        if self._watch.see(self._beats, asyncio.get_running_loop().time()):
+            self._suspects = dict(self._beats)
+            self.tell({"stacks": self.attempt})
+            self.kill_within(STACK_SECONDS + 2.0)  # the messages need a moment, too

@@ -1,0 +1,80 @@
+"""What the log of a run says of its attempts so far: how often it failed, where, and whether it got on in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Setback:
+    """One attempt that failed: the kind of failure, the rank and host at fault, and the newest step that was done.
+
+    `rank` and `host` are None where no single one is at fault, `step` where the target does not say its steps.
+    """
+
+    kind: str
+    rank: int | None = None
+    host: str | None = None
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class History:
+    """The setbacks since the run was last submitted by a person, oldest first.
+
+    Attributes:
+        setbacks: attempts that failed.
+        preempted: the newest step at the last time the scheduler took the nodes away; None: it never did, or the target
+            does not say its steps.
+        excluded: hosts that the run stays away from.
+    """
+
+    setbacks: tuple[Setback, ...] = ()
+    preempted: int | None = None
+    excluded: tuple[str, ...] = ()
+
+    def repeats(self, kind: str, rank: int | None, step: int | None) -> bool:
+        """Whether the attempt before ended with the same failure of the same rank at the same step."""
+        last = self.setbacks[-1] if self.setbacks else None
+        known = rank is not None and step is not None
+        return known and last is not None and (last.kind, last.rank, last.step) == (kind, rank, step)
+
+    def fruitless(self, step: int | None) -> int:
+        """How many of the newest setbacks had no step of progress after them, now that `step` is the newest."""
+        return len(self._vain(step))
+
+    def fruitless_on(self, host: str | None, step: int | None) -> int:
+        """`fruitless`, where all of them were on `host`; else 0."""
+        vain = self._vain(step)
+        return len(vain) if host is not None and all(each.host == host for each in vain) else 0
+
+    def _vain(self, step: int | None) -> list[Setback]:
+        vain = []
+        for setback in reversed(self.setbacks):
+            if step is not None and (setback.step is None or setback.step < step):
+                break
+            vain.append(setback)
+        return vain
+
+    def stuck(self, step: int | None) -> bool:
+        """Whether nothing was done since the nodes were taken away the last time, now that they are again."""
+        return self.preempted is not None and step is not None and step <= self.preempted
+
+
+def read(events: Iterable[Mapping[str, Any]]) -> History:
+    """The history that the events of a run tell."""
+    history = History()
+    for event in events:
+        match event:
+            case {"event": "submitted"}:
+                history = History(excluded=history.excluded)
+            case {"event": "failed", "kind": kind}:
+                setback = Setback(kind, event.get("rank"), event.get("host"), event.get("step"))
+                history = History((*history.setbacks, setback), history.preempted, history.excluded)
+            case {"event": "requeued"}:
+                taken = event.get("step") if event.get("reason") == "preempted" else history.preempted
+                excluded = dict.fromkeys((*history.excluded, *event.get("exclude", ())))
+                history = History(history.setbacks, taken, tuple(excluded))
+    return history
