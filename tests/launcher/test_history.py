@@ -1,16 +1,16 @@
 from __future__ import annotations
 
+from typing import Any
+
 from launcher.history import History, Setback, read
 
 
-def failed(
-    step: int | None, kind: str = "killed", rank: int | None = 1, host: str | None = "node1"
-) -> dict[str, object]:
+def failed(step: int | None, kind: str = "killed", rank: int | None = 1, host: str | None = "node1") -> dict[str, Any]:
     return {"event": "failed", "attempt": 1, "kind": kind, "rank": rank, "host": host, "step": step}
 
 
 def test_a_submission_starts_a_new_count_but_bad_nodes_are_remembered() -> None:
-    events = [
+    events: list[dict[str, Any]] = [
         {"event": "submitted"},
         failed(3),
         {"event": "requeued", "reason": "device", "exclude": ["node7"]},
