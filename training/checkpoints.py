@@ -87,16 +87,18 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Return when no save is under way."""
-        if self._under_way is not None:
-            self._under_way.result()
-            self._under_way = None
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
 
     def close(self) -> None:
         """Wait for the save under way and end the writer's thread."""
-        self.wait()
-        if self._writer is not None:
-            self._writer.shutdown()
-            self._writer = None
+        try:
+            self.wait()
+        finally:
+            if self._writer is not None:
+                self._writer.shutdown()
+                self._writer = None
 
     def committed(self) -> list[Checkpoint]:
         """All committed checkpoints, oldest first; their content is not verified."""
@@ -169,6 +171,7 @@ class Checkpoints:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 if ranks == 1:
                     shutil.rmtree(staging, ignore_errors=True)
+                self._check_given_up(staging)
                 staging.mkdir(exist_ok=ranks > 1)
                 files = {name: write_file(staging / name, content) for name, content in parts.items()}
                 if rank:
@@ -184,7 +187,10 @@ class Checkpoints:
                 sync_folder(self.folder)
             self._prune()
         except Exception as error:
-            shutil.rmtree(staging, ignore_errors=True)  # also tells the other ranks, which wait for it to go
+            if ranks > 1:
+                with contextlib.suppress(OSError):
+                    _given_up(staging).mkdir(exist_ok=True)
+            shutil.rmtree(staging, ignore_errors=True)
             self.on_failed(step, error)
         else:
             self.on_saved(Checkpoint(step, target, score))
@@ -195,8 +201,7 @@ class Checkpoints:
         deadline = time.monotonic() + self.patience
         for rank in range(1, ranks):
             while (written := read_json(staging / _report(rank))) is None:
-                if not staging.exists():
-                    raise CheckpointError(f"a rank could not write its part of {staging.name}")
+                self._check_given_up(staging)
                 if time.monotonic() > deadline:
                     raise CheckpointError(
                         f"rank {rank} has not written its part of {staging.name} in {self.patience:.0f} s"
@@ -209,9 +214,14 @@ class Checkpoints:
     def _wait_for_commit(self, staging: Path, target: Path) -> None:
         deadline = time.monotonic() + self.patience
         while staging.exists() and time.monotonic() < deadline:
+            self._check_given_up(staging)
             time.sleep(POLL_SECONDS)
         if not target.exists():
             raise CheckpointError(f"{target} has not been committed by rank 0")
+
+    def _check_given_up(self, staging: Path) -> None:
+        if _given_up(staging).exists():
+            raise CheckpointError(f"another rank could not write its part of {staging.name}")
 
     def _already_there(self, target: Path) -> bool:
         """Whether a good checkpoint of this step is committed (a run that fell back comes by again); a bad one goes."""
@@ -220,7 +230,7 @@ class Checkpoints:
         try:
             verify(target)
         except CheckpointError:
-            self._discard(target)
+            self.discard(target)
             return False
         return True
 
@@ -229,10 +239,10 @@ class Checkpoints:
         keep = kept(committed, self.keep)
         for checkpoint in committed:
             if checkpoint not in keep:
-                self._discard(checkpoint.path)
+                self.discard(checkpoint.path)
 
-    def _discard(self, path: Path) -> None:
-        # Renamed first, so that a removal cut short leaves nothing that looks like a checkpoint.
+    def discard(self, path: Path) -> None:
+        """Remove a committed checkpoint; renamed first, so that a removal cut short leaves nothing that looks like one."""
         trash = path.with_name(f".{path.name}.trash")
         shutil.rmtree(trash, ignore_errors=True)
         os.rename(path, trash)
@@ -241,6 +251,11 @@ class Checkpoints:
 
 def _report(rank: int) -> str:
     return f"part-{rank:05d}.json"
+
+
+def _given_up(staging: Path) -> Path:
+    """What a rank leaves that cannot write its part, so that none waits for it, also one that has yet to begin."""
+    return staging.with_suffix(".given-up")
 
 
 def step_of(name: str) -> int | None:

@@ -10,7 +10,7 @@ from training.ahead import ahead
 from training.group import environment
 from training.metrics import Metric, combine, evaluation_batches
 from training.sampler import Step
-from training.sharding import like, load_model_state, local_parts, part_name, shard
+from training.sharding import like, load_model_state, local_parts, part_name, shard, whole
 from training.state import join_optimizer, rng_state, set_rng_state, split_optimizer
 
 if TYPE_CHECKING:
@@ -180,15 +180,20 @@ class Engine:
         logits: torch.Tensor = self.model(**batch).logits.float()
         return logits
 
-    def capture(self) -> dict[str, Any]:
-        """The parts of a checkpoint that the engine knows; the state of all ranks is gathered. A collective."""
+    def capture(self, *, in_parts: bool) -> dict[str, Any]:
+        """The parts of a checkpoint that the engine knows; the state of all ranks is gathered. A collective.
+
+        A sharded model's tensors come `in_parts`, each rank its own, or whole on rank 0.
+        """
         ranks = self.ctx.group.gather({"rng": rng_state(), "loss": [float(self.loss_sum.item()), self.loss_steps]})
         tensors, plain = split_optimizer(self.optimizer.state_dict())
         scaler = self.accelerator.scaler
         state: dict[str, Any] = {"model.safetensors": self.model.state_dict(), "optimizer.safetensors": tensors}
         rank = self.ctx.world.rank
-        if self.sharded:
+        if in_parts:
             state = {part_name(file, rank): local_parts(content, rank) for file, content in state.items()}
+        elif self.sharded:
+            state = {file: whole(content, keep=rank == 0) for file, content in state.items()}
         if rank:
             return state
         return {

@@ -35,6 +35,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Append `record` as one line of JSON by one write, so that lines of several processes never mix.
 
+    Raises OSError as the file system does, ENOSPC where it is full.
     Where the last writer died in the middle of a line, the torn piece is closed off first and only it is lost.
     """
     line = json.dumps(record, separators=(",", ":"), default=str).encode() + b"\n"
@@ -43,7 +44,8 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
         size = os.fstat(handle).st_size
         if size and os.pread(handle, 1, size - 1) != b"\n":
             line = b"\n" + line
-        os.write(handle, line)
+        while line:  # a disk that fills up takes a part, and raises at the next try
+            line = line[os.write(handle, line) :]
     finally:
         os.close(handle)
 

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import os
 import queue
+import secrets
 import shutil
 import threading
 import time
@@ -44,14 +45,24 @@ class Mirror:
         self._thread: threading.Thread | None = None
 
     def check(self) -> None:
-        """Raise ConfigError where the store cannot be read."""
+        """Raise ConfigError where the store cannot be read and written; an object of one byte goes there and away."""
         try:
             self._patiently(self._names)
+            self._patiently(self._write_probe)
         except Exception as error:  # each file system has errors of its own
             raise ConfigError(
-                f"--mirror {self._uri}: the store cannot be read ({type(error).__name__}: {error}); "
-                "check the address and the credentials"
+                f"--mirror {self._uri}: the store cannot be read and written ({type(error).__name__}: {error}); "
+                "check the address, that the bucket exists, and the credentials"
             ) from error
+
+    def _write_probe(self) -> None:
+        if self._root.startswith(
+            "/"
+        ):  # a folder; in object stores there are none, and the bucket must not be made here
+            self._fs.makedirs(self._root, exist_ok=True)
+        probe = f"{self._root}/.probe-{secrets.token_hex(8)}"
+        self._fs.pipe_file(probe, b"?")
+        self._fs.rm_file(probe)
 
     def push(self, checkpoint: Checkpoint) -> None:
         """Copy a committed checkpoint to the store, later and in a thread; the order of the calls is kept."""

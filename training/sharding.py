@@ -53,14 +53,16 @@ def local_parts(tensors: Mapping[str, torch.Tensor], rank: int) -> dict[str, tor
     return mine
 
 
-def whole(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`tensors` with the sharded ones gathered, on the CPU. A collective."""
+def whole(tensors: Mapping[str, torch.Tensor], *, keep: bool = True) -> dict[str, torch.Tensor]:
+    """`tensors` with the sharded ones gathered, on the CPU; nothing on a rank that does not `keep`. A collective."""
     from torch.distributed.tensor import DTensor
 
-    return {
-        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
-        for name, tensor in tensors.items()
-    }
+    kept = {}
+    for name, tensor in tensors.items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            kept[name] = full.cpu()
+    return kept
 
 
 def like(full: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import secrets
 import shutil
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.checkpoints import Checkpoint
 from training.errors import CheckpointError, ConfigError
 from training.files import sync_folder
-from training.manifest import load, read_manifest
+from training.manifest import load, read_manifest, verify
 from training.mirror import Mirror
 
 if TYPE_CHECKING:
@@ -27,6 +31,7 @@ class Store:
     def __init__(self, ctx: Context, config: TrainConfig) -> None:
         self._ctx = ctx
         self._untold: tuple[int, dict[str, Any]] | None = None
+        self._one_disk = True  # whether all nodes see the same folder of checkpoints; `find` looks
         self._mirror = Mirror(config.mirror, ctx.run_dir.name, keep=config.keep) if config.mirror else None
         ctx.checkpoints.keep = config.keep
         ctx.checkpoints.on_saved = self._saved
@@ -43,6 +48,7 @@ class Store:
         mirror cannot be read.
         """
         group, folder = self._ctx.group, self._ctx.checkpoints.folder
+        self._one_disk = self._ctx.world.num_nodes == 1 or self._look_for_one_disk()
         chosen: tuple[str, str] | None = None
         problem: Exception | None = None
         if self._ctx.world.rank == 0:
@@ -58,12 +64,9 @@ class Store:
             return None
         name, digest = chosen
         lacking = ""
-        if self._ctx.world.local_rank == 0:
+        if self._ctx.world.local_rank == 0 and not self._one_disk and self._ctx.world.node_rank:
             try:
-                if not (folder / name).exists() and self._mirror is not None:
-                    self._mirror.pull(name, folder)
-                if read_manifest(folder / name)["sha256"] != digest:
-                    lacking = f"{folder / name} on {socket.gethostname()} is not the checkpoint that rank 0 has"
+                self._bring(name, digest)
             except CheckpointError as error:
                 lacking = f"{error} (on {socket.gethostname()}; nodes that share no disk need --mirror)"
         for text in group.gather(lacking):
@@ -71,14 +74,55 @@ class Store:
                 raise CheckpointError(text)
         return load(folder / name)
 
+    def _look_for_one_disk(self) -> bool:
+        """Whether every node sees what rank 0 puts into the folder of checkpoints. A collective."""
+        group, folder = self._ctx.group, self._ctx.checkpoints.folder
+        probe: Path | None = None
+        if self._ctx.world.rank == 0:
+            with contextlib.suppress(OSError):  # a disk on which nothing can be written is told of by the first save
+                folder.mkdir(parents=True, exist_ok=True)
+                probe = folder / f".step-probe-{secrets.token_hex(8)}"  # `clean` would remove it, too
+                probe.touch()
+        name = group.broadcast(probe.name if probe else "")
+        seen = all(group.gather((folder / name).is_file()))
+        if probe is not None:
+            probe.unlink()
+        return seen
+
+    def _bring(self, name: str, digest: str) -> None:
+        """Have the checkpoint that rank 0 chose on the disk of this node, where no other is of use any more.
+
+        Raises CheckpointError where it does not come, or is another one.
+        """
+        checkpoints = self._ctx.checkpoints
+        path = checkpoints.folder / name
+        try:
+            same = read_manifest(path)["sha256"] == digest
+            verify(path)
+        except CheckpointError:
+            same = False
+            if self._mirror is None:
+                raise
+        if not same:
+            if self._mirror is None:
+                raise CheckpointError(f"{path} is not the checkpoint that rank 0 has")
+            self._mirror.pull(name, checkpoints.folder)
+            if read_manifest(path)["sha256"] != digest:
+                raise CheckpointError(f"{path} as the mirror has it is not the checkpoint that rank 0 has")
+        for other in checkpoints.committed():
+            if other.path != path:
+                checkpoints.discard(other.path)
+
     def save(self, engine: Engine, step: int, state: dict[str, Any], score: float | None) -> None:
         """Save a checkpoint in the background; on return all state is copied. A collective."""
         self._tell()
-        parts, world = engine.capture(), self._ctx.world
+        world = self._ctx.world
+        in_parts = engine.sharded and self._one_disk
+        parts = engine.capture(in_parts=in_parts)
         if world.rank == 0:
             parts["state.json"] = state
-        if world.rank == 0 or engine.sharded:
-            part = (world.rank, world.world_size if engine.sharded else 1)
+        if world.rank == 0 or in_parts:
+            part = (world.rank, world.world_size if in_parts else 1)
             self._ctx.checkpoints.save(step, parts, score=score, part=part)
         self._untold = (step, (state["evaluations"] or [{}])[-1])
 
@@ -89,14 +133,25 @@ class Store:
         self._ctx.group.barrier()
 
     def publish(self, engine: Engine, tokenizer: PreTrainedTokenizerBase) -> str:
-        """Save the final model for `from_pretrained` as `run_dir/model`, whole or absent; the folder's name."""
+        """Save the final model for `from_pretrained` as `run_dir/model`, whole or absent; the folder's name.
+
+        Raises OSError where it cannot be written.
+        """
+        from safetensors import SafetensorError
+
         from training.sharding import whole
 
-        weights = whole(engine.model.state_dict())
+        weights = whole(engine.model.state_dict(), keep=self._ctx.world.rank == 0)
         if self._ctx.world.rank == 0:
             staging, target = self._ctx.run_dir / ".model.staging", self._ctx.run_dir / "model"
             shutil.rmtree(staging, ignore_errors=True)
-            engine.model.save_pretrained(staging, state_dict=weights)
+            try:
+                engine.model.save_pretrained(staging, state_dict=weights)
+            except SafetensorError as error:  # which hides that the disk is full
+                number = re.search(r"os error (\d+)", str(error))
+                if number is None:
+                    raise
+                raise OSError(int(number[1]), os.strerror(int(number[1])), str(staging)) from error
             tokenizer.save_pretrained(staging)
             shutil.rmtree(target, ignore_errors=True)
             os.rename(staging, target)
@@ -106,9 +161,11 @@ class Store:
 
     def close(self) -> None:
         """Wait for the save and the copies under way."""
-        self._ctx.checkpoints.close()
-        if self._mirror is not None:
-            self._mirror.close()
+        try:
+            self._ctx.checkpoints.close()
+        finally:
+            if self._mirror is not None:
+                self._mirror.close()
 
     def _tell(self) -> None:
         """Tell of the checkpoint before: the next may begin, so it must be finished now anyway."""

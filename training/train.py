@@ -104,7 +104,7 @@ def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
     from training.store import Store
 
     check(config)
-    config = config.resolved()
+    asked, config = config, config.resolved()
     assert config.epochs
     quiet(ctx)
     tokenizer, data, validation = load_data(ctx, config)
@@ -114,7 +114,7 @@ def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
     store = Store(ctx, config)
     parts = store.find()
     if parts is not None:
-        state = State.resumed(parts["state.json"], state)
+        state = State.resumed(parts["state.json"], state, asked.global_batch)
     per_epoch = steps_per_epoch(len(data), state.global_batch)
     total = min(per_epoch * config.epochs, config.max_steps or sys.maxsize)
     engine = Engine(ctx, config, model, tokenizer, total)
@@ -182,8 +182,8 @@ class State:
         return cls(Position(config.seed), config.global_batch or (config.batch_size or 1) * world_size, identity)
 
     @classmethod
-    def resumed(cls, saved: dict[str, Any], fresh: State) -> State:
-        """The saved state; ConfigError where it belongs to other data or another order of them."""
+    def resumed(cls, saved: dict[str, Any], fresh: State, global_batch: int) -> State:
+        """The saved state; ConfigError where it belongs to other data, another order of them or `global_batch` (0: any)."""
         state = cls(**{**saved, "at": Position(**saved["at"])})
         if state.identity["length_buckets"] != fresh.identity["length_buckets"]:
             raise ConfigError(
@@ -199,6 +199,11 @@ class State:
             raise ConfigError(
                 f"--seed is {fresh.at.seed}, but this run began with --seed {state.at.seed}; "
                 "give that one, or start a new run with another name"
+            )
+        if global_batch not in (0, state.global_batch):
+            raise ConfigError(
+                f"--global-batch is {global_batch}, but this run began with {state.global_batch}, on which the position "
+                "in its data and its learning rate rest; give that one, or start a new run with another name"
             )
         return state
 

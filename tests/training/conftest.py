@@ -5,13 +5,17 @@ from __future__ import annotations
 import csv
 import multiprocessing
 import os
+import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.training.ranks import PRELOAD
+from tests.training.ranks import PRELOAD, free_port
 from training.sources import CORPUS
 
 
@@ -48,6 +52,54 @@ def rank_server() -> Iterator[None]:
     forkserver.ensure_running()
     yield
     forkserver._forkserver._stop()  # type: ignore[attr-defined]
+
+
+BUCKET = "launch-test"
+
+
+@pytest.fixture(scope="package")
+def s3() -> Iterator[str]:
+    """A real S3-compatible server of this machine; its address."""
+    port = free_port()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert server.poll() is None, "the S3 server has ended"
+            assert time.monotonic() < deadline, "the S3 server does not answer"
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture(params=["folder", "s3"])
+def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty store; tests that ask for it also ask for `s3`, so that its server is not taken for one of theirs."""
+    return f"file://{tmp_path}/store" if request.param == "folder" else str(request.getfixturevalue("uri_of_s3"))
+
+
+@pytest.fixture
+def uri_of_s3(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    import boto3  # type: ignore[import-untyped]
+
+    for name, value in (
+        ("AWS_ENDPOINT_URL", s3),
+        ("AWS_ACCESS_KEY_ID", "test"),
+        ("AWS_SECRET_ACCESS_KEY", "test"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+    ):
+        monkeypatch.setenv(name, value)
+    boto3.client("s3").create_bucket(Bucket=BUCKET)
+    return f"s3://{BUCKET}/{tmp_path.name}"
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import socket
 import traceback
 from collections.abc import Callable
@@ -10,7 +11,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from training.context import Context
+from training.files import read_lines
+from training.manifest import load
 from training.world import World
 
 PRELOAD = ["tests.training.preload"]
@@ -40,7 +45,7 @@ def spawn(work: Callable[..., Any], size: int, *args: Any) -> list[Any]:
     ranks = []
     for world in worlds(size):
         here, there = context.Pipe()
-        process = context.Process(target=_enter, args=(there, work, world, args))
+        process = context.Process(target=_enter, args=(there, work, world, args, dict(os.environ)))
         process.start()
         there.close()
         ranks.append((process, here))
@@ -69,7 +74,8 @@ def spawn(work: Callable[..., Any], size: int, *args: Any) -> list[Any]:
     return results
 
 
-def _enter(pipe: Any, work: Callable[..., Any], world: World, args: tuple[Any, ...]) -> None:
+def _enter(pipe: Any, work: Callable[..., Any], world: World, args: tuple[Any, ...], env: dict[str, str]) -> None:
+    os.environ.update(env)  # the server's own may be older than what the test has set
     try:
         pipe.send((True, work(world, *args)))
     except BaseException:
@@ -83,3 +89,28 @@ def train_in(world: World, run_dir: Path, **options: Any) -> tuple[dict[str, Any
     run_dir.mkdir(parents=True, exist_ok=True)
     with Context(run_dir, world) as ctx:
         return train(ctx, TrainConfig(**options)), ctx.stopped
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """The loss of each step, as last logged."""
+    return {line["step"]: line["loss"] for line in read_lines(run_dir / "metrics.jsonl") if "loss" in line}
+
+
+def final(run_dir: Path) -> dict[str, Any]:
+    newest = max((run_dir / "checkpoints").glob("step-*"))
+    return load(newest)
+
+
+def assert_same_end(left: Path, right: Path) -> None:
+    """Bit-identical weights, optimizer, generators, position and per-step losses."""
+    one, other = final(left), final(right)
+    assert one.keys() == other.keys()
+    for name in one:
+        if name.endswith(".safetensors"):
+            assert one[name].keys() == other[name].keys()
+            for key in one[name]:
+                assert torch.equal(one[name][key], other[name][key]), f"{name}: {key}"
+        else:
+            assert one[name] == other[name], name
+    assert losses(left) == losses(right)
+    assert (left / "model" / "model.safetensors").read_bytes() == (right / "model" / "model.safetensors").read_bytes()

@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import signal
 import threading
 import time
 from pathlib import Path
@@ -13,35 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.training.faults import parts, same, save_with_a_fault
 from tests.training.ranks import spawn
 from training.checkpoints import Checkpoint, Checkpoints
 from training.errors import CheckpointError
 from training.manifest import MANIFEST, load, read_manifest, verify, write_file, write_manifest
 from training.world import World
-
-pytestmark = pytest.mark.usefixtures("rank_server")
-
-
-def parts(step: int, size: int = 40) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(step)
-    return {
-        "model.safetensors": {
-            "weight": torch.randn(size, 3, generator=generator),
-            "half": torch.randn(5, generator=generator).to(torch.bfloat16),
-            "count": torch.tensor(step),
-            "none": torch.zeros(0, 4),
-        },
-        "state.json": {"step": step, "text": "ünïcode", "list": [1, None, 2.5]},
-    }
-
-
-def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
-    return left.keys() == right.keys() and all(
-        all(torch.equal(left[name][key], right[name][key]) for key in right[name])
-        if name.endswith(".safetensors")
-        else left[name] == right[name]
-        for name in right
-    )
 
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
@@ -196,94 +172,28 @@ def test_a_file_that_cannot_be_parsed_is_named(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-CHANGING = ("rename", "replace", "fsync", "mkdir", "rmdir", "unlink", "write")
-
-
-def _save_with_a_fault(folder: Path, when: int, kill: bool) -> tuple[int, list[int]]:
-    """Save steps 1 to 3, keeping one; at the `when`-th change of a file this process is killed, or gets an error."""
-    count = 0
-
-    def fault() -> None:
-        nonlocal count
-        count += 1
-        if count == when:
-            if kill:
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise OSError(28, "No space left on device")
-
-    def guarded(function: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            fault()
-            return function(*args, **kwargs)
-
-        return call
-
-    class Guarded:
-        def __init__(self, file: Any) -> None:
-            self.file = file
-
-        def write(self, data: Any) -> None:
-            self.file.write(data[: len(data) // 2])  # so that a kill leaves half of it
-            self.file.flush()
-            fault()
-            self.file.write(data[len(data) // 2 :])
-
-        def __enter__(self) -> Guarded:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            self.file.close()
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.file, name)
-
-    opened = Path.open
-    replaced = {name: getattr(os, name) for name in CHANGING if name != "write"}
-    saved: list[int] = []
-    store = Checkpoints(folder, keep=1)
-
-    def note(checkpoint: Checkpoint) -> None:
-        saved.append(checkpoint.step)
-        folder.with_suffix(".committed").touch()
-
-    store.on_saved = note
-    try:
-        for name, function in replaced.items():
-            setattr(os, name, guarded(function))
-        Path.open = lambda self, mode="r", *args, **kwargs: (  # type: ignore[method-assign,assignment]
-            Guarded(opened(self, mode, *args, **kwargs)) if "w" in mode else opened(self, mode, *args, **kwargs)
-        )
-        for step in (1, 2, 3):
-            store.save(step, parts(step), wait=True)
-    finally:
-        Path.open = opened  # type: ignore[method-assign]
-        for name, function in replaced.items():
-            setattr(os, name, function)
-    store.close()
-    return count, saved
-
-
 def _kill_at_every_change(world: World, folder: Path, changes: int) -> None:
     for when in range(1, changes + 1):
         child = os.fork()  # from a process without threads, so that nothing is locked in the child
         if child == 0:
-            _save_with_a_fault(folder / str(when), when, True)
+            save_with_a_fault(folder / str(when), when, kill=True)
             os._exit(0)
         status = os.waitpid(child, 0)[1]
         assert os.WIFSIGNALED(status), "the fault has not come"
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("rank_server")
 @pytest.mark.parametrize("kill", [True, False])
 def test_a_fault_at_any_change_of_a_file_leaves_a_good_checkpoint(tmp_path: Path, kill: bool) -> None:
-    changes, saved = _save_with_a_fault(tmp_path / "all", 0, False)
+    changes, saved = save_with_a_fault(tmp_path / "all", 0, kill=False)
     assert saved == [1, 2, 3]
     if kill:
         spawn(_kill_at_every_change, 1, tmp_path, changes)
     for when in range(1, changes + 1):
         folder = tmp_path / str(when)
         if not kill:
-            _save_with_a_fault(folder, when, False)
+            save_with_a_fault(folder, when, kill=False)
         store = Checkpoints(folder, keep=1)
         newest = store.latest()  # warnings are errors here: nothing damaged is ever seen
         assert newest is not None or not (tmp_path / f"{when}.committed").exists()

@@ -2,18 +2,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.training.ranks import free_port, train_in
-from tests.training.test_checkpoints import parts, same
+from tests.training.faults import parts, same
+from tests.training.ranks import train_in
 from training import mirror as module
 from training.checkpoints import Checkpoints
 from training.errors import CheckpointError, ConfigError
@@ -22,51 +17,6 @@ from training.manifest import MANIFEST, load
 from training.mirror import Mirror, open_store
 from training.train import TrainConfig, check
 from training.world import World
-
-BUCKET = "launch-test"
-pytestmark = pytest.mark.usefixtures("s3")
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """A real S3-compatible server of this machine; its address."""
-    port = free_port()
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert server.poll() is None, "the S3 server has ended"
-            assert time.monotonic() < deadline, "the S3 server does not answer"
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.kill()
-        server.wait()
-
-
-@pytest.fixture(params=["folder", "s3"])
-def uri(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "folder":
-        return f"file://{tmp_path}/store"
-    import boto3  # type: ignore[import-untyped]
-
-    address: str = request.getfixturevalue("s3")
-    for name, value in (
-        ("AWS_ENDPOINT_URL", address),
-        ("AWS_ACCESS_KEY_ID", "test"),
-        ("AWS_SECRET_ACCESS_KEY", "test"),
-        ("AWS_DEFAULT_REGION", "us-east-1"),
-    ):
-        monkeypatch.setenv(name, value)
-    boto3.client("s3").create_bucket(Bucket=BUCKET)
-    return f"s3://{BUCKET}/{tmp_path.name}"
 
 
 def saved(folder: Path, mirror: Mirror, *steps: int) -> None:
@@ -79,6 +29,7 @@ def saved(folder: Path, mirror: Mirror, *steps: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("s3")
 def test_checkpoints_go_there_and_come_back(tmp_path: Path, uri: str) -> None:
     failed: list[Exception] = []
     mirror = Mirror(uri, "a run")
@@ -140,10 +91,45 @@ def test_errors_that_pass_are_tried_again_and_others_do_not_end_training(
     mirror._fs = Shaky(fs, 1)
     saved(tmp_path / "here", mirror, 3)
     assert failed == [3]
-    with pytest.raises(ConfigError, match=r"the store cannot be read .*reset by peer"):
+    with pytest.raises(ConfigError, match=r"the store cannot be read and written .*reset by peer"):
         mirror.check()
     mirror._fs = fs
     assert [checkpoint.step for checkpoint in mirror.checkpoints()] == [1, 2]
+
+
+class Garbling:
+    """A store that keeps something else than it was given."""
+
+    def __init__(self, fs: Any) -> None:
+        self.fs = fs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.fs, name)
+
+    def pipe_file(self, path: str, content: bytes) -> None:
+        self.fs.pipe_file(path, content[:-1])
+
+
+def test_what_the_store_keeps_is_read_back(tmp_path: Path) -> None:
+    mirror = Mirror(f"file://{tmp_path}/store", "run")
+    failed: list[str] = []
+    mirror.on_failed = lambda step, error: failed.append(str(error))
+    mirror._fs = Garbling(mirror._fs)
+    saved(tmp_path / "here", mirror, 1)
+    assert len(failed) == 1
+    assert failed[0].endswith("step-000000001/manifest.json is not what was written")
+    assert mirror.checkpoints() == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("s3")
+def test_a_bucket_that_is_not_there_is_found_out_at_once_and_not_made(uri_of_s3: str) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be read and written .*that the bucket exists"):
+        Mirror("s3://no-such-bucket/folder", "run").check()
+    assert not open_store("s3://no-such-bucket")[0].exists("no-such-bucket")
+    mirror = Mirror(uri_of_s3, "run")
+    mirror.check()
+    assert mirror._fs.find(mirror._root) == [], "nothing is left of the probe"
 
 
 def test_stores_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +144,7 @@ def test_stores_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("s3")
 def test_a_run_goes_on_from_the_mirror_where_its_disk_is_gone(tmp_path: Path, small: Path, uri: str) -> None:
     options: dict[str, Any] = {
         "dataset": str(small), "epochs": 2, "batch_size": 8, "log_with": (), "cache": tmp_path / "cache", "mirror": uri,

@@ -12,22 +12,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.ranks import spawn, train_in
+from tests.training.ranks import assert_same_end, losses, spawn, train_in
 from training import train as module
 from training.context import Context
 from training.data import encode
 from training.engine import Engine
 from training.errors import CheckpointError, ConfigError
 from training.files import read_lines
-from training.manifest import load, write_file
+from training.manifest import write_file
 from training.model import load_model, load_tokenizer
 from training.sampler import Position, steps
 from training.sources import find_source
 from training.state import seed_all
 from training.train import TrainConfig, check, train
 from training.world import World
-
-pytestmark = pytest.mark.usefixtures("rank_server")
 
 ONE = World(threads=1)
 Options = dict[str, Any]
@@ -39,31 +37,6 @@ def options(small: Path, tmp_path: Path) -> Options:
         "dataset": str(small), "batch_size": 8, "epochs": 2, "log_every": 1, "save_every": 2, "keep": 100,
         "cache": tmp_path / "cache", "log_with": (),
     }  # fmt: skip
-
-
-def losses(run_dir: Path) -> dict[int, float]:
-    """The loss of each step, as last logged."""
-    return {line["step"]: line["loss"] for line in read_lines(run_dir / "metrics.jsonl") if "loss" in line}
-
-
-def final(run_dir: Path) -> dict[str, Any]:
-    newest = max((run_dir / "checkpoints").glob("step-*"))
-    return load(newest)
-
-
-def assert_same_end(left: Path, right: Path) -> None:
-    """Bit-identical weights, optimizer, generators, position and per-step losses."""
-    one, other = final(left), final(right)
-    assert one.keys() == other.keys()
-    for name in one:
-        if name.endswith(".safetensors"):
-            assert one[name].keys() == other[name].keys()
-            for key in one[name]:
-                assert torch.equal(one[name][key], other[name][key]), f"{name}: {key}"
-        else:
-            assert one[name] == other[name], name
-    assert losses(left) == losses(right)
-    assert (left / "model" / "model.safetensors").read_bytes() == (right / "model" / "model.safetensors").read_bytes()
 
 
 def test_a_run_from_start_to_end(tmp_path: Path, options: Options) -> None:
@@ -142,6 +115,7 @@ def test_the_losses_are_those_of_the_plain_loop(tmp_path: Path, options: Options
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("rank_server")
 def test_accumulation_and_ranks_take_the_same_step(tmp_path: Path, options: Options) -> None:
     """Global batch 8 as one batch, as microbatches of 3, and on 2 and 3 ranks: equal up to rounding."""
     train_in(ONE, tmp_path / "one", **options)
@@ -185,6 +159,7 @@ def some_kill(rng: random.Random) -> dict[str, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("rank_server")
 @pytest.mark.parametrize(("size", "schedules"), [(1, 5), (2, 2), (3, 1)])
 def test_killed_and_resumed_ends_as_if_never_killed(
     tmp_path: Path, options: Options, size: int, schedules: int
@@ -201,6 +176,7 @@ def test_killed_and_resumed_ends_as_if_never_killed(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("rank_server")
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, options: Options) -> None:
     """Stopped on 2 ranks, resumed on 1, then on 3: the same steps, so the same losses up to rounding."""
     options |= {"batch_size": 4, "global_batch": 8}
@@ -284,6 +260,7 @@ def _tells(world: World, run_dir: Path, options: Options) -> list[tuple[int, boo
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("rank_server")
 def test_every_checkpoint_is_told_once_it_is_committed(tmp_path: Path, options: Options) -> None:
     """On all ranks at the same steps; rank 0 knows the folder, and from the first epoch on there is an evaluation."""
     first, second = spawn(_tells, 2, tmp_path / "run", {**options, "batch_size": 4})
@@ -298,6 +275,7 @@ def test_a_stop_asked_for_in_the_last_step_is_a_finish(tmp_path: Path, options: 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("rank_server")
 def test_sharded_training_is_the_same_and_goes_on_with_any_number_of_ranks(tmp_path: Path, options: Options) -> None:
     options |= {"batch_size": 4, "global_batch": 8}
     whole, run = tmp_path / "whole", tmp_path / "run"
@@ -343,6 +321,8 @@ def test_a_run_does_not_go_on_with_other_data_seed_or_model(tmp_path: Path, opti
     train_in(ONE, run, **{**options, "max_steps": 2})
     with pytest.raises(ConfigError, match="began with --seed 42"):
         train_in(ONE, run, **options, seed=1)
+    with pytest.raises(ConfigError, match="--global-batch is 16, but this run began with 8"):
+        train_in(ONE, run, **options, global_batch=16)
     wide = load_model("tiny", 2)
     wide.config.num_hidden_layers = 1
     type(wide)(wide.config).save_pretrained(tmp_path / "other")
@@ -368,6 +348,7 @@ def _bad_data(world: World, run_dir: Path, options: Options) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("rank_server")
 def test_every_rank_hears_of_unusable_data(tmp_path: Path, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found only while loading, past the rows that are checked before a run is sent."""
     file = Path(options["dataset"]) / "train.csv"
