@@ -57,8 +57,8 @@ class Project:
         return [json.loads(line) for line in (self.folder / "runs" / run / "events.jsonl").read_text().splitlines()]
 
 
-def make_project(folder: Path, engine: str) -> Project:
-    shutil.copytree(PROGRAMS, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+def make_project(folder: Path, engine: str, programs: Path = PROGRAMS) -> Project:
+    shutil.copytree(programs, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     return Project(folder, engine)
 
 

@@ -58,10 +58,12 @@ def test_shuffled_labels_are_not_learnt(local_project: Project) -> None:
     assert local_project.status("hat")["metrics"]["accuracy"] < 0.75
 
 
-@pytest.mark.slurm
-@pytest.mark.ray
-def test_three_engines_end_in_the_same_bits(tmp_path: Path, on_slurm: object, on_ray: object) -> None:
+@pytest.mark.parametrize("cluster", [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("slurm", "ray")])
+def test_a_cluster_ends_in_the_same_bits_as_this_machine(
+    tmp_path: Path, request: pytest.FixtureRequest, cluster: str
+) -> None:
     """Pretrained weights, two ranks: the same metric and bit-identical final weights, wherever it ran."""
+    request.getfixturevalue(f"on_{cluster}")
     with (CORPUS / "validation.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))[:41]  # not a multiple of anything: the last batches are uneven
     small = tmp_path / "small.csv"
@@ -80,10 +82,9 @@ def test_three_engines_end_in_the_same_bits(tmp_path: Path, on_slurm: object, on
         str(small),
     )
     found = {}
-    for engine in ("local", "slurm", "ray"):
+    for engine in ("local", cluster):
         project = make_project(tmp_path / engine, engine)
         done = project.launch("--json", "--cpus", "2", "--name", "r", "--", *arguments)
         found[engine] = (weights(project, "r"), json.loads(done.stdout)["metrics"])
         assert found[engine][1]["samples"] == 41
-    assert found["slurm"] == found["local"]
-    assert found["ray"] == found["local"]
+    assert found[cluster] == found["local"]

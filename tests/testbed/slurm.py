@@ -203,6 +203,10 @@ class SlurmCluster:
         """Start a node's slurmd again after `kill_slurmd`."""
         self._start_slurmd(name)
 
+    def signal_daemon(self, name: str, number: signal.Signals) -> None:
+        """Send a daemon, such as ``slurmctld`` or a node's slurmd, a signal: SIGSTOP and SIGCONT make an outage."""
+        os.kill(self._pids[name], number)
+
     # --- inside
 
     def _env(self) -> dict[str, str]:

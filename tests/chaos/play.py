@@ -1,0 +1,177 @@
+"""Plays a schedule of faults against runs, one after the other, and writes down what became of each."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.spec import State
+from tests.chaos.faults import FAULTS, Fault, Scene, Undo
+from tests.chaos.subject import STEPS, Mark, Subject
+from tests.launcher.engines import make_project
+from tests.testbed.ray import RayCluster
+from tests.testbed.slurm import SlurmCluster
+
+PACE = 0.2  # seconds that a step takes longer while faults are still to come
+START_SECONDS = 180.0
+END_SECONDS = 240.0
+PROGRAMS = Path(__file__).parent / "programs"
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of a run after one fault.
+
+    Attributes:
+        outcome: ``healed``, ``unaffected``, or how the run ended and whether resuming it by hand helped.
+        seconds: from the fault to the next step, or None where that took a hand.
+        lost: steps that had been done and were not in the checkpoint it went on from; None where nothing went on.
+    """
+
+    fault: str
+    engine: str
+    outcome: str
+    seconds: float | None = None
+    lost: int | None = None
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The end of a run: its state, whether its weights are those of an undisturbed run, and what it left behind."""
+
+    engine: str
+    faults: tuple[str, ...]
+    state: str
+    equal: bool
+    left: tuple[str, ...]
+
+
+def schedule(engine: str, seed: int, count: int, names: Sequence[str] = ()) -> list[Fault]:
+    """`count` faults for an engine, each as often as the others, in an order that `seed` decides."""
+    known = [f for f in FAULTS if engine in f.engines and (not names or f.name in names)]
+    chance = random.Random(f"{engine} {seed}")
+    found: list[Fault] = []
+    while known and len(found) < count:
+        found += chance.sample(known, len(known))
+    return found[:count]
+
+
+class Player:
+    """Plays faults on one engine, some in each run, against runs in `folder`."""
+
+    def __init__(
+        self, folder: Path, engine: str, seed: int, cluster: SlurmCluster | RayCluster | None, say: Say = print
+    ) -> None:
+        self.project = make_project(folder, engine, PROGRAMS)
+        self.engine, self.cluster, self.say = engine, cluster, say
+        self.chance = random.Random(f"{engine} {seed} places")
+        self.findings: list[Finding] = []
+        self.endings: list[Ending] = []
+        self._runs = 0
+
+    def undisturbed(self) -> str:
+        """The hash of the weights in which a run ends that nothing happens to."""
+        subject = Subject(self.project, "undisturbed")
+        subject.start(pace=0)
+        state = subject.wait_for_end(END_SECONDS)
+        assert state is State.SUCCEEDED, f"a run without any fault is {state}: {subject.run.explain()}"
+        return subject.weights()
+
+    def play(self, faults: Sequence[Fault], expected: str, per_run: int = 5, deadline: float = float("inf")) -> None:
+        """Play all `faults`, `per_run` in each run, until `deadline` (by `time.monotonic`).
+
+        `expected` is the hash of the undisturbed weights.
+        """
+        left = list(faults)
+        while left and time.monotonic() < deadline:
+            self._runs += 1
+            subject = Subject(self.project, f"chaos-{self._runs}")
+            subject.start(PACE)
+            suffered = self._disturb(subject, left[:per_run])
+            left = left[max(1, len(suffered)) :]  # a run that ended early leaves its faults to the next one
+            subject.set_pace(0)
+            state = subject.wait_for_end(END_SECONDS)
+            if not state.done:
+                subject.kill()
+            ending = Ending(
+                *(self.engine, tuple(suffered), state.value, subject.weights() == expected),
+                left=(*subject.left_behind(), *self._nodes_left()),
+            )
+            self.endings.append(ending)
+            self.say(f"{self.engine}: {subject.name} {ending}")
+
+    def _disturb(self, subject: Subject, faults: Sequence[Fault]) -> list[str]:
+        suffered: list[str] = []
+        for fault in faults:
+            wanted = subject.newest() + self.chance.randint(3, 9)
+            if not subject.wait(lambda at=wanted: subject.newest() >= at and subject.saved(), START_SECONDS):  # type: ignore[misc]
+                self.say(f"{self.engine}: {subject.name} does not come to step {wanted}: {subject.state()}")
+                break
+            if subject.newest() > STEPS - 20:
+                break
+            finding = self._suffer(subject, fault)
+            suffered.append(fault.name)
+            self.findings.append(finding)
+            self.say(f"{self.engine}: {subject.name} step {wanted}: {finding}")
+            if finding.lost is None:
+                break
+        return suffered
+
+    def _suffer(self, subject: Subject, fault: Fault) -> Finding:
+        """Strike, and wait for the next step: without a hand, and if that does not come, with one."""
+        scene = Scene(subject, self.chance, self.cluster)
+        before = subject.mark()
+        struck = time.time()
+        undo: Undo = fault.strike(scene) or (lambda: None)
+        try:
+            if fault.restarts:
+                subject.wait(lambda: subject.first_of(before.attempt), fault.patience)
+            else:
+                reached = subject.newest()
+                subject.wait(lambda: subject.newest() > reached + 2, fault.patience)
+            after = subject.first_of(before.attempt)
+            state = subject.state()
+            if after is not None:
+                return Finding(fault.name, self.engine, "healed", after.time - struck, self._lost(subject, after))
+            if not state.done and subject.mark().time > time.time() - 5:
+                return Finding(fault.name, self.engine, "unaffected", 0.0, 0)
+        finally:
+            undo()
+        return self._by_hand(subject, fault, before, state)
+
+    def _by_hand(self, subject: Subject, fault: Fault, before: Mark, state: State) -> Finding:
+        failure = (subject.run.dir.result() or {}).get("failure") or {}
+        how = f"{state.value}: {failure['kind']}" if failure else state.value
+        if not state.done:
+            how = "stuck"
+            subject.kill()
+        if refused := subject.resume():
+            return Finding(fault.name, self.engine, f"{how}; not resumed: {refused.splitlines()[-1]}")
+        subject.wait(lambda: subject.first_of(before.attempt), START_SECONDS)
+        after = subject.first_of(before.attempt)
+        if after is None:
+            return Finding(fault.name, self.engine, f"{how}; resumed, and then {subject.state().value}")
+        return Finding(fault.name, self.engine, f"{how}; resumed by hand", lost=self._lost(subject, after))
+
+    @staticmethod
+    def _lost(subject: Subject, after: Mark) -> int:
+        """Steps of earlier attempts that the attempt of `after` had to do again."""
+        earlier = max((r["step"] for r in subject.run.dir.metrics() if r["attempt"] < after.attempt), default=0)
+        return max(0, earlier - (after.step - 1))
+
+    def _nodes_left(self) -> list[str]:
+        """Nodes that are not as they were; afterwards they are."""
+        if not isinstance(self.cluster, SlurmCluster):
+            return []
+        deadline = time.monotonic() + 20
+        while (
+            left := [f"{name} is {state}" for name, state in self.cluster.node_states().items() if state != "idle"]
+        ) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        self.cluster.reset()
+        return left
