@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -111,6 +112,14 @@ def small(tmp_path: Path) -> Path:
         rows = (CORPUS / f"{split}.csv").read_text().splitlines()[: count + 1]
         (folder / f"{split}.csv").write_text("\n".join(rows) + "\n")
     return folder
+
+
+@pytest.fixture
+def options(small: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "dataset": str(small), "batch_size": 8, "epochs": 2, "log_every": 1, "save_every": 2, "keep": 100,
+        "cache": tmp_path / "cache", "log_with": (),
+    }  # fmt: skip
 
 
 def write_csv(path: Path, header: list[str], rows: list[list[object]]) -> Path:

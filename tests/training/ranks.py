@@ -91,6 +91,11 @@ def train_in(world: World, run_dir: Path, **options: Any) -> tuple[dict[str, Any
         return train(ctx, TrainConfig(**options)), ctx.stopped
 
 
+def train_in_world(world: World, run_dir: Path, options: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    torch.set_num_threads(1)
+    return train_in(world, run_dir, **options)
+
+
 def losses(run_dir: Path) -> dict[int, float]:
     """The loss of each step, as last logged."""
     return {line["step"]: line["loss"] for line in read_lines(run_dir / "metrics.jsonl") if "loss" in line}

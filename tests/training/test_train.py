@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-import json
 import math
 import os
-import random
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.ranks import assert_same_end, losses, spawn, train_in
+from tests.training.ranks import losses, spawn, train_in, train_in_world
 from training import train as module
 from training.context import Context
 from training.data import encode
-from training.engine import Engine
-from training.errors import CheckpointError, ConfigError
+from training.errors import ConfigError
 from training.files import read_lines
-from training.manifest import write_file
 from training.model import load_model, load_tokenizer
 from training.sampler import Position, steps
 from training.sources import find_source
@@ -29,14 +24,6 @@ from training.world import World
 
 ONE = World(threads=1)
 Options = dict[str, Any]
-
-
-@pytest.fixture
-def options(small: Path, tmp_path: Path) -> Options:
-    return {
-        "dataset": str(small), "batch_size": 8, "epochs": 2, "log_every": 1, "save_every": 2, "keep": 100,
-        "cache": tmp_path / "cache", "log_with": (),
-    }  # fmt: skip
 
 
 def test_a_run_from_start_to_end(tmp_path: Path, options: Options) -> None:
@@ -129,99 +116,6 @@ def test_accumulation_and_ranks_take_the_same_step(tmp_path: Path, options: Opti
         assert all(result == results[0] for result in results)
 
 
-def train_in_world(world: World, run_dir: Path, options: Options) -> tuple[dict[str, Any], bool]:
-    torch.set_num_threads(1)
-    return train_in(world, run_dir, **options)
-
-
-def train_and_die(world: World, run_dir: Path, options: Options, kills: dict[str, int]) -> None:
-    """As a rank that is killed at the given count of steps taken, evaluations begun, or files written by a save."""
-    counts = dict.fromkeys(kills, 0)
-
-    def die(kind: str) -> None:
-        if kind in kills:
-            counts[kind] += 1
-            if counts[kind] == kills[kind]:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    step, evaluate = Engine.step, Engine.evaluate
-    Engine.step = lambda self, *args: (die("step"), step(self, *args))[1]  # type: ignore[method-assign,func-returns-value]
-    Engine.evaluate = lambda self, *args: (die("evaluate"), evaluate(self, *args))[1]  # type: ignore[method-assign,func-returns-value]
-    patch = pytest.MonkeyPatch()  # never undone: the process is the test's own
-    patch.setattr("training.checkpoints.write_file", lambda *args: (die("write"), write_file(*args))[1])  # type: ignore[func-returns-value]
-    train_in_world(world, run_dir, options)
-
-
-def some_kill(rng: random.Random) -> dict[str, int]:
-    return rng.choice(
-        [{"step": rng.randint(1, 9)}, {"step": rng.randint(1, 9)}, {"write": rng.randint(1, 30)}, {"evaluate": 1}]
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("rank_server")
-@pytest.mark.parametrize(("size", "schedules"), [(1, 5), (2, 2), (3, 1)])
-def test_killed_and_resumed_ends_as_if_never_killed(
-    tmp_path: Path, options: Options, size: int, schedules: int
-) -> None:
-    options |= {"batch_size": -(-8 // size), "global_batch": 8}
-    spawn(train_in_world, size, tmp_path / "whole", options)
-    rng = random.Random(int(os.environ.get("KILL_SEED", "1")))
-    for schedule in range(int(os.environ.get("KILL_SCHEDULES", schedules))):
-        run = tmp_path / f"killed{schedule}"
-        for _ in range(3):
-            spawn(train_and_die, size, run, options, some_kill(rng))
-        spawn(train_in_world, size, run, options)
-        assert_same_end(tmp_path / "whole", run)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("rank_server")
-def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, options: Options) -> None:
-    """Stopped on 2 ranks, resumed on 1, then on 3: the same steps, so the same losses up to rounding."""
-    options |= {"batch_size": 4, "global_batch": 8}
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    train_in(ONE, whole, **options)
-    for size, stop_after in ((2, 3), (1, 5), (3, 0)):
-        for result, stopped in spawn(train_and_stop, size, run, options, stop_after):
-            assert stopped == bool(stop_after)
-            assert ("model" in result) != stopped
-    assert sorted(losses(run)) == list(range(1, 15))
-    assert losses(run) == pytest.approx(losses(whole), rel=1e-3)
-
-
-def train_and_stop(world: World, run_dir: Path, options: Options, after: int) -> tuple[dict[str, Any], bool]:
-    """As a rank of which the last one is asked to stop after some steps."""
-    torch.set_num_threads(1)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with Context(run_dir, world) as ctx:
-        step, count = Engine.step, 0
-
-        def counted(self: Engine, *args: Any) -> None:
-            nonlocal count
-            step(self, *args)
-            count += 1
-            if count == after and world.rank == world.world_size - 1:
-                ctx.request_stop("test")
-
-        Engine.step = counted  # type: ignore[method-assign,assignment]
-        try:
-            return train(ctx, TrainConfig(**options)), ctx.stopped
-        finally:
-            Engine.step = step  # type: ignore[method-assign]
-
-
-def test_a_stop_saves_and_the_run_ends_as_if_never_stopped(tmp_path: Path, options: Options) -> None:
-    options["save_every"] = 1000
-    train_in(ONE, tmp_path / "whole", **options)
-    result, stopped = train_and_stop(ONE, tmp_path / "run", options, 4)
-    assert stopped
-    assert result["steps"] == 4
-    assert not (tmp_path / "run" / "model").exists()
-    assert not train_in(ONE, tmp_path / "run", **options)[1]
-    assert_same_end(tmp_path / "whole", tmp_path / "run")
-
-
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.slow
 def test_lower_precision_learns_the_same(tmp_path: Path, options: Options, precision: str) -> None:
@@ -268,33 +162,6 @@ def test_every_checkpoint_is_told_once_it_is_committed(tmp_path: Path, options: 
     assert second == [(step, evaluated, False) for step, evaluated, _ in first]
 
 
-def test_a_stop_asked_for_in_the_last_step_is_a_finish(tmp_path: Path, options: Options) -> None:
-    result, stopped = train_and_stop(ONE, tmp_path / "run", options, 14)
-    assert not stopped
-    assert result["model"] == "model"
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("rank_server")
-def test_sharded_training_is_the_same_and_goes_on_with_any_number_of_ranks(tmp_path: Path, options: Options) -> None:
-    options |= {"batch_size": 4, "global_batch": 8}
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    train_in(ONE, whole, **options)
-    for size, stop_after, sharded in ((2, 3, True), (3, 3, True), (1, 3, False), (2, 0, True)):
-        for _, stopped in spawn(train_and_stop, size, run, {**options, "shard": sharded}, stop_after):
-            assert stopped == bool(stop_after)
-    assert losses(run) == pytest.approx(losses(whole), rel=1e-3)
-    files = {path.name for path in max((run / "checkpoints").glob("step-*")).iterdir()}
-    assert {"model.rank00000.safetensors", "model.rank00001.safetensors", "optimizer.rank00001.safetensors"} <= files
-    sizes = [
-        (run / "checkpoints/step-000000014" / f"model.rank0000{rank}.safetensors").stat().st_size for rank in (0, 1)
-    ]
-    assert sizes[0] == pytest.approx(sizes[1], rel=0.1)
-    ours = load_file(run / "model" / "model.safetensors")
-    for name, tensor in load_file(whole / "model" / "model.safetensors").items():
-        assert torch.allclose(ours[name], tensor, atol=1e-3), name
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -314,29 +181,6 @@ def test_bad_requests(change: Options, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check(TrainConfig(**change))
     assert module.train.check is check  # type: ignore[attr-defined]
-
-
-def test_a_run_does_not_go_on_with_other_data_seed_or_model(tmp_path: Path, options: Options, small: Path) -> None:
-    run = tmp_path / "run"
-    train_in(ONE, run, **{**options, "max_steps": 2})
-    with pytest.raises(ConfigError, match="began with --seed 42"):
-        train_in(ONE, run, **options, seed=1)
-    with pytest.raises(ConfigError, match="--global-batch is 16, but this run began with 8"):
-        train_in(ONE, run, **options, global_batch=16)
-    wide = load_model("tiny", 2)
-    wide.config.num_hidden_layers = 1
-    type(wide)(wide.config).save_pretrained(tmp_path / "other")
-    load_tokenizer("tiny").save_pretrained(tmp_path / "other")
-    with pytest.raises(CheckpointError, match="of another model"):
-        train_in(ONE, run, **{**options, "model": str(tmp_path / "other")})
-    file = small / "train.csv"
-    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(ConfigError, match=r"data have changed .* \(50 samples then, 49 now\)"):
-        train_in(ONE, run, **options)
-    for damaged in (run / "checkpoints").glob("step-*/manifest.json"):
-        damaged.write_text(json.dumps({}))
-    with pytest.warns(UserWarning, match="damaged"), pytest.raises(CheckpointError, match="every checkpoint"):
-        train_in(ONE, run, **options)
 
 
 def _bad_data(world: World, run_dir: Path, options: Options) -> str:
