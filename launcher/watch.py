@@ -31,8 +31,8 @@ class Watch:
     """Learns how long steps take and says when a rank has been silent for too long.
 
     `hang_after` seconds of silence are too long during steps, or three times the longest step seen where that is more;
-    ten times that in any other phase. A rank that is starting is never too slow: downloads and first compilations have no
-    usual time, and the process group has time-outs of its own. Before the second step nothing is usual, either.
+    ten times that in any other phase. A rank that is starting, which lasts until its first step is done, is never too
+    slow: downloads and first compilations have no usual time, and the process group has time-outs of its own.
     """
 
     def __init__(self, hang_after: float) -> None:
@@ -45,9 +45,7 @@ class Watch:
         if not beats or not self.hang_after:
             return False
         self._learn(beats, now)
-        if not self._gaps:
-            return False
-        patience = max(self.hang_after, 3 * max(self._gaps))
+        patience = max(self.hang_after, 3 * max(self._gaps, default=0.0))
         limits = {rank: self._limit(beat, patience) for rank, beat in beats.items()}
         late = any(beats[rank].age > limit for rank, limit in limits.items())
         # While one rank evaluates or saves, the others may wait for it at their next step.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -103,3 +104,20 @@ def test_data_that_cannot_be_used_is_a_bad_request(local_project: Project) -> No
     done = local_project.call(*arguments, status=2)
     assert "sentence1" in done.stderr
     assert not (local_project.folder / "runs/b").exists(), "the name stays free"
+
+
+def test_hangs_are_found_and_the_rank_at_fault_is_named(local_project: Project) -> None:
+    profile = local_project.folder / "impatient.toml"
+    profile.write_text('extends = "local"\nhang_after = 4.0\n')
+    local_project.launch("--cluster", str(profile), "--cpus", "2", "--name", "h", "hangs:main")
+    failures = [event for event in local_project.events("h") if event["event"] == "failed"]
+    assert [(f["kind"], f["rank"]) for f in failures] == [("hung", 1), ("hung", 0), ("hung", 1)]
+    stopped, loading, skipped = (f["message"] for f in failures)
+    assert stopped.startswith("rank 1 is stopped (SIGSTOP or a terminal) at step 4")
+    assert re.fullmatch(
+        r"rank 0 makes no progress after step 8 at .*/hangs\.py:\d+ in load; the others wait for it", loading
+    )
+    assert re.fullmatch(r"rank 1 went on to step 13 without the collective in which rank 0 waits at .*", skipped)
+    log = local_project.folder / "runs" / "h" / "logs" / "2" / "0.log"
+    assert "in load" in log.read_text(), "the whole stack is in the log"
+    assert local_project.status("h")["state"] == "succeeded"
