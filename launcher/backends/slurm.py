@@ -9,14 +9,14 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from launcher.backends import slurm_site
 from launcher.backends.slurm_job import AgentTask
-from launcher.cluster import Cluster
+from launcher.cluster import Cluster, NodeKind
 from launcher.errors import BadRequest
 from launcher.rundir import RunDir
 from launcher.spec import Plan, State
@@ -49,43 +49,66 @@ STATES: dict[str, State] = {
 
 
 def survey(cluster: Cluster) -> Cluster:
-    """Ask `sinfo` for what the profile leaves open: the number of nodes, and a node's GPUs and cores."""
-    if cluster.nodes and cluster.node.cpus and cluster.node.gpus is not None:
-        return cluster
-    unknown = replace(cluster, node=replace(cluster.node, gpus=cluster.node.gpus or 0))
-    partition = ["--partition", cluster.slurm.partition] if cluster.slurm.partition else []
-    try:
-        listed = _command("sinfo", "--noheader", "--Node", "--format", "%N|%c|%G", *partition)
-    except BadRequest:
-        return unknown  # a dry run may be made where there is no SLURM; submitting says so
-    nodes = {name: (int(cpus), _gpus(gres)) for name, cpus, gres in (line.split("|") for line in set(listed.split()))}
-    if not nodes:
-        return unknown
-    cpus, gpus = (min(column) for column in zip(*nodes.values(), strict=True))
-    node = replace(
-        cluster.node, cpus=cluster.node.cpus or cpus, gpus=gpus if cluster.node.gpus is None else cluster.node.gpus
-    )
-    return replace(cluster, nodes=cluster.nodes or len(nodes), node=node)
-
-
-def partitions() -> dict[str, str]:
-    """What `sinfo` says of each partition: nodes, cores, GPUs and time limit.
+    """Ask SLURM for what the profile leaves open: the kinds of its nodes, and how many there are of each.
 
     Raises:
-        BadRequest: SLURM cannot be reached.
+        BadRequest: it cannot be reached, and the profile does not say what a node has.
     """
-    listed = _command("sinfo", "--noheader", "--format", "%R|%D nodes of %c cores, %G, limit %l")
-    return dict(line.split("|", 1) for line in listed.splitlines())
+    node = cluster.node
+    if cluster.kinds or (cluster.nodes and node.cpus and node.gpus is not None):
+        return cluster
+    try:
+        found = slurm_site.kinds(cluster)
+    except slurm_site.Unreachable as error:
+        if node.gpus is not None:
+            return cluster
+        raise BadRequest(
+            f"{error} Or say in a profile what its nodes have (nodes = 4, [node] gpus = 8, cpus = 96), and plan with"
+            " --dry-run."
+        ) from None
+    return _completed(cluster, found)
 
 
-def _gpus(gres: str) -> int:
-    """Count the GPUs in sinfo's generic resources, such as ``gpu:a100:8(S:0-1)`` or ``(null)``."""
-    return sum(int(count) for count in re.findall(r"gpu(?::[^:,()]+)?:(\d+)", gres))
+def _completed(cluster: Cluster, found: Sequence[NodeKind]) -> Cluster:
+    """`cluster` with what was `found`, as far as its profile leaves it open."""
+    node = cluster.node
+    if node.gpus is not None:
+        found = [kind for kind in found if kind.gpus == node.gpus]
+    if not found:
+        return cluster
+    kinds = tuple(
+        replace(
+            kind,
+            count=min(kind.count, cluster.nodes or kind.count),
+            cpus=node.cpus or kind.cpus,
+            memory_gb=node.memory_gb or kind.memory_gb,
+            accelerator=node.accelerator or kind.accelerator,
+        )
+        for kind in found
+    )
+    first = kinds[0]
+    # The fields of one node stand for the largest; `place` looks at the kinds.
+    node = replace(node, gpus=first.gpus, cpus=first.cpus, memory_gb=first.memory_gb)
+    return replace(cluster, nodes=cluster.nodes or sum(kind.count for kind in kinds), node=node, kinds=kinds)
+
+
+def check(plan: Plan) -> str:
+    """Hold the plan against the limits of its partition, and ask SLURM when it would start; empty where it cannot say.
+
+    Raises:
+        BadRequest: it cannot be met.
+    """
+    _check_paths(plan)
+    try:
+        slurm_site.check_limits(plan, slurm_site.partitions())
+        return slurm_site.verdict(_script(plan))
+    except slurm_site.Unreachable:
+        return ""  # a dry run may be made where there is no SLURM; submitting says so
 
 
 def parameters(plan: Plan) -> dict[str, Any]:
     """The submitit parameters of `plan`, by `submitit.SlurmExecutor`'s names."""
-    placement, slurm, node = plan.placement, plan.cluster.slurm, plan.cluster.node
+    placement, slurm = plan.placement, plan.cluster.slurm
     cpus = placement.cpus_per_rank * placement.ranks_per_node
     wanted: dict[str, Any] = {
         "job_name": plan.name,
@@ -95,18 +118,18 @@ def parameters(plan: Plan) -> dict[str, Any]:
         "cpus_per_task": cpus or None,
         # Not per task: SLURM 24.11 and later bind per-task GPUs so that the ranks of a task do not see each other's.
         "gpus_per_node": _gpu_request(plan) if placement.device == "cuda" else None,
-        "mem": _memory(plan, node.memory_gb),
+        "mem": _memory(plan),
         "partition": slurm.partition,
         "account": slurm.account,
         "qos": slurm.qos,
-        "constraint": slurm.constraint,
+        "constraint": _constraint(plan),
         "exclude": slurm.exclude,
         "nodelist": slurm.nodelist,
         "exclusive": slurm.exclusive or None,
         "signal_delay_s": int(plan.cluster.grace),
         "setup": list(slurm.setup) or None,
         "teardown": _teardown(plan),
-        "srun_args": list(slurm.srun_args) or None,
+        "srun_args": _srun_args(plan) or None,
         "comment": "launch",
         "additional_parameters": _without_none(
             # `requeue = false` in a profile takes the option out.
@@ -118,10 +141,14 @@ def parameters(plan: Plan) -> dict[str, Any]:
 
 
 def _teardown(plan: Plan) -> list[str]:
-    """The lines after srun: see to a run whose supervisor was killed, and end as the run did."""
+    """The lines after srun: see to a run whose supervisor was killed, and end as the run did.
+
+    Where the slurmstepd of this script was killed, SLURM does not hear of its end and would hold the nodes for ever.
+    """
     python = _python(plan.cluster.python) or shlex.quote(sys.executable)
     look = f"{python} -P -m launcher.backends.slurm_job {shlex.quote(str(plan.run_dir))} $status"
-    return ["status=$?", f"[ $status = 0 ] || {look} || status=$?", "exit $status"]
+    orphaned = "[ -d /proc/$PPID ] || scancel $SLURM_JOB_ID"
+    return ["status=$?", f"[ $status = 0 ] || {look} || status=$?", orphaned, "exit $status"]
 
 
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,20 +164,27 @@ def _python(command: str | None) -> str | None:
     return shlex.join(os.path.expanduser(os.path.expandvars(word)) for word in words) or None
 
 
+def _srun_args(plan: Plan) -> list[str]:
+    """The profile's, behind one that hands the agent all GPUs of the node where a site's default would bind it to one."""
+    unbound = ["--gpu-bind=none"] if plan.placement.device == "cuda" else []
+    return [*unbound, *plan.cluster.slurm.srun_args]
+
+
 def _gpu_request(plan: Plan) -> str | int:
     placement = plan.placement
-    # The type is named only where the user asked for one: many sites define none in their gres.conf.
-    if plan.spec.accelerator:
-        return f"{plan.spec.accelerator}:{placement.ranks_per_node}"
-    return placement.ranks_per_node
+    each = placement.ranks_per_node
+    return f"{placement.gpu_type}:{each}" if placement.gpu_type else each
 
 
-def _memory(plan: Plan, memory_gb: float) -> str | None:
-    node, ranks = plan.cluster.node, plan.placement.ranks_per_node
-    devices = node.gpus if plan.placement.device == "cuda" else node.cpus
-    if not memory_gb or not devices:
-        return None
-    return f"{int(memory_gb * 1024 * ranks / devices)}MB"
+def _memory(plan: Plan) -> str | None:
+    megabytes = int(plan.placement.memory_gb * 1024 + 1e-6)  # a third of a node, three times, is the node
+    return f"{megabytes}MB" if megabytes else None
+
+
+def _constraint(plan: Plan) -> str | None:
+    """The profile's constraint, and the feature that stands for the type of GPU."""
+    both = [text for text in (plan.cluster.slurm.constraint, plan.placement.feature) if text]
+    return "&".join(f"({text})" if len(both) > 1 and re.search(r"[|&]", text) else text for text in both) or None
 
 
 def _executor(plan: Plan, offline: bool) -> Any:
@@ -171,9 +205,13 @@ def _executor(plan: Plan, offline: bool) -> Any:
 
 def render(plan: Plan) -> str:
     """The submitit parameters, and the sbatch script that comes of them, word for word."""
+    shown = json.dumps(parameters(plan), indent=4)
+    return f"# submitit.SlurmExecutor(...).update_parameters(**{shown})\n\n{_script(plan)}"
+
+
+def _script(plan: Plan) -> str:
     executor = _executor(plan, offline=True)
-    script = executor._make_submission_file_text(executor._submitit_command_str, "")
-    return f"# submitit.SlurmExecutor(...).update_parameters(**{json.dumps(parameters(plan), indent=4)})\n\n{script}"
+    return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
 
 
 def submit(plan: Plan) -> str:
@@ -181,21 +219,20 @@ def submit(plan: Plan) -> str:
     import submitit
 
     if shutil.which("srun") is None or shutil.which("sbatch") is None:
-        raise BadRequest(_UNREACHABLE.format("the command srun or sbatch is missing."))
+        raise BadRequest(slurm_site.UNREACHABLE.format("the command srun or sbatch is missing."))
     _check_paths(plan)
     executor = _executor(plan, offline=False)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats what sbatch said
             job = executor.submit(AgentTask(plan.run_dir))
     except submitit.core.utils.FailedJobError as error:
-        refusal = _refusal(str(error))
+        refusal = slurm_site.refusal_text(str(error))
         heard = "Batch job submission failed" in refusal and "Unable to contact" not in refusal
-        raise BadRequest(f"sbatch refused the job: {refusal}" if heard else _UNREACHABLE.format(refusal)) from None
+        raise BadRequest(
+            f"sbatch refused the job: {refusal}" if heard else slurm_site.UNREACHABLE.format(refusal)
+        ) from None
     RunDir(plan.run_dir).script_file.write_text(job.paths.submission_file.read_text())
     return str(job.job_id)
-
-
-_UNREACHABLE = "SLURM cannot be reached from here: {} Log in to a submission host of the cluster, or use --dry-run."
 
 
 def _check_paths(plan: Plan) -> None:
@@ -203,22 +240,17 @@ def _check_paths(plan: Plan) -> None:
         raise BadRequest(f"{plan.run_dir}: SLURM would replace the % in this path; use another runs folder.")
 
 
-def _refusal(text: str) -> str:
-    lines = [re.sub(r"^sbatch: (error|fatal): ", "", line) for line in text.splitlines()]
-    return " ".join(line.rstrip(".") + "." for line in lines if line)
-
-
 def poll(job_id: str) -> State:
     """Ask squeue, and sacct for a job that squeue has forgotten; where accounting is off, forgotten means ended."""
     try:
-        listed = _command("squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T")
+        listed = slurm_site.ask("squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T")
     except BadRequest as error:
         if "Invalid job id" not in str(error):
             return State.UNKNOWN  # the controller does not answer just now
         listed = ""
     if not listed.strip():
         try:
-            listed = _command(
+            listed = slurm_site.ask(
                 "sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job_id}", "--format=State"
             )
         except BadRequest:
@@ -228,16 +260,4 @@ def poll(job_id: str) -> State:
 
 
 def cancel(job_id: str) -> None:
-    _command("scancel", job_id)
-
-
-def _command(*command: str) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except FileNotFoundError:
-        raise BadRequest(f"SLURM cannot be reached from here: the command {command[0]} is missing.") from None
-    except subprocess.TimeoutExpired:
-        raise BadRequest(f"SLURM does not answer: {command[0]} took more than a minute.") from None
-    if done.returncode:
-        raise BadRequest(f"{command[0]}: {done.stderr.strip()}")
-    return done.stdout
+    slurm_site.ask("scancel", job_id)

@@ -100,7 +100,11 @@ class AgentTask:
     def __call__(self) -> None:
         from launcher.agent import run_agent
 
+        step_daemon = os.getppid()
         status = asyncio.run(run_agent(RunDir(self.run_dir), seat(os.environ)))
+        if os.getppid() != step_daemon:
+            # Without its slurmstepd nobody hears of this task's end: srun would wait, and the nodes be held, for ever.
+            subprocess.run(["scancel", os.environ["SLURM_JOB_ID"]], check=False)
         if status:
             # Not an exception: the job's exit status should be the run's, and its log not end in our traceback.
             sys.exit(status)
