@@ -241,6 +241,7 @@ def describe(plan: Any) -> str:
         + f"\n  on     {where}: {plan.placement.why}"
         + f"\n  run    {_short(plan.run_dir)}"
         + (f"\n  limit  {plan.time_minutes} min" if plan.backend == "slurm" else "")
+        + (f"\n  start  {plan.start}" if plan.start else "")
     )
 
 

@@ -35,6 +35,31 @@ class Node:
 
 
 @dataclass(frozen=True)
+class NodeKind:
+    """Nodes that are like each other, where a cluster has several kinds. SLURM is asked; a profile may say it too.
+
+    Attributes:
+        count: nodes that can be used; 0 for unknown, unless `down` is not 0.
+        gpus: GPUs of a node; None for unknown.
+        cpus: CPU cores of a node (their share, where a node has GPUs of several types); 0 for unknown.
+        memory_gb: memory of a node in GB, shared likewise; 0 for unknown.
+        accelerator: the type of the GPUs, as the scheduler spells it; None where it has no name for it.
+        features: what ``--constraint`` can ask of these nodes.
+        names: the nodes, in words.
+        down: further nodes of this kind that are down or drained.
+    """
+
+    count: int = 0
+    gpus: int | None = 0
+    cpus: int = 0
+    memory_gb: float = 0.0
+    accelerator: str | None = None
+    features: tuple[str, ...] = ()
+    names: str = ""
+    down: int = 0
+
+
+@dataclass(frozen=True)
 class Slurm:
     """How this SLURM wants to be asked. Each field is the sbatch option of the same name unless it says otherwise.
 
@@ -66,11 +91,15 @@ class Ray:
             set, else a Ray started on this machine for the run.
         placement_strategy: Ray's PACK, SPREAD, STRICT_PACK or STRICT_SPREAD.
         autoscales: the cluster grows on demand, so a request larger than what is up now is not refused.
+        elastic: after a node is lost, go on with fewer ranks where the cluster cannot hold all of them any more.
+        wait: seconds to wait for nodes when the cluster has become too small for the run, before giving up.
     """
 
     address: str | None = None
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     autoscales: bool = False
+    elastic: bool = False
+    wait: float = 300.0
 
 
 @dataclass(frozen=True)
@@ -82,6 +111,8 @@ class Cluster:
         runs: folder of run directories; every node must see it under this path. Relative to where `launch` is called.
         shared: folders that all nodes share; when given, ``runs`` must lie in one of them.
         nodes: number of nodes; 0 for unknown.
+        node: one node, where all are alike.
+        kinds: the kinds of nodes, where they are not; written as ``[[kinds]]``.
         oversubscribe: CPU ranks may outnumber the cores; for debugging on one machine.
         time: default time limit of a run, as in ``--time``.
         grace: seconds between the request to stop and the end, for the last checkpoint.
@@ -99,6 +130,7 @@ class Cluster:
     shared: tuple[str, ...] = ()
     nodes: int = 0
     node: Node = Node()
+    kinds: tuple[NodeKind, ...] = ()
     oversubscribe: bool = False
     time: str | None = None
     grace: float = 60.0
@@ -108,6 +140,11 @@ class Cluster:
     environment: dict[str, str] = field(default_factory=dict)
     slurm: Slurm = Slurm()
     ray: Ray = Ray()
+
+    def node_kinds(self) -> tuple[NodeKind, ...]:
+        """The kinds of nodes; one where all are alike."""
+        node = self.node
+        return self.kinds or (NodeKind(self.nodes, node.gpus, node.cpus, node.memory_gb, node.accelerator),)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ from importlib import metadata
 from pathlib import Path
 
 from launcher import cluster
-from launcher.backends import local
+from launcher.backends import local, slurm_site
 from launcher.backends.ray import address as ray_address
-from launcher.backends.slurm import partitions
 from launcher.errors import BadRequest
 
 PACKAGES = ("torch", "transformers", "datasets", "evaluate", "accelerate", "ray", "submitit", "cloudpickle")
@@ -89,11 +88,19 @@ def _slurm(site: cluster.Cluster) -> Iterator[Check]:
             yield Check("slurm", False, f"{command} is missing", "log in to a submission host of the cluster")
             return
     try:
-        found = partitions()
+        found = {p.name: p for p in slurm_site.partitions()}
+        kinds = slurm_site.kinds(site)
     except BadRequest as error:
         yield Check("slurm", False, str(error), "is slurmctld up, and is this host part of the cluster?")
         return
-    yield Check("slurm", True, ", ".join(f"{name}: {text}" for name, text in found.items()))
+    limits = {name: "no limit" if p.max_minutes is None else f"{p.max_minutes} min" for name, p in found.items()}
+    yield Check("slurm", True, ", ".join(f"partition {name} {p.state} ({limits[name]})" for name, p in found.items()))
+    for kind in kinds:
+        what = f"{kind.count} nodes of {kind.cpus} cores, {kind.gpus or 'no'} {kind.accelerator or ''} GPUs".replace(
+            "  ", " "
+        )
+        remedy = "`sinfo -R` says why; they take no job until an administrator resumes them"
+        yield Check("nodes", kind.count > 0, what + (f", {kind.down} down or drained" if kind.down else ""), remedy)
     wanted = site.slurm.partition
     if wanted is not None:
         yield Check("partition", wanted in found, wanted, f"set slurm.partition to one of {', '.join(found)}")

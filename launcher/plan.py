@@ -48,7 +48,7 @@ def make_plan(spec: RunSpec, cwd: Path, function: Callable[..., Any] | None = No
         target.check_shadowing([str(project)])
         found = replace(found, path=path, **_moved(found, root, run_dir.code))
     text = spec.time or site.time
-    return Plan(
+    plan = Plan(
         name=run_dir.path.name,
         run_dir=run_dir.path,
         spec=spec,
@@ -60,6 +60,7 @@ def make_plan(spec: RunSpec, cwd: Path, function: Callable[..., Any] | None = No
         time_minutes=parse_minutes(text) if text else DEFAULT_MINUTES,
         environment=_environment(placement) | site.environment,
     )
+    return replace(plan, start=backends.check(plan))
 
 
 def _environment(placement: Placement) -> dict[str, str]:

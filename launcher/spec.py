@@ -115,6 +115,7 @@ class Plan:
     cwd: Path
     time_minutes: int
     environment: dict[str, str] = field(default_factory=dict)
+    start: str = ""  # when and where the scheduler would start it, as it said when the plan was made
 
 
 def check_name(name: str) -> None:

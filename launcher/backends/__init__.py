@@ -42,3 +42,13 @@ def get(name: str) -> Backend:
     if name not in BACKENDS:
         raise BadRequest(f"--backend {name!r}: no such backend{nearest(name, BACKENDS)}. Known: {', '.join(BACKENDS)}.")
     return cast(Backend, importlib.import_module(f"launcher.backends.{name}"))
+
+
+def check(plan: Plan) -> str:
+    """Ask the engine whether it would take the plan, where it can tell beforehand; return when it would start, if known.
+
+    Raises:
+        BadRequest: it would refuse the plan, or never start it.
+    """
+    ask = getattr(get(plan.backend), "check", None)
+    return str(ask(plan)) if ask else ""

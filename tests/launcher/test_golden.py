@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,10 @@ profiles = st.fixed_dictionaries(
 )
 
 
+def python_words(command: str | None) -> str:
+    return shlex.join(os.path.expanduser(os.path.expandvars(word)) for word in shlex.split(command or sys.executable))
+
+
 @settings(deadline=None, derandomize=True, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @given(profiles, st.none() | anything, anything)
 def test_no_value_of_a_profile_adds_a_line_to_the_script(values: dict[str, Any], python: str | None, text: str) -> None:
@@ -85,8 +91,11 @@ def test_no_value_of_a_profile_adds_a_line_to_the_script(values: dict[str, Any],
     assert head[:3] == ["#!/bin/bash", "", "# Parameters"]
     assert all(line.startswith("#SBATCH --") for line in head[3:])
     assert len(head) <= len(script(plain)) + len(values) + len(values.get("sbatch", {}))
-    assert [*lines[end : end + 2], *lines[end + 3 :]] == ["# command", "export SUBMITIT_EXECUTOR=slurm", ""]
+    assert lines[end : end + 2] == ["# command", "export SUBMITIT_EXECUTOR=slurm"]
+    after = script(plain)
+    after = after[after.index("# command") + 3 :]
+    assert lines[end + 3 :] == [line.replace(sys.executable, python_words(python)) for line in after]
     words = shlex.split(lines[end + 2])
     assert words[:6:2] == ["srun", "--output", "--error"]
-    assert words[6 : 6 + len(site.slurm.srun_args)] == list(site.slurm.srun_args)
+    assert words[6 : 7 + len(site.slurm.srun_args)] == ["--gpu-bind=none", *site.slurm.srun_args]
     assert words[-4:] == ["-u", "-m", "submitit.core._submit", f"{folder}/submitit"]

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launcher.cluster import Cluster, Node
+from launcher.cluster import Cluster, Node, NodeKind
 from launcher.errors import BadRequest
-from launcher.placement import CHIPS_PER_HOST, Devices, Topology, place
+from launcher.placement import Devices, place
+from launcher.tpu import CHIPS_PER_HOST, Topology
 
 
 def site(gpus: int | None = 8, cpus: int = 96, nodes: int = 4, accelerator: str | None = None) -> Cluster:
@@ -24,6 +25,25 @@ EIGHT = site()
 UNKNOWN = site(gpus=None, cpus=0, nodes=0)
 ENDLESS = site(nodes=0)
 TPUS = site(gpus=None, cpus=112, nodes=4, accelerator="v5e")
+
+BIG = NodeKind(2, 8, 32, 64.0, "h100", names="big1,big2")
+SMALL = NodeKind(2, 4, 16, 32.0, "a100", names="small1,small2")
+PLAIN = NodeKind(3, 0, 16, 20.0)
+
+
+def mixed(*kinds: NodeKind) -> Cluster:
+    return Cluster("site", "slurm", kinds=kinds)
+
+
+MIXED = mixed(BIG, SMALL, PLAIN)
+SPELT = mixed(replace(BIG, accelerator="nvidia_h100_80gb_hbm3"), replace(SMALL, accelerator="NVIDIA-A100-SXM4-40GB"))
+FEATURED = mixed(
+    replace(BIG, accelerator=None, features=("ib", "h100")), replace(SMALL, accelerator=None, features=("a100",))
+)
+SIZES = mixed(replace(BIG, accelerator="a100"), SMALL)  # one type, two sizes of nodes
+HALF_DOWN = mixed(replace(BIG, count=1, down=1), SMALL)
+ALL_DOWN = mixed(replace(BIG, count=0, down=2), replace(SMALL, count=0, down=2))
+SLICED = mixed(replace(BIG, accelerator="1g.10gb", gpus=7))
 
 
 def gpus(count: int, nodes: int | None = None, **more: Any) -> Devices:
@@ -67,7 +87,6 @@ def tpus(count: int, nodes: int | None = None, **more: Any) -> Devices:
         (tpus(1), TPUS, 1, 1, 112, "1 v5e chip = 1 host x 1 rank"),
         (tpus(4), TPUS, 1, 4, 28, "4 v5e chips = 1 host x 4 ranks"),
         (tpus(8), TPUS, 1, 8, 14, "8 v5e chips = 1 host x 8 ranks"),
-        (tpus(12), TPUS, 3, 4, 28, "3 hosts x 4 ranks"),
         (tpus(16), TPUS, 4, 4, 28, "16 v5e chips = 4 hosts x 4 ranks"),
         (tpus(16, 4), TPUS, 4, 4, 28, "4 hosts"),
         (tpus(16, topology="4x4"), TPUS, 4, 4, 28, "16 v5e chips = 4 hosts x 4 ranks"),
@@ -91,8 +110,162 @@ def test_what_is_placed(
 
 
 @pytest.mark.parametrize(
+    ("devices", "cluster", "shape", "gpu_type", "why"),
+    [
+        (
+            gpus(4),
+            MIXED,
+            (1, 4, 4, 32),
+            "a100",
+            "(whole nodes; on a100: whole nodes before parts of larger ones; --accel",
+        ),
+        (
+            gpus(8),
+            MIXED,
+            (1, 8, 4, 64),
+            "h100",
+            "(whole nodes; on h100: the fewest nodes; --accelerator a100 chooses the",
+        ),
+        (
+            gpus(2),
+            MIXED,
+            (1, 2, 4, 16),
+            "a100",
+            "(2 of 4 GPUs a node; on a100: the smaller nodes that hold them; --acc",
+        ),
+        (gpus(1), MIXED, (1, 1, 4, 8), "a100", "(1 of 4 GPUs a node; on a100: the smaller nodes"),
+        (gpus(6), MIXED, (1, 6, 4, 48), "h100", "(6 of 8 GPUs a node; on h100, the only nodes that hold them)"),
+        (gpus(16), MIXED, (2, 8, 4, 64), "h100", "16 GPUs = 2 nodes x 8 ranks (whole nodes; on h100, the only nodes"),
+        (gpus(4, accelerator="h100"), MIXED, (1, 4, 4, 32), "h100", "(4 of 8 GPUs a node; on h100)"),
+        (
+            gpus(8, accelerator="a100"),
+            MIXED,
+            (2, 4, 4, 32),
+            "a100",
+            "8 GPUs = 2 nodes x 4 ranks (whole nodes; on a100)",
+        ),
+        (gpus(8, 2), MIXED, (2, 4, 4, 32), "a100", "(whole nodes; on a100: whole nodes before parts of larger ones"),
+        (gpus(12, 2), MIXED, (2, 6, 4, 48), "h100", "(6 of 8 GPUs a node; on h100, the only nodes"),
+        (gpus(4, 2, accelerator="h100"), MIXED, (2, 2, 4, 16), "h100", "(2 of 8 GPUs a node; on h100)"),
+        (
+            gpus(16, 4),
+            MIXED,
+            (4, 4, 4, 32),
+            None,
+            "(4 of 4/8 GPUs a node; h100 and a100 mixed: no kind alone has 4 such",
+        ),
+        (gpus(3, 3), MIXED, (3, 1, 4, 8), None, "h100 and a100 mixed: no kind alone has 3 such nodes"),
+        (gpus(16, 4), SIZES, (4, 4, 4, 32), None, "16 GPUs = 4 nodes x 4 ranks (4 of 4/8 GPUs a node; on a100"),
+        (gpus(8), SIZES, (1, 8, 4, 64), None, "(whole nodes; on a100: the fewest nodes"),
+        (gpus(8, accelerator="h100"), SPELT, (1, 8, 4, 64), "nvidia_h100_80gb_hbm3", "on nvidia_h100_80gb_hbm3"),
+        (gpus(4, accelerator="a100"), SPELT, (1, 4, 4, 32), "NVIDIA-A100-SXM4-40GB", "whole nodes"),
+        (gpus(8, accelerator="H100"), MIXED, (1, 8, 4, 64), "h100", "whole nodes"),
+        (gpus(8, accelerator="h100"), FEATURED, (1, 8, 4, 64), None, "on h100"),
+        (gpus(8), HALF_DOWN, (1, 8, 4, 64), "h100", "on h100: the fewest nodes"),
+        (gpus(3, accelerator="1g.10gb"), SLICED, (1, 3, 4, 27), "1g.10gb", "3 of 7 GPUs a node"),
+        (cpus(4), MIXED, (1, 4, 1, 5), None, "4 CPU ranks of one core each on 1 node"),
+        (cpus(48), MIXED, (3, 16, 1, 20), None, "48 CPU ranks of one core each on 3 nodes"),
+        (cpus(7, 7), MIXED, (7, 1, 1, 1), None, "7 CPU ranks of one core each on 7 nodes"),
+        (cpus(20, 1), MIXED, (1, 20, 1, 40), None, "20 CPU ranks of one core each on 1 node"),
+    ],
+)
+def test_what_is_placed_on_mixed_nodes(
+    devices: Devices, cluster: Cluster, shape: tuple[int, int, int, int], gpu_type: str | None, why: str
+) -> None:
+    """`shape`: nodes, ranks a node, cores a rank, and the memory of a node that goes with them."""
+    placement = place(devices, cluster)
+    found = (placement.nodes, placement.ranks_per_node, placement.cpus_per_rank, int(placement.memory_gb))
+    assert (found, placement.gpu_type) == (shape, gpu_type)
+    assert why in placement.why
+    assert placement.feature == (devices.accelerator if cluster is FEATURED else None)
+
+
+@pytest.mark.parametrize(
     ("devices", "cluster", "words"),
     [
+        (
+            gpus(12),
+            MIXED,
+            "--gpus 12: cluster 'site' has 2 nodes with 8 h100 GPUs, 2 nodes with 4 a100 GPUs, and 12 is no whole number",
+        ),
+        (
+            gpus(12),
+            MIXED,
+            "is no whole number of nodes of one kind. Try --gpus 8 or --gpus 16 or --gpus 12 --nodes 2 (6 on each).",
+        ),
+        (gpus(24), MIXED, "and 24 is no whole number of nodes of one kind. Try --gpus 16."),
+        (gpus(32), MIXED, "32 is no whole number of nodes of one kind. Try --gpus 16."),
+        (
+            gpus(12, accelerator="a100"),
+            MIXED,
+            "12 GPUs on 3 nodes: cluster 'site' has 2 nodes and 8 GPUs. Try --gpus 8.",
+        ),
+        (gpus(6, accelerator="a100"), MIXED, "Try --gpus 4 or --gpus 8 or --gpus 6 --nodes 2 (3 on each)."),
+        (
+            gpus(8, accelerator="v100"),
+            MIXED,
+            "--accelerator v100: the nodes of cluster 'site' have a100 and h100 (did you",
+        ),
+        (gpus(8, accelerator="mi300"), MIXED, "--accelerator mi300: the nodes of cluster 'site' have a100 and h100."),
+        (
+            gpus(40, 5),
+            MIXED,
+            "40 GPUs on 5 nodes: cluster 'site' has 4 nodes and 24 GPUs. Try --gpus 16 --nodes 4 (4 on",
+        ),
+        (
+            gpus(15, 3),
+            MIXED,
+            "that is 5 a node, and too few nodes of cluster 'site' have as many: it has 2 nodes with 8",
+        ),
+        (gpus(15, 3), MIXED, "Try --gpus 12 --nodes 3 (4 on each)."),
+        (
+            gpus(18, 2),
+            MIXED,
+            "9 GPUs a node: the nodes of cluster 'site' have at most 8. Try --gpus 16 --nodes 2 (8 on",
+        ),
+        (
+            gpus(7, 2),
+            MIXED,
+            "7 does not divide by 2. Try --gpus 6 --nodes 2 (3 on each) or --gpus 8 --nodes 2 (4 on each).",
+        ),
+        (
+            gpus(16),
+            HALF_DOWN,
+            "2 nodes with 4 a100 GPUs, and 16 is no whole number of nodes of one kind. Try --gpus 8.",
+        ),
+        (gpus(16), HALF_DOWN, "1 node with 8 h100 GPUs (1 more is down or drained), 2 nodes with 4"),
+        (gpus(16, accelerator="h100"), HALF_DOWN, "has 1 node and 8 GPUs (1 more is down or drained). Try --gpus 8."),
+        (gpus(8), ALL_DOWN, "has 0 nodes with 8 h100 GPUs (2 more are down or drained), 0 nodes with 4 a100"),
+        (gpus(8, 1), ALL_DOWN, "8 GPUs on 1 node: cluster 'site' has 0 nodes and 0 GPUs (4 more are down or drained)."),
+        (gpus(1), mixed(PLAIN), "--gpus 1: the nodes of cluster 'site' have no GPUs"),
+        (cpus(200), MIXED, "and 200 is no whole number of nodes of one kind. Try --cpus 64"),
+        (
+            cpus(8, 8),
+            MIXED,
+            "8 CPUs on 8 nodes: cluster 'site' has 7 nodes and 144 CPUs. Try --cpus 7 --nodes 7 (1 on each).",
+        ),
+        (cpus(66, 2), MIXED, "33 CPUs a node: the nodes of cluster 'site' have at most 32. Try --cpus 64 --nodes 2"),
+        (
+            tpus(12),
+            TPUS,
+            "--tpus 12: v5e has no slice of 12 chips; it comes as 1, 4, 8, 16, 32, 64, 128, 256. Try --tpus 8",
+        ),
+        (
+            tpus(12, accelerator="v4"),
+            UNKNOWN,
+            "it comes as 4, 8, 16, 32, 64, 128, 192, 256 and more. Try --tpus 8 or --",
+        ),
+        (
+            tpus(24, accelerator="v5p", topology="2x3x4"),
+            UNKNOWN,
+            "--topology 2x3x4: v5p has no slices of that shape; it",
+        ),
+        (
+            tpus(16, accelerator="v4", topology="4x4"),
+            UNKNOWN,
+            "--topology 4x4: v4 has no slices of that shape; it has 2x2x1",
+        ),
+        (tpus(3, 1), TPUS, "Try --tpus 1 --nodes 1 (1 on each) or --tpus 4 --nodes 1 (4 on each)."),
         (gpus(12), EIGHT, "12 is not a whole number of nodes. Try --gpus 8 or --gpus 16 or --gpus 12 --nodes 2 (6 on"),
         (gpus(13), EIGHT, "13 is not a whole number of nodes. Try --gpus 8 or --gpus 16."),
         (gpus(13), ENDLESS, "Try --gpus 8 or --gpus 16 or --gpus 13 --nodes 13 (1 on each)."),
@@ -137,9 +310,13 @@ def test_what_is_placed(
         (
             tpus(2),
             TPUS,
-            "--tpus 2: 2 chips, but v5e comes as 1, 4, 8 chips on one host or in multiples of 4. Try --tpus 4",
+            "--tpus 2: v5e has no slice of 2 chips; it comes as 1, 4, 8, 16, 32, 64, 128, 256. Try --tpus 1 or --tpus 4.",
         ),
-        (tpus(1, accelerator="v4"), UNKNOWN, "--tpus 1: 1 chip, but v4 comes as 4 chips on one host"),
+        (
+            tpus(1, accelerator="v4"),
+            UNKNOWN,
+            "--tpus 1: v4 has no slice of 1 chip; it comes as 4, 8, 16, 32, 64, 128, 192, 256 and more. Try --tpus 4.",
+        ),
         (tpus(30), TPUS, "Try --tpus 16."),
         (tpus(64), TPUS, "--tpus 64: that is 16 hosts; cluster 'site' has 4. Try --tpus 16."),
         (tpus(64, topology="4x4"), TPUS, "that is 16 hosts; cluster 'site' has 4. Try --tpus 16."),
@@ -150,7 +327,7 @@ def test_what_is_placed(
             "that slice has 8 chips and 12 is not a whole number of slices. Try --tpus 16.",
         ),
         (tpus(1, topology="4x4"), TPUS, "Try --tpus 16."),
-        (tpus(9, topology="3x3"), TPUS, "--topology 3x3: 9 chips, but v5e comes as 1, 4, 8 chips on one host"),
+        (tpus(9, topology="3x3"), TPUS, "--topology 3x3: v5e has no slices of that shape; it has 1x1, 2x2, 2x4, 4x4"),
         (tpus(8, topology="8"), TPUS, "--topology '8': write chips along each axis, such as 4x4 or 2x2x2."),
     ],
 )
@@ -184,12 +361,20 @@ requests = st.builds(
     st.sampled_from([None, *CHIPS_PER_HOST]),
     st.sampled_from([None, None, "1x1", "2x2", "3x3", "2x4", "4x4", "2x2x2"]),
 )
+node_kinds = st.builds(
+    NodeKind,
+    st.integers(0, 5),
+    st.none() | st.integers(0, 9),
+    st.integers(0, 9),
+    accelerator=st.sampled_from([None, "h100", "a100"]),
+    down=st.integers(0, 2),
+)
 clusters = st.builds(
     lambda gpus, cpus, nodes: site(gpus, cpus, nodes),
     st.none() | st.integers(0, 9),
     st.integers(0, 9),
     st.integers(0, 9),
-)
+) | st.builds(mixed, node_kinds, node_kinds, node_kinds)
 
 
 @settings(deadline=None, derandomize=True, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
@@ -209,3 +394,5 @@ def test_every_suggestion_works_when_it_is_typed(devices: Devices, cluster: Clus
         assert placement.world_size == devices.count
         assert placement.nodes == (devices.nodes or placement.nodes)
         assert not cluster.nodes or placement.nodes <= cluster.nodes
+        known = all(kind.count or kind.down for kind in cluster.kinds)
+        assert not cluster.kinds or not known or placement.nodes <= sum(kind.count for kind in cluster.kinds)

@@ -47,7 +47,13 @@ def render(case: Case, folder: Path) -> str:
     profile = f"extends = '{case.base}'\nruns = 'runs'\nshared = []\n{case.over}"
     (project / "cluster_configs" / "site.toml").write_text(profile)
     argv = ("--cluster", "site", "--name", "golden", "--dry-run", *case.argv)
-    environment = {"XDG_CONFIG_HOME": str(folder), "USER": "me", "CUDA_VISIBLE_DEVICES": "", "RAY_ADDRESS": ""}
+    environment = {
+        "XDG_CONFIG_HOME": str(folder),
+        "USER": "me",
+        "CUDA_VISIBLE_DEVICES": "",
+        "RAY_ADDRESS": "",
+        "SLURM_CONF": os.devnull,
+    }
     out = io.StringIO()
     with mock.patch.dict(os.environ, environment), contextlib.chdir(project), contextlib.redirect_stdout(out):
         try:

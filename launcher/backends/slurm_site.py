@@ -1,0 +1,259 @@
+"""What this SLURM has and allows: kinds of nodes, partitions and their limits, and its verdict on a job before it is sent."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from launcher.cluster import Cluster, NodeKind
+from launcher.devices import many
+from launcher.errors import BadRequest, nearest
+from launcher.spec import Plan
+
+ANSWER_SECONDS = 60.0
+"""How long a command of SLURM may take; slurmctld is slow for minutes when thousands of jobs start."""
+
+GONE = ("DOWN", "DRAIN", "DRAINED", "DRAINING", "FAIL", "FAILING", "FUTURE", "INVAL", "INVALID_REG", "ERROR", "UNKNOWN")
+"""Parts of a node's state with which it takes no job. Source: "NODE STATE CODES" of sinfo(1)."""
+
+
+class Unreachable(BadRequest):
+    """SLURM cannot be asked from here, now."""
+
+
+def ask(*command: str, stdin: str | None = None, stderr: bool = False) -> str:
+    """Run a command of SLURM and return what it printed to stdout, or to `stderr`.
+
+    Raises:
+        Unreachable: it is missing, or nobody answers.
+        BadRequest: it fails.
+    """
+    try:
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False)
+    except FileNotFoundError:
+        raise Unreachable(UNREACHABLE.format(f"the command {command[0]} is missing.")) from None
+    except subprocess.TimeoutExpired:
+        raise Unreachable(UNREACHABLE.format(f"{command[0]} took more than {ANSWER_SECONDS:.0f} s.")) from None
+    if done.returncode:
+        said = done.stderr.strip()
+        if re.search("Unable to contact|Unable to process conf|Could not establish a configuration", said):
+            raise Unreachable(UNREACHABLE.format(refusal_text(said)))
+        raise BadRequest(f"{command[0]}: {said}")
+    return done.stderr if stderr else done.stdout
+
+
+UNREACHABLE = "SLURM cannot be reached from here: {} Log in to a submission host of the cluster."
+
+
+# ---- nodes ------------------------------------------------------------------------------------------------------
+
+
+def kinds(cluster: Cluster) -> tuple[NodeKind, ...]:
+    """The kinds of nodes that jobs of the profile `cluster` can land on, the largest first.
+
+    Raises:
+        BadRequest: SLURM cannot be reached.
+    """
+    listed = ask("scontrol", "show", "node", "--oneliner")
+    name = cluster.slurm.partition or default_partition(partitions())
+    return node_kinds(listed, name, cluster.slurm.constraint)
+
+
+def node_kinds(listed: str, partition: str | None, constraint: str | None = None) -> tuple[NodeKind, ...]:
+    """The kinds of nodes in what ``scontrol show node --oneliner`` printed, those of one partition only.
+
+    A plain `constraint` (one feature) narrows them too; SLURM's own language for more is left to SLURM.
+    """
+    found: dict[NodeKind, tuple[list[str], int]] = {}
+    for line in listed.splitlines():
+        node = _fields(line)
+        if "NodeName" not in node or (partition and partition not in node.get("Partitions", "").split(",")):
+            continue
+        features = tuple(f for f in node.get("ActiveFeatures", "").split(",") if f and f != "(null)")
+        if constraint and re.fullmatch(r"[\w.-]+", constraint) and constraint not in features:
+            continue
+        gone = not set(GONE).isdisjoint(re.split(r"[+*]", node.get("State", "")))
+        for kind in _kinds_of_node(node, features):
+            names, down = found.setdefault(kind, ([], 0))
+            found[kind] = ([*names, *([] if gone else [node["NodeName"]])], down + gone)
+    counted = (replace(k, count=len(names), names=",".join(names[:8]), down=down) for k, (names, down) in found.items())
+    return tuple(sorted(counted, key=lambda k: (-(k.gpus or 0), -k.cpus, k.accelerator or "")))
+
+
+def _kinds_of_node(node: dict[str, str], features: tuple[str, ...]) -> Iterable[NodeKind]:
+    """One kind; or one for each type of GPU in the node, with that type's share of its cores and memory."""
+    cpus = int(node.get("CPUEfctv", node.get("CPUTot", "0")))
+    memory = int(node.get("RealMemory", "0")) - int(node.get("MemSpecLimit", "0"))
+    gpus = gpus_of(node.get("Gres", ""))
+    total = sum(gpus.values())
+    for accelerator, count in gpus.items() or [(None, 0)]:
+        share = count / total if total else 1.0
+        yield NodeKind(0, count, int(cpus * share), memory / 1024 * share, accelerator, features)
+
+
+def gpus_of(gres: str) -> dict[str | None, int]:
+    """Type -> number of GPUs in generic resources such as ``gpu:a100:8(S:0-1),gpu:1g.5gb:7,shard:8`` or ``(null)``."""
+    found: dict[str | None, int] = {}
+    for accelerator, count in re.findall(r"(?:^|,)gpu(?::([^:,()]+))?(?::[a-z_]+)?:(\d+)", gres):
+        found[accelerator or None] = found.get(accelerator or None, 0) + int(count)
+    return found
+
+
+def _fields(line: str) -> dict[str, str]:
+    """The ``Key=value`` pairs of a line; the first of a name counts, since a free text (a reason) comes last."""
+    return dict(reversed(re.findall(r"(?:^|\s)([A-Za-z]\w*)=(\S*)", line)))
+
+
+# ---- partitions -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Partition:
+    """What a partition allows a job; None or empty where it sets no limit."""
+
+    name: str
+    default: bool = False
+    state: str = "UP"
+    max_minutes: int | None = None
+    max_nodes: int | None = None
+    min_nodes: int = 0
+    accounts: tuple[str, ...] = ()
+    denied_accounts: tuple[str, ...] = ()
+    qos: tuple[str, ...] = ()
+    denied_qos: tuple[str, ...] = ()
+
+
+def partitions() -> list[Partition]:
+    """All partitions, as ``scontrol`` describes them.
+
+    Raises:
+        BadRequest: SLURM cannot be reached.
+    """
+    return [parse_partition(line) for line in ask("scontrol", "show", "partition", "--oneliner").splitlines() if line]
+
+
+def parse_partition(line: str) -> Partition:
+    """Read one line of ``scontrol show partition --oneliner``."""
+    fields = _fields(line)
+
+    def names(key: str) -> tuple[str, ...]:
+        value = fields.get(key, "ALL")
+        return () if value in ("ALL", "(null)", "N/A", "") else tuple(value.split(","))
+
+    def number(key: str) -> int | None:
+        value = fields.get(key, "")
+        return int(value) if value.isdigit() else None
+
+    return Partition(
+        fields["PartitionName"],
+        fields.get("Default") == "YES",
+        fields.get("State", "UP"),
+        minutes(fields.get("MaxTime", "")),
+        number("MaxNodes"),
+        number("MinNodes") or 0,
+        names("AllowAccounts"),
+        names("DenyAccounts"),
+        names("AllowQos"),
+        names("DenyQos"),
+    )
+
+
+def minutes(limit: str) -> int | None:
+    """Minutes of a limit as SLURM prints it, ``[D-]HH:MM:SS``; None for UNLIMITED."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", limit)
+    if match is None:
+        return None
+    days, hours, mins, _ = (int(group or 0) for group in match.groups())
+    return (days * 24 + hours) * 60 + mins
+
+
+def default_partition(found: Sequence[Partition]) -> str | None:
+    """The name of the partition of jobs that name none."""
+    return next((partition.name for partition in found if partition.default), None)
+
+
+def check_limits(plan: Plan, found: Sequence[Partition]) -> None:
+    """Hold `plan` against the limits of its partition. SLURM itself would let most of these jobs wait for ever.
+
+    Raises:
+        BadRequest: with the limit, and what to type instead.
+    """
+    slurm = plan.cluster.slurm
+    name = slurm.partition or default_partition(found)
+    for each in (name or "").split(","):
+        refusals = [_refusal(plan, partition, found) for partition in found if partition.name == each]
+        if not refusals and each:
+            known = [partition.name for partition in found]
+            raise BadRequest(
+                f"slurm.partition = {each!r} in profile {plan.cluster.name!r}: this cluster has no such"
+                f" partition{nearest(each, known)}. It has {', '.join(known)}."
+            )
+        if not any(refusals):
+            return  # of several partitions one is enough
+    if name:
+        raise BadRequest(refusals[0])
+
+
+def _refusal(plan: Plan, partition: Partition, found: Sequence[Partition]) -> str:
+    """Why `partition` does not take `plan`; empty where it does."""
+    slurm, where, placement = plan.cluster.slurm, f"partition {partition.name!r}", plan.placement
+    if partition.state != "UP":
+        others = ", ".join(p.name for p in found if p.state == "UP")
+        return f"{where} is {partition.state}: nothing starts there. Set slurm.partition to one that is up: {others}."
+    if partition.max_minutes is not None and plan.time_minutes > partition.max_minutes:
+        up = [p for p in found if p.state == "UP"]
+        longer = [p.name for p in up if p.max_minutes is None or p.max_minutes >= plan.time_minutes]
+        other = f", or set slurm.partition to {' or '.join(longer)}" if longer else ""
+        return (
+            f"--time {plan.time_minutes}m: {where} ends jobs after {partition.max_minutes} min. Try --time"
+            f" {partition.max_minutes}m{other}. A run that needs longer is requeued and resumes."
+        )
+    if partition.max_nodes is not None and placement.nodes > partition.max_nodes:
+        count = placement.ranks_per_node * partition.max_nodes
+        option = {"cuda": "gpus", "cpu": "cpus"}.get(placement.device, "tpus")
+        return (
+            f"{many(placement.nodes, 'node')}: {where} allows a job {many(partition.max_nodes, 'node')}. Try --{option}"
+            f" {count} --nodes {partition.max_nodes} ({placement.ranks_per_node} on each)."
+        )
+    if placement.nodes < partition.min_nodes:
+        return f"{many(placement.nodes, 'node')}: {where} is for jobs of at least {partition.min_nodes}. Try --nodes."
+    for key, value, allowed, denied in (
+        ("account", slurm.account, partition.accounts, partition.denied_accounts),
+        ("qos", slurm.qos, partition.qos, partition.denied_qos),
+    ):
+        # One that the profile leaves out is the user's default, which only SLURM knows.
+        if value is not None and ((allowed and value not in allowed) or value in denied):
+            only = f" Use one of {', '.join(allowed)}." if allowed else ""
+            return f"slurm.{key} = {value!r}: {where} does not take jobs of that {key}.{only}"
+    return ""
+
+
+# ---- the verdict ------------------------------------------------------------------------------------------------
+
+
+def verdict(script: str) -> str:
+    """Ask ``sbatch --test-only`` whether the job would run, and say when; empty where it does not say.
+
+    Raises:
+        BadRequest: SLURM would refuse the job, or never start it on the nodes it has now.
+    """
+    try:
+        answer = ask("sbatch", "--test-only", stdin=script, stderr=True)
+    except Unreachable:
+        raise
+    except BadRequest as error:
+        text = refusal_text(str(error).removeprefix("sbatch: "))
+        raise BadRequest(f"sbatch refused the job: {text}") from None
+    found = re.search(r"to start at (\S+)T(\S+).* on nodes? (\S+)", answer)
+    return f"{found[1]} {found[2]} on {found[3]}, if it were sent now" if found else ""
+
+
+def refusal_text(text: str) -> str:
+    """What sbatch wrote to stderr, as sentences."""
+    lines = [
+        re.sub(r"^(\w+: )?(error|fatal|allocation failure): |^(sbatch|scontrol): ", "", line)
+        for line in text.splitlines()
+    ]
+    return " ".join(line.rstrip(".") + "." for line in dict.fromkeys(lines) if line)

@@ -1,0 +1,180 @@
+"""What SLURM says of its nodes and partitions, read from its own words, and what is refused because of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launcher.backends.slurm_site import (
+    Partition,
+    check_limits,
+    gpus_of,
+    minutes,
+    node_kinds,
+    parse_partition,
+    refusal_text,
+)
+from launcher.cluster import Cluster, NodeKind, Slurm
+from launcher.errors import BadRequest
+from launcher.placement import Placement
+from launcher.spec import Plan, RunSpec, Target
+
+
+@pytest.mark.parametrize(
+    ("gres", "gpus"),
+    [
+        ("gpu:8", {None: 8}),
+        ("gpu:h100:8", {"h100": 8}),
+        ("gpu:a100:8(S:0-1)", {"a100": 8}),
+        ("gpu:nvidia_h100_80gb_hbm3:4(S:0),shard:16", {"nvidia_h100_80gb_hbm3": 4}),
+        ("gpu:a100:2,gpu:1g.5gb:14", {"a100": 2, "1g.5gb": 14}),
+        ("gpu:a100:4(S:0),gpu:a100:4(S:1)", {"a100": 8}),
+        ("gpu:tesla:no_consume:2", {"tesla": 2}),
+        ("lustre:1,craynetwork:4", {}),
+        ("(null)", {}),
+        ("", {}),
+    ],
+)
+def test_gpus_in_generic_resources(gres: str, gpus: dict[str | None, int]) -> None:
+    assert gpus_of(gres) == gpus
+
+
+def node(name: str, state: str = "IDLE", gres: str = "gpu:h100:8", cpus: int = 96, **more: str) -> str:
+    fields = {"ActiveFeatures": "ib,new", "RealMemory": "1024000", "Partitions": "gpu,all"} | more
+    rest = " ".join(f"{key}={value}" for key, value in fields.items())
+    return (
+        f"NodeName={name} Arch=x86_64 CoresPerSocket=48  CPUAlloc=0 CPUTot={cpus} CPULoad=0.1 Gres={gres}"
+        f" OS=Linux 6.1 #1 SMP State={state} {rest} Reason=says Gres=gpu:1 [root@2026-11-22T10:00:00]\n"
+    )
+
+
+def kind(count: int, down: int = 0, **more: object) -> NodeKind:
+    base = NodeKind(count, 8, 96, 1000.0, "h100", ("ib", "new"), down=down)
+    return replace(base, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "state", ["IDLE", "MIXED", "ALLOCATED", "COMPLETING", "IDLE+CLOUD+POWERED_DOWN", "IDLE+PLANNED"]
+)
+def test_a_node_that_takes_jobs_sooner_or_later(state: str) -> None:
+    (found,) = node_kinds(node("n1", state), "gpu")
+    assert (found.count, found.down, found.names) == (1, 0, "n1")
+
+
+@pytest.mark.parametrize(
+    "state", ["DOWN", "DOWN*", "IDLE+DRAIN", "MIXED+DRAIN", "DOWN*+DRAIN", "FUTURE", "FAIL", "UNKNOWN"]
+)
+def test_a_node_that_takes_none(state: str) -> None:
+    (found,) = node_kinds(node("n1", state), "gpu")
+    assert (found.count, found.down, found.names) == (0, 1, "")
+
+
+def test_nodes_that_are_alike_are_one_kind() -> None:
+    listed = (
+        node("a1")
+        + node("a2", "MIXED")
+        + node("a3", "DOWN")
+        + node("b1", gres="gpu:a100:4", cpus=64)
+        + node("c1", gres="(null)", Partitions="all")
+        + node("d1", ActiveFeatures="(null)", Partitions="other")
+        + node("e1", gres="gpu:a100:1,gpu:1g.5gb:3", CPUEfctv="92", MemSpecLimit="24000")
+    )
+    assert node_kinds(listed, "gpu") == (
+        kind(2, 1, names="a1,a2"),
+        kind(1, gpus=4, cpus=64, accelerator="a100", names="b1"),
+        kind(1, gpus=3, cpus=69, memory_gb=1_000_000 / 1024 * 0.75, accelerator="1g.5gb", names="e1"),
+        kind(1, gpus=1, cpus=23, memory_gb=1_000_000 / 1024 * 0.25, accelerator="a100", names="e1"),
+    )
+    assert [k.names for k in node_kinds(listed, "all")] == ["a1,a2", "b1", "e1", "e1", "c1"]
+    assert [k.names for k in node_kinds(listed, "gpu", "ib")] == ["a1,a2", "b1", "e1", "e1"]
+    assert node_kinds(listed, "gpu", "old") == ()
+    assert len(node_kinds(listed, "gpu", "ib&old")) == 4, "SLURM's own language is left to SLURM"
+    assert len(node_kinds(listed, None)) == 6
+
+
+def test_a_reason_that_talks_of_other_things_is_not_read() -> None:
+    (found,) = node_kinds(node("n1", "IDLE"), "gpu")
+    assert (found.gpus, found.accelerator) == (8, "h100")
+
+
+LINE = (
+    "PartitionName=short AllowGroups=ALL AllowAccounts=ml,nlp DenyQos=low AllowNodes=ALL Default=YES MaxNodes=2 MaxTime=1-12:30:00"
+    " MinNodes=0 Nodes=big[1-2] State=UP TRES=cpu=64,mem=125G"
+)
+
+
+def test_a_partition_is_read() -> None:
+    assert parse_partition(LINE) == Partition(
+        "short", True, "UP", 36 * 60 + 30, 2, accounts=("ml", "nlp"), denied_qos=("low",)
+    )
+    free = parse_partition(
+        "PartitionName=x AllowAccounts=ALL AllowQos=ALL MaxTime=UNLIMITED MaxNodes=UNLIMITED State=DOWN"
+    )
+    assert free == Partition("x", state="DOWN")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("00:30:00", 30), ("2-00:00:00", 2880), ("UNLIMITED", None), ("", None)]
+)
+def test_limits_in_minutes(text: str, expected: int | None) -> None:
+    assert minutes(text) == expected
+
+
+LONG = Partition("long", max_minutes=2880)
+SHORT = Partition("short", True, max_minutes=30, max_nodes=1)
+CLUBS = Partition("club", accounts=("ml",), denied_qos=("low",), min_nodes=2)
+CLOSED = Partition("closed", state="DOWN")
+ALL = [LONG, SHORT, CLUBS, CLOSED]
+
+
+def plan(minutes: int = 60, nodes: int = 1, ranks: int = 8, **slurm: str) -> Plan:
+    site = Cluster("site", "slurm", slurm=Slurm(**slurm))  # type: ignore[arg-type]
+    folder, target = Path("/runs/x"), Target("script", "x.py")
+    return Plan("x", folder, RunSpec("x.py"), "slurm", site, Placement(nodes, ranks, "cuda"), target, folder, minutes)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        (plan(), "--time 60m: partition 'short' ends jobs after 30 min. Try --time 30m, or set slurm.partition to long or club"),
+        (plan(30, nodes=2), "2 nodes: partition 'short' allows a job 1 node. Try --gpus 8 --nodes 1 (8 on each)."),
+        (plan(3000, partition="long"), "ends jobs after 2880 min. Try --time 2880m, or set slurm.partition to club."),
+        (plan(partition="closed"), "partition 'closed' is DOWN: nothing starts there. Set slurm.partition to one that is up: lo"),
+        (plan(partition="shrot"), "slurm.partition = 'shrot' in profile 'site': this cluster has no such partition (did you"),
+        (plan(partition="x"), "no such partition. It has long, short, club, closed."),
+        (plan(partition="club"), "1 node: partition 'club' is for jobs of at least 2."),
+        (plan(nodes=2, partition="club", account="bio"), "slurm.account = 'bio': partition 'club' does not take jobs of that a"),
+        (plan(nodes=2, partition="club", account="bio"), "Use one of ml."),
+        (plan(nodes=2, partition="club", qos="low"), "slurm.qos = 'low': partition 'club' does not take jobs of that qos."),
+        (plan(4000, partition="short,long"), "--time 4000m: partition 'long' ends"),
+    ],
+)  # fmt: skip
+def test_what_a_partition_refuses(wanted: Plan, words: str) -> None:
+    with pytest.raises(BadRequest) as refused:
+        check_limits(wanted, ALL)
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        plan(30),
+        plan(2880, nodes=9, partition="long"),
+        plan(nodes=2, partition="club", account="ml", qos="high"),
+        plan(nodes=2, partition="club"),
+        plan(2000, partition="short,long"),
+    ],
+)
+def test_what_a_partition_takes(wanted: Plan) -> None:
+    check_limits(wanted, ALL)
+
+
+def test_a_cluster_without_a_default_partition_is_left_to_sbatch() -> None:
+    check_limits(plan(), [LONG, CLOSED])
+
+
+def test_sbatch_in_sentences() -> None:
+    said = "sbatch: error: invalid number of nodes (-N 2-1)\nallocation failure: Requested node configuration is not available"
+    assert refusal_text(said) == "invalid number of nodes (-N 2-1). Requested node configuration is not available."
