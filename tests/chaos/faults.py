@@ -192,7 +192,8 @@ def kill_slurmstepd(scene: Scene) -> None:
 
 
 def controller_outage(scene: Scene) -> None:
-    """slurmctld answers nobody for a minute."""
+    """slurmctld answers nobody for a minute, in which training goes on, if slowly: it should not come to its end."""
+    scene.subject.set_pace(OUTAGE_SECONDS / 30)
     scene.slurm.signal_daemon("slurmctld", signal.SIGSTOP)
     time.sleep(OUTAGE_SECONDS)
     scene.slurm.signal_daemon("slurmctld", signal.SIGCONT)

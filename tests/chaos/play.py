@@ -138,10 +138,11 @@ class Player:
             state = subject.state()
             if after is not None:
                 return Finding(fault.name, self.engine, "healed", after.time - struck, self._lost(subject, after))
-            if not state.done and subject.mark().time > time.time() - 5:
+            if state is State.SUCCEEDED or (not state.done and subject.mark().time > time.time() - 5):
                 return Finding(fault.name, self.engine, "unaffected", 0.0, 0)
         finally:
             undo()
+            subject.set_pace(PACE)
         return self._by_hand(subject, fault, before, state)
 
     def _by_hand(self, subject: Subject, fault: Fault, before: Mark, state: State) -> Finding:

@@ -1,0 +1,93 @@
+"""A short chaos of faults that must heal, with a fixed seed; the long one is ``python -m tests.chaos``."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.faults import FAULTS
+from tests.chaos.play import Ending, Finding, Player, schedule
+from tests.chaos.report import table
+from tests.chaos.subject import Subject, listening
+from tests.launcher.engines import make_project
+from tests.testbed.keeper import free_ports
+from tests.testbed.slurm import SlurmCluster
+
+
+def test_the_seed_decides_and_no_fault_is_left_out() -> None:
+    for engine in ("local", "slurm", "ray"):
+        known = {fault.name for fault in FAULTS if engine in fault.engines}
+        once = schedule(engine, 1, 3 * len(known))
+        assert once == schedule(engine, 1, 3 * len(known))
+        assert once != schedule(engine, 2, 3 * len(known))
+        assert Counter(fault.name for fault in once) == dict.fromkeys(known, 3)
+    assert [f.name for f in schedule("ray", 1, 2, ["kill driver"])] == ["kill driver"] * 2
+
+
+def test_the_table_says_what_did_not_heal() -> None:
+    findings = [
+        Finding("kill -9 rank", "local", "healed", 0.5, 3),
+        Finding("kill -9 rank", "local", "healed", 1.5, 4),
+        Finding("kill driver", "ray", "lost; resumed by hand", None, 2),
+    ]
+    endings = [
+        Ending("local", ("kill -9 rank", "kill -9 rank"), "succeeded", True, ()),
+        Ending("ray", ("kill driver",), "failed", False, ("file .x.tmp",)),
+    ]
+    lines = table(findings, endings).splitlines()
+    assert " ".join(lines[1].split()) == "kill -9 rank local 2 1.0 (max 1.5) 4 (max 4) 1/1 healed (2)"
+    assert " ".join(lines[2].split()) == "kill driver ray 1 - 2 (max 2) 0/1 lost; resumed by hand (1)"
+    assert "3 faults: 2 without a hand, 1 with one or not at all" in lines
+    assert lines[-2:] == ["left behind:", "  ray, after kill driver: file .x.tmp"]
+
+
+def test_what_a_run_leaves_behind_is_seen(tmp_path: Path) -> None:
+    subject = Subject(make_project(tmp_path, "local"), "x")
+    subject.path.mkdir(parents=True)
+    subject.temporary.mkdir()
+    (subject.path / "plan.json").write_text("{}")
+    assert subject.left_behind(0) == []
+    (subject.path / ".result.json.1.tmp").touch()
+    (subject.temporary / "pymp-1").mkdir()
+    (port,) = free_ports(1)
+    program = (
+        f"import socket, time; s = socket.create_server(('127.0.0.1', {port})); print(1, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], env={"LAUNCH_CHAOS": subject.token}, stdout=subprocess.PIPE
+    ) as stray:
+        assert stray.stdout is not None
+        stray.stdout.readline()
+        assert listening(stray.pid) == [port]
+        left = subject.left_behind(0)
+    assert [text.split()[0] for text in left] == ["process", "port", "file", "file"]
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)), "it was killed"
+
+
+@pytest.mark.slow
+def test_faults_on_this_machine(tmp_path: Path) -> None:
+    player = Player(tmp_path, "local", 7, None)
+    names = ("kill -9 rank", "SIGSTOP rank (hang)", "truncated newest checkpoint")
+    player.play(schedule("local", 7, 3, names), player.undisturbed())
+    unharmed(player, 3)
+
+
+@pytest.mark.slow
+def test_faults_on_slurm(tmp_path: Path, on_slurm: SlurmCluster) -> None:
+    player = Player(tmp_path, "slurm", 7, on_slurm)
+    names = ("segfault in a rank", "scancel --signal=USR2", "kill agent of node 1")
+    player.play(schedule("slurm", 7, 3, names), player.undisturbed())
+    unharmed(player, 3)
+
+
+def unharmed(player: Player, faults: int) -> None:
+    """Every fault healed, the weights are those of an undisturbed run, and nothing is left."""
+    assert [finding.outcome for finding in player.findings] == ["healed"] * faults, player.findings
+    for ending in player.endings:
+        assert (ending.state, ending.equal, ending.left) == ("succeeded", True, ())
