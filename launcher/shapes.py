@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 from launcher.cluster import Cluster, NodeKind
 from launcher.devices import Devices, Refused, many
-from launcher.errors import nearest
 
 MANY_NODES = 1024
 """How many nodes are thought of at most where a cluster does not say how many it has."""
@@ -64,8 +63,7 @@ def _of_type(wanted: str, pools: Sequence[Pool], cluster: Cluster) -> list[Pool]
     if not found:
         types = sorted({p.kind.accelerator or "" for p in pools})
         raise Refused(
-            f"--accelerator {wanted}: the nodes of cluster {cluster.name!r} have {' and '.join(types)}"
-            f"{nearest(wanted, types)}."
+            f"--accelerator {wanted}: the nodes of cluster {cluster.name!r} have {' and '.join(types)}."
         )
     return found
 

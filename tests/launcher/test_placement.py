@@ -204,7 +204,7 @@ def test_what_is_placed_on_mixed_nodes(
         (
             gpus(8, accelerator="v100"),
             MIXED,
-            "--accelerator v100: the nodes of cluster 'site' have a100 and h100 (did you",
+            "--accelerator v100: the nodes of cluster 'site' have a100 and h100.",
         ),
         (gpus(8, accelerator="mi300"), MIXED, "--accelerator mi300: the nodes of cluster 'site' have a100 and h100."),
         (
