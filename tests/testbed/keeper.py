@@ -28,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 SESSION = "LAUNCH_TEST_SESSION"  # "<pid of the owner>-<random>", in the environment of all a test session starts
 FOLDER = "LAUNCH_TESTBED"  # in the environment of a cluster's daemons: its folder
@@ -171,6 +171,36 @@ def listening(port: int, host: str = "127.0.0.1") -> bool:
 
 def _pids() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+# --- clusters by hand
+
+
+class Cluster(Protocol):
+    """What every test cluster can do besides its own."""
+
+    def __enter__(self) -> Cluster: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def environment(self) -> dict[str, str]: ...
+
+
+def run_by_hand(cluster: Cluster, command: Sequence[str] | None) -> int:
+    """Run `command` in the cluster and return its exit status; without one, say how to reach it and wait for Ctrl-C."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        with cluster:
+            if command:
+                return subprocess.run(command, env=os.environ | cluster.environment(), check=False).returncode
+            print("\n".join(f"export {k}={v}" for k, v in cluster.environment().items()), flush=True)
+            signal.pause()
+    except TestbedError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        pass
+    return 0
 
 
 # --- the keeper process

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +18,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Client
 from typing import Any, Self
 
-from tests.testbed.keeper import Keeper, TestbedError, tail
+from tests.testbed.keeper import Keeper, TestbedError, run_by_hand, tail
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -150,19 +148,7 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, default=0, help="GPUs of each node, as numbers")
     parser.add_argument("--command", nargs=argparse.REMAINDER, help="run this in the cluster and exit with its status")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        with RayCluster([RayNode(num_gpus=args.gpus)] * 3) as cluster:
-            if args.command:
-                return subprocess.run(args.command, env=os.environ | cluster.environment(), check=False).returncode
-            print("\n".join(f"export {k}={v}" for k, v in cluster.environment().items()), flush=True)
-            signal.pause()
-    except TestbedError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        pass
-    return 0
+    return run_by_hand(RayCluster([RayNode(num_gpus=args.gpus)] * 3), args.command)
 
 
 if __name__ == "__main__":

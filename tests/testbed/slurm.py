@@ -31,6 +31,7 @@ from tests.testbed.keeper import (
     kill,
     listening,
     processes_with,
+    run_by_hand,
     tail,
 )
 from tests.testbed.slurm_conf import FOUR_NODES, Node, config_files
@@ -255,19 +256,7 @@ def main() -> int:
     parser.add_argument("--grace-time", type=int, default=30, help="seconds of GraceTime in partition debug")
     parser.add_argument("--command", nargs=argparse.REMAINDER, help="run this in the cluster and exit with its status")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        with SlurmCluster(accounting=not args.no_accounting, grace_time=args.grace_time) as cluster:
-            if args.command:
-                return subprocess.run(args.command, env=os.environ | cluster.environment(), check=False).returncode
-            print("\n".join(f"export {k}={v}" for k, v in cluster.environment().items()), flush=True)
-            signal.pause()
-    except TestbedError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        pass
-    return 0
+    return run_by_hand(SlurmCluster(accounting=not args.no_accounting, grace_time=args.grace_time), args.command)
 
 
 if __name__ == "__main__":
