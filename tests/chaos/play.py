@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from launcher.spec import State
 from tests.chaos.faults import FAULTS, Fault, Scene, Undo
 from tests.chaos.subject import STEPS, Mark, Subject
 from tests.launcher.engines import make_project
+from tests.testbed.keeper import TestbedError
 from tests.testbed.ray import RayCluster
 from tests.testbed.slurm import SlurmCluster
 
@@ -114,7 +116,11 @@ class Player:
                 break
             if subject.newest() > STEPS - 20:
                 break
-            finding = self._suffer(subject, fault)
+            try:
+                finding = self._suffer(subject, fault)
+            except (LookupError, ValueError, OSError, subprocess.SubprocessError, TestbedError) as error:
+                self.say(f"{self.engine}: {subject.name}: {fault.name} did not strike: {error!r}")
+                continue
             suffered.append(fault.name)
             self.findings.append(finding)
             self.say(f"{self.engine}: {subject.name} step {wanted}: {finding}")

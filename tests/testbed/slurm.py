@@ -184,6 +184,15 @@ class SlurmCluster:
             if state.rstrip("*") not in ("idle", "allocated", "mixed", "completing"):
                 self.set_node(name, "resume")
         self.set_grace_time(self.grace_time)
+        with contextlib.suppress(TestbedError):
+            self.wait_idle(15)
+            return
+        for name, state in self.node_states().items():
+            if state.startswith(
+                "completing"
+            ):  # word of the job's end was lost, as when slurmctld was stopped just then
+                self.set_node(name, "down")
+                self.set_node(name, "resume")
         self.wait_idle()
 
     def set_grace_time(self, seconds: int) -> None:
