@@ -150,6 +150,7 @@ def _attempts(events: Iterable[Record], logs: Mapping[int, Sequence[Record]], no
                     mine.ended = held = time
                 case "requeued":
                     mine.ended = waiting = time
+                    held = None  # a node was lost, and the next attempt is on others
                 case "resumed":
                     mine.resumed = event["step"]
                 case "saved" if isinstance(event.get("blocked"), int | float):

@@ -106,6 +106,21 @@ def test_a_requeued_run_waits_again_and_may_shrink() -> None:
     assert (ledger.total.queue, ledger.total.ranks) == (105, 4)
 
 
+def test_a_restart_on_other_nodes_waits_in_the_queue() -> None:
+    lost = {"attempt": 1, "step": 2, "kind": "node lost"}
+    events = [
+        event(0, "submitted"),
+        started(1),
+        event(6, "failed", **lost),
+        event(6, "restarted", **lost, restarts_left=2),
+        event(7, "requeued", attempt=1, reason="node lost", step=2, exclude=["n1"]),
+        started(17, attempt=2),
+    ]
+    first, second = keep(events, [*steps(1, (3, 1), (4, 2)), *steps(2, (19, 1), (20, 2))], now=20).attempts
+    assert parts(first) == {"queue": 1, "startup": 1, "useful": 2, "other": 3, "steps": 2, "steps_lost": 2}
+    assert parts(second) == {"queue": 10, "startup": 1, "replayed": 2, "steps_replayed": 2}
+
+
 def test_an_attempt_that_went_without_a_word() -> None:
     """A node loses power: no event ends its attempt, and the scheduler starts the job again by itself."""
     ledger = keep(
