@@ -191,7 +191,12 @@ class Coordinator:
         self.stop = self.stop or signal.Signals(message["signal"])
         if message["signal"] == signal.SIGUSR2 and not self.preempted:
             self.preempted = True
-            self.run_dir.event("preempted", signal="SIGUSR2")
+            self.run_dir.event("preempted", signal="SIGUSR2", reason="time limit" if self._late() else "preemption")
+
+    def _late(self) -> bool:
+        """Whether the time limit is near; SLURM may send its signal a minute before it is due."""
+        limit = self.plan.time_minutes * 60
+        return bool(limit) and time.time() - self.started > limit - self.plan.cluster.grace - 60
 
     @property
     def reason(self) -> str:

@@ -44,18 +44,29 @@ class Run:
         if job is None:
             return State.UNKNOWN  # being submitted just now, or the submitting process died in the middle of it
         age = self.dir.heartbeat_age()
-        if age is not None and abs(age) < FRESH_SECONDS:
-            return State.RUNNING if self._started() else State.QUEUED
-        hint = backends.get(job["backend"]).poll(job["job_id"])
+        alive = age is not None and abs(age) < FRESH_SECONDS
+        if alive and backends.POLL_SECONDS[job["backend"]]:
+            return self._phase()  # no need to ask
+        hint = self._poll(job["backend"], job["job_id"])
         if hint is State.LOST and (result := self.dir.result()):
             return State(result["state"])  # it ended between the two looks
+        return self._phase() if alive and not hint.done else hint
+
+    def _poll(self, backend: str, job_id: str) -> State:
+        """What the engine says; an answer that somebody got moments ago is taken for one."""
+        lasts = backends.POLL_SECONDS[backend]
+        if lasts and (answer := self.dir.answer(job_id, lasts)):
+            return State(answer)
+        hint = backends.get(backend).poll(job_id)
+        if lasts:
+            self.dir.keep_answer(job_id, hint)
         return hint
 
-    def _started(self) -> bool:
-        for event in reversed(self.dir.events()):
-            if event["event"] in ("started", "submitted", "requeued"):
-                return bool(event["event"] == "started")
-        return False
+    def _phase(self) -> State:
+        """Whether a run that is supervised has ranks."""
+        told = ("started", "submitted", "requeued")
+        last = next((e["event"] for e in reversed(self.dir.events()) if e["event"] in told), None)
+        return State.RUNNING if last == "started" else State.QUEUED
 
     def status(self) -> dict[str, Any]:
         """Everything a person or a program may want to know, as plain data."""

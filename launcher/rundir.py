@@ -94,6 +94,11 @@ class RunDir:
         return self.path / "rendezvous.json"
 
     @property
+    def answer_file(self) -> Path:
+        """What the engine said when it was last asked for the job."""
+        return self.path / "poll.json"
+
+    @property
     def session_file(self) -> Path:
         return self.path / "session.json"
 
@@ -204,6 +209,17 @@ class RunDir:
             return time.time() - self.heartbeat_file.stat().st_mtime
         return None
 
+    def answer(self, job_id: str, seconds: float) -> str | None:
+        """What the engine said of the job in the last `seconds`, if anybody asked."""
+        answer = read_json(self.answer_file) or {}
+        fresh = 0 <= time.time() - answer.get("time", 0.0) < seconds
+        return str(answer["state"]) if fresh and answer["job_id"] == job_id else None
+
+    def keep_answer(self, job_id: str, state: State) -> None:
+        """Keep what the engine said for whoever asks next; a run directory that cannot be written keeps nothing."""
+        with suppress(OSError):
+            write_atomic(self.answer_file, to_json({"job_id": job_id, "state": state.value, "time": time.time()}))
+
     def request_stop(self, reason: str) -> None:
         write_atomic(self.stop_file, to_json({"reason": reason, "time": time.time()}))
 
@@ -228,7 +244,7 @@ class RunDir:
     def reopen(self) -> None:
         """Forget the end of the last submission so that the run can be submitted again; its history stays in events."""
         ended = (self.result_file, self.value_file, self.value_pickle)
-        for path in (*ended, self.stop_file, self.heartbeat_file, self.rendezvous_file):
+        for path in (*ended, self.stop_file, self.heartbeat_file, self.rendezvous_file, self.answer_file):
             path.unlink(missing_ok=True)
 
 

@@ -33,6 +33,11 @@ class Backend(Protocol):
         """End the job now. What should end with a checkpoint is asked through the run directory before."""
 
 
+POLL_SECONDS = {"local": 0.0, "slurm": 5.0, "ray": 0.0}
+"""How long an answer of `Backend.poll` is good for. Looking for a process of this machine costs nothing; a question to
+slurmctld is shared by all who watch the run, so that their number does not matter to it."""
+
+
 def get(name: str) -> Backend:
     """Import and return the backend called `name`.
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import re
 import shlex
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from launcher.backends import slurm_site
+from launcher.backends import slurm_node, slurm_site
 from launcher.backends.slurm_job import AgentTask
 from launcher.cluster import Cluster, NodeKind
 from launcher.errors import BadRequest
@@ -126,10 +124,11 @@ def parameters(plan: Plan) -> dict[str, Any]:
         "exclude": slurm.exclude,
         "nodelist": slurm.nodelist,
         "exclusive": slurm.exclusive or None,
-        "signal_delay_s": int(plan.cluster.grace),
-        "setup": list(slurm.setup) or None,
+        # SLURM sends it up to a minute early; with a short limit most of the time should still go into the work.
+        "signal_delay_s": int(min(plan.cluster.grace, plan.time_minutes * 60 / 4)),
+        "setup": _setup(plan) or None,
         "teardown": _teardown(plan),
-        "srun_args": _srun_args(plan) or None,
+        "srun_args": slurm_node.srun_args(plan) or None,
         "comment": "launch",
         "additional_parameters": _without_none(
             # `requeue = false` in a profile takes the option out.
@@ -145,7 +144,7 @@ def _teardown(plan: Plan) -> list[str]:
 
     Where the slurmstepd of this script was killed, SLURM does not hear of its end and would hold the nodes for ever.
     """
-    python = _python(plan.cluster.python) or shlex.quote(sys.executable)
+    python = shlex.join(slurm_node.python(plan))
     look = f"{python} -P -m launcher.backends.slurm_job {shlex.quote(str(plan.run_dir))} $status"
     orphaned = "[ -d /proc/$PPID ] || scancel $SLURM_JOB_ID"
     return ["status=$?", f"[ $status = 0 ] || {look} || status=$?", orphaned, "exit $status"]
@@ -155,19 +154,9 @@ def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _python(command: str | None) -> str | None:
-    """The profile's Python command with its words quoted: submitit puts it into the script as it is."""
-    try:
-        words = shlex.split(command or "")
-    except ValueError as error:
-        raise BadRequest(f"python = {command!r} in the cluster's profile: {error}.") from None
-    return shlex.join(os.path.expanduser(os.path.expandvars(word)) for word in words) or None
-
-
-def _srun_args(plan: Plan) -> list[str]:
-    """The profile's, behind one that hands the agent all GPUs of the node where a site's default would bind it to one."""
-    unbound = ["--gpu-bind=none"] if plan.placement.device == "cuda" else []
-    return [*unbound, *plan.cluster.slurm.srun_args]
+def _setup(plan: Plan) -> list[str]:
+    slurm = plan.cluster.slurm
+    return [*([f"module load {' '.join(map(shlex.quote, slurm.modules))}"] if slurm.modules else []), *slurm.setup]
 
 
 def _gpu_request(plan: Plan) -> str | int:
@@ -198,7 +187,7 @@ def _executor(plan: Plan, offline: bool) -> Any:
             return 2
 
     kind = Offline if offline else submitit.SlurmExecutor
-    executor = kind(folder=plan.run_dir / "submitit", python=_python(plan.cluster.python))
+    executor = kind(folder=plan.run_dir / "submitit", python=slurm_node.command(plan))
     executor.update_parameters(**parameters(plan))
     return executor
 

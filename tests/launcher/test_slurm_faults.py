@@ -1,0 +1,106 @@
+"""What a run on SLURM meets in a bad week, in a minute or two: it comes home by itself each time."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launcher.engines import Project, until
+from tests.testbed.slurm import SlurmCluster
+
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(600)]
+
+
+def processes(pattern: str) -> list[int]:
+    found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+class Week:
+    """A run of two nodes with two ranks each, and what happens to it."""
+
+    def __init__(self, project: Project, cluster: SlurmCluster, run: str) -> None:
+        self.project, self.cluster, self.run = project, cluster, run
+        self.path = project.folder / "runs" / run
+
+    @property
+    def job(self) -> str:
+        return str(json.loads((self.path / "job.json").read_text())["job_id"])
+
+    def metrics(self) -> list[dict[str, Any]]:
+        file = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def hosts(self) -> list[str]:
+        return list([e for e in self.project.events(self.run) if e["event"] == "started"][-1]["hosts"])
+
+    def agent(self, host: str) -> int:
+        """The pid of the agent on `host`."""
+        agents = processes(f"^[^ ]*python[0-9.]* -u -m submitit.core._submit {self.path}/")
+        name = f"SLURMD_NODENAME={host}\0"
+        return next(pid for pid in agents if name in Path(f"/proc/{pid}/environ").read_text())
+
+    def meets(self, fault: Callable[[], None]) -> None:
+        """Wait until the run gets on, let `fault` happen, and wait until the run gets on in another attempt."""
+        attempt = max((m["attempt"] for m in self.metrics()), default=1)
+        until(lambda: len([m for m in self.metrics() if m["attempt"] == attempt]) > 10, "ten steps")
+        fault()
+        until(lambda: any(m["attempt"] > attempt for m in self.metrics()), f"a step after {fault.__name__}", 120)
+
+    # ---- what happens -----------------------------------------------------------------------------------------------
+
+    def rank_killed(self) -> None:
+        servers = processes(f"launcher.forkserver {self.path} ")
+        parents = {
+            pid: int(re.findall(r"PPid:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[0]) for pid in servers
+        }
+        os.kill(next(pid for pid, parent in parents.items() if parent in parents), signal.SIGKILL)
+
+    def preempted(self) -> None:
+        self.cluster.run("sbatch", "-p", "urgent", "-N4", "--exclusive", "-o", os.devnull, "--wrap", "sleep 1")
+
+    def requeued_by_an_operator(self) -> None:
+        self.cluster.run("scontrol", "requeue", self.job)
+
+    def agent_killed(self) -> None:
+        os.kill(self.agent(self.hosts()[1]), signal.SIGKILL)
+
+    def coordinating_agent_killed(self) -> None:
+        os.kill(self.agent(self.hosts()[0]), signal.SIGKILL)
+
+    def node_set_down(self) -> None:
+        self.cluster.set_node(self.hosts()[1], "down")
+
+    def power_lost(self) -> None:
+        self.cluster.kill_slurmd(self.hosts()[0], jobs=True)
+
+
+def test_a_bad_week(slurm_project: Project, on_slurm: SlurmCluster) -> None:
+    """Every step of 200 is done, and only those that a sudden death undid are done twice."""
+    arguments = ("--cpus", "4", "--nodes", "2", "--max-restarts", "4", "--name", "w", "--detach")
+    slurm_project.launch(*arguments, "steps:main", "--steps", "200", "--seconds", "0.05")
+    week = Week(slurm_project, on_slurm, "w")
+    agreed = [week.preempted, week.requeued_by_an_operator]
+    sudden = [week.rank_killed, week.agent_killed, week.coordinating_agent_killed, week.node_set_down, week.power_lost]
+    for fault in (*agreed, *sudden):
+        week.meets(fault)
+    on_slurm.signal_daemon("slurmctld", signal.SIGSTOP)  # the end of a run needs no controller
+    try:
+        until(lambda: slurm_project.status("w")["state"] == "succeeded", "the end")
+    finally:
+        on_slurm.signal_daemon("slurmctld", signal.SIGCONT)
+    assert slurm_project.status("w")["attempt"] == len(agreed) + len(sudden) + 1
+    steps = Counter(m["step"] for m in week.metrics())
+    assert sorted(steps) == list(range(1, 201))
+    assert sum(count - 1 for count in steps.values()) <= len(sudden), "a step whose end was not written is done again"
+    reasons = [e["reason"] for e in slurm_project.events("w") if e["event"] == "requeued"]
+    assert reasons[:4] == ["preempted", "scheduler", "node lost", "node lost"]
