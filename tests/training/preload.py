@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch.distributed  # noqa: F401
+import torch.distributed.fsdp
+import torch.distributed.tensor  # noqa: F401
 from accelerate import Accelerator  # noqa: F401
 from datasets import load_from_disk  # noqa: F401
 from transformers import (  # noqa: F401

@@ -145,6 +145,7 @@ def test_stores_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("s3")
+@pytest.mark.parametrize("uri", ["folder"], indirect=True)  # S3 with two nodes: see test_store.py
 def test_a_run_goes_on_from_the_mirror_where_its_disk_is_gone(tmp_path: Path, small: Path, uri: str) -> None:
     options: dict[str, Any] = {
         "dataset": str(small), "epochs": 2, "batch_size": 8, "log_with": (), "cache": tmp_path / "cache", "mirror": uri,

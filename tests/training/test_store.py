@@ -20,14 +20,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.faults import save_with_a_fault, shards
+from tests.training.faults import parts, save_with_a_fault, shards
 from tests.training.ranks import assert_same_end, spawn, train_in
 from training.checkpoints import Checkpoints
+from training.context import Context
 from training.engine import Engine
 from training.errors import CheckpointError, ConfigError
 from training.files import read_lines
-from training.manifest import load
+from training.manifest import load, read_manifest
 from training.store import Store
+from training.train import TrainConfig
 from training.world import World
 
 Options = dict[str, Any]
@@ -141,7 +143,7 @@ def train_apart(world: World, folder: Path, options: Options) -> tuple[dict[str,
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("s3", "rank_server")
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(("uri", "sharded"), [("folder", True), ("s3", False)], indirect=["uri"])
 def test_nodes_without_a_common_disk_go_on_from_the_mirror(
     tmp_path: Path, options: Options, uri: str, sharded: bool
 ) -> None:
@@ -169,14 +171,26 @@ def test_a_node_that_lacks_the_checkpoint_is_named_to_all(tmp_path: Path, option
     for result, _ in spawn(train_apart, 2, tmp_path, options):
         assert "is missing" in result["error"]
         assert "nodes that share no disk need --mirror" in result["error"]
-    there = tmp_path / "node1/run/checkpoints/step-000000001"
-    shutil.copytree(tmp_path / "node0/run/checkpoints/step-000000001", there)
-    (result, _), _ = spawn(train_apart, 2, tmp_path, options)
-    assert result["steps"] == 1
-    shutil.rmtree(there)
-    train_in(World(threads=1), tmp_path / "node1/run", **{**options, "batch_size": 2})
+    there = Checkpoints(tmp_path / "node1/run/checkpoints")
+    there.save(1, parts(1))
+    there.close()
     for result, _ in spawn(train_apart, 2, tmp_path, options):
         assert "is not the checkpoint that rank 0 has" in result["error"]
+
+
+def test_a_copy_in_the_mirror_that_is_another_checkpoint_is_refused(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        with Context(tmp_path / name / "run", World()) as ctx:
+            store = Store(ctx, TrainConfig(mirror=f"file://{tmp_path}/store"))
+            ctx.run_dir.mkdir(parents=True)
+            ctx.checkpoints.save(1, parts(len(name)), wait=True)
+            store.close()
+    digest = read_manifest(tmp_path / "one/run/checkpoints/step-000000001")["sha256"]
+    with (
+        Context(tmp_path / "third/run", World()) as ctx,
+        pytest.raises(CheckpointError, match="as the mirror has it is not the checkpoint that rank 0 has"),
+    ):
+        Store(ctx, TrainConfig(mirror=f"file://{tmp_path}/store"))._bring("step-000000001", digest)
 
 
 # --- disks that fail

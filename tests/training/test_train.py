@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import math
 import os
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.backends.debugging import aot_eager
 
 from tests.training.ranks import losses, spawn, train_in, train_in_world
 from training import train as module
@@ -53,7 +55,9 @@ def test_a_run_from_start_to_end(tmp_path: Path, options: Options) -> None:
     assert sorted(os.listdir(run)) == before
 
 
-def plain_loop(options: Options, seed: int, lr: float, fused: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+def plain_loop(
+    options: Options, seed: int, lr: float, *, fused: bool, max_grad_norm: float = 0.0
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The recipe's loop with nothing of ours but the order of the samples."""
     from torch.utils.data import DataLoader
     from transformers import DataCollatorWithPadding, get_scheduler
@@ -78,6 +82,8 @@ def plain_loop(options: Options, seed: int, lr: float, fused: bool) -> tuple[lis
     for batch in loader:
         loss = model(**batch).loss
         loss.backward()
+        if max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
@@ -90,13 +96,17 @@ def test_the_losses_are_those_of_the_plain_loop(tmp_path: Path, options: Options
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        expected, weights = plain_loop(options, 3, 1e-3, True)
-        unfused, _ = plain_loop(options, 3, 1e-3, False)
+        expected, weights = plain_loop(options, 3, 1e-3, fused=True)
+        unfused, _ = plain_loop(options, 3, 1e-3, fused=False)
+        clipped, _ = plain_loop(options, 3, 1e-3, fused=True, max_grad_norm=0.01)
     finally:
         torch.set_num_threads(threads)
     train_in(ONE, tmp_path / "run", **options, seed=3, lr=1e-3)
     assert list(losses(tmp_path / "run").values()) == expected
     assert expected == pytest.approx(unfused, rel=1e-5)  # the fused optimizer rounds differently, and that is all
+    assert clipped != expected
+    train_in(ONE, tmp_path / "clipped", **options, seed=3, lr=1e-3, max_grad_norm=0.01)
+    assert list(losses(tmp_path / "clipped").values()) == clipped
     trained = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert all(torch.equal(weights[name], trained[name]) for name in trained)
 
@@ -104,16 +114,34 @@ def test_the_losses_are_those_of_the_plain_loop(tmp_path: Path, options: Options
 @pytest.mark.slow
 @pytest.mark.usefixtures("rank_server")
 def test_accumulation_and_ranks_take_the_same_step(tmp_path: Path, options: Options) -> None:
-    """Global batch 8 as one batch, as microbatches of 3, and on 2 and 3 ranks: equal up to rounding."""
+    """Global batch 8 as one batch, as microbatches of 3, and on 3 ranks: equal up to rounding."""
     train_in(ONE, tmp_path / "one", **options)
     expected = losses(tmp_path / "one")
     train_in(ONE, tmp_path / "micro", **{**options, "batch_size": 3, "global_batch": 8})
     assert losses(tmp_path / "micro") == pytest.approx(expected, rel=1e-4)
-    for size in (2, 3):
-        run = tmp_path / str(size)
-        results = spawn(train_in_world, size, run, {**options, "batch_size": 3, "global_batch": 8})
-        assert losses(run) == pytest.approx(expected, rel=1e-4)
-        assert all(result == results[0] for result in results)
+    results = spawn(train_in_world, 3, tmp_path / "ranks", {**options, "batch_size": 3, "global_batch": 8})
+    assert losses(tmp_path / "ranks") == pytest.approx(expected, rel=1e-4)
+    assert all(result == results[0] for result in results)
+
+
+@pytest.mark.slow
+def test_compiled_it_learns_the_same(tmp_path: Path, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced and differentiated by the compiler; C++ is not made of it, which would take most of a minute."""
+    options |= {"length_buckets": True, "max_steps": 2}
+    train_in(ONE, tmp_path / "plain", **options)
+    lengths: set[int] = set()
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        lengths.update(each.shape[1] for each in inputs if each.dtype == torch.int64 and each.dim() == 2)
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    train_in(ONE, tmp_path / "run", **options, compile=True)
+    torch._dynamo.reset()
+    assert lengths - {1, 128} == {32}, "padded to multiples of 32"
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+    saved = load_file(tmp_path / "run" / "checkpoints" / "step-000000002" / "model.safetensors")
+    assert saved.keys() == load_model("tiny", 2).state_dict().keys(), "not the names of the compiled wrapper"
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
