@@ -1,18 +1,9 @@
-"""Cluster profiles: one TOML file says what exists and how this site wants to be asked for it."""
+"""A cluster: what exists and how this site wants to be asked for it. A profile is one in TOML (`launcher.profiles`)."""
 
 from __future__ import annotations
 
-import os
-import re
-import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal
-
-from launcher.errors import BadRequest, nearest
-from launcher.records import from_data
 
 BACKENDS = ("local", "slurm", "ray")
 
@@ -60,11 +51,42 @@ class NodeKind:
 
 
 @dataclass(frozen=True)
-class Slurm:
-    """How this SLURM wants to be asked. Each field is the sbatch option of the same name unless it says otherwise.
+class Container:
+    """The container that the node agents and their ranks run in; one a node.
 
     Attributes:
-        setup: shell lines that run on the first node before anything else, such as ``module load cuda``.
+        image: a file, or a reference that the runtime can pull, as the nodes see it.
+        runtime: ``pyxis`` (Enroot through srun), ``apptainer`` or ``singularity``.
+        mounts: folders to mount, each ``/path`` or ``/on/the/node:/in/the/container``; the folder of runs is mounted
+            in any case.
+        options: further options of the runtime, such as ``--fakeroot`` or ``--container-writable``.
+    """
+
+    image: str
+    runtime: Literal["pyxis", "apptainer", "singularity"] = "pyxis"
+    mounts: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """How this SLURM wants to be asked. A field is the sbatch option of the same name unless it says otherwise.
+
+    Attributes:
+        partition: or several, with commas; left out, the cluster's default.
+        account: whose hours are used; left out, your default.
+        qos: quality of service.
+        reservation: the name of a reservation.
+        constraint: node features; ``&`` and ``|`` join them.
+        exclude: nodes never to use.
+        nodelist: nodes to use.
+        exclusive: share nodes with nobody.
+        modules: environment modules, loaded on the first node and inherited by all.
+        setup: shell lines that run on the first node before anything else; what they export reaches all nodes.
+        node_setup: shell lines that run on every node before its ranks; where one fails the node does not start.
+        scratch: a folder on each node's own disk, made before its ranks, their ``TMPDIR``, and removed after them. Variables
+            are those of the node, as in ``/local/$SLURM_JOB_ID``.
+        container: the container to run in.
         srun_args: extra arguments of srun, such as Pyxis' ``--container-image=...``.
         sbatch: any further sbatch options, as ``name = value``.
     """
@@ -77,7 +99,11 @@ class Slurm:
     exclude: str | None = None
     nodelist: str | None = None
     exclusive: bool = False
+    modules: tuple[str, ...] = ()
     setup: tuple[str, ...] = ()
+    node_setup: tuple[str, ...] = ()
+    scratch: str | None = None
+    container: Container | None = None
     srun_args: tuple[str, ...] = ()
     sbatch: dict[str, Any] = field(default_factory=dict)
 
@@ -120,7 +146,14 @@ class Cluster:
             counts as hung; ten times that while it evaluates or saves; 0 never looks.
         start_method: ``forkserver`` (imports once a node) or ``spawn`` (for code that cannot fork).
         python: the Python command on the nodes; default: the one that submits.
-        environment: variables set in every rank.
+        proxy: ``http://host:port`` through which the nodes reach the internet.
+        hub_cache: folder of models and data sets of the Hugging Face Hub (``HF_HOME``) that all nodes see.
+        offline: the nodes have no internet: the Hub's libraries use what is in ``hub_cache``.
+        environment: variables set in every rank; they win over those that other fields stand for.
+        slurm: for the backend ``slurm``.
+        ray: for the backend ``ray``.
+        name: of the profile; default: its file's.
+        description: one line for `launch clusters`.
     """
 
     name: str
@@ -137,130 +170,28 @@ class Cluster:
     hang_after: float = 300.0
     start_method: Literal["forkserver", "spawn"] = "forkserver"
     python: str | None = None
+    proxy: str | None = None
+    hub_cache: str | None = None
+    offline: bool = False
     environment: dict[str, str] = field(default_factory=dict)
     slurm: Slurm = Slurm()
     ray: Ray = Ray()
+
+    def variables(self) -> dict[str, str]:
+        """What every rank gets in its environment."""
+        variables: dict[str, str] = {}
+        if self.proxy:
+            # Programs read one spelling or the other; addresses of the cluster itself are not for the proxy.
+            near = "localhost,127.0.0.1,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16"
+            for name, value in (("http_proxy", self.proxy), ("https_proxy", self.proxy), ("no_proxy", near)):
+                variables |= {name: value, name.upper(): value}
+        if self.hub_cache:
+            variables["HF_HOME"] = self.hub_cache
+        if self.offline:
+            variables |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+        return variables | self.environment
 
     def node_kinds(self) -> tuple[NodeKind, ...]:
         """The kinds of nodes; one where all are alike."""
         node = self.node
         return self.kinds or (NodeKind(self.nodes, node.gpus, node.cpus, node.memory_gb, node.accelerator),)
-
-
-@dataclass(frozen=True)
-class Profile:
-    """A profile that was found: its name, its file, and where that kind of place is."""
-
-    name: str
-    path: Path
-    where: str
-
-
-def folders(cwd: Path) -> list[tuple[str, Path]]:
-    """The folders in which profiles are looked up, first match wins."""
-    config_home = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
-    found = [("project", cwd / "cluster_configs"), ("user", Path(config_home) / "launch" / "cluster_configs")]
-    shipped = find_spec("cluster_configs")
-    if shipped and shipped.submodule_search_locations:
-        found += [("shipped", Path(p)) for p in shipped.submodule_search_locations]
-    return found
-
-
-def profiles(cwd: Path) -> list[Profile]:
-    """All profiles that can be named with ``--cluster``, in look-up order, without those that an earlier one hides."""
-    seen: dict[str, Profile] = {}
-    for profile in _all_profiles(cwd):
-        seen.setdefault(profile.name, profile)
-    return list(seen.values())
-
-
-def _all_profiles(cwd: Path) -> list[Profile]:
-    return [
-        Profile(path.relative_to(folder).with_suffix("").as_posix(), path, where)
-        for where, folder in folders(cwd)
-        for path in sorted(folder.glob("*.toml")) + sorted(folder.glob("examples/*.toml"))
-    ]
-
-
-def load(name: str, cwd: Path) -> Cluster:
-    """Read the profile called `name`, or the file at that path.
-
-    Raises:
-        BadRequest: no such profile, not TOML, an unknown key or an unusable value.
-    """
-    path = cwd / name
-    if path.suffix != ".toml":
-        found = {p.name: p.path for p in profiles(cwd)}
-        if name not in found:
-            raise BadRequest(
-                f"--cluster {name!r}: no such profile{nearest(name, found)}. Known: {', '.join(sorted(found))}."
-                " A path to a .toml file works too."
-            )
-        path = found[name]
-    return parse(_read(path), path, cwd)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text())
-    except OSError as error:
-        raise BadRequest(f"cluster profile {path}: {error.strerror or error}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadRequest(f"cluster profile {path}: not valid TOML: {error}.") from None
-
-
-def parse(data: Mapping[str, Any], path: Path, cwd: Path) -> Cluster:
-    """Turn the content of the profile at `path` into a `Cluster`; ``extends`` names the profile it builds on."""
-    data = dict(data)
-    where = f"cluster profile {path}"
-    if "extends" in data:
-        base = str(data.pop("extends"))
-        parent = _read(_base(base, path, cwd, where))
-        if "extends" in parent:
-            raise BadRequest(f"{where}: extends {base!r}, which itself extends another; one level is allowed.")
-        data = _merge(parent, data)
-    _refuse_control_characters(data, where)
-    cluster = from_data(Cluster, {"name": path.stem, **data}, where)
-    if (cluster.node.gpus or 0) < 0 or cluster.node.cpus < 0 or cluster.nodes < 0 or cluster.grace <= 0:
-        raise BadRequest(f"{where}: node.gpus, node.cpus and nodes are 0 or more, and grace is more than 0 seconds.")
-    for name, value in cluster.slurm.sbatch.items():
-        if not re.fullmatch(r"[A-Za-z][\w-]*", name) or not isinstance(value, str | int | float):
-            raise BadRequest(f"{where}: slurm.sbatch: {name!r} = {value!r} is not an option of sbatch and its value.")
-    for name in cluster.environment:
-        if not name or "=" in name:
-            raise BadRequest(f"{where}: environment: {name!r} cannot be the name of a variable.")
-    runs = os.path.expanduser(os.path.expandvars(cluster.runs))
-    if "$" in runs:
-        raise BadRequest(f"{where}: runs = {cluster.runs!r} names a variable that is not set here.")
-    return replace(cluster, runs=runs)
-
-
-def _base(name: str, path: Path, cwd: Path, where: str) -> Path:
-    """The profile `name`, looked up like any other; one that bears its own base's name builds on the one it hides."""
-    found = {p.name: p.path for p in reversed(_all_profiles(cwd)) if not (p.path.exists() and p.path.samefile(path))}
-    if name not in found:
-        raise BadRequest(
-            f"{where}: extends {name!r}: no such profile{nearest(name, found)}. Known: {', '.join(found)}."
-        )
-    return found[name]
-
-
-def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
-    return merged
-
-
-def _refuse_control_characters(value: Any, where: str) -> None:
-    """Profile values end up in one-line places (#SBATCH lines, arguments): a line break there would begin another."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            _refuse_control_characters(key, where)
-            _refuse_control_characters(item, f"{where}: {key}")
-    elif isinstance(value, list):
-        for item in value:
-            _refuse_control_characters(item, where)
-    elif isinstance(value, str) and any(ord(c) < 32 or ord(c) == 127 for c in value):
-        raise BadRequest(f"{where}: line breaks and control characters are not allowed in {value!r}; use a list.")

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from launcher import cluster
 from launcher.backends import local, slurm_site
 from launcher.backends.ray import address as ray_address
+from launcher.cluster import Cluster
 from launcher.errors import BadRequest
 
 PACKAGES = ("torch", "transformers", "datasets", "evaluate", "accelerate", "ray", "submitit", "cloudpickle")
@@ -30,7 +30,7 @@ class Check:
     remedy: str = ""
 
 
-def examine(site: cluster.Cluster, cwd: Path) -> Iterator[Check]:
+def examine(site: Cluster, cwd: Path) -> Iterator[Check]:
     """Run the checks for the cluster `site`, one after the other."""
     yield Check("python", sys.version_info >= (3, 11), sys.version.split()[0], "use Python 3.11 or newer")
     yield _packages()
@@ -77,12 +77,12 @@ def _runs_folder(folder: Path) -> Check:
     return Check("runs folder", free > 1, found, "less than 1 GiB is free: checkpoints will not fit")
 
 
-def _local(site: cluster.Cluster) -> Iterator[Check]:
+def _local(site: Cluster) -> Iterator[Check]:
     node = local.survey(site).node
     yield Check("devices", True, f"{node.gpus or 'no'} GPUs, {node.cpus} cores")
 
 
-def _slurm(site: cluster.Cluster) -> Iterator[Check]:
+def _slurm(site: Cluster) -> Iterator[Check]:
     for command in ("sbatch", "srun", "squeue", "scancel", "sinfo"):
         if shutil.which(command) is None:
             yield Check("slurm", False, f"{command} is missing", "log in to a submission host of the cluster")
@@ -108,7 +108,7 @@ def _slurm(site: cluster.Cluster) -> Iterator[Check]:
     yield Check("accounting", True, "sacct is here" if accounting else "no sacct: not needed")
 
 
-def _ray(site: cluster.Cluster) -> Iterator[Check]:
+def _ray(site: Cluster) -> Iterator[Check]:
     where = ray_address(site)
     if where is None:
         yield Check("ray", True, "no address: a Ray is started on this machine for each run")
@@ -122,4 +122,4 @@ def _ray(site: cluster.Cluster) -> Iterator[Check]:
         yield Check("ray", False, f"{where}: {error}", "is the head running, and is this its GCS port?")
 
 
-_ENGINES: dict[str, Callable[[cluster.Cluster], Iterator[Check]]] = {"local": _local, "slurm": _slurm, "ray": _ray}
+_ENGINES: dict[str, Callable[[Cluster], Iterator[Check]]] = {"local": _local, "slurm": _slurm, "ray": _ray}

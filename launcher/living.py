@@ -122,14 +122,16 @@ def run_cancel(argv: Sequence[str]) -> int:
 
 
 def run_clusters(argv: Sequence[str]) -> int:
-    """``launch clusters``."""
-    options = command("clusters", run=False).parse_args(list(argv))
-    from launcher import cluster
+    """``launch clusters`` and ``launch clusters new [NAME]``."""
+    if argv[:1] == ["new"]:
+        return _new_cluster(argv[1:])
+    options = command("clusters", "`launch clusters new [NAME]` writes a first one.", run=False).parse_args(list(argv))
+    from launcher import profiles
 
     rows = []
-    for profile in cluster.profiles(Path.cwd()):
+    for profile in profiles.profiles(Path.cwd()):
         try:
-            site = cluster.load(profile.name, Path.cwd())
+            site = profiles.load(profile.name, Path.cwd())
             backend, text = str(site.backend), site.description
         except BadRequest as error:
             backend, text = "?", f"unusable: {error}"
@@ -147,7 +149,27 @@ def run_clusters(argv: Sequence[str]) -> int:
         return 0
     for row in rows:
         print(f"{row['name']:<24} {row['backend']:<6} {row['where']:<8} {row['description']}")
-    print("\nlooked in: " + ", ".join(f"{folder} ({where})" for where, folder in cluster.folders(Path.cwd())))
+    print("\nlooked in: " + ", ".join(f"{folder} ({where})" for where, folder in profiles.folders(Path.cwd())))
+    return 0
+
+
+def _new_cluster(argv: Sequence[str]) -> int:
+    parser = Parser(
+        prog="launch clusters new",
+        description="Look at the SLURM or Ray at hand and write ./cluster_configs/NAME.toml.",
+    )
+    parser.add_argument("name", nargs="?", default="mine", metavar="NAME", help="of the profile (default: mine)")
+    parser.add_argument("--backend", action=Once, metavar="NAME", help="slurm or ray (default: the one at hand)")
+    add_json(parser)
+    options = parser.parse_args(list(argv))
+    from launcher.first_profile import create
+
+    path = create(options.name, options.backend, Path.cwd())
+    print(
+        json.dumps({"name": options.name, "path": str(path)})
+        if options.json
+        else f"{path}: look at it, then use it with --cluster {options.name}"
+    )
     return 0
 
 
@@ -160,13 +182,13 @@ def run_doctor(argv: Sequence[str]) -> int:
     parser.add_argument("--cluster", action=Once, metavar="NAME|PATH", help="a profile (see `launch clusters`)")
     add_json(parser)
     options = parser.parse_args(list(argv))
-    from launcher import backends, cluster
+    from launcher import backends, profiles
     from launcher.doctor import examine
     from launcher.records import to_data
 
     if options.backend is not None:
         backends.get(options.backend)
-    site = cluster.load(options.cluster or options.backend or "local", Path.cwd())
+    site = profiles.load(options.cluster or options.backend or "local", Path.cwd())
     checks = []
     for check in examine(site, Path.cwd()):
         checks.append(check)

@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher import backends, cluster, snapshot, target
+from launcher import backends, profiles, snapshot, target
+from launcher.cluster import Cluster
 from launcher.errors import BadRequest
 from launcher.placement import Devices, Placement, place
 from launcher.rundir import RunDir
@@ -25,7 +26,7 @@ def make_plan(spec: RunSpec, cwd: Path, function: Callable[..., Any] | None = No
     Raises:
         BadRequest: the request cannot be met.
     """
-    site = cluster.load(spec.cluster or _backend_name(spec.backend), cwd)
+    site = profiles.load(spec.cluster or _backend_name(spec.backend), cwd)
     if spec.backend is not None and spec.backend != site.backend:
         raise BadRequest(
             f"--backend {spec.backend} --cluster {spec.cluster}: that cluster's backend is {site.backend}."
@@ -58,7 +59,7 @@ def make_plan(spec: RunSpec, cwd: Path, function: Callable[..., Any] | None = No
         target=found,
         cwd=cwd,
         time_minutes=parse_minutes(text) if text else DEFAULT_MINUTES,
-        environment=_environment(placement) | site.environment,
+        environment=_environment(placement) | site.variables(),
     )
     return replace(plan, start=backends.check(plan))
 
@@ -76,7 +77,7 @@ def _backend_name(backend: str | None) -> str:
     return backend or "local"
 
 
-def _default_devices(spec: RunSpec, site: cluster.Cluster) -> Devices:
+def _default_devices(spec: RunSpec, site: Cluster) -> Devices:
     """One device, or all of the nodes that were asked for."""
     kind, each = ("gpu", site.node.gpus) if site.node.gpus else ("cpu", site.node.cpus)
     count = spec.nodes * (each or 1) if spec.nodes else 1
@@ -94,7 +95,7 @@ def _new_name(spec: RunSpec, folder: Path) -> str:
     return name
 
 
-def _check_folder(run_dir: Path, site: cluster.Cluster) -> None:
+def _check_folder(run_dir: Path, site: Cluster) -> None:
     if any(ord(c) < 32 for c in str(run_dir)):
         raise BadRequest(f"{run_dir!r}: a run directory's path cannot hold line breaks.")
     if run_dir.exists():

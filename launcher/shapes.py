@@ -62,9 +62,7 @@ def _of_type(wanted: str, pools: Sequence[Pool], cluster: Cluster) -> list[Pool]
     found = named or featured or contained or silent
     if not found:
         types = sorted({p.kind.accelerator or "" for p in pools})
-        raise Refused(
-            f"--accelerator {wanted}: the nodes of cluster {cluster.name!r} have {' and '.join(types)}."
-        )
+        raise Refused(f"--accelerator {wanted}: the nodes of cluster {cluster.name!r} have {' and '.join(types)}.")
     return found
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from launcher import cluster
-from launcher.cluster import BACKENDS, load, parse
+from launcher import profiles, reference
+from launcher.backends.slurm_site import Partition
+from launcher.cluster import BACKENDS, NodeKind
 from launcher.errors import BadRequest
+from launcher.first_profile import create, ray_text, slurm_text
+from launcher.profiles import load, parse
 
 SHIPPED = Path(__file__).parents[2] / "cluster_configs"
 
@@ -48,7 +52,7 @@ def test_what_is_commented_out_in_a_shipped_profile_can_be_used(path: Path, tmp_
     for line in path.read_text().splitlines():
         bare = line.removeprefix("# ")
         if bare.startswith("[") or (" = " in bare and bare.split(" = ")[0].replace("_", "").isalpha()):
-            if bare.startswith("[") and bare in tables:
+            if bare in tables and not bare.startswith("[["):
                 continue
             tables.add(bare)
             lines.append(bare.replace("$USER", "me"))
@@ -76,14 +80,29 @@ def test_what_is_commented_out_in_a_shipped_profile_can_be_used(path: Path, tmp_
         ("backend = 'slurm'\n[slurm]\nexclusive = 'yes'", "slurm: exclusive: expected true or false, got 'yes'"),
         ("backend = 'ray'\n[ray]\nplacement_strategy = 'pack'", "'pack' is not one of PACK, SPREAD, STRICT_PACK"),
         ("backend = 'local'\nstart_method = 'fork'", "start_method: 'fork' is not one of forkserver, spawn"),
-        ("backend = 'local'\nnodes = -1", "nodes are 0 or more"),
-        ("backend = 'local'\nnode = {gpus = -1}", "nodes are 0 or more"),
+        ("backend = 'local'\nnodes = -1", "numbers of nodes, GPUs and cores and memory are 0 or more"),
+        ("backend = 'local'\nnode = {gpus = -1}", "numbers of nodes, GPUs and cores and memory are 0 or more"),
         ("backend = 'local'\ngrace = 0", "grace is more than 0 seconds"),
         ("backend = 'slurm'\n[slurm]\naccount = \"a\\nb\"", "line breaks and control characters are not allowed in 'a\\nb'"),
         ("backend = 'slurm'\n[slurm]\nsetup = [\"a\\nb\"]", "slurm: setup: line breaks"),
         ("backend = 'slurm'\n[slurm.sbatch]\n\"a\\nb\" = 1", "slurm: sbatch: line breaks"),
         ("backend = 'slurm'\n[slurm.sbatch]\n\"a b\" = 1", "'a b' = 1 is not an option of sbatch and its value"),
         ("backend = 'slurm'\n[slurm.sbatch]\nbegin = 2030-01-01", "slurm.sbatch: 'begin' = datetime.date(2030, 1, 1) is not"),
+        ("backend = 'slurm'\n[slurm.sbatch]\ngpus-per-task = 1", "'gpus-per-task' is decided elsewhere; use --gpus; a job has one"),
+        ("backend = 'slurm'\n[slurm.sbatch]\npartition = 'x'", "'partition' is decided elsewhere; use slurm.partition."),
+        ("backend = 'slurm'\n[slurm.sbatch]\njob_name = 'x'", "'job_name' is decided elsewhere; use --name."),
+        ("backend = 'slurm'\nproxy = 'proxy:3128'", "proxy = 'proxy:3128': write http://host:port."),
+        ("backend = 'slurm'\nhub_cache = '$NO_SUCH_VARIABLE'", "hub_cache = '$NO_SUCH_VARIABLE' names a variable that is not"),
+        ("backend = 'slurm'\n[slurm]\nscratch = 'local'", "slurm.scratch = 'local': write an absolute path"),
+        ("backend = 'slurm'\n[slurm]\nscratch = '/l/$(id)$SLURM_JOB_ID'", "write an absolute path"),
+        ("backend = 'slurm'\n[slurm]\nscratch = '/local'", "slurm.scratch is removed after the job, so it needs $SLURM_JOB_ID"),
+        ("backend = 'slurm'\n[slurm.container]\nmounts = ['/a']", "slurm: container: the key 'image' is missing"),
+        ("backend = 'slurm'\n[slurm.container]\nimage = ' '", "slurm.container.image is empty"),
+        ("backend = 'slurm'\n[slurm.container]\nimage = 'x'\nruntime = 'docker'", "'docker' is not one of pyxis, apptainer"),
+        ("backend = 'slurm'\n[slurm.container]\nimage = 'x'\nmounts = ['a:b']", "mounts: 'a:b': write /path or /on/the/node:/in"),
+        ("backend = 'slurm'\n[slurm]\nsrun_args = ['--container-image=x']\n[slurm.container]\nimage = 'x'", "in one place"),
+        ("backend = 'slurm'\n[[kinds]]\ncount = -1", "are 0 or more"),
+        ("backend = 'slurm'\n[[kinds]]\ngpu = 1", "kinds: unknown key 'gpu' (did you mean 'gpus'?)"),
         ("backend = 'slurm'\n[slurm.sbatch]\nx = [1]", "is not an option of sbatch and its value"),
         ("backend = 'local'\n[environment]\n\"A=B\" = 'x'", "environment: 'A=B' cannot be the name of a variable"),
         ("backend = 'local'\n[environment]\nA = \"\\u0000\"", "environment: A: line breaks and control characters"),
@@ -102,13 +121,13 @@ def test_what_is_refused_names_the_file_and_the_key(tmp_path: Path, text: str, w
 
 
 def test_a_project_comes_before_the_user_and_the_user_before_the_shipped(tmp_path: Path, user: Path) -> None:
-    where = {p.name: p.where for p in cluster.profiles(tmp_path)}
+    where = {p.name: p.where for p in profiles.profiles(tmp_path)}
     assert {"local", "slurm", "ray"} <= set(where)
     assert set(where.values()) == {"shipped"}
     write(user / "cluster_configs" / "slurm.toml", "backend = 'slurm'\ndescription = 'user'")
     write(user / "cluster_configs" / "ray.toml", "backend = 'ray'\ndescription = 'user'")
     profile(tmp_path, "backend = 'slurm'\ndescription = 'project'", "slurm")
-    found = {p.name: p.where for p in cluster.profiles(tmp_path)}
+    found = {p.name: p.where for p in profiles.profiles(tmp_path)}
     assert (found["slurm"], found["ray"], found["local"]) == ("project", "user", "shipped")
     assert load("slurm", tmp_path).description == "project"
     assert load("ray", tmp_path).description == "user"
@@ -189,3 +208,67 @@ def test_the_runs_folder_knows_variables_and_home(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("SCRATCH", "/scratch/me")
     monkeypatch.setenv("HOME", "/home/me")
     assert parse({"backend": "local", "runs": runs}, Path("x.toml"), Path.cwd()).runs == expected
+
+
+def test_conveniences_stand_for_variables_and_yield_to_them() -> None:
+    data = {"backend": "slurm", "proxy": "http://p:3128", "hub_cache": "~/hub", "offline": True}
+    site = parse(data | {"environment": {"HF_HUB_OFFLINE": "0"}}, Path("x.toml"), Path.cwd())
+    found = site.variables()
+    assert found["https_proxy"] == found["HTTPS_PROXY"] == found["http_proxy"] == "http://p:3128"
+    assert "127.0.0.1" in found["no_proxy"]
+    assert found["HF_HOME"] == str(Path.home() / "hub")
+    assert (found["HF_DATASETS_OFFLINE"], found["HF_HUB_OFFLINE"]) == ("1", "0")
+    assert parse({"backend": "slurm"}, Path("x.toml"), Path.cwd()).variables() == {}
+
+
+def test_kinds_of_nodes_can_be_written_down(tmp_path: Path) -> None:
+    text = "backend = 'slurm'\n[[kinds]]\ncount = 2\ngpus = 8\naccelerator = 'h100'\n[[kinds]]\ncount = 9\ncpus = 4\n"
+    site = load(str(write(tmp_path / "site.toml", text)), tmp_path)
+    assert [(kind.count, kind.gpus, kind.cpus, kind.accelerator) for kind in site.node_kinds()] == [
+        (2, 8, 0, "h100"),
+        (9, 0, 4, None),
+    ]
+
+
+def test_the_reference_is_current() -> None:
+    page = Path(__file__).parents[2] / "docs" / "profiles.md"
+    assert page.read_text() == reference.page(), "`python -m launcher.reference > docs/profiles.md` writes it anew"
+
+
+@pytest.mark.parametrize("cls", [cls for _, cls, _ in reference.TABLES])
+def test_every_field_of_a_profile_is_explained(cls: type) -> None:
+    assert set(reference.attributes(cls)) == {field.name for field in dataclasses.fields(cls)}
+
+
+def test_a_first_profile_of_slurm_can_be_read(tmp_path: Path) -> None:
+    found = [Partition("a 'b'", True, max_minutes=90, max_nodes=2, accounts=("ml",)), Partition("down", state="DOWN")]
+    text = slurm_text(found, [NodeKind(2, 8, 96, 1000.0, "h100", ("ib",), "n1,n2", 1), NodeKind(1, 0, 4)])
+    site = load(str(write(tmp_path / "site.toml", text)), tmp_path)
+    assert (site.backend, site.slurm.partition, site.time) == ("slurm", "a 'b'", "90m")
+    assert "#   2 x 96 cores, 1000 GB, 8 h100 GPUs (n1,n2; 1 more down or drained; features ib)\n" in text
+    assert "#   a 'b': 90 min, the default, 2 nodes a job, accounts ml\n#   down: no time limit, DOWN\n" in text
+    assert load(str(write(tmp_path / "none.toml", slurm_text([], []))), tmp_path).slurm.partition is None
+
+
+def test_a_first_profile_of_ray_can_be_read(tmp_path: Path) -> None:
+    nodes = [{"CPU": 4.0}, {"CPU": 48.0, "GPU": 4.0, "accelerator_type:A100": 1.0}, {"CPU": 32.0, "GPU": 4.0}]
+    text = ray_text("10.0.0.1:6379", nodes)
+    site = load(str(write(tmp_path / "site.toml", text)), tmp_path)
+    assert (site.nodes, site.node.gpus, site.node.cpus, site.node.accelerator) == (2, 4, 32, "A100")
+    assert site.ray.address == "10.0.0.1:6379"
+    assert "# 3 nodes are up, 2 of them with GPUs; they differ" in text
+
+
+def test_a_first_profile_is_not_written_over_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile(tmp_path, "backend = 'local'")
+    with pytest.raises(BadRequest, match=r"mine\.toml exists already"):
+        create("mine", "slurm", tmp_path)
+    with pytest.raises(BadRequest, match="a profile is written for slurm or ray"):
+        create("other", "local", tmp_path)
+    with pytest.raises(BadRequest, match="a run name is up to 100 letters"):
+        create("../other", "slurm", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BadRequest, match=r"no SLURM \(the command sinfo\) and no Ray \(RAY_ADDRESS\) at hand"):
+        create("other", None, tmp_path)
+    with pytest.raises(BadRequest, match="SLURM cannot be reached from here: the command scontrol is missing"):
+        create("other", "slurm", tmp_path)

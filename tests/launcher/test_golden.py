@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launcher.backends import slurm
-from launcher.cluster import Cluster, parse
+from launcher.cluster import Cluster
 from launcher.errors import BadRequest
 from launcher.placement import Devices, place
+from launcher.profiles import parse
 from launcher.spec import Plan, RunSpec, Target
 from tests.launcher.golden import CASES, FOLDER, Case, render
 

@@ -116,7 +116,7 @@ def test_a_controller_that_does_not_answer(mixed: Project, monkeypatch: pytest.M
 SHOW = """
 import os, time
 names = ("LOCAL_RANK", "CUDA_VISIBLE_DEVICES", "MASTER_PORT", "SLURMD_NODENAME", "SLURM_JOB_ID")
-print(*(os.environ[name] for name in names), flush=True)
+print(*(os.environ[name] for name in names), os.environ.get("PREPARED"), os.environ.get("TMPDIR"), flush=True)
 while not os.path.exists("go"):
     time.sleep(0.1)
 """
@@ -125,7 +125,15 @@ while not os.path.exists("go"):
 def test_every_rank_has_a_device_of_its_own(mixed: Project) -> None:
     """Three jobs at once, two of them on one node; one where the site binds GPUs to tasks by default."""
     (mixed.folder / "show.py").write_text(SHOW)
-    profile("bound", "[slurm]\nnodelist = 'big1'\nsbatch = {gpu-bind = 'single:1'}")
+    scratch = f"{mixed.folder}/local-$SLURM_JOB_ID"
+    profile(
+        "bound",
+        f"""[slurm]
+            nodelist = 'big1'
+            node_setup = ['export PREPARED=$SLURM_NODEID  # a "comment"']
+            scratch = '{scratch}'
+            sbatch = {{gpu-bind = 'single:1'}}""",
+    )
     profile("plain", "[slurm]\nnodelist = 'big1'")
     mixed.call("--detach", "--cluster", "bound", "--gpus", "4", "--accelerator", "h100", "--name", "a", "show.py")
     mixed.call("--detach", "--cluster", "plain", "--gpus", "4", "--accelerator", "h100", "--name", "b", "show.py")
@@ -136,16 +144,20 @@ def test_every_rank_has_a_device_of_its_own(mixed: Project) -> None:
 
     until(lambda: [len(rows(run)) for run in "abc"] == [4, 4, 8], "all ranks to have said what they see")
     found = {run: rows(run) for run in "abc"}
-    owned = [(node, devices.split(",")[int(local)]) for run in "abc" for local, devices, _, node, _ in found[run]]
+    owned = [(node, devices.split(",")[int(local)]) for run in "abc" for local, devices, _, node, *_ in found[run]]
     assert sorted(owned) == sorted(
         [("big1", str(n)) for n in range(8)] + [(node, str(n)) for node in ("small1", "small2") for n in range(4)]
     )
-    assert len({port for run in "ab" for _, _, port, _, _ in found[run]}) == 2, "each job has a port of its own"
+    assert len({port for run in "ab" for _, _, port, *_ in found[run]}) == 2, "each job has a port of its own"
+    job = found["a"][0][4]
+    assert {(row[5], row[6]) for row in found["a"]} == {("0", f"{mixed.folder}/local-{job}")}
+    assert (mixed.folder / f"local-{job}").is_dir()
     cores = [allocated(found[run][0][4]) for run in "ab"]
     assert [len(each) for each in cores] == [16, 16], "half of the node's 32 cores each"
     assert cores[0].isdisjoint(cores[1])
     (mixed.folder / "go").touch()
     until(lambda: all(mixed.status(run)["state"] == "succeeded" for run in "abc"), "all three to end")
+    until(lambda: not (mixed.folder / f"local-{job}").exists(), "the scratch folder to be removed")
 
 
 def allocated(job: str) -> set[int]:

@@ -34,6 +34,12 @@ CASES = {
     "ray-8-gpus": Case("ray", f"{NODE}[ray]\naddress = '10.0.0.1:6379'", ("--gpus", "8", "script.py", "--lr", "3e-5")),
     "ray-2-cpus": Case("ray", f"{NODE}[ray]\naddress = '10.0.0.1:6379'", ("--cpus", "2", "--nodes", "2")),
     "slurm-h100": Case("examples/slurm-h100", "", ("--gpus", "16")),
+    "slurm-apptainer": Case("examples/slurm-apptainer", "", ("--gpus", "4", "script.py")),
+    "slurm-apptainer-8": Case("examples/slurm-apptainer", "", ("--gpus", "8", "--accelerator", "L40S", "script.py")),
+    "network-efa": Case("examples/network-efa", "", ("--gpus", "16", "script.py")),
+    "network-infiniband": Case("examples/network-infiniband", "", ("--gpus", "4", "script.py")),
+    "network-roce": Case("examples/network-roce", "", ("--gpus", "16", "script.py")),
+    "network-ethernet": Case("examples/network-ethernet", "", ("--gpus", "16", "script.py")),
     "ray-kubernetes": Case("examples/ray-kubernetes", "", ("--gpus", "8")),
     "tpu-v5e": Case("examples/tpu-v5e", "", ("--tpus", "16", "--topology", "4x4")),
 }  # fmt: skip
