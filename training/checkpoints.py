@@ -185,7 +185,7 @@ class Checkpoints:
                 else:
                     os.rename(staging, target)
                 sync_folder(self.folder)
-            self._prune()
+            self.prune()
         except Exception as error:
             if ranks > 1:
                 with contextlib.suppress(OSError):
@@ -230,19 +230,20 @@ class Checkpoints:
         try:
             verify(target)
         except CheckpointError:
-            self.discard(target)
+            self._discard(target)
             return False
         return True
 
-    def _prune(self) -> None:
+    def prune(self, *, but: str = "") -> None:
+        """Remove all but the newest `keep`, the best, and the one named `but`."""
         committed = self.committed()
         keep = kept(committed, self.keep)
         for checkpoint in committed:
-            if checkpoint not in keep:
-                self.discard(checkpoint.path)
+            if checkpoint not in keep and checkpoint.path.name != but:
+                self._discard(checkpoint.path)
 
-    def discard(self, path: Path) -> None:
-        """Remove a committed checkpoint; renamed first, so that a removal cut short leaves nothing that looks like one."""
+    def _discard(self, path: Path) -> None:
+        # Renamed first, so that a removal cut short leaves nothing that looks like a checkpoint.
         trash = path.with_name(f".{path.name}.trash")
         shutil.rmtree(trash, ignore_errors=True)
         os.rename(path, trash)

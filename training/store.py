@@ -8,6 +8,7 @@ import re
 import secrets
 import shutil
 import socket
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from training.context import Context
     from training.engine import Engine
     from training.train import TrainConfig
+
+PROBE_SECONDS = (
+    1.0  # how long a node looks for a file of rank 0's; a network disk may remember for a while what was not there
+)
 
 
 class Store:
@@ -81,16 +86,20 @@ class Store:
         if self._ctx.world.rank == 0:
             with contextlib.suppress(OSError):  # a disk on which nothing can be written is told of by the first save
                 folder.mkdir(parents=True, exist_ok=True)
-                probe = folder / f".step-probe-{secrets.token_hex(8)}"  # `clean` would remove it, too
-                probe.touch()
+                fresh = folder / f".step-probe-{secrets.token_hex(8)}"  # `clean` would remove it, too
+                fresh.touch()
+                probe = fresh
         name = group.broadcast(probe.name if probe else "")
-        seen = all(group.gather((folder / name).is_file()))
+        patience = time.monotonic() + PROBE_SECONDS
+        while not (there := bool(name) and (folder / name).is_file()) and name and time.monotonic() < patience:
+            time.sleep(0.05)
+        seen = all(group.gather(there))
         if probe is not None:
             probe.unlink()
         return seen
 
     def _bring(self, name: str, digest: str) -> None:
-        """Have the checkpoint that rank 0 chose on the disk of this node, where no other is of use any more.
+        """Have the checkpoint that rank 0 chose on the disk of this node, where nobody else prunes.
 
         Raises CheckpointError where it does not come, or is another one.
         """
@@ -109,9 +118,7 @@ class Store:
             self._mirror.pull(name, checkpoints.folder)
             if read_manifest(path)["sha256"] != digest:
                 raise CheckpointError(f"{path} as the mirror has it is not the checkpoint that rank 0 has")
-        for other in checkpoints.committed():
-            if other.path != path:
-                checkpoints.discard(other.path)
+        checkpoints.prune(but=name)
 
     def save(self, engine: Engine, step: int, state: dict[str, Any], score: float | None) -> None:
         """Save a checkpoint in the background; on return all state is copied. A collective."""
