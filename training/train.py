@@ -217,7 +217,10 @@ class State:
 
 
 def load_data(ctx: Context, config: TrainConfig) -> tuple[PreTrainedTokenizerBase, Encoded, Encoded]:
-    """The tokeniser and both splits. The first rank of each node fills the cache, then the others read it."""
+    """The tokeniser and both splits. The first rank of each node fills the cache, then the others read it.
+
+    Raises ConfigError, on all ranks, for unusable data and for data that are not the same everywhere.
+    """
     from training.data import encode
     from training.model import load_tokenizer
 
@@ -245,7 +248,15 @@ def load_data(ctx: Context, config: TrainConfig) -> tuple[PreTrainedTokenizerBas
     problems = [text for text in ctx.group.gather(problem) if text]
     if problems:
         raise ConfigError(problems[0])
-    return loaded or load()
+    tokenizer, *splits = loaded or load()
+    prints = ctx.group.gather([split.fingerprint for split in splits])
+    different = next((rank for rank, found in enumerate(prints) if found != prints[0]), None)
+    if different is not None:
+        raise ConfigError(
+            f"rank {different} has other data than rank 0; give every node the same files, and let a function of your "
+            "own return the same rows in the same order every time"
+        )
+    return tokenizer, splits[0], splits[1]
 
 
 def record(ctx: Context, trackers: Trackers, state: State, values: dict[str, Any]) -> None:

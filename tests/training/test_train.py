@@ -211,6 +211,11 @@ def test_bad_requests(change: Options, message: str) -> None:
     assert module.train.check is check  # type: ignore[attr-defined]
 
 
+def changing_data(split: str) -> list[dict[str, Any]]:
+    """As a function that shuffles by a seed of its process."""
+    return [{"sentence1": f"{os.getpid()}", "sentence2": "b", "label": 1}]
+
+
 def _bad_data(world: World, run_dir: Path, options: Options) -> str:
     try:
         train_in(world, run_dir, **options)
@@ -228,3 +233,5 @@ def test_every_rank_hears_of_unusable_data(tmp_path: Path, options: Options, mon
     file.write_text("sentence1,sentence2,label,idx\n" + "\n".join(rows) + "\n")
     for message in spawn(_bad_data, 2, tmp_path / "run", options):
         assert "row 20101: label 5 is outside the model's range 0..1" in message
+    for message in spawn(_bad_data, 2, tmp_path / "run", {**options, "dataset": f"{__name__}:changing_data"}):
+        assert "rank 1 has other data than rank 0" in message
