@@ -38,8 +38,8 @@ class History:
     def repeats(self, kind: str, rank: int | None, step: int | None) -> bool:
         """Whether the attempt before ended with the same failure of the same rank at the same step."""
         last = self.setbacks[-1] if self.setbacks else None
-        known = rank is not None and step is not None
-        return known and last is not None and (last.kind, last.rank, last.step) == (kind, rank, step)
+        known = rank is not None and step  # before its first step a rank may fail for reasons of the moment
+        return bool(known) and last is not None and (last.kind, last.rank, last.step) == (kind, rank, step)
 
     def fruitless(self, step: int | None) -> int:
         """How many of the newest setbacks had no step of progress after them, now that `step` is the newest."""

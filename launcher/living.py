@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +63,11 @@ def run_status(argv: Sequence[str]) -> int:
     print(f"{run.name}: {status['state']}")
     print(f"  target      {status['target']}")
     print(f"  on          {status['backend']} ({status['cluster']}), job {status['job_id']}: {placement['why']}")
-    print(f"  attempt     {status['attempt']}")
+    if commit := status["code"].get("commit"):
+        print(f"  code        {commit[:12]}{' and uncommitted changes' if status['code'].get('dirty') else ''}")
+    print(f"  attempt     {status['attempt']}{_setbacks(status['setbacks'])}")
+    if status["excluded_nodes"]:
+        print(f"  nodes       stays away from {', '.join(status['excluded_nodes'])}, which failed it")
     for title in ("progress", "evaluation", "metrics"):
         if status[title]:
             print(
@@ -74,6 +78,12 @@ def run_status(argv: Sequence[str]) -> int:
     if status["state"] in ("failed", "lost"):
         print(run.explain())
     return 0
+
+
+def _setbacks(setbacks: Sequence[Mapping[str, Any]]) -> str:
+    """Why there were attempts before, in brackets."""
+    told = [each["kind"] + (f" on {each['host']}" if each["host"] else "") for each in setbacks]
+    return f" ({', '.join(told)} before)" if told else ""
 
 
 def run_logs(argv: Sequence[str]) -> int:

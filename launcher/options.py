@@ -59,6 +59,9 @@ def add_placement(parser: Parser) -> None:
     where.add_argument("--cpus", **once, type=whole, metavar="N", help="CPU ranks in all, one core each, to debug")
     where.add_argument("--nodes", **once, type=whole, metavar="N", help="spread them evenly over N nodes")
     where.add_argument(
+        "--spare-nodes", **once, type=whole, metavar="N", help="N nodes more (SLURM), to take the place of lost ones"
+    )
+    where.add_argument(
         "--accelerator", **once, metavar="TYPE", help="h100, a100, ..., or a TPU generation: v5e, v5p, ..."
     )
     where.add_argument("--topology", **once, metavar="4x4", help="the shape of a TPU slice")

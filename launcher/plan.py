@@ -31,6 +31,11 @@ def make_plan(spec: RunSpec, cwd: Path, function: Callable[..., Any] | None = No
         raise BadRequest(
             f"--backend {spec.backend} --cluster {spec.cluster}: that cluster's backend is {site.backend}."
         )
+    if spec.spare_nodes and site.backend not in backends.KEEPS_SPARE_NODES:
+        raise BadRequest(
+            f"--spare-nodes {spec.spare_nodes}: the {site.backend} backend has no allocation to keep them in (known:"
+            f" {', '.join(backends.KEEPS_SPARE_NODES)}). Leave it out."
+        )
     site = backends.get(site.backend).survey(site)
     placement = place(spec.devices() or _default_devices(spec, site), site)
     if spec.devices() is None and placement.device == "cpu":

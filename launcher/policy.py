@@ -162,7 +162,8 @@ def name_failure(outcome: Outcome, bad: Mapping[int, int]) -> Failure:
     cause = next(iter(outcome.errors), None)
 
     def failure(kind: str, message: str, rank: int | None, traceback: str = "", host: str | None = None) -> Failure:
-        host = host or (outcome.hosts.get(rank) if rank is not None else None)
+        if rank is not None:  # the scheduler's name of a node goes before the one that the node has for itself
+            host = outcome.hosts.get(rank, host)
         return Failure(kind, message, rank, host, ADVICE[kind], traceback)
 
     if outcome.hung is not None:

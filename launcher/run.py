@@ -9,11 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launcher import backends, rundir
+from launcher import backends, history, ledger, rundir
 from launcher.errors import BadRequest, RunFailed, RunStopped
 from launcher.records import to_data
 from launcher.rundir import BEAT_SECONDS, RunDir
 from launcher.spec import State
+from training.files import read_json
 
 FRESH_SECONDS = 5 * BEAT_SECONDS
 """A heartbeat younger than this says that the run is alive without asking its engine."""
@@ -75,15 +76,21 @@ class Run:
         steps = [m for m in records if "loss" in m]
         evaluations = [m for m in records if "eval" in m]
         kept = ("step", "total_steps", "epoch", "loss", "lr", "samples_per_second")
+        events, state = self.dir.events(), self.state()
+        past = history.read(events)
         return {
             "name": self.name,
-            "state": self.state().value,
+            "state": state.value,
             "backend": plan.backend,
             "cluster": plan.cluster.name,
             "job_id": job.get("job_id"),
             "placement": to_data(plan.placement),
             "target": " ".join((plan.target.name, *plan.target.args)),
+            "code": read_json(self.dir.snapshot_file) or {},
             "attempt": self.dir.last_attempt(),
+            "setbacks": to_data(past.setbacks),
+            "excluded_nodes": list(past.excluded),
+            "ledger": to_data(ledger.keep(events, records, None if state.done else time.time())),
             "progress": {k: steps[-1][k] for k in kept if k in steps[-1]} if steps else {},
             "evaluation": evaluations[-1]["eval"] if evaluations else {},
             "metrics": result.get("metrics", {}),

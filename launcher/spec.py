@@ -53,9 +53,17 @@ class RunSpec:
     name: str | None = None
     time: str | None = None
     max_restarts: int = 3
+    spare_nodes: int = 0
 
     def __post_init__(self) -> None:
-        for option, least in (("gpus", 1), ("tpus", 1), ("cpus", 1), ("nodes", 1), ("max_restarts", 0)):
+        for option, least in (
+            ("gpus", 1),
+            ("tpus", 1),
+            ("cpus", 1),
+            ("nodes", 1),
+            ("max_restarts", 0),
+            ("spare_nodes", 0),
+        ):
             value = getattr(self, option)
             flag = f"--{option.replace('_', '-')} {value}"
             if value is not None and type(value) is not int:  # from Python; a flag's text is a number by now

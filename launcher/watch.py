@@ -53,9 +53,11 @@ class Watch:
         return late and not busy
 
     def _learn(self, beats: Mapping[int, Beat], now: float) -> None:
-        step, age = max((beat.step, -beat.age) for beat in beats.values())
+        step, age = max(
+            ((beat.step, -beat.age) for beat in beats.values() if beat.phase != STARTING), default=(-1, 0.0)
+        )
         done = now + age
-        if self._newest is not None and 0 <= self._newest[0] < step:
+        if self._newest is not None and 0 < self._newest[0] < step:
             self._gaps.append((done - self._newest[1]) / (step - self._newest[0]))
         if self._newest is None or step > self._newest[0]:
             self._newest = step, done

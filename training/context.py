@@ -33,6 +33,7 @@ class Context:
         self.world = world
         self.args = args
         self.pulse = pulse or Pulse()
+        self.pulse.beat()
         self.stopped = False  # True once should_stop has said so
         self.stop_reason = ""  # what this rank was told; empty on ranks that only heard of it from others
         # Told of each checkpoint once it is committed, on every rank at the same step: (step, newest evaluation, its

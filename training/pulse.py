@@ -21,7 +21,8 @@ class Reading:
     """A pulse as it was read.
 
     Attributes:
-        step: the newest optimizer step that is done; -1 before the first.
+        step: the newest optimizer step that is done in this attempt; 0 before the first, -1 for a rank that never said
+            anything, such as a script's.
         phase: what the rank is at, such as ``training`` or ``evaluating``; at most 16 letters.
         age: seconds since it last moved.
     """
@@ -41,7 +42,7 @@ class Pulse:
     def __init__(self, memory: mmap.mmap | bytearray | None = None, slot: int = 0) -> None:
         self._memory = bytearray(SLOT) if memory is None else memory
         self._offset = 0 if memory is None else slot * SLOT
-        self._step, self._phase = -1, STARTING
+        self._step, self._phase = 0, STARTING
 
     @classmethod
     def of(cls, descriptor: int, slot: int) -> Pulse:

@@ -38,6 +38,10 @@ POLL_SECONDS = {"local": 0.0, "slurm": 5.0, "ray": 0.0}
 slurmctld is shared by all who watch the run, so that their number does not matter to it."""
 
 
+KEEPS_SPARE_NODES = ("slurm",)
+"""Engines that give a run an allocation of its own, in which a node can wait until it is needed."""
+
+
 def get(name: str) -> Backend:
     """Import and return the backend called `name`.
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from launcher import history
 from launcher.backends import slurm_node, slurm_site
 from launcher.backends.slurm_job import AgentTask
 from launcher.cluster import Cluster, NodeKind
@@ -111,7 +112,7 @@ def parameters(plan: Plan) -> dict[str, Any]:
     wanted: dict[str, Any] = {
         "job_name": plan.name,
         "time": plan.time_minutes,
-        "nodes": placement.nodes,
+        "nodes": placement.nodes + plan.spec.spare_nodes,
         "ntasks_per_node": 1,
         "cpus_per_task": cpus or None,
         # Not per task: SLURM 24.11 and later bind per-task GPUs so that the ranks of a task do not see each other's.
@@ -121,7 +122,7 @@ def parameters(plan: Plan) -> dict[str, Any]:
         "account": slurm.account,
         "qos": slurm.qos,
         "constraint": _constraint(plan),
-        "exclude": slurm.exclude,
+        "exclude": ",".join((*([slurm.exclude] if slurm.exclude else []), *_struck(plan))) or None,
         "nodelist": slurm.nodelist,
         "exclusive": slurm.exclusive or None,
         # SLURM sends it up to a minute early; with a short limit most of the time should still go into the work.
@@ -132,11 +133,16 @@ def parameters(plan: Plan) -> dict[str, Any]:
         "comment": "launch",
         "additional_parameters": _without_none(
             # `requeue = false` in a profile takes the option out.
-            {"requeue": True, "reservation": slurm.reservation}
+            {"requeue": True, "no-kill": plan.spec.spare_nodes > 0 or None, "reservation": slurm.reservation}
             | {key: None if value is False else value for key, value in slurm.sbatch.items()}
         ),
     }
     return _without_none(wanted)
+
+
+def _struck(plan: Plan) -> tuple[str, ...]:
+    """The hosts that this run stays away from since they failed it."""
+    return history.read(RunDir(plan.run_dir).events()).excluded
 
 
 def _teardown(plan: Plan) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ CONTROLLER_SECONDS = 60.0
 """How long to try again while slurmctld does not answer; it is restarted for upgrades, and fails over in minutes."""
 
 
-def seat(environment: Mapping[str, str]) -> Seat:
+def seat(run_dir: RunDir, environment: Mapping[str, str]) -> Seat:
     """Read where this task sits from SLURM's variables; the only place that reads them.
 
     The address is the one srun was launched from, which is the first node's as the others reach it: a number, not a name
@@ -40,14 +41,19 @@ def seat(environment: Mapping[str, str]) -> Seat:
         host=environment["SLURMD_NODENAME"],
         address=environment["SLURM_LAUNCH_NODE_IPADDR"],
         session=f"{job}.{restarts}",
-        requeue=lambda exclude: requeue(job, exclude),
+        requeue=lambda exclude: requeue(run_dir, job, exclude),
         requeued=lambda: taken_away(job, restarts),
     )
 
 
-def requeue(job: str, exclude: Sequence[str] = ()) -> bool:
-    """Ask for the job to be started again, away from the hosts `exclude`. Says whether it will be."""
+def requeue(run_dir: RunDir, job: str, exclude: Sequence[str] = ()) -> bool:
+    """Ask for the job to be started again, away from the hosts `exclude`. Says whether it will be.
+
+    Where the site or the profile does not allow a requeue, the same script is submitted as a job that follows this one.
+    """
     done = _scontrol("requeue", job)
+    if done is not None and done.returncode and _follow_up(run_dir, job, exclude):
+        return True
     if done is None or done.returncode:
         print(
             f"launch: SLURM does not requeue job {job}: {done.stderr.strip() if done else 'no answer'}", file=sys.stderr
@@ -57,6 +63,23 @@ def requeue(job: str, exclude: Sequence[str] = ()) -> bool:
         # Only a job that waits can be changed. This one is about to be ended: SLURM sends SIGTERM now and SIGKILL after
         # KillWait, which is time enough.
         _scontrol("update", f"JobId={job}", f"ExcNodeList={','.join(exclude)}")
+    return True
+
+
+def _follow_up(run_dir: RunDir, job: str, exclude: Sequence[str]) -> bool:
+    """Submit what this job was submitted as once more; submitit's name for what it runs holds the job's number."""
+    known = history.read(run_dir.events()).excluded
+    away = [f"--exclude={','.join((*known, *exclude))}"] if known or exclude else []
+    command = ["sbatch", "--parsable", f"--dependency=afterany:{job}", *away, str(run_dir.script_file)]
+    # What this job is must not be handed on to the next one with the environment.
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
+    done = subprocess.run(command, env=clean, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return False
+    follower = done.stdout.split(";")[0].strip()
+    folder = run_dir.path / "submitit"
+    shutil.copy(folder / f"{job}_submitted.pkl", folder / f"{follower}_submitted.pkl")
+    run_dir.write_job("slurm", follower)
     return True
 
 
@@ -101,7 +124,7 @@ class AgentTask:
         from launcher.agent import run_agent
 
         step_daemon = os.getppid()
-        status = asyncio.run(run_agent(RunDir(self.run_dir), seat(os.environ)))
+        status = asyncio.run(run_agent(RunDir(self.run_dir), seat(RunDir(self.run_dir), os.environ)))
         if os.getppid() != step_daemon:
             # Without its slurmstepd nobody hears of this task's end: srun would wait, and the nodes be held, for ever.
             subprocess.run(["scancel", os.environ["SLURM_JOB_ID"]], check=False)
@@ -117,7 +140,8 @@ def after(run_dir: RunDir, status: int, environment: Mapping[str, str]) -> int:
     agent that never got as far as an attempt would not do better the next time.
     """
     job, restarts = environment["SLURM_JOB_ID"], int(environment.get("SLURM_RESTART_COUNT", "0"))
-    if run_dir.result() is not None or taken_away(job, restarts):
+    replaced = (run_dir.job() or {}).get("job_id", job) != job
+    if run_dir.result() is not None or replaced or taken_away(job, restarts):
         return status
     plan, attempt = run_dir.plan(), run_dir.last_attempt()
     if run_dir.stop_file.exists():
@@ -130,7 +154,7 @@ def after(run_dir: RunDir, status: int, environment: Mapping[str, str]) -> int:
     action, failure = decide(outcome, left, past, movable=True)
     if action is Action.MOVE:
         note_failure(run_dir, attempt, failure, left - 1, step)
-        if requeue(job):
+        if requeue(run_dir, job):
             run_dir.event("requeued", attempt=attempt, reason="node lost", step=step, exclude=[])
             return status
     return end_run(run_dir, plan, State.FAILED, attempt, time.time(), failure, step).exit_status

@@ -54,7 +54,7 @@ class Week:
         attempt = max((m["attempt"] for m in self.metrics()), default=1)
         until(lambda: len([m for m in self.metrics() if m["attempt"] == attempt]) > 10, "ten steps")
         fault()
-        until(lambda: any(m["attempt"] > attempt for m in self.metrics()), f"a step after {fault.__name__}", 120)
+        until(lambda: any(m["attempt"] > attempt for m in self.metrics()), f"a step after {fault}", 120)
 
     # ---- what happens -----------------------------------------------------------------------------------------------
 
@@ -104,3 +104,46 @@ def test_a_bad_week(slurm_project: Project, on_slurm: SlurmCluster) -> None:
     assert sum(count - 1 for count in steps.values()) <= len(sudden), "a step whose end was not written is done again"
     reasons = [e["reason"] for e in slurm_project.events("w") if e["event"] == "requeued"]
     assert reasons[:4] == ["preempted", "scheduler", "node lost", "node lost"]
+
+
+SICK = """
+def main(ctx):
+    if ctx.world.attempt == 1:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+"""
+
+
+def test_a_run_leaves_the_node_of_a_sick_gpu(slurm_project: Project) -> None:
+    (slurm_project.folder / "sick.py").write_text(SICK)
+    slurm_project.launch("--gpus", "1", "--name", "s", "sick:main")
+    events = slurm_project.events("s")
+    first, second = (e["hosts"][0] for e in events if e["event"] == "started")
+    assert first != second
+    assert [(e["reason"], e["exclude"]) for e in events if e["event"] == "requeued"] == [("device", [first])]
+    shown = slurm_project.call("status", "s").stdout
+    assert f"stays away from {first}" in shown
+
+
+def test_where_no_requeue_is_allowed_another_job_follows(slurm_project: Project, on_slurm: SlurmCluster) -> None:
+    profile = slurm_project.folder / "once.toml"
+    profile.write_text('extends = "slurm"\n[slurm.sbatch]\nrequeue = false\nno-requeue = true\n')
+    arguments = ("--cluster", str(profile), "--cpus", "2", "--name", "f", "--detach")
+    slurm_project.launch(*arguments, "steps:main", "--steps", "60", "--seconds", "0.05")
+    week = Week(slurm_project, on_slurm, "f")
+    first = week.job
+    week.meets(lambda: print(on_slurm.run("scancel", "--signal=USR2", first)))
+    until(lambda: slurm_project.status("f")["state"] == "succeeded", "the end")
+    assert week.job != first
+    assert [m["step"] for m in week.metrics()] == list(range(1, 61)), "each step once"
+
+
+def test_a_spare_node_takes_the_place_of_a_lost_one(slurm_project: Project, on_slurm: SlurmCluster) -> None:
+    arguments = ("--cpus", "2", "--nodes", "2", "--spare-nodes", "1", "--name", "p", "--detach")
+    slurm_project.launch(*arguments, "steps:main", "--steps", "60", "--seconds", "0.05")
+    week = Week(slurm_project, on_slurm, "p")
+    week.meets(week.agent_killed)
+    until(lambda: slurm_project.status("p")["state"] == "succeeded", "the end")
+    first, second = (e["hosts"] for e in slurm_project.events("p") if e["event"] == "started")
+    assert (len(first), second[0]) == (2, first[0])
+    assert second[1] not in first
+    assert not [e for e in slurm_project.events("p") if e["event"] == "requeued"], "it is the same job"

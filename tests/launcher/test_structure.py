@@ -32,7 +32,13 @@ FLOORS = [
     "check",
     "backends",
     "backends.ray_driver",
+    "backends.ray_attempt",
+    "backends.ray_reports",
+    "backends.ray_stewards",
+    "backends.ray_steward",
+    "backends.ray_lease",
     "backends.ray_worker",
+    "backends.ray_cluster",
     "backends.slurm",
     "backends.ray",
     "backends.local",
@@ -146,8 +152,8 @@ def options(parser: argparse.ArgumentParser) -> str:
 
 def test_the_command_line() -> None:
     assert options(launch_parser()) == (
-        "-h/--help --backend --cluster --gpus --tpus --cpus --nodes --accelerator --topology --time --max-restarts"
-        " --name --dry-run --detach --json -m"
+        "-h/--help --backend --cluster --gpus --tpus --cpus --nodes --spare-nodes --accelerator --topology --time"
+        " --max-restarts --name --dry-run --detach --json -m"
     )
     assert list(COMMANDS) == ["list", "status", "logs", "cancel", "resume", "clusters", "doctor"]
 
