@@ -11,7 +11,8 @@ from the agent                                          back
 ======================================================  ===============================================================
 ``{"preload": [...], "path": [...], "environment": {},``  ``{"ready": seconds}`` once the imports are done
 ``"spawn": false}``
-``{"start": rank, "log": path, "world": {...}}``          ``{"started": rank, "pid": n}``, at its end ``{"exit": rank, "code": n}``
+``{"start": rank, "log": path, "world": {...},``          ``{"started": rank, "pid": n}``, at its end ``{"exit": rank, "code": n}``
+``"environment": {...}}`` (optional)
 ``{"signal": n, "ranks": [...]}``                         nothing
 ======================================================  ===============================================================
 
@@ -109,6 +110,7 @@ class ForkServer:
                     self.spawn = True
                 self.send(ready=round(time.monotonic() - started, 3))
             case {"start": rank, "log": log, "world": world}:
+                os.environ.update(message.get("environment", {}))  # the next rank's own values take their place
                 return self.fork(rank, Path(log), world)
             case {"signal": number, "ranks": ranks}:
                 for pid, rank in list(self.ranks.items()):

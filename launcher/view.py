@@ -120,6 +120,8 @@ def describe(event: dict[str, Any]) -> str:
             return f"{again}{size} rank{'s' * (size > 1)} on {', '.join(hosts)}"
         case {"event": "stopping", "reason": reason}:
             return f"stopping at the next step ({reason})"
+        case {"event": "waiting", "message": message}:
+            return f"waiting: {message}"
         case {"event": "preempted"}:
             return "preempted: saving and leaving"
         case {"event": "requeued"}:

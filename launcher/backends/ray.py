@@ -30,15 +30,17 @@ def survey(cluster: Cluster) -> Cluster:
     return cluster if where else local.survey(cluster)
 
 
-def trainer(plan: Plan, attempt: int = 1) -> dict[str, Any]:
+def trainer(plan: Plan, number: int = 1, ranks: int | None = None) -> dict[str, Any]:
     """The arguments of Ray's ScalingConfig and RunConfig, as plain data: what `render` prints is what the driver uses.
+
+    `number` counts the requests of a run, `ranks` is how many it goes on with where the cluster has become smaller.
 
     Raises:
         BadRequest: several TPU chips without the shape of their slice, which Ray needs to reserve it.
     """
     placement, ray = plan.placement, plan.cluster.ray
     resources: dict[str, float] = {"CPU": max(1, placement.cpus_per_rank)}
-    scaling: dict[str, Any] = {"num_workers": placement.world_size, "placement_strategy": _strategy(plan)}
+    scaling: dict[str, Any] = {"num_workers": ranks or placement.world_size, "placement_strategy": _strategy(plan)}
     if placement.device == "cuda":
         resources["GPU"] = 1
         # Ray's names of types are in capitals, and it matches them to the letter.
@@ -56,23 +58,29 @@ def trainer(plan: Plan, attempt: int = 1) -> dict[str, Any]:
     return {
         "address": ray.address or "a Ray started on this machine",
         "scaling_config": {key: value for key, value in scaling.items() if value is not None},
-        # Restarts are decided by the driver (launcher.policy), which knows a user's error from a lost node.
         "run_config": {
             # Ray resumes a trainer of the same name from a state of its own; ours is in the checkpoints.
-            "name": f"{plan.name}-{attempt}",
+            "name": f"{plan.name}-{number}",
             "storage_path": str(RunDir(plan.run_dir).path / "ray"),
-            "failure_config": {"max_failures": 0},
-            "worker_runtime_env": {"env_vars": _worker_environment(plan)},
+            # Restarts are decided by the driver (launcher.policy), which knows a user's error from a lost node. Two of
+            # these would otherwise be tried for ever: a request that does not fit, and nodes that are taken away.
+            "failure_config": {"max_failures": 0, "controller_failure_limit": 0, "max_preemption_failures": 0},
+            "checkpoint_config": {"num_to_keep": 2},
         },
+        "settings": settings(plan),
     }
 
 
-def _worker_environment(plan: Plan) -> dict[str, str]:
+def settings(plan: Plan) -> dict[str, str]:
+    """The variables by which Ray Train is told what its configs have no fields for; set in the driver alone."""
     return {
-        "PYTHONPATH": os.pathsep.join(plan.target.path),
-        # Ray Train replaces print by one that also logs to stdout, so every line would come twice.
-        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-        **plan.environment,
+        # An attempt's start and end both wait for a look of Ray's controller; by itself it looks every two seconds.
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        # The driver watches for drained nodes itself, which saves an actor in each attempt.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{min(60.0, plan.cluster.ray.wait):g}",
+        # Workers stay where the user is, as on the other engines; Ray would move them to its own trial folder.
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
     }
 
 
@@ -109,8 +117,9 @@ def _await_acceptance(plan: Plan, job_id: str) -> None:
     deadline = time.monotonic() + ACCEPT_SECONDS
     while time.monotonic() < deadline:
         result = run_dir.result()
-        if result and result["failure"]["kind"] == "bad request":
-            raise BadRequest(result["failure"]["message"])
+        failure = (result or {}).get("failure")
+        if failure and failure["kind"] == "bad request":
+            raise BadRequest(failure["message"])
         if any(e["event"] == "accepted" for e in run_dir.events()):
             return
         if process.poll(job_id) is not State.RUNNING:

@@ -1,26 +1,56 @@
-"""The Ray driver: a detached process that connects to the cluster, runs the trainer, and leaves the result.
+"""The Ray driver: a detached process that connects to the cluster, holds workers of Ray Train, and leaves the result.
 
 ``python -m launcher.backends.ray_driver RUN_DIR``. It is to Ray what the coordinator is to the other engines, with the
-same policy; Ray Train's own restarts are off, since they cannot tell a user's error from a lost node.
+same policy::
+
+    driver ── fit() of Ray Train ── one worker a rank: devices and environment     (a lease; `ray_lease`, `ray_worker`)
+       └───── a steward on each node ── forkserver ── the ranks                    (attempts; `ray_steward`)
+
+A rank that dies starts again within its lease, and Ray does not notice. A worker or node that dies, or a node that is
+drained, ends the lease; the next one is asked of the nodes that are left.
 """
 
 from __future__ import annotations
 
-import logging
+import asyncio
 import os
-import socket
 import sys
 import threading
 import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from launcher import history
 from launcher.backends.ray import trainer
+from launcher.backends.ray_attempt import DRIVER, RayAttempt
+from launcher.backends.ray_cluster import RayNode, connect, draining, fitting, leave, look, reservations, room, shortage
+from launcher.backends.ray_lease import Lease, Member
+from launcher.backends.ray_reports import Reports
+from launcher.backends.ray_stewards import Stewards
 from launcher.coordinator import end_run, note_failure
 from launcher.errors import BadRequest
-from launcher.policy import ADVICE, Action, Failure, Outcome, decide
+from launcher.policy import ADVICE, Action, Failure, Outcome, back_off, decide
+from launcher.ranks import Message
 from launcher.rundir import BEAT_SECONDS, RunDir
-from launcher.spec import State
+from launcher.spec import Plan, State
+from launcher.tpu import Topology
+
+LOOK_SECONDS = 0.5
+"""How often the driver looks for a request to stop, for drained and new nodes, and for new checkpoints."""
+
+FAREWELL_SECONDS = 10.0
+"""How long Ray Train gets to end a lease; workers that are still there are then killed, and it gets as long again."""
+
+
+@dataclass(frozen=True)
+class End:
+    """How the run ended: its state, what failed, and after which step."""
+
+    state: State
+    failure: Failure | None = None
+    step: int | None = None
 
 
 class Driver:
@@ -30,177 +60,284 @@ class Driver:
         self.run_dir = run_dir
         self.plan = run_dir.plan()
         self.started = time.time()
+        self.inbox: asyncio.Queue[tuple[str, Message]] = asyncio.Queue()
+        self.stewards = Stewards(run_dir, lambda node, message: self.inbox.put_nowait((node, message)))
+        self.reports = Reports(run_dir)
+        self.ranks = self.plan.placement.world_size  # of the newest lease
+        self.stop = ""  # why the run was asked to stop
+        self.going: dict[str, float] = {}  # drained nodes, and when they go
+        self.lacking: tuple[float, str] | None = None  # since when the cluster is too small, and what it lacks
+        self.lost: list[str] = []  # nodes that died, for people
 
-    def run(self) -> State:
-        """Connect, check, train; returns the state in which the run ended."""
+    async def run(self) -> State:
+        """Connect, check, train, and leave nothing on the cluster; returns the state in which the run ended."""
         threading.Thread(target=self._beat, daemon=True).start()
         try:
-            self._connect()
-            self._check()
+            connect(self.plan)
+            await self._check()
         except BadRequest as error:
-            failure = Failure("bad request", str(error), advice=ADVICE["bad request"])
-            return end_run(self.run_dir, self.plan, State.FAILED, 0, self.started, failure)
-        self.run_dir.event("accepted")
-        return self._attempts()
+            end = End(State.FAILED, Failure("bad request", str(error), advice=ADVICE["bad request"]))
+        else:
+            self.run_dir.event("accepted")
+            looking = asyncio.create_task(self._look())
+            end = await self._leases()
+            looking.cancel()
+        self.stewards.close()
+        await leave()
+        attempt = self.run_dir.last_attempt()
+        return end_run(self.run_dir, self._as_it_went(), end.state, attempt, self.started, end.failure, end.step)
+
+    def _as_it_went(self) -> Plan:
+        """The plan with the number of ranks that there were in the end."""
+        if self.ranks == self.plan.placement.world_size:
+            return self.plan
+        return replace(self.plan, placement=replace(self.plan.placement, nodes=1, ranks_per_node=self.ranks))
 
     def _beat(self) -> None:
-        """Touch the heartbeat; when a stop was asked for and its grace is over, end without asking again."""
-        deadline: float | None = None
+        """Touch the heartbeat, in a thread: the event loop may wait for Ray."""
         while True:
-            self.run_dir.beat()
-            if deadline is None and self.run_dir.stop_file.exists():
-                # A script cannot be asked: no signal reaches a Ray worker.
-                asks = self.plan.target.kind in ("function", "value")
-                deadline = time.monotonic() + (self.plan.cluster.grace if asks else 0.0)
-                self.run_dir.event("stopping", reason="the file stop")
-            if deadline is not None and time.monotonic() > deadline and self.run_dir.result() is None:
-                end_run(self.run_dir, self.plan, State.STOPPED, self.run_dir.last_attempt(), self.started)
-                os._exit(State.STOPPED.exit_status)  # Ray ends the job of a driver that is gone
+            with suppress(OSError):
+                self.run_dir.beat()
             time.sleep(BEAT_SECONDS / 4)
+
+    async def _look(self) -> None:
+        while True:
+            if not self.stop and self.run_dir.stop_file.exists():
+                self.stop = "the file stop"
+                self.inbox.put_nowait((DRIVER, {"stop": self.stop}))
+            going = self.going
+            with suppress(Exception):  # Ray's control store may be away for a moment; the next look may go through
+                going = draining()
+            if new := going.keys() - self.going.keys():
+                self.going = going
+                self.inbox.put_nowait((DRIVER, {"drained": {node: going[node] for node in new}}))
+            if self.reports.new():
+                self.inbox.put_nowait((DRIVER, {"saved": True}))
+            await asyncio.sleep(LOOK_SECONDS)
 
     # ---- the cluster ----------------------------------------------------------------------------------------------
 
-    def _connect(self) -> None:
-        # Workers stay where the user is, as on the other engines; Ray would move them to its own trial folder.
-        os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
-        import ray
-
-        address = self.plan.cluster.ray.address
-        common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-        if address is None:
-            # Its CPUs are only numbers: CPU ranks are for debugging, and more of them than cores are allowed.
-            cpus = self.plan.placement.world_size * max(1, self.plan.placement.cpus_per_rank)
-            cpus = max(cpus, os.cpu_count() or 1)
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **common)
-            return
-        _reach(address)
-        try:
-            ray.init(address=address, **common)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise BadRequest(f"Ray at {address} cannot be reached: {error}") from None
-
-    def _check(self) -> None:
+    async def _check(self) -> None:
         """Refuse what this cluster can never run, and a run directory that a node does not see."""
-        import ray
-
-        wanted = trainer(self.plan)["scaling_config"]
-        have = ray.cluster_resources()
-        if not self.plan.cluster.ray.autoscales:
-            for resource, each in wanted["resources_per_worker"].items():
-                total, there = each * wanted["num_workers"], have.get(resource, 0)
-                if total > there:
-                    shown = ", ".join(f"{have[k]:g} {k}" for k in ("CPU", "GPU", "TPU") if k in have)
-                    raise BadRequest(
-                        f"{wanted['num_workers']} ranks need {total:g} {resource}, but this Ray cluster has {there:g}"
-                        f" (in all: {shown}). Ask for at most {int(there // each)} ranks; if the cluster grows on"
-                        " demand, set ray.autoscales = true in its profile."
-                    )
-        blind = self._nodes_without(self.run_dir.plan_file)
+        nodes, scaling = look(), self._scaling()
+        lacks = shortage(nodes, scaling)
+        if lacks and not self.plan.cluster.ray.autoscales and not self._ranks_for(nodes):
+            raise BadRequest(
+                f"{lacks}. Ask for at most {room(nodes, scaling)} ranks; if the cluster grows on demand, set"
+                " ray.autoscales = true in its profile."
+            )
+        blind = await self._hire(nodes)
         if blind:
             raise BadRequest(
-                f"the run directory {self.run_dir.path} is not visible on the nodes {', '.join(blind)}. All nodes have to"
-                " share it: set `runs` in the cluster's profile to a shared folder."
+                f"the run directory {self.run_dir.path} is not visible on the nodes"
+                f" {', '.join(node.address for node in blind)}. All nodes have to share it: set `runs` in the cluster's"
+                " profile to a shared folder."
             )
 
-    def _nodes_without(self, path: Path) -> list[str]:
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    def _scaling(self, ranks: int | None = None) -> dict[str, Any]:
+        scaling: dict[str, Any] = trainer(self.plan, ranks=ranks)["scaling_config"]
+        return scaling
 
-        sees = ray.remote(num_cpus=0)(_sees)
-        nodes = [n for n in ray.nodes() if n["Alive"]]
-        asked = [
-            sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)).remote(str(path))
-            for n in nodes
-        ]
-        return [n["NodeManagerAddress"] for n, answer in zip(nodes, ray.get(asked), strict=True) if not answer]
+    async def _hire(self, nodes: list[RayNode]) -> list[RayNode]:
+        """Have a steward on each node that can hold a rank; returns those that do not see the run directory."""
+        useful = [node for node in nodes if room([node], self._scaling() | {"topology": None})]
+        if len(useful) <= self.plan.placement.nodes:
+            towards = next((n.address for n in nodes), "")
+            blind = await self.stewards.ensure(useful, towards, len(nodes) > 1)
+            self.stewards.open(node.id for node in useful)  # every one of them will be used
+            return blind
+        return await self.stewards.ensure(useful, nodes[0].address, len(nodes) > 1)
 
-    # ---- attempts -------------------------------------------------------------------------------------------------
+    def _ranks_for(self, nodes: list[RayNode]) -> int:
+        """With how many ranks the run can go on, on these nodes; 0: with none."""
+        asked = self.plan.placement.world_size
+        if self.plan.cluster.ray.autoscales:
+            return asked
+        most = room(nodes, self._scaling())
+        if most >= asked or not self._elastic:
+            return asked if most >= asked else 0
+        topology = self.plan.placement.topology
+        return fitting(asked, most, Topology.parse(topology).chips if topology else 1)
 
-    def _attempts(self) -> State:
-        restarts_left = self.plan.spec.max_restarts
+    @property
+    def _elastic(self) -> bool:
+        """What has begun may go on with fewer ranks; what begins gets what was asked for."""
+        return self.plan.cluster.ray.elastic and self.run_dir.last_attempt() > 0
+
+    # ---- leases ---------------------------------------------------------------------------------------------------
+
+    async def _leases(self) -> End:
+        number = self.run_dir.last_attempt()
         while True:
-            outcome = self._attempt()
-            attempt = self.run_dir.last_attempt()
-            action, failure = decide(outcome, restarts_left)
-            match action:
-                case Action.RESTART:
-                    restarts_left -= 1
-                    note_failure(self.run_dir, attempt, failure, restarts_left)
-                case Action.FINISH:
-                    return end_run(self.run_dir, self.plan, State.SUCCEEDED, attempt, self.started)
-                case Action.STOP:
-                    return end_run(self.run_dir, self.plan, State.STOPPED, attempt, self.started)
-                case Action.FAIL:
-                    return end_run(self.run_dir, self.plan, State.FAILED, attempt, self.started, failure)
+            ranks = await self._room()
+            if isinstance(ranks, End):
+                return ranks
+            number += 1
+            lease = Lease(self.plan, number, ranks)
+            self.reports.begin()
+            lease.start()
+            self.ranks = ranks
+            end = await self._hold(lease)
+            if end is not None:
+                return end
 
-    def _attempt(self) -> Outcome:
-        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-        from ray.train.torch import TorchTrainer
+    async def _room(self) -> int | End:
+        """Wait until the cluster can hold the run, for a bounded time; returns the number of ranks, or how it ended."""
+        while True:
+            nodes = look()
+            if self.stop:
+                return End(State.STOPPED)
+            ranks = self._ranks_for(nodes)
+            if ranks and self.lacking is None:
+                return ranks
+            if ranks and not self.plan.cluster.ray.autoscales:
+                self.lacking = None
+                return ranks
+            lacks = shortage(nodes, self._scaling()) or "Ray Train could not start its workers"
+            if end := self._too_small(lacks):
+                return end
+            if ranks:
+                return ranks
+            await self._hear_idle()
 
-        from launcher.backends.ray_worker import RankConfig, train_rank
+    def _too_small(self, lacks: str) -> End | None:
+        patience = self.plan.cluster.ray.wait
+        if self.lacking is None:
+            self.lacking = time.monotonic(), lacks
+            self.run_dir.event("waiting", message=lacks, seconds=patience)
+        if time.monotonic() - self.lacking[0] < patience:
+            return None
+        gone = f"node {', '.join(dict.fromkeys(self.lost))} stopped answering, and " if self.lost else ""
+        text = f"{gone}the cluster is too small: {lacks}; waited {patience:g} s"
+        return End(State.FAILED, Failure("node lost", text, advice=ADVICE["node lost"]))
 
-        plan, asked = self.plan, trainer(self.plan, self.run_dir.last_attempt() + 1)
-        failures = FailureConfig(**asked["run_config"]["failure_config"])
-        config = {
-            "run_dir": str(plan.run_dir),
-            "name": plan.name,
-            "device": plan.placement.device,
-            "threads": plan.placement.threads,
-        }
-        fit = TorchTrainer(
-            train_rank,
-            train_loop_config=config,
-            torch_config=RankConfig(run_dir=str(plan.run_dir)),
-            scaling_config=ScalingConfig(**asked["scaling_config"]),
-            run_config=RunConfig(**asked["run_config"] | {"failure_config": failures}),
-        )
-        stop = "stop" if self.run_dir.stop_file.exists() else ""
-        try:
-            result = fit.fit()
-        except TrainingFailedError as error:
-            attempt = self.run_dir.last_attempt()
-            return Outcome(_exits(error), self.run_dir.errors(attempt), stop)
-        return Outcome({0: result.return_value}, stop=stop)
+    async def _hear_idle(self) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LOOK_SECONDS):
+                node, message = await self.inbox.get()
+                self._note(node, message, None)
 
+    async def _hold(self, lease: Lease) -> End | None:
+        """Run attempts until the run or the lease is over; returns the state of the run, None for another lease."""
+        if not await self._gather(lease):
+            await self._finish(lease, self.stop or "the workers did not start")
+            return await self._not_started(lease)
+        self.lacking = None
+        while not self.stop:
+            attempt = RayAttempt(self.run_dir, lease, self.stewards, self.reports, self._note)
+            outcome = await attempt.run(self.inbox, self.going)
+            attempt.report()
+            past = history.read(self.run_dir.events())
+            left = self.plan.spec.max_restarts - len(past.setbacks)
+            action, failure = decide(outcome, left, past, spare=True)
+            if action is Action.RESTART:
+                note_failure(self.run_dir, attempt.number, failure, left - 1, outcome.step)
+                if lease.broken:
+                    await self._finish(lease, str(failure and failure.message))
+                    return None
+                await asyncio.sleep(back_off(past, outcome.step))
+                continue
+            await self._finish(lease, f"{failure.kind}: {failure.message}" if failure is not None else "")
+            if action is Action.FINISH:
+                return End(State.SUCCEEDED)
+            if action is Action.STOP:
+                return self._stopped(past, outcome)
+            return End(State.FAILED, failure, outcome.step)
+        await self._finish(lease, "")
+        return End(State.STOPPED)
 
-def _exits(error: Any) -> dict[int, int]:
-    """The exit codes of the ranks that Ray says failed; a worker that died counts as killed."""
-    failures = getattr(error, "worker_failures", {}) or {0: error}
-    return {rank: getattr(_cause(each), "status", -9) for rank, each in failures.items()}
+    def _stopped(self, past: history.History, outcome: Outcome) -> End | None:
+        """The ranks stopped because they were asked to: go on on other nodes where it was Ray that asked."""
+        if self.stop:
+            return End(State.STOPPED)
+        if past.stuck(outcome.step):
+            text = f"nodes were taken away twice, and no step was done in between (the newest is {outcome.step})"
+            return End(State.STOPPED, Failure("no progress", text, advice=ADVICE["no progress"]), outcome.step)
+        self.run_dir.event("requeued", attempt=self.run_dir.last_attempt(), reason="preempted", step=outcome.step)
+        return None
+
+    async def _gather(self, lease: Lease) -> bool:
+        """Wait until all workers of the lease are ready; False where they will not be."""
+        told = False
+        since, before = time.monotonic(), reservations()
+        while not lease.complete:
+            if lease.done.is_set() or lease.broken or self.stop:
+                return False
+            if not told and time.monotonic() - since > 30:
+                told = True
+                self.run_dir.event("waiting", message="the cluster's nodes are in use by others, or starting")
+            await self._hire(look())
+            # Ray has chosen the nodes, and their stewards can import while it still starts its workers there.
+            made = reservations().items() - before.items()
+            self.stewards.open({node for _, nodes in made for node in nodes if len(nodes) == lease.ranks})
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_SECONDS):
+                    node, message = await self.inbox.get()
+                    self._note(node, message, lease)
+                    while not self.inbox.empty():
+                        self._note(*self.inbox.get_nowait(), lease)
+        return True
+
+    def _note(self, node: str, message: Message, lease: Lease | None) -> None:
+        """Take in what matters also between attempts."""
+        match message:
+            case {"enrolled": worker, "lease": number, "environment": environment} if lease and number == lease.number:
+                lease.enrol(Member(worker, self.stewards.nodes[node], environment))
+            case {"gone": _, "lease": number} if lease and number == lease.number:
+                lease.broken = True
+            case {"lost": _}:
+                self.lost.append(str(self.stewards.nodes[node]))
+                if lease and any(member.node.id == node for member in lease.members):
+                    lease.broken = True
+
+    async def _not_started(self, lease: Lease) -> End | None:
+        """Workers that never came: what the cluster lacks is waited for, anything else counts as a failed attempt."""
+        if self.stop:
+            return End(State.STOPPED)
+        if "WorkerGroupStartupTimeout" in repr(lease.error):
+            if self.plan.cluster.ray.autoscales:
+                return self._too_small("the workers that Ray was asked for did not come")
+            return None
+        attempt, past = self.run_dir.claim_attempt(), history.read(self.run_dir.events())
+        left = self.plan.spec.max_restarts - len(past.setbacks)
+        why = str(_cause(lease.error)).strip().splitlines() if lease.error else ["a worker ended"]
+        outcome = Outcome({}, lost=[f"{', '.join(self.lost[-1:]) or '?'} ({why[-1]})"])
+        action, failure = decide(outcome, left, past, spare=True)
+        if action is Action.RESTART:
+            note_failure(self.run_dir, attempt, failure, left - 1)
+            await asyncio.sleep(back_off(past, None))
+            return None
+        return End(State.FAILED, failure)
+
+    async def _finish(self, lease: Lease, text: str) -> None:
+        """End the lease, whatever state it is in; `text` says why the run failed, for Ray Train's record of it."""
+        for rank, member in enumerate(lease.members):
+            self.stewards.tell(member.node.id, {"order": member.worker, "end": text if rank == 0 else ""})
+        for _ in range(2):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FAREWELL_SECONDS):
+                    await lease.done.wait()
+                    return
+            for member in lease.members:
+                self.stewards.tell(member.node.id, {"evict": member.worker})
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Unwrap Ray's exceptions down to a `RankEnded`, where one is inside."""
-    for name in ("_base_exc", "cause", "__cause__"):
+    """Unwrap Ray's exceptions down to what happened."""
+    for name in ("controller_failure", "_base_exc", "cause", "__cause__"):
         inner = getattr(error, name, None)
-        if isinstance(inner, BaseException) and not hasattr(error, "status"):
+        if isinstance(inner, BaseException):
             return _cause(inner)
     return error
-
-
-def _sees(path: str) -> bool:
-    return Path(path).is_file()
-
-
-def _reach(address: str) -> None:
-    """Refuse an address where nobody listens, at once; Ray itself would try for a minute."""
-    if address == "auto" or "://" in address:
-        return
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=5).close()
-    except (OSError, ValueError) as error:
-        raise BadRequest(
-            f"Ray at {address} cannot be reached: {error}. Is its head running, and is this its GCS port (6379 unless"
-            " changed)?"
-        ) from None
 
 
 def main() -> None:
     """``python -m launcher.backends.ray_driver RUN_DIR``."""
     run_dir = RunDir(Path(sys.argv[1]))
-    state = Driver(run_dir).run()
-    sys.exit(state.exit_status)
+    state = asyncio.run(Driver(run_dir).run())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(state.exit_status)  # what still waits for an answer of Ray's would hold this process up
 
 
 if __name__ == "__main__":

@@ -1,70 +1,31 @@
-"""The working side on Ray: what the controller does when workers start, and what each worker runs."""
+"""A worker of Ray Train: a rank's claim to its devices. It hands over what Ray gave it and does as the driver says."""
 
 from __future__ import annotations
 
 import os
-import signal
-import socket
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import shutil
+import time
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
-import ray.util
-from ray.train.backend import Backend
-from ray.train.torch import TorchConfig
+from ray.train import CheckpointUploadMode
+from ray.train.backend import Backend, BackendConfig
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from launcher.network import reserve_port
-from launcher.rundir import RunDir
-from launcher.worker import RAISED, REFUSED, work
-from training.world import World
+STEWARD_SECONDS = 60.0
+"""How long a worker looks for the steward of its node; the driver starts one wherever a node joins."""
 
 
-class RankEnded(RuntimeError):
-    """A rank ended badly; raised so that Ray ends the other ranks, which would wait for it in a collective."""
-
-    def __init__(self, rank: int, status: int) -> None:
-        super().__init__(rank, status)
-        self.rank, self.status = rank, status
+class RunEnded(RuntimeError):
+    """The run failed; raised so that Ray Train's own record of it says so."""
 
 
-@dataclass(frozen=True)
-class Rendezvous:
-    """What the ranks of an attempt have to agree on."""
-
-    address: str
-    port: int
-    attempt: int
-    num_nodes: int = 1
-
-
-_state: dict[str, Any] = {}
-"""This worker process's rendezvous and the socket that holds its port: set by `on_start`, read by `train_rank`."""
-
-
-def open_attempt(run_dir: str) -> Rendezvous:
-    """On rank 0's worker: claim the attempt, and hold a port for its process group."""
-    directory = RunDir(Path(run_dir))
-    holder = _state["holder"] = reserve_port()
-    return Rendezvous(ray.util.get_node_ip_address(), holder.getsockname()[1], directory.claim_attempt())
-
-
-def where() -> tuple[str, str]:
-    """On every worker: its node's id and its host's name."""
-    return ray.get_runtime_context().get_node_id(), socket.gethostname()
-
-
-def join_attempt(rendezvous: Rendezvous) -> None:
-    """On every worker: remember the rendezvous."""
-    _state["rendezvous"] = rendezvous
-
-
-class AgreeOnly(Backend):  # type: ignore[misc]
-    """Tells every worker where rank 0 is and leaves the process group to the target.
+class HandsOff(Backend):  # type: ignore[misc]
+    """Leaves the process group to the target.
 
     Ray's own backend makes the group before the target runs, and a script written for torchrun then fails on
     `init_process_group`, "trying to initialize the default process group twice".
@@ -72,93 +33,91 @@ class AgreeOnly(Backend):  # type: ignore[misc]
 
     share_cuda_visible_devices = True
 
-    def on_start(self, worker_group: Any, backend_config: RankConfig) -> None:
-        """Claim the attempt on rank 0 and tell every worker of it; Ray calls this before the train function."""
-        rendezvous = worker_group.execute_single(0, open_attempt, backend_config.run_dir)
-        nodes = dict(places := worker_group.execute(where))
-        worker_group.execute(join_attempt, replace(rendezvous, num_nodes=len(nodes)))
-        RunDir(Path(backend_config.run_dir)).event(
-            "started", attempt=rendezvous.attempt, world_size=len(places), hosts=list(nodes.values())
-        )
-
 
 @dataclass
-class RankConfig(TorchConfig):  # type: ignore[misc]
-    """A TorchConfig whose backend is `AgreeOnly`."""
-
-    run_dir: str = ""
+class RankConfig(BackendConfig):  # type: ignore[misc]
+    """A BackendConfig whose backend is `HandsOff`. Not a TorchConfig, which would import torch into the controller."""
 
     @property
     def backend_cls(self) -> type[Backend]:
-        return AgreeOnly
+        return HandsOff
 
 
-def train_rank(config: dict[str, Any]) -> int:
-    """The train function: be one rank of the run. Returns its exit status.
+SPARED = ("DatasetsCallback", "PlacementGroupCleanerCallback")
+"""What Ray Train starts an actor each for, with an import of a second or more, in each lease: data sets, of which it has
+none here, and the end of a controller that dies alone, after which our driver leaves and Ray ends all that the job has."""
+
+
+class LeanTrainer(DataParallelTrainer):  # type: ignore[misc]
+    """What TorchTrainer is, with another backend (see `HandsOff`) and without `SPARED`."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [each for each in super()._create_default_callbacks() if type(each).__name__ not in SPARED]
+
+
+def steward_name(run_dir: str, node: str) -> str:
+    """The name of the actor that is the agent of `node`."""
+    return f"launch {run_dir} {node}"
+
+
+def hold_rank(config: dict[str, Any]) -> None:
+    """The train function: enrol with the steward of this node, then do as told until the end.
 
     Raises:
-        RankEnded: the target raised.
+        RunEnded: the run failed.
     """
-    run_dir = RunDir(Path(config["run_dir"]))
-    context = ray.train.get_context()
-    rendezvous: Rendezvous = _state["rendezvous"]
-    world = World(
-        rank=context.get_world_rank(),
-        local_rank=context.get_local_rank(),
-        node_rank=context.get_node_rank(),
-        world_size=context.get_world_size(),
-        local_world_size=context.get_local_world_size(),
-        num_nodes=rendezvous.num_nodes,
-        master_addr=rendezvous.address,
-        master_port=rendezvous.port,
-        device=config["device"],
-        threads=config["threads"],
-        attempt=rendezvous.attempt,
-        run_id=config["name"],
+    context = ray.get_runtime_context()
+    worker = ray.train.get_context().get_world_rank()
+    steward = _find(steward_name(config["run_dir"], context.get_node_id()))
+    ray.get(steward.enrol.remote(config["lease"], worker, os.getpid(), dict(os.environ)))
+    while True:
+        match ray.get(steward.orders.remote(worker)):
+            case {"report": metrics, "path": path}:
+                report(metrics, Path(path) if worker == 0 else None)
+            case {"end": ""}:
+                return
+            case {"end": text}:
+                raise RunEnded(text)
+
+
+def _find(name: str) -> Any:
+    deadline = time.monotonic() + STEWARD_SECONDS
+    while True:
+        try:
+            return ray.get_actor(name)
+        except ValueError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def report(metrics: dict[str, Any], path: Path | None) -> None:
+    """Tell Ray Train of a checkpoint; a barrier of all workers. `path` is None on all but worker 0.
+
+    Ray takes only checkpoints in its own folder and prunes those, so it is given hard links to ours: they cost no space,
+    and neither side's pruning touches the other's.
+    """
+    linked = _link(path) if path is not None else None
+    ray.train.report(
+        metrics,
+        checkpoint=ray.train.Checkpoint.from_directory(linked) if linked else None,
+        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
     )
-    with _logged(run_dir.log(world.attempt, world.rank)), _signals_tolerated():
-        status = work(run_dir, world)
-    if status in (RAISED, REFUSED):
-        raise RankEnded(world.rank, status)
-    return status
 
 
-@contextmanager
-def _logged(path: Path) -> Iterator[None]:
-    """Send this process's output to the rank's log, its libraries' included; one rank has the process to itself."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = [os.dup(1), os.dup(2)]
-    output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.close(output)
+def _link(path: Path) -> Path | None:
+    """Link the checkpoint into Ray's folder; None where it was pruned in the meantime."""
+    folder = Path(ray.train.get_context().get_storage().experiment_fs_path) / path.name
     try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for number, descriptor in enumerate(kept, start=1):
-            os.dup2(descriptor, number)
-            os.close(descriptor)
+        shutil.copytree(path, folder, copy_function=_link_or_copy)
+    except (OSError, shutil.Error):
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    return folder
 
 
-@contextmanager
-def _signals_tolerated() -> Iterator[None]:
-    """Let a script install signal handlers, as it does under torchrun; Ray runs it in a thread, where Python refuses.
-
-    The handlers are never called: no signal reaches a Ray worker, whose stop comes through the run directory.
-    """
-    original = signal.signal
-
-    def tolerant(number: int, handler: Any) -> Any:
-        if threading.current_thread() is threading.main_thread():
-            return original(number, handler)
-        return signal.getsignal(number)
-
-    signal.signal = tolerant  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        signal.signal = original
+def _link_or_copy(source: str, target: str) -> None:
+    with suppress(OSError):  # a file system without hard links
+        os.link(source, target)
+        return
+    shutil.copy2(source, target)

@@ -1,0 +1,159 @@
+"""A lease: the workers that one `fit` of Ray Train holds, from its start to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+from launcher.backends.ray import trainer
+from launcher.backends.ray_cluster import SLICE, WORKER, RayNode
+from launcher.spec import Plan
+from launcher.tpu import BASE_PORT, tpu_environment
+from training.world import World
+
+MEGASCALE_PORT = 8081
+"""Where slices meet, and the first of the ports of their processes, one for each of a host. Source: Ray's default."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A worker of Ray Train that is ready: its number there, its node, and the environment that Ray gave it."""
+
+    worker: int
+    node: RayNode
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+class Lease:
+    """One `fit`, in a thread of its own.
+
+    Attributes:
+        members: the workers that are ready; all of them, in the order of their ranks, once the lease is `complete`.
+        broken: one of its workers is gone, so it cannot carry another attempt.
+        error: what `fit` raised.
+    """
+
+    def __init__(self, plan: Plan, number: int, ranks: int) -> None:
+        self.plan, self.number, self.ranks = plan, number, ranks
+        self.members: list[Member] = []
+        self.broken = False
+        self.error: BaseException | None = None
+        self.done = asyncio.Event()
+
+    def start(self) -> None:
+        """Send the request to Ray."""
+        loop = asyncio.get_running_loop()
+
+        def run() -> None:
+            try:
+                self._fit()
+            except BaseException as error:
+                self.error = error
+            loop.call_soon_threadsafe(self.done.set)
+
+        threading.Thread(target=run, name="fit", daemon=True).start()
+
+    def _fit(self) -> None:
+        from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+
+        from launcher.backends.ray_worker import LeanTrainer, RankConfig, hold_rank
+
+        asked = trainer(self.plan, self.number, self.ranks)
+        run = asked["run_config"]
+        run |= {
+            "failure_config": FailureConfig(**run["failure_config"]),
+            "checkpoint_config": CheckpointConfig(**run["checkpoint_config"]),
+        }
+        LeanTrainer(
+            hold_rank,
+            train_loop_config={"run_dir": str(self.plan.run_dir), "lease": self.number},
+            backend_config=RankConfig(),
+            scaling_config=ScalingConfig(**asked["scaling_config"]),
+            run_config=RunConfig(**run),
+        ).fit()
+
+    def enrol(self, member: Member) -> None:
+        """A worker is ready."""
+        self.members.append(member)
+        if self.complete:
+            self.members.sort(key=_order)
+
+    @property
+    def complete(self) -> bool:
+        return len(self.members) == self.ranks
+
+    def nodes(self) -> list[RayNode]:
+        """The nodes of the members, in the order of their first ranks."""
+        return list({member.node.id: member.node for member in self.members}.values())
+
+    def ranks_on(self, node: str) -> list[int]:
+        return [rank for rank, member in enumerate(self.members) if member.node.id == node]
+
+    def rank_of(self, worker: int) -> int:
+        return next(rank for rank, member in enumerate(self.members) if member.worker == worker)
+
+    def worlds(self, attempt: int, port: int) -> list[World]:
+        """The world of each rank, in order."""
+        nodes = [node.id for node in self.nodes()]
+        return [
+            World(
+                rank=rank,
+                local_rank=self.ranks_on(member.node.id).index(rank),
+                node_rank=nodes.index(member.node.id),
+                world_size=self.ranks,
+                local_world_size=len(self.ranks_on(member.node.id)),
+                num_nodes=len(nodes),
+                master_addr=self.members[0].node.address,
+                master_port=port,
+                device=self.plan.placement.device,
+                threads=self.plan.placement.threads,
+                attempt=attempt,
+                run_id=self.plan.name,
+            )
+            for rank, member in enumerate(self.members)
+        ]
+
+    def environment(self, rank: int) -> dict[str, str]:
+        """The variables of a rank: those that Ray gave its worker, and on a TPU those of its slice."""
+        member = self.members[rank]
+        return member.environment | (self._slice_environment(member) if self.plan.placement.device == "tpu" else {})
+
+    def _slice_environment(self, member: Member) -> dict[str, str]:
+        """What every process of a TPU slice has to agree on, and where several slices meet."""
+        slices = list(dict.fromkeys(_slice(each) for each in self.members))
+        mine = [each for each in self.members if _slice(each) == _slice(member)]
+        hosts = list({each.node.id: each.node.address for each in mine}.values())
+        here = [each for each in mine if each.node.id == member.node.id]
+        number = list({each.node.id: None for each in mine}).index(member.node.id)
+        addresses = hosts if len(hosts) > 1 else [f"{hosts[0]}:{BASE_PORT + local}" for local in range(len(here))]
+        topology, session = self.plan.placement.topology, f"{self.plan.name}-{self.number}"
+        variables = {"TPU_WORKER_HOSTNAMES": ",".join(hosts), "TPU_WORKER_ID": str(number)}
+        if topology:
+            variables |= tpu_environment(addresses, len(here), topology, number, session)
+        if len(slices) > 1:
+            variables |= {
+                "MEGASCALE_COORDINATOR_ADDRESS": f"{self.members[0].node.address}:{MEGASCALE_PORT}",
+                "MEGASCALE_NUM_SLICES": str(len(slices)),
+                "MEGASCALE_SLICE_ID": str(slices.index(_slice(member))),
+                "MEGASCALE_PORT": str(MEGASCALE_PORT + here.index(member)),  # one for each process of a host
+            }
+        return variables
+
+
+def _slice(member: Member) -> str:
+    return member.node.labels.get(SLICE, member.node.id)
+
+
+def _order(member: Member) -> tuple[Any, ...]:
+    """Ranks follow Ray's numbers; on a TPU they follow the slices, their hosts, and the chips of a host."""
+    if SLICE not in member.node.labels:
+        return "", 0, member.worker
+    chips = member.environment.get("TPU_VISIBLE_CHIPS", "")
+    return (
+        _slice(member),
+        int(member.node.labels.get(WORKER, 0)),
+        *map(int, filter(None, chips.split(","))),
+        member.worker,
+    )

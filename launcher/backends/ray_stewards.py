@@ -1,0 +1,87 @@
+"""The stewards of a run, as its driver sees them: one on each node that may be used."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from launcher.backends.ray_cluster import RayNode
+from launcher.ranks import Message
+from launcher.rundir import RunDir
+
+
+class Stewards:
+    """Starts an actor on each node and listens to it. What it says goes to `post`, with the id of its node."""
+
+    def __init__(self, run_dir: RunDir, post: Callable[[str, Message], None]) -> None:
+        self.run_dir, self.post = run_dir, post
+        self.nodes: dict[str, RayNode] = {}
+        self._actors: dict[str, Any] = {}
+        self._listening: dict[str, asyncio.Task[None]] = {}
+        self._count = 0
+
+    async def ensure(self, nodes: Iterable[RayNode], towards: str, several: bool) -> list[RayNode]:
+        """Have one on each of `nodes`; return the nodes that do not see the run directory. `towards`: the head's address."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        from launcher.backends.ray_steward import Steward
+        from launcher.backends.ray_worker import steward_name
+
+        new = [node for node in nodes if node.id not in self._actors]
+        for node in new:
+            self._count += 1
+            options = {
+                "num_cpus": 0,
+                "name": steward_name(str(self.run_dir.path), node.id),
+                "scheduling_strategy": NodeAffinitySchedulingStrategy(node.id, soft=False),
+            }
+            actor = ray.remote(Steward).options(**options)
+            self._actors[node.id] = actor.remote(str(self.run_dir.path), self._count, towards if several else "")
+            self.nodes[node.id] = node
+            self._listening[node.id] = asyncio.create_task(self._listen(node.id))
+        plan = str(self.run_dir.plan_file)
+        seen = await asyncio.gather(*(self._actors[node.id].sees.remote(plan) for node in new), return_exceptions=True)
+        return [node for node, sees in zip(new, seen, strict=True) if sees is False]
+
+    async def _listen(self, node: str) -> None:
+        from ray.exceptions import RayError
+
+        try:
+            while True:
+                for message in await self._actors[node].news.remote():
+                    self.post(node, message)
+        except RayError:  # the actor died, alone or with its node
+            del self._actors[node]
+            self.post(node, {"lost": node})
+
+    def open(self, nodes: Iterable[str]) -> None:
+        """Let their forkservers import already."""
+        for node in nodes:
+            if node in self._actors:
+                self._actors[node].open.remote()
+
+    def tell(self, node: str, message: Message) -> bool:
+        """Send `message`; returns False for a node that is gone, with which the message is lost."""
+        if node not in self._actors:
+            return False
+        self._actors[node].tell.remote(message)
+        return True
+
+    async def port(self, node: str) -> int:
+        """Reserve a port there.
+
+        Raises:
+            ray.exceptions.RayError: the steward is gone.
+        """
+        return int(await self._actors[node].port.remote())
+
+    def tell_all(self, message: Message) -> None:
+        for node in list(self._actors):
+            self.tell(node, message)
+
+    def close(self) -> None:
+        """Stop listening."""
+        for task in self._listening.values():
+            task.cancel()
