@@ -78,13 +78,14 @@ class Attempt:
                         self.kill_within(0.0)
                     elif code in (1, 2):
                         self.kill_within(LAST_WORDS_SECONDS)
-            case {"lost": _}:
+            case {"lost": _} if (
+                agent in self.nodes
+            ):  # a spare one, or one that went before this attempt, is none of ours
                 self.lost.append(agent)
-                if agent in self.nodes:
-                    gone = set(self._ranks_of(self.nodes[agent]))
-                    self.alive -= gone
-                    self._beats = {rank: beat for rank, beat in self._beats.items() if rank not in gone}
-                    self.kill_within(0.0)
+                gone = set(self._ranks_of(self.nodes[agent]))
+                self.alive -= gone
+                self._beats = {rank: beat for rank, beat in self._beats.items() if rank not in gone}
+                self.kill_within(0.0)
             case {"beats": beats}:
                 self._hear_beats({int(rank): Beat(*fields) for rank, fields in beats.items()})
             case {"stacks": places}:

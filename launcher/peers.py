@@ -67,6 +67,7 @@ class Peers:
             while line := await reader.readline():
                 self._heard[node] = time.monotonic()
                 self.post(node, json.loads(line))
+        writer.close()
         if self._writers.pop(node, None) is not None:
             self.post(node, {"lost": node})
 
