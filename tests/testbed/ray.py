@@ -11,14 +11,17 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Client
+from pathlib import Path
 from typing import Any, Self
 
-from tests.testbed.keeper import Keeper, TestbedError, run_by_hand, tail
+from tests.testbed.keeper import Keeper, TestbedError, descendants, run_by_hand, tail
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -108,6 +111,26 @@ class RayCluster:
         """Name -> Ray's node id in hex, of the nodes started and not removed."""
         ids: dict[str, str] = self._ask("ids")
         return ids
+
+    def drain_node(self, name: str, seconds: int = 60) -> None:
+        """Say that a node will be taken away in so many seconds, as a cloud's notice of preemption does."""
+        node = self.node_ids()[name]
+        words = ("--node-id", node, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken back")
+        ray = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", self.address]
+        done = subprocess.run(
+            [*ray, *words, "--deadline-remaining-seconds", str(seconds)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise TestbedError(f"{name} cannot be drained\n{done.stdout}{done.stderr}")
+
+    def processes(self, words: str) -> dict[int, int]:
+        """The cluster's processes with `words` in their command, each with its parent."""
+        found = {}
+        for pid in descendants(self._keeper._process.pid):
+            with suppress(OSError):
+                if words in Path(f"/proc/{pid}/cmdline").read_text(errors="replace"):
+                    found[pid] = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        return found
 
     # --- inside
 
