@@ -15,19 +15,19 @@ from pathlib import Path
 from launcher.backends import local, slurm_site
 from launcher.backends.ray import address as ray_address
 from launcher.cluster import Cluster
+from launcher.environment import PACKAGES
 from launcher.errors import BadRequest
-
-PACKAGES = ("torch", "transformers", "datasets", "evaluate", "accelerate", "ray", "submitit", "cloudpickle")
 
 
 @dataclass(frozen=True)
 class Check:
-    """What was looked at, whether it is in order, what was found, and what to do if it is not."""
+    """What was looked at, whether it is in order, what was found, and what to do if it is not (or where it is a `note`)."""
 
     name: str
     ok: bool
     found: str
     remedy: str = ""
+    note: bool = False  # in order, but worth knowing
 
 
 def examine(site: Cluster, cwd: Path) -> Iterator[Check]:
@@ -46,7 +46,7 @@ def _packages() -> Check:
             found.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             missing.append(name)
-    return Check("packages", not missing, ", ".join(found), f"pip install {' '.join(missing)}")
+    return Check("packages", not missing, ", ".join(found), f"pip install {' '.join(missing)}" if missing else "")
 
 
 def _hostname() -> Check:

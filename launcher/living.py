@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from launcher.options import Once, Parser, add_json, command, whole
 from launcher.spec import State
 
 if TYPE_CHECKING:
+    from launcher.doctor import Check
     from launcher.run import Run
 
 
@@ -190,6 +193,14 @@ def run_doctor(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--backend", action=Once, metavar="NAME", help="local (default), slurm or ray")
     parser.add_argument("--cluster", action=Once, metavar="NAME|PATH", help="a profile (see `launch clusters`)")
+    nodes = parser.add_argument_group("on the nodes")
+    nodes.add_argument("--on-nodes", action="store_true", help="send a short run that looks around there")
+    nodes.add_argument("--nodes", action=Once, type=whole, metavar="N", help="on how many (default 2; 1 if local)")
+    nodes.add_argument("--gpus", action=Once, type=whole, metavar="N", help="with so many GPUs in all (default: none)")
+    nodes.add_argument("--accelerator", action=Once, metavar="TYPE", help="of this type")
+    nodes.add_argument(
+        "--wait", action=Once, type=whole, default=120, metavar="S", help="seconds for the nodes to find each other"
+    )
     add_json(parser)
     options = parser.parse_args(list(argv))
     from launcher import backends, profiles
@@ -200,12 +211,35 @@ def run_doctor(argv: Sequence[str]) -> int:
         backends.get(options.backend)
     site = profiles.load(options.cluster or options.backend or "local", Path.cwd())
     checks = []
-    for check in examine(site, Path.cwd()):
+    for check in itertools.chain(examine(site, Path.cwd()), _on_nodes(options, str(site.backend))):
         checks.append(check)
         if not options.json:
-            print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<12} {check.found}", flush=True)
-            if check.remedy and not check.ok:
+            word = "FAIL" if not check.ok else "note" if check.note else "ok"
+            print(f"{word:<4}  {check.name:<12} {check.found}", flush=True)
+            if check.remedy and (not check.ok or check.note):
                 print(f"      -> {check.remedy}")
     if options.json:
         print(json.dumps(to_data(checks)))
     return 0 if all(check.ok for check in checks) else 1
+
+
+def _on_nodes(options: argparse.Namespace, backend: str) -> Iterator[Check]:
+    if not options.on_nodes:
+        return
+    from launcher.on_nodes import examine
+    from launcher.spec import RunSpec
+
+    nodes = options.nodes or (1 if backend == "local" else 2)
+    spec = RunSpec(
+        "launcher.probe:main",
+        backend=options.backend,
+        cluster=options.cluster,
+        cpus=None if options.gpus else nodes,
+        gpus=options.gpus,
+        nodes=nodes,
+        accelerator=options.accelerator,
+        name=f"doctor-{time.strftime('%Y%m%d-%H%M%S')}",
+        time="10m",
+        max_restarts=0,
+    )
+    yield from examine(spec, Path.cwd(), options.wait, lambda text: print(f"      {text}", file=sys.stderr, flush=True))
