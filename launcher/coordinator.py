@@ -38,6 +38,7 @@ class Coordinator:
         """Bring the run to an end and return its exit status."""
         on_signals(lambda number: self.inbox.put_nowait((self.seat.node, {"signal": number})))
         session = self.run_dir.claim_session(self.seat.host)
+        self.run_dir.reserve()
         self.run_dir.beat()
         beating = asyncio.create_task(self._beat(session))
         await self.own.open()
@@ -243,6 +244,9 @@ def end_run(
         run_dir.event("failed", **_told(attempt, failure, step))
         rank = failure.rank if failure.rank is not None else 0
         fields["failure"] = asdict(failure) | {"log": tail(run_dir.log(attempt, rank))}
-    run_dir.write_result(state, **fields)
+    try:
+        run_dir.write_result(state, **fields)
+    except OSError as error:  # then the exit status has to say it all
+        print(f"launch: {run_dir.result_file}: {error.strerror}: {state.value} {fields}", file=sys.stderr)
     run_dir.event("finished", attempt=attempt, state=state.value)
     return state

@@ -9,7 +9,7 @@ from signal import Signals
 from typing import Any
 
 from launcher.history import History
-from launcher.worker import FINISHED, REFUSED, STOPPED
+from launcher.worker import FINISHED, REFUSED, STOPPED, UNHEARD
 
 
 class Action(StrEnum):
@@ -179,5 +179,7 @@ def name_failure(outcome: Outcome, bad: Mapping[int, int]) -> Failure:
         name = {each.value: each.name for each in Signals}.get(number, f"signal {number}")
         return failure("killed", f"rank {signalled} was ended by {name}", signalled)
     rank, code = next(iter(bad.items()))
+    if code == UNHEARD:
+        return failure("disk full", f"rank {rank} could not write its error into the run directory", rank)
     kind = "bad request" if code == REFUSED else "user error"
     return failure(kind, f"rank {rank} ended with exit status {code} and left no error", rank)

@@ -5,12 +5,14 @@ Every file name lives here. Every file appears whole or not at all; the two logs
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
 import socket
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,9 @@ from training.files import append_line, read_json, read_lines, write_atomic
 
 BEAT_SECONDS = 2.0
 """How often whoever supervises a run touches its heartbeat."""
+
+RESERVE_BYTES = 256 * 1024
+"""What a run holds of the disk to be able to tell its end; logs and the last events take their share of it."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,10 @@ class RunDir:
         return self.path / "poll.json"
 
     @property
+    def reserve_file(self) -> Path:
+        return self.path / ".reserve"
+
+    @property
     def session_file(self) -> Path:
         return self.path / "session.json"
 
@@ -164,7 +173,27 @@ class RunDir:
     # ---- while it runs --------------------------------------------------------------------------------------------
 
     def event(self, event: str, /, **fields: Any) -> None:
-        append_line(self.events_file, {"time": time.time(), "event": event, **fields})
+        """Add to the log of events. Where that cannot be written, the run goes on and the supervisor's own log has it."""
+        record = {"time": time.time(), "event": event, **fields}
+        try:
+            self._making_room(lambda: append_line(self.events_file, record))
+        except OSError as error:
+            print(f"launch: {self.events_file}: {error.strerror}: {record}", file=sys.stderr)
+
+    def reserve(self) -> None:
+        """Hold a little of the disk, so that the end of a run can be told also when the disk is full."""
+        with suppress(OSError):
+            write_atomic(self.reserve_file, bytes(RESERVE_BYTES))
+
+    def _making_room(self, write: Callable[[], None]) -> None:
+        """Call `write`; where the disk is full, give up the reserve and call it again."""
+        try:
+            write()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            self.reserve_file.unlink(missing_ok=True)
+            write()
 
     def events(self) -> list[dict[str, Any]]:
         return read_lines(self.events_file)
@@ -236,7 +265,10 @@ class RunDir:
     # ---- the end --------------------------------------------------------------------------------------------------
 
     def write_result(self, state: State, **fields: Any) -> None:
-        write_atomic(self.result_file, to_json({"state": state.value, "time": time.time(), **fields}))
+        """Leave the result. Raises OSError where the run directory takes no more files."""
+        text = to_json({"state": state.value, "time": time.time(), **fields})
+        self._making_room(lambda: write_atomic(self.result_file, text))
+        self.reserve_file.unlink(missing_ok=True)
 
     def result(self) -> dict[str, Any] | None:
         return read_json(self.result_file)

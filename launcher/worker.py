@@ -29,6 +29,9 @@ from training.world import World
 FINISHED, RAISED, REFUSED, STOPPED = 0, 1, 2, 3
 """Exit statuses of a rank; the same numbers, with the same meanings, as those of the command."""
 
+UNHEARD = 4
+"""Exit status of a rank that raised and could not leave its error, because the run directory takes no more files."""
+
 COMMUNICATION = ("DistBackendError", "DistNetworkError", "DistStoreError")
 COMMUNICATION_SIGNS = (
     "Connection closed by peer",
@@ -65,19 +68,17 @@ def work(run_dir: RunDir, world: World, pulse: Pulse | None = None) -> int:
     except SystemExit as error:
         if error.code in (None, 0):
             return FINISHED
-        _leave_error(run_dir, world, error, "user error")
-        return RAISED
+        return _leave_error(run_dir, world, error, "user error")
     except (ConfigError, BadRequest) as error:
-        _leave_error(run_dir, world, error, "bad request")
-        return REFUSED
+        return _leave_error(run_dir, world, error, "bad request")
     except KeyboardInterrupt:
         return STOPPED
     except BaseException as error:
-        _leave_error(run_dir, world, error, classify(error))
-        return RAISED
+        return _leave_error(run_dir, world, error, classify(error))
     finally:
         on_signal()
-        sys.stdout.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
     stopped = bool(opened and opened[0].stopped)
     for each in opened:
         each.close()
@@ -149,14 +150,16 @@ def classify(error: BaseException) -> str:
     return "user error"
 
 
-def _leave_error(run_dir: RunDir, world: World, error: BaseException, kind: str) -> None:
+def _leave_error(run_dir: RunDir, world: World, error: BaseException, kind: str) -> int:
+    """Leave what the target raised, in the log and as a record; returns the rank's exit status."""
     text = short_traceback(error) if kind != "bad request" else f"{error}\n"
     if kind == "communication":
         # The echo of another rank's failure; in full it would drown the cause for whoever watches rank 0.
         line = str(error).splitlines()[0] if str(error) else ""
         sys.stderr.write(f"launch: rank {world.rank} lost its peers: {type(error).__name__}: {line}\n")
     else:
-        sys.stderr.write(text)
+        with suppress(OSError):  # the log may lie on the disk that is full
+            sys.stderr.write(text)
     record = {
         "time": time.time(),
         "rank": world.rank,
@@ -169,8 +172,14 @@ def _leave_error(run_dir: RunDir, world: World, error: BaseException, kind: str)
         "traceback": text,
     }
     path = run_dir.error(world.attempt, world.rank)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(record))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(record))
+    except OSError as problem:
+        with suppress(OSError):
+            print(f"launch: the error of rank {world.rank} cannot be left in {path}: {problem}", file=sys.stderr)
+        return UNHEARD
+    return REFUSED if kind == "bad request" else RAISED
 
 
 def _leave_value(run_dir: RunDir, value: Any) -> None:

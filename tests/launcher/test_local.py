@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -121,3 +124,35 @@ def test_hangs_are_found_and_the_rank_at_fault_is_named(local_project: Project) 
     log = local_project.folder / "runs" / "h" / "logs" / "2" / "0.log"
     assert "in load" in log.read_text(), "the whole stack is in the log"
     assert local_project.status("h")["state"] == "succeeded"
+
+
+FILLS = """
+def main(ctx):
+    with open(ctx.run_dir / "big", "wb") as big:
+        while True:
+            big.write(bytes(1 << 16))
+            big.flush()
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder with room for eight megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a small disk cannot be mounted (root is needed): {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_told_by_its_name(local_project: Project, small_disk: Path) -> None:
+    """Also where not a byte is left for the telling: the run holds a little of the disk for that."""
+    (local_project.folder / "fills.py").write_text(FILLS)
+    (local_project.folder / "small.toml").write_text(f'extends = "local"\nruns = "{small_disk}"\n')
+    done = local_project.call("--cluster", "./small.toml", "--cpus", "2", "--name", "d", "fills:main", status=1)
+    result = json.loads((small_disk / "d/result.json").read_text())
+    assert (result["state"], result["failure"]["kind"]) == ("failed", "disk full")
+    assert "Free space where the run directory lies" in done.stdout
+    assert not (small_disk / "d/.reserve").exists()
