@@ -119,6 +119,8 @@ def _check(cluster: Cluster, where: str) -> None:
         raise BadRequest(
             f"{where}: numbers of nodes, GPUs and cores and memory are 0 or more, and grace is more than 0 seconds."
         )
+    if cluster.ray.wait < 0:
+        raise BadRequest(f"{where}: ray.wait = {cluster.ray.wait:g}: seconds are needed, 0 or more.")
     for name in cluster.environment:
         if not name or "=" in name:
             raise BadRequest(f"{where}: environment: {name!r} cannot be the name of a variable.")

@@ -10,6 +10,9 @@ from launcher.backends.ray_cluster import RayNode
 from launcher.ranks import Message
 from launcher.rundir import RunDir
 
+ANSWER_SECONDS = 60.0
+"""How long new stewards are waited for; a node that is too busy to start one must not hold up the others."""
+
 
 class Stewards:
     """Starts an actor on each node and listens to it. What it says goes to `post`, with the id of its node."""
@@ -42,8 +45,18 @@ class Stewards:
             self.nodes[node.id] = node
             self._listening[node.id] = asyncio.create_task(self._listen(node.id))
         plan = str(self.run_dir.plan_file)
-        seen = await asyncio.gather(*(self._actors[node.id].sees.remote(plan) for node in new), return_exceptions=True)
-        return [node for node, sees in zip(new, seen, strict=True) if sees is False]
+        asked = {node.id: asyncio.ensure_future(self._sees(node.id, plan)) for node in new}
+        if asked:
+            await asyncio.wait(asked.values(), timeout=ANSWER_SECONDS)
+        return [node for node in new if asked[node.id].done() and not asked[node.id].result()]
+
+    async def _sees(self, node: str, path: str) -> bool:
+        from ray.exceptions import RayError
+
+        try:
+            return bool(await self._actors[node].sees.remote(path))
+        except (RayError, KeyError):
+            return True  # gone meanwhile, which is another matter
 
     async def _listen(self, node: str) -> None:
         from ray.exceptions import RayError

@@ -128,7 +128,7 @@ class RayCluster:
         found = {}
         for pid in descendants(self._keeper._process.pid):
             with suppress(OSError):
-                if words in Path(f"/proc/{pid}/cmdline").read_text(errors="replace"):
+                if words in Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " "):
                     found[pid] = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
         return found
 
