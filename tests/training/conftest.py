@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -52,7 +53,9 @@ def rank_server() -> Iterator[None]:
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
     forkserver.ensure_running()
     yield
-    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    server: Any = vars(forkserver)["_forkserver"]
+    os.kill(server._forkserver_pid, signal.SIGKILL)  # asked politely, it takes seconds to unload what it has imported
+    server._stop()
 
 
 BUCKET = "launch-test"
