@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from launcher.ranks import STACK_SECONDS, Message
 from launcher.watch import Beat, Place, Watch, accuse
-from launcher.worker import RAISED, REFUSED, UNHEARD
+from launcher.worker import FULL, RAISED, REFUSED, UNHEARD
 
 LAST_WORDS_SECONDS = 0.5
 """How long other ranks get, after one raised, to leave their own errors before they are killed."""
@@ -77,7 +77,7 @@ class Attempt:
                     self.exits[rank] = code
                     if code < 0:
                         self.kill_within(0.0)
-                    elif code in (RAISED, REFUSED, UNHEARD):
+                    elif code in (RAISED, REFUSED, FULL, UNHEARD):
                         self.kill_within(LAST_WORDS_SECONDS)
             case {"lost": _} if (
                 agent in self.nodes

@@ -9,7 +9,7 @@ from signal import Signals
 from typing import Any
 
 from launcher.history import History
-from launcher.worker import FINISHED, REFUSED, STOPPED, UNHEARD
+from launcher.worker import FINISHED, FULL, REFUSED, STOPPED, UNHEARD
 
 
 class Action(StrEnum):
@@ -45,6 +45,10 @@ RULES: dict[str, Rule] = {
         Retry.NEVER, "Use a smaller batch, gradient accumulation, a lower precision or more ranks."
     ),  # the same batch needs the same memory
     "disk full": Rule(Retry.NEVER, "Free space where the run directory lies, then `launch resume`."),
+    "storage": Rule(
+        Retry.ELSEWHERE,
+        "A file system failed on that node, or became read-only; look at its mounts, then `launch resume`.",
+    ),
     "killed": Rule(
         Retry.HERE,
         "If the kernel killed it for memory, ask for more memory or fewer ranks a node; then `launch resume`.",
@@ -179,7 +183,8 @@ def name_failure(outcome: Outcome, bad: Mapping[int, int]) -> Failure:
         name = {each.value: each.name for each in Signals}.get(number, f"signal {number}")
         return failure("killed", f"rank {signalled} was ended by {name}", signalled)
     rank, code = next(iter(bad.items()))
-    if code == UNHEARD:
-        return failure("disk full", f"rank {rank} could not write its error into the run directory", rank)
+    if code in (FULL, UNHEARD):
+        kind = "disk full" if code == FULL else "storage"
+        return failure(kind, f"rank {rank} could not write its error into the run directory", rank)
     kind = "bad request" if code == REFUSED else "user error"
     return failure(kind, f"rank {rank} ended with exit status {code} and left no error", rank)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import json
 import os
@@ -29,8 +30,11 @@ from training.world import World
 FINISHED, RAISED, REFUSED, STOPPED = 0, 1, 2, 3
 """Exit statuses of a rank; the same numbers, with the same meanings, as those of the command."""
 
-UNHEARD = 4
-"""Exit status of a rank that raised and could not leave its error, because the run directory takes no more files."""
+FULL, UNHEARD = 4, 5
+"""Exit statuses of a rank that raised and could not leave its error in the run directory, for want of room or otherwise."""
+
+STORAGE = (errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOTCONN, errno.EREMOTEIO)
+"""What a file system says that has gone away under a process: a disk that fails, a mount that was lost or made read-only."""
 
 COMMUNICATION = ("DistBackendError", "DistNetworkError", "DistStoreError")
 COMMUNICATION_SIGNS = (
@@ -135,12 +139,15 @@ DEVICE_SIGNS = (
 
 
 def classify(error: BaseException) -> str:
-    """Name the kind of an exception: ``out of memory``, ``communication``, ``disk full``, ``device`` or ``user error``."""
+    """Name the kind of an exception: ``out of memory``, ``communication``, ``disk full``, ``storage``, ``device`` or ``user
+    error``."""
     name, text = type(error).__name__, str(error)
     if isinstance(error, MemoryError) or name == "OutOfMemoryError":
         return "out of memory"
-    if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "disk full"
+    if isinstance(error, OSError) and error.errno in STORAGE:
+        return "storage"
     if isinstance(error, RuntimeError) and any(sign in text for sign in DEVICE_SIGNS):
         return "device"
     if name in COMMUNICATION or isinstance(error, ConnectionError):
@@ -178,7 +185,7 @@ def _leave_error(run_dir: RunDir, world: World, error: BaseException, kind: str)
     except OSError as problem:
         with suppress(OSError):
             print(f"launch: the error of rank {world.rank} cannot be left in {path}: {problem}", file=sys.stderr)
-        return UNHEARD
+        return FULL if classify(problem) == "disk full" else UNHEARD
     return REFUSED if kind == "bad request" else RAISED
 
 

@@ -64,6 +64,7 @@ def test_ends_that_are_no_failures(outcome: Outcome, action: Action) -> None:
         ({0: -6}, [error("user error", 0)], {}, "user error", 0, "OSError: no"),
         ({2: 1}, [], {}, "user error", 2, "rank 2 ended with exit status 1 and left no error"),
         ({2: 4}, [], {}, "disk full", 2, "rank 2 could not write its error into the run directory"),
+        ({2: 5}, [], {}, "storage", 2, "rank 2 could not write its error into the run directory"),
         ({2: 77}, [], {}, "user error", 2, "rank 2 ended with exit status 77 and left no error"),
         ({2: 2}, [], {}, "bad request", 2, "rank 2 ended with exit status 2 and left no error"),
         ({}, [], {"lost": ["node3", "node1"]}, "node lost", None, "node3 stopped answering"),

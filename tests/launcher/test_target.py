@@ -360,6 +360,10 @@ class DistBackendError(RuntimeError): ...
         (OSError(28, "No space left on device"), "disk full"),
         (OSError(122, "Disk quota exceeded"), "disk full"),
         (OSError(2, "No such file"), "user error"),
+        (OSError(30, "Read-only file system"), "storage"),
+        (OSError(116, "Stale file handle"), "storage"),
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "device"),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), "user error"),
         (DistBackendError("NCCL error"), "communication"),
         (ConnectionResetError(), "communication"),
         (BrokenPipeError(), "communication"),
@@ -371,7 +375,7 @@ class DistBackendError(RuntimeError): ...
     ],
 )
 def test_the_kind_of_an_exception(error: BaseException, kind: str) -> None:
-    from launcher.policy import RETRIED
+    from launcher.policy import RULES
 
     assert worker.classify(error) == kind
-    assert kind in RETRIED
+    assert kind in RULES
