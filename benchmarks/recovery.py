@@ -85,6 +85,7 @@ TorchTrainer(
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started ends, too
     scripts = Path(sys.executable).parent
     hung: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
@@ -117,15 +118,17 @@ def killed(name: str, argv: Sequence[str], folder: Path, hung: Counter[str]) -> 
                 [*argv, job], cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
             )
             try:
-                return _recover(Path(job), victim, step)
+                seconds = _recover(Path(job), victim, step)
+                print(f"{name}: rank {victim} killed at step {step}, {seconds:.2f} s", file=sys.stderr)
+                with suppress(subprocess.TimeoutExpired):
+                    started.wait(20)
+                return seconds
             except TimeoutError as error:
-                said = (Path(job) / "output").read_text(errors="replace")[-2000:]
-                print(f"{name}: {error}\n{said}", file=sys.stderr)
+                said = (Path(job) / "output").read_text(errors="replace").strip().splitlines()[-1:]
+                print(f"{name}: rank {victim} killed at step {step}: {error} {said}", file=sys.stderr)
                 hung[name] += 1
                 return LIMIT
             finally:
-                with suppress(subprocess.TimeoutExpired):
-                    started.wait(20)
                 _end_all(f"{TOKEN}={job}".encode())
                 started.wait()
 

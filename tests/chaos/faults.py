@@ -70,7 +70,7 @@ class Fault:
     engines: tuple[str, ...]
     strike: Strike
     restarts: bool = True
-    patience: float = 90.0
+    patience: float = 180.0
 
 
 def signal_rank(number: signal.Signals) -> Strike:
@@ -264,7 +264,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("scancel --signal=USR2", ("slurm",), user_signal),
     Fault("scontrol requeue", ("slurm",), requeue),
     Fault("preemption", ("slurm",), preempt),
-    Fault("time limit", ("slurm",), time_limit, patience=150.0),
+    Fault("time limit", ("slurm",), time_limit, patience=240.0),
     Fault("node down", ("slurm",), node_down),
     Fault("node loses power", ("slurm",), power_loss),
     Fault("drain", ("slurm",), drain, restarts=False),
