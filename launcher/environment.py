@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.binding import this_machine
+from training.files import write_atomic
 
 PACKAGES = ("torch", "transformers", "datasets", "evaluate", "accelerate", "ray", "submitit", "cloudpickle")
 """Those that `launch` needs; a run's record holds all that are installed."""
@@ -55,6 +57,11 @@ def record(variables: Mapping[str, str] | None = None) -> dict[str, Any]:
         "cores": sorted(os.sched_getaffinity(0)),
         "variables": chosen(os.environ if variables is None else variables),
     }
+
+
+def leave(folder: Path) -> None:
+    """Write the record of this process to ``environment.json`` in the run directory `folder`."""
+    write_atomic(folder / "environment.json", json.dumps(record(), indent=2) + "\n")
 
 
 def packages() -> dict[str, str]:
