@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from launcher import history
+from launcher import environment, history
 from launcher.attempt import Attempt
 from launcher.network import reserve_port
 from launcher.peers import CONNECT_SECONDS, PULSE_SECONDS, Peers
@@ -44,6 +44,8 @@ class Coordinator:
         await self.own.open()
         if self.seat.nodes > 1:
             await self.peers.listen()
+        with suppress(OSError):  # meanwhile the forkserver imports
+            await asyncio.to_thread(environment.leave, self.run_dir.path)
         state = State.FAILED
         try:
             await self._wait_for_peers()

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from launcher.binding import settle
 from launcher.errors import BadRequest
 from launcher.records import from_data
 from launcher.rundir import RunDir
@@ -66,6 +67,8 @@ def work(run_dir: RunDir, world: World, pulse: Pulse | None = None) -> int:
 
     on_signal = _install_signal_handlers(opened)
     try:
+        if world.device == "cuda":
+            settle(world.local_rank, world.local_world_size)
         value = call(plan.target, run_dir.target_pickle, context)
     except Stopping:
         return STOPPED

@@ -156,3 +156,15 @@ def test_a_full_disk_is_told_by_its_name(local_project: Project, small_disk: Pat
     assert (result["state"], result["failure"]["kind"]) == ("failed", "disk full")
     assert "Free space where the run directory lies" in done.stdout
     assert not (small_disk / "d/.reserve").exists()
+
+
+def test_the_environment_of_a_run_is_on_record_without_its_secrets(
+    local_project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("NCCL_DEBUG", "WARN")
+    local_project.launch("--cpus", "1", "--name", "e", "steps:main", "--steps", "1")
+    record = json.loads((local_project.folder / "runs/e/environment.json").read_text())
+    assert record["packages"]["torch"]
+    assert record["variables"]["NCCL_DEBUG"] == "WARN"
+    assert "hf_secret" not in json.dumps(record)
