@@ -78,7 +78,7 @@ def settings(plan: Plan) -> dict[str, str]:
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         # The driver watches for drained nodes itself, which saves an actor in each attempt.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{min(60.0, plan.cluster.ray.wait):g}",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{min(60.0, max(15.0, plan.cluster.ray.wait)):g}",
         # Workers stay where the user is, as on the other engines; Ray would move them to its own trial folder.
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
     }

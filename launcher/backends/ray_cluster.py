@@ -152,6 +152,7 @@ def connect(plan: Plan) -> None:
         # Its CPUs are only numbers: CPU ranks are for debugging, and more of them than cores are allowed.
         cpus = plan.placement.world_size * max(1, plan.placement.cpus_per_rank)
         cpus = max(cpus, os.cpu_count() or 1)
+        os.environ.setdefault("RAY_worker_niceness", "0")  # by itself 15; it is here for this run alone
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **common)
         return
     _reach(address)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 import threading
 import time
@@ -39,6 +40,9 @@ from launcher.tpu import Topology
 
 LOOK_SECONDS = 0.5
 """How often the driver looks for a request to stop, for drained and new nodes, and for new checkpoints."""
+
+DEATH_SECONDS = 15.0
+"""How long Ray may take to notice that a node is gone whose steward is; after that, only the steward is."""
 
 FAREWELL_SECONDS = 10.0
 """How long Ray Train gets to end a lease; workers that are still there are then killed, and it gets as long again."""
@@ -68,6 +72,7 @@ class Driver:
         self.going: dict[str, float] = {}  # drained nodes, and when they go
         self.lacking: tuple[float, str] | None = None  # since when the cluster is too small, and what it lacks
         self.lost: list[str] = []  # nodes that died, for people
+        self.suspects: dict[str, float] = {}  # when each was found silent; Ray may list it for a while
 
     async def run(self) -> State:
         """Connect, check, train, and leave nothing on the cluster; returns the state in which the run ended."""
@@ -173,7 +178,7 @@ class Driver:
             if isinstance(ranks, End):
                 return ranks
             number += 1
-            lease = Lease(self.plan, number, ranks)
+            lease = Lease(self.plan, number, ranks, lost_before=len(self.lost))
             self.reports.begin()
             lease.start()
             self.ranks = ranks
@@ -187,17 +192,16 @@ class Driver:
             nodes = look()
             if self.stop:
                 return End(State.STOPPED)
-            ranks = self._ranks_for(nodes)
-            if ranks and self.lacking is None:
+            late = time.monotonic() - DEATH_SECONDS
+            if any(self.suspects.get(node.id, late) > late for node in nodes):
+                await self._hear_idle()
+                continue
+            if ranks := self._ranks_for(nodes):
+                if not self.plan.cluster.ray.autoscales:  # there, only workers that come are an answer
+                    self.lacking = None
                 return ranks
-            if ranks and not self.plan.cluster.ray.autoscales:
-                self.lacking = None
-                return ranks
-            lacks = shortage(nodes, self._scaling()) or "Ray Train could not start its workers"
-            if end := self._too_small(lacks):
+            if end := self._too_small(shortage(nodes, self._scaling())):
                 return end
-            if ranks:
-                return ranks
             await self._hear_idle()
 
     def _too_small(self, lacks: str) -> End | None:
@@ -220,7 +224,9 @@ class Driver:
     async def _hold(self, lease: Lease) -> End | None:
         """Run attempts until the run or the lease is over; returns the state of the run, None for another lease."""
         if not await self._gather(lease):
-            await self._finish(lease, self.stop or "the workers did not start")
+            if self.stop:
+                return End(State.STOPPED)  # leaving ends what is being started
+            await self._finish(lease, "the workers did not start")
             return await self._not_started(lease)
         self.lacking = None
         while not self.stop:
@@ -286,23 +292,25 @@ class Driver:
             case {"gone": _, "lease": number} if lease and number == lease.number:
                 lease.broken = True
             case {"lost": _}:
+                self.suspects[node] = time.monotonic()
                 self.lost.append(str(self.stewards.nodes[node]))
                 if lease and any(member.node.id == node for member in lease.members):
                     lease.broken = True
 
     async def _not_started(self, lease: Lease) -> End | None:
         """Workers that never came: what the cluster lacks is waited for, anything else counts as a failed attempt."""
-        if self.stop:
-            return End(State.STOPPED)
-        if "WorkerGroupStartupTimeout" in repr(lease.error):
+        if type(lease.cause).__name__ == "WorkerGroupStartupTimeoutError":
             if self.plan.cluster.ray.autoscales:
                 return self._too_small("the workers that Ray was asked for did not come")
             return None
         attempt, past = self.run_dir.claim_attempt(), history.read(self.run_dir.events())
         left = self.plan.spec.max_restarts - len(past.setbacks)
-        why = str(_cause(lease.error)).strip().splitlines() if lease.error else ["a worker ended"]
-        outcome = Outcome({}, lost=[f"{', '.join(self.lost[-1:]) or '?'} ({why[-1]})"])
-        action, failure = decide(outcome, left, past, spare=True)
+        gone = self.lost[lease.lost_before :]
+        action, failure = decide(Outcome({} if gone else {0: -signal.SIGKILL}, lost=gone), left, past, spare=True)
+        assert failure is not None
+        if not gone:
+            said = str(lease.cause or "one of them ended").strip().splitlines()[-1]
+            failure = replace(failure, message=f"Ray Train could not start the workers: {said}")
         if action is Action.RESTART:
             note_failure(self.run_dir, attempt, failure, left - 1)
             await asyncio.sleep(back_off(past, None))
@@ -320,15 +328,6 @@ class Driver:
                     return
             for member in lease.members:
                 self.stewards.tell(member.node.id, {"evict": member.worker})
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Unwrap Ray's exceptions down to what happened."""
-    for name in ("controller_failure", "_base_exc", "cause", "__cause__"):
-        inner = getattr(error, name, None)
-        if isinstance(inner, BaseException):
-            return _cause(inner)
-    return error
 
 
 def main() -> None:

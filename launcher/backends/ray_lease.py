@@ -33,10 +33,11 @@ class Lease:
         members: the workers that are ready; all of them, in the order of their ranks, once the lease is `complete`.
         broken: one of its workers is gone, so it cannot carry another attempt.
         error: what `fit` raised.
+        lost_before: how many nodes the run had lost when it began.
     """
 
-    def __init__(self, plan: Plan, number: int, ranks: int) -> None:
-        self.plan, self.number, self.ranks = plan, number, ranks
+    def __init__(self, plan: Plan, number: int, ranks: int, lost_before: int = 0) -> None:
+        self.plan, self.number, self.ranks, self.lost_before = plan, number, ranks, lost_before
         self.members: list[Member] = []
         self.broken = False
         self.error: BaseException | None = None
@@ -83,6 +84,11 @@ class Lease:
     @property
     def complete(self) -> bool:
         return len(self.members) == self.ranks
+
+    @property
+    def cause(self) -> BaseException | None:
+        """What `fit` raised, without what Ray wrapped around it."""
+        return None if self.error is None else _unwrap(self.error)
 
     def nodes(self) -> list[RayNode]:
         """The nodes of the members, in the order of their first ranks."""
@@ -157,3 +163,12 @@ def _order(member: Member) -> tuple[Any, ...]:
         *map(int, filter(None, chips.split(","))),
         member.worker,
     )
+
+
+def _unwrap(error: BaseException) -> BaseException:
+    """Unwrap Ray's exceptions down to what happened."""
+    for name in ("controller_failure", "_base_exc", "cause", "__unwrap__"):
+        inner = getattr(error, name, None)
+        if isinstance(inner, BaseException):
+            return _unwrap(inner)
+    return error

@@ -27,6 +27,7 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the behaviour to come; the old one warns
     "RAY_DEDUP_LOGS": "0",
+    "RAY_worker_niceness": "0",  # by itself 15: beside anything else on this machine, Ray's tests would crawl
 }
 
 
