@@ -218,7 +218,10 @@ def submit(plan: Plan) -> str:
     _check_paths(plan)
     executor = _executor(plan, offline=False)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats what sbatch said
+        with (
+            slurm_site.outside_of_a_job(),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):  # submitit repeats what sbatch said
             job = executor.submit(AgentTask(plan.run_dir))
     except submitit.core.utils.FailedJobError as error:
         refusal = slurm_site.refusal_text(str(error))

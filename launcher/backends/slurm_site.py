@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from launcher.cluster import Cluster, NodeKind
@@ -17,6 +19,28 @@ ANSWER_SECONDS = 60.0
 
 GONE = ("DOWN", "DRAIN", "DRAINED", "DRAINING", "FAIL", "FAILING", "FUTURE", "INVAL", "INVALID_REG", "ERROR", "UNKNOWN")
 """Parts of a node's state with which it takes no job. Source: "NODE STATE CODES" of sinfo(1)."""
+
+
+FOR_COMMANDS = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
+"""Variables that tell SLURM's commands where and how to look, rather than a job step what it has."""
+
+
+@contextmanager
+def outside_of_a_job() -> Iterator[None]:
+    """Hide the variables of the job that this process runs in, such as an interactive one.
+
+    sbatch hands them on, and they contradict what srun is told inside the new job: "SLURM_MEM_PER_CPU,
+    SLURM_MEM_PER_GPU, and SLURM_MEM_PER_NODE are mutually exclusive".
+    """
+    own = {
+        name: os.environ.pop(name)
+        for name in list(os.environ)
+        if name.startswith(("SLURM_", "SLURMD_", "SRUN_")) and name not in FOR_COMMANDS
+    }
+    try:
+        yield
+    finally:
+        os.environ.update(own)
 
 
 class Unreachable(BadRequest):
@@ -64,9 +88,11 @@ def kinds(cluster: Cluster) -> tuple[NodeKind, ...]:
 def node_kinds(listed: str, partition: str | None, constraint: str | None = None) -> tuple[NodeKind, ...]:
     """The kinds of nodes in what ``scontrol show node --oneliner`` printed, those of one partition only.
 
+    Nodes with as many GPUs of the same type are of one kind, and so are nodes without any that have as many cores. Where
+    they differ in the rest (some cores, some memory, a feature that names their rack) the least of them counts.
     A plain `constraint` (one feature) narrows them too; SLURM's own language for more is left to SLURM.
     """
-    found: dict[NodeKind, tuple[list[str], int]] = {}
+    found: dict[tuple[object, ...], list[NodeKind]] = {}
     for line in listed.splitlines():
         node = _fields(line)
         if "NodeName" not in node or (partition and partition not in node.get("Partitions", "").split(",")):
@@ -74,23 +100,51 @@ def node_kinds(listed: str, partition: str | None, constraint: str | None = None
         features = tuple(f for f in node.get("ActiveFeatures", "").split(",") if f and f != "(null)")
         if constraint and re.fullmatch(r"[\w.-]+", constraint) and constraint not in features:
             continue
-        gone = not set(GONE).isdisjoint(re.split(r"[+*]", node.get("State", "")))
         for kind in _kinds_of_node(node, features):
-            names, down = found.setdefault(kind, ([], 0))
-            found[kind] = ([*names, *([] if gone else [node["NodeName"]])], down + gone)
-    counted = (replace(k, count=len(names), names=",".join(names[:8]), down=down) for k, (names, down) in found.items())
-    return tuple(sorted(counted, key=lambda k: (-(k.gpus or 0), -k.cpus, k.accelerator or "")))
+            # Where the GPUs have no type, a feature may stand for it.
+            types = () if kind.accelerator else tuple(f for f in features if GPU_NAME.search(f))
+            key = (kind.gpus, kind.accelerator, types) if kind.gpus else (0, kind.cpus)
+            found.setdefault(key, []).append(kind)
+    merged = (_merged(alike) for alike in found.values())
+    return tuple(sorted(merged, key=lambda k: (-(k.gpus or 0), -k.cpus, k.accelerator or "")))
+
+
+GPU_NAME = re.compile(r"(?i)(?:^|[_-])(?:[abhklptv]|g[bh]|rtx|gtx|mi)-?\d{1,4}")
+"""What types of GPU are called: a100, H100, l40s, rtx6000, mi250, tesla_v100."""
+
+
+def _merged(alike: Sequence[NodeKind]) -> NodeKind:
+    names = [kind.names for kind in alike if kind.count]
+    return replace(
+        alike[0],
+        count=len(names),
+        down=len(alike) - len(names),
+        cpus=min(kind.cpus for kind in alike),
+        memory_gb=min(kind.memory_gb for kind in alike),
+        features=tuple(f for f in alike[0].features if all(f in kind.features for kind in alike)),
+        names=",".join(names[:8]) + ",..." * (len(names) > 8),
+    )
 
 
 def _kinds_of_node(node: dict[str, str], features: tuple[str, ...]) -> Iterable[NodeKind]:
     """One kind; or one for each type of GPU in the node, with that type's share of its cores and memory."""
+    gone = not set(GONE).isdisjoint(re.split(r"[+*]", node.get("State", "")))
     cpus = int(node.get("CPUEfctv", node.get("CPUTot", "0")))
     memory = int(node.get("RealMemory", "0")) - int(node.get("MemSpecLimit", "0"))
     gpus = gpus_of(node.get("Gres", ""))
     total = sum(gpus.values())
     for accelerator, count in gpus.items() or [(None, 0)]:
         share = count / total if total else 1.0
-        yield NodeKind(0, count, int(cpus * share), memory / 1024 * share, accelerator, features)
+        yield NodeKind(
+            int(not gone),
+            count,
+            int(cpus * share),
+            memory / 1024 * share,
+            accelerator,
+            features,
+            node["NodeName"],
+            gone,
+        )
 
 
 def gpus_of(gres: str) -> dict[str | None, int]:
@@ -199,6 +253,7 @@ def check_limits(plan: Plan, found: Sequence[Partition]) -> None:
 def _refusal(plan: Plan, partition: Partition, found: Sequence[Partition]) -> str:
     """Why `partition` does not take `plan`; empty where it does."""
     slurm, where, placement = plan.cluster.slurm, f"partition {partition.name!r}", plan.placement
+    nodes, spare = placement.nodes + plan.spec.spare_nodes, " and the spare ones" * (plan.spec.spare_nodes > 0)
     if partition.state != "UP":
         others = ", ".join(p.name for p in found if p.state == "UP")
         return f"{where} is {partition.state}: nothing starts there. Set slurm.partition to one that is up: {others}."
@@ -210,15 +265,20 @@ def _refusal(plan: Plan, partition: Partition, found: Sequence[Partition]) -> st
             f"--time {plan.time_minutes}m: {where} ends jobs after {partition.max_minutes} min. Try --time"
             f" {partition.max_minutes}m{other}. A run that needs longer is requeued and resumes."
         )
-    if partition.max_nodes is not None and placement.nodes > partition.max_nodes:
-        count = placement.ranks_per_node * partition.max_nodes
+    if partition.max_nodes is not None and nodes > partition.max_nodes:
+        most = partition.max_nodes - plan.spec.spare_nodes
         option = {"cuda": "gpus", "cpu": "cpus"}.get(placement.device, "tpus")
-        return (
-            f"{many(placement.nodes, 'node')}: {where} allows a job {many(partition.max_nodes, 'node')}. Try --{option}"
-            f" {count} --nodes {partition.max_nodes} ({placement.ranks_per_node} on each)."
+        each = placement.ranks_per_node
+        hint = (
+            f" Try --{option} {each * most} --nodes {most} ({each} on each)."
+            if most > 0
+            else " Leave out --spare-nodes."
         )
-    if placement.nodes < partition.min_nodes:
-        return f"{many(placement.nodes, 'node')}: {where} is for jobs of at least {partition.min_nodes}. Try --nodes."
+        return (
+            f"{many(placement.nodes, 'node')}{spare}: {where} allows a job {many(partition.max_nodes, 'node')}.{hint}"
+        )
+    if nodes < partition.min_nodes:
+        return f"{many(nodes, 'node')}: {where} is for jobs of at least {partition.min_nodes}. Try --nodes."
     for key, value, allowed, denied in (
         ("account", slurm.account, partition.accounts, partition.denied_accounts),
         ("qos", slurm.qos, partition.qos, partition.denied_qos),
@@ -240,7 +300,8 @@ def verdict(script: str) -> str:
         BadRequest: SLURM would refuse the job, or never start it on the nodes it has now.
     """
     try:
-        answer = ask("sbatch", "--test-only", stdin=script, stderr=True)
+        with outside_of_a_job():
+            answer = ask("sbatch", "--test-only", stdin=script, stderr=True)
     except Unreachable:
         raise
     except BadRequest as error:

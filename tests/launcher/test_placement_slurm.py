@@ -13,7 +13,7 @@ from launcher.errors import BadRequest
 from launcher.plan import make_plan
 from launcher.spec import Plan, RunSpec
 from tests.conftest import require
-from tests.launcher.engines import Project, make_project, until
+from tests.launcher.engines import COMMAND, Project, make_project, until
 from tests.testbed import slurm
 from tests.testbed.slurm import SlurmCluster
 from tests.testbed.slurm_conf import Node
@@ -111,6 +111,18 @@ def test_a_controller_that_does_not_answer(mixed: Project, monkeypatch: pytest.M
     assert "no GPUs" not in done.stderr
     said = profile("said", "nodes = 2\nnode = {gpus = 8, cpus = 32}")
     assert "--gpus-per-node=8" in mixed.call("--cluster", said, "--dry-run", "--gpus", "8", "steps:main").stdout
+
+
+def test_a_first_profile_and_a_run_from_within_a_job(mixed: Project) -> None:
+    """In an interactive job of its own kind of memory; the new job takes nothing over from it."""
+    written = mixed.call("clusters", "new", "first").stdout
+    assert written.endswith("cluster_configs/first.toml: look at it, then use it with --cluster first\n")
+    (mixed.folder / "tiny.py").write_text("import os\nprint('ran as', os.environ['SLURM_JOB_NAME'])\n")
+    outer = ["salloc", "--quiet", "--nodelist=plain1", "--mem-per-cpu=100", "--cpus-per-task=2", "--ntasks=1"]
+    command = [*COMMAND, "--cluster", "first", "--gpus", "2", "--name", "inner", "tiny.py"]
+    done = subprocess.run([*outer, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(mixed.logs("inner")) == ["[0] ran as inner", "[1] ran as inner"]
 
 
 SHOW = """

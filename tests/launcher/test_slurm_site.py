@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from launcher.backends.slurm_site import (
     gpus_of,
     minutes,
     node_kinds,
+    outside_of_a_job,
     parse_partition,
     refusal_text,
 )
@@ -91,7 +93,38 @@ def test_nodes_that_are_alike_are_one_kind() -> None:
     assert [k.names for k in node_kinds(listed, "gpu", "ib")] == ["a1,a2", "b1", "e1", "e1"]
     assert node_kinds(listed, "gpu", "old") == ()
     assert len(node_kinds(listed, "gpu", "ib&old")) == 4, "SLURM's own language is left to SLURM"
-    assert len(node_kinds(listed, None)) == 6
+    assert len(node_kinds(listed, None)) == 5
+
+
+def test_small_differences_do_not_make_kinds() -> None:
+    """Racks, a swapped memory module, cores kept for the system: a job over all of them is still one of whole nodes."""
+    listed = (
+        node("a1", ActiveFeatures="ib,rack1")
+        + node("a2", ActiveFeatures="ib,rack2", RealMemory="512000")
+        + node("a3", cpus=92, ActiveFeatures="ib,rack2")
+        + node("c1", gres="(null)", cpus=64)
+        + node("c2", gres="(null)", cpus=64, RealMemory="256000")
+        + node("c3", gres="(null)", cpus=32)
+    )
+    assert node_kinds(listed, "gpu") == (
+        kind(3, cpus=92, memory_gb=500.0, features=("ib",), names="a1,a2,a3"),
+        kind(2, gpus=0, cpus=64, memory_gb=250.0, accelerator=None, names="c1,c2"),
+        kind(1, gpus=0, cpus=32, accelerator=None, names="c3"),
+    )
+
+
+@pytest.mark.parametrize("feature", ["a100", "H100", "l40s", "rtx6000", "mi250x", "tesla_v100", "gpu-gh200"])
+def test_features_that_name_a_type_do_where_the_gpus_do_not(feature: str) -> None:
+    listed = node("a1", gres="gpu:8", ActiveFeatures=f"ib,{feature}") + node("b1", gres="gpu:8", ActiveFeatures="ib,t4")
+    assert [k.features for k in node_kinds(listed, "gpu")] == [("ib", feature), ("ib", "t4")]
+    typed = node("a1", ActiveFeatures=f"ib,{feature}") + node("b1", ActiveFeatures="ib,t4")
+    assert [k.features for k in node_kinds(typed, "gpu")] == [("ib",)]
+
+
+@pytest.mark.parametrize("feature", ["rack12", "cpu_gen10", "row-3", "avx512"])
+def test_features_that_name_no_type(feature: str) -> None:
+    listed = node("a1", gres="gpu:8", ActiveFeatures=f"ib,{feature}") + node("b1", gres="gpu:8", ActiveFeatures="ib")
+    assert [k.features for k in node_kinds(listed, "gpu")] == [("ib",)]
 
 
 def test_a_reason_that_talks_of_other_things_is_not_read() -> None:
@@ -129,10 +162,11 @@ CLOSED = Partition("closed", state="DOWN")
 ALL = [LONG, SHORT, CLUBS, CLOSED]
 
 
-def plan(minutes: int = 60, nodes: int = 1, ranks: int = 8, **slurm: str) -> Plan:
+def plan(minutes: int = 60, nodes: int = 1, ranks: int = 8, spare: int = 0, **slurm: str) -> Plan:
     site = Cluster("site", "slurm", slurm=Slurm(**slurm))  # type: ignore[arg-type]
     folder, target = Path("/runs/x"), Target("script", "x.py")
-    return Plan("x", folder, RunSpec("x.py"), "slurm", site, Placement(nodes, ranks, "cuda"), target, folder, minutes)
+    spec = RunSpec("x.py", spare_nodes=spare)
+    return Plan("x", folder, spec, "slurm", site, Placement(nodes, ranks, "cuda"), target, folder, minutes)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +174,7 @@ def plan(minutes: int = 60, nodes: int = 1, ranks: int = 8, **slurm: str) -> Pla
     [
         (plan(), "--time 60m: partition 'short' ends jobs after 30 min. Try --time 30m, or set slurm.partition to long or club"),
         (plan(30, nodes=2), "2 nodes: partition 'short' allows a job 1 node. Try --gpus 8 --nodes 1 (8 on each)."),
+        (plan(30, nodes=1, spare=1), "1 node and the spare ones: partition 'short' allows a job 1 node. Leave out --spare-nodes."),
         (plan(3000, partition="long"), "ends jobs after 2880 min. Try --time 2880m, or set slurm.partition to club."),
         (plan(partition="closed"), "partition 'closed' is DOWN: nothing starts there. Set slurm.partition to one that is up: lo"),
         (plan(partition="shrot"), "slurm.partition = 'shrot' in profile 'site': this cluster has no such partition (did you"),
@@ -178,3 +213,19 @@ def test_a_cluster_without_a_default_partition_is_left_to_sbatch() -> None:
 def test_sbatch_in_sentences() -> None:
     said = "sbatch: error: invalid number of nodes (-N 2-1)\nallocation failure: Requested node configuration is not available"
     assert refusal_text(said) == "invalid number of nodes (-N 2-1). Requested node configuration is not available."
+
+
+def test_a_job_hands_nothing_of_itself_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "SLURM_CONF": "/etc/x",
+        "SLURM_JOB_ID": "7",
+        "SLURM_MEM_PER_CPU": "100",
+        "SRUN_DEBUG": "3",
+    }.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    with outside_of_a_job():
+        assert os.environ == {
+            k: v for k, v in before.items() if k not in ("SLURM_JOB_ID", "SLURM_MEM_PER_CPU", "SRUN_DEBUG")
+        }
+    assert os.environ == before
