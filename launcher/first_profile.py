@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,9 +124,12 @@ def _default_time(found: Sequence[Partition], default: str | None) -> str:
 def _ray_nodes(where: str) -> list[Mapping[str, Any]]:
     import ray
 
+    host, _, port = where.rpartition(":")
     try:
+        if where != "auto" and "://" not in where:
+            socket.create_connection((host, int(port)), timeout=5).close()  # ray.init would try for five minutes
         ray.init(where, log_to_driver=False, configure_logging=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise BadRequest(f"Ray at {where} cannot be reached: {error}") from None
     try:
         return [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -55,6 +55,7 @@ def examine(spec: RunSpec, cwd: Path, patience: float, tell: Callable[[str], Non
         yield from verdicts(run.result())
         shutil.rmtree(run.path, ignore_errors=True)
         return
+    yield from of_each(run.dir)
     yield from missing(run.dir, plan.placement.nodes)
     yield Check("run", False, _why(run, ended, patience), f"its logs are in {run.path}")
 
@@ -176,6 +177,14 @@ def _hub(nodes: Sequence[Facts]) -> Check:
     lost = bool(absent) and (len(absent) < len(nodes) or any(hub["chosen"] for hub in hubs))
     remedy = "set hub_cache in the profile to a shared folder, fill it on the login node, and set offline = true; or set proxy"
     return Check("hub", not lost, found, remedy, note=bool(unreached))
+
+
+def of_each(run_dir: RunDir) -> Iterator[Check]:
+    """What is wrong with single nodes, by what they left before they tried anything together."""
+    files = sorted((run_dir.path / "doctor").glob("*.json"), key=lambda path: int(path.stem))
+    nodes = [found for found in map(read_json, files) if found]
+    if nodes:
+        yield from (check for check in (_versions(nodes), *_devices(nodes)) if not check.ok)
 
 
 def missing(run_dir: RunDir, nodes: int) -> Iterator[Check]:

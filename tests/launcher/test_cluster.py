@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -273,3 +274,16 @@ def test_a_first_profile_is_not_written_over_another(tmp_path: Path, monkeypatch
         create("other", None, tmp_path)
     with pytest.raises(BadRequest, match="SLURM cannot be reached from here: the command scontrol is missing"):
         create("other", "slurm", tmp_path)
+
+
+@pytest.mark.slow
+def test_a_first_profile_of_the_ray_at_hand(tmp_path: Path, on_ray: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = create("mine", "ray", tmp_path)
+    site = load("mine", tmp_path)
+    assert path == tmp_path / "cluster_configs" / "mine.toml"
+    assert site.ray.address == os.environ["RAY_ADDRESS"]
+    assert site.nodes > 1
+    assert site.node.cpus > 0
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    with pytest.raises(BadRequest, match=r"Ray at 127\.0\.0\.1:9 cannot be reached"):
+        create("other", "ray", tmp_path)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from launcher.doctor import Check
-from launcher.on_nodes import missing, verdicts
+from launcher.on_nodes import missing, of_each, verdicts
 from launcher.probe import within
 from launcher.rundir import RunDir
 from tests.launcher.engines import Project
@@ -48,7 +48,7 @@ def test_a_cluster_in_order() -> None:
     assert found["run folder"].found == "seen by all within 0.01 s; a durable rename takes 2.0 ms on n0, the slowest"
 
 
-GPUS = {"device": "cuda", "devices": {"count": 7, "names": ["H100"], "driver": "570.1"}}
+GPUS: dict[str, Any] = {"device": "cuda", "devices": {"count": 7, "names": ["H100"], "driver": "570.1"}}
 
 
 @pytest.mark.parametrize(
@@ -93,6 +93,15 @@ def test_what_nodes_without_findings_left(tmp_path: Path) -> None:
     assert "did not get in touch with node 0" in first.found
     assert "10.0.0.9" in first.remedy
     assert "Its last words: No such file: /runs/x" in second.found
+
+
+def test_what_nodes_said_before_the_run_failed(tmp_path: Path) -> None:
+    assert list(of_each(RunDir(tmp_path))) == []
+    (tmp_path / "doctor").mkdir()
+    faults: tuple[dict[str, Any], ...] = ({}, {"versions": {"torch": "1"}}, GPUS)
+    for number, more in enumerate(faults):
+        (tmp_path / "doctor" / f"{number}.json").write_text(json.dumps(node(number, **more)))
+    assert [check.name for check in of_each(RunDir(tmp_path))] == ["versions", "devices"]
 
 
 def test_what_hangs_is_given_up() -> None:
@@ -171,6 +180,15 @@ def test_a_run_folder_that_is_not_the_same_on_all_nodes(slurm_project: Project) 
     assert failing(found) == ["node 1", "run"]
     assert f"nothing of it appeared in {runs}" in found["node 1"].found
     assert "is the runs folder the same one there?" in found["node 1"].remedy
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_gpus_without_a_driver(slurm_project: Project) -> None:
+    """The test cluster's GPUs are names, so there is none that a rank could use."""
+    found = doctor(slurm_project, "--gpus", "2", "--nodes", "1", "--wait", "60")
+    assert failing(found) == ["devices", "run"]
+    assert found["devices"].found == "node1: 0 of 2 GPUs can be used [], driver "
 
 
 @pytest.mark.slow
