@@ -94,8 +94,10 @@ def kill_forkserver(scene: Scene) -> None:
 
 
 def truncate_newest_checkpoint(scene: Scene) -> None:
-    """Half of the newest checkpoint's weights are gone, and then a rank is killed."""
-    newest = max((scene.subject.path / "checkpoints").glob("step-*"))
+    """Half of the newest checkpoint's weights are gone, and then a rank is killed; there is an older checkpoint."""
+    folder = scene.subject.path / "checkpoints"
+    scene.subject.wait(lambda: len(list(folder.glob("step-*"))) > 1, 60)
+    newest = max(folder.glob("step-*"))
     file = newest / "model.safetensors"
     os.truncate(file, file.stat().st_size // 2)
     os.kill(scene.rank(), signal.SIGKILL)

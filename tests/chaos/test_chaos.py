@@ -71,6 +71,7 @@ def test_what_a_run_leaves_behind_is_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_faults_on_this_machine(tmp_path: Path) -> None:
     player = Player(tmp_path, "local", 7, None)
     names = ("kill -9 rank", "SIGSTOP rank (hang)", "truncated newest checkpoint")
@@ -79,6 +80,7 @@ def test_faults_on_this_machine(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_faults_on_slurm(tmp_path: Path, on_slurm: SlurmCluster) -> None:
     player = Player(tmp_path, "slurm", 7, on_slurm)
     names = ("segfault in a rank", "scancel --signal=USR2", "kill agent of node 1")
