@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.backends import slurm, slurm_site
 from launcher.backends.slurm_site import (
     Partition,
     check_limits,
@@ -18,7 +19,7 @@ from launcher.backends.slurm_site import (
     parse_partition,
     refusal_text,
 )
-from launcher.cluster import Cluster, NodeKind, Slurm
+from launcher.cluster import Cluster, Node, NodeKind, Slurm
 from launcher.errors import BadRequest
 from launcher.placement import Placement
 from launcher.spec import Plan, RunSpec, Target
@@ -229,3 +230,36 @@ def test_a_job_hands_nothing_of_itself_on(monkeypatch: pytest.MonkeyPatch) -> No
             k: v for k, v in before.items() if k not in ("SLURM_JOB_ID", "SLURM_MEM_PER_CPU", "SRUN_DEBUG")
         }
     assert os.environ == before
+
+
+FOUND = (NodeKind(2, 8, 96, 1000.0, "h100"), NodeKind(4, 4, 64, 500.0, "a100", down=1), NodeKind(9, 0, 32, 100.0))
+
+
+@pytest.mark.parametrize(
+    ("profile", "nodes", "kinds"),
+    [
+        (Cluster("x", "slurm"), 15, FOUND),
+        (Cluster("x", "slurm", node=Node(gpus=4)), 4, FOUND[1:2]),
+        (Cluster("x", "slurm", node=Node(gpus=0)), 9, FOUND[2:]),
+        (Cluster("x", "slurm", node=Node(gpus=16)), 0, ()),
+        (Cluster("x", "slurm", nodes=1, node=Node(gpus=8, accelerator="H100")), 1, (replace(FOUND[0], count=1, accelerator="H100"),)),
+        (Cluster("x", "slurm", node=Node(gpus=8, cpus=48, memory_gb=9.0)), 2, (replace(FOUND[0], cpus=48, memory_gb=9.0),)),
+    ],
+)  # fmt: skip
+def test_what_a_profile_says_wins_over_what_was_found(
+    profile: Cluster, nodes: int, kinds: tuple[NodeKind, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm_site, "kinds", lambda _: FOUND)
+    site = slurm.survey(profile)
+    assert (site.nodes, site.kinds) == (nodes, kinds)
+    assert site.node.gpus == (profile.node.gpus if profile.node.gpus is not None else 8)
+
+
+def test_a_profile_that_says_all_is_not_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    for said in (Cluster("x", "slurm", nodes=2, node=Node(8, 96)), Cluster("x", "slurm", kinds=FOUND)):
+        assert slurm.survey(said) is said
+    some = Cluster("x", "slurm", node=Node(gpus=8))
+    assert slurm.survey(some) is some, "enough for a dry run"
+    with pytest.raises(BadRequest, match=r"the command scontrol is missing.*plan with --dry-run"):
+        slurm.survey(Cluster("x", "slurm"))
