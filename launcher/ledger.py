@@ -193,6 +193,7 @@ def _account(attempt: _Attempt, log: Sequence[Record], at: int, newest: int, pac
     parts = _Parts()
     new = again = 0
     time, step = attempt.since, at
+    first_pace = _habits([log[:4]])[0] or pace  # of the steps nearest to the first ones: paces drift
     for record in log:
         parts.left = max(0.0, record["time"] - time)
         done = max(0, record["step"] - step)
@@ -201,7 +202,7 @@ def _account(attempt: _Attempt, log: Sequence[Record], at: int, newest: int, pac
             known = done == 0 or (pace > 0 and record is not log[0])
             parts.give("evaluation", record.get("seconds", parts.left - done * pace if known else 0.0))
         if record is log[0]:
-            parts.give("startup", parts.left - done * pace)
+            parts.give("startup", parts.left - done * first_pace)
         if done:
             repeated = min(done, max(0, newest - step))
             parts.give("replayed", parts.left * repeated / done)
@@ -233,6 +234,6 @@ def _total(accounts: Sequence[Account]) -> Account:
         for name in (*added, "steps", "steps_replayed", "steps_lost")
     }
     stalls = [account.checkpoint for account in accounts]
-    sums["checkpoint"] = None if None in stalls else sum(filter(None, stalls))
+    sums["checkpoint"] = None if None in stalls else sum(filter(None, stalls), 0.0)
     total = _closed(Account(0, accounts[-1].ranks, **sums))
     return replace(total, device_hours=sum(account.device_hours for account in accounts))
