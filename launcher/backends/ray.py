@@ -120,7 +120,8 @@ def _await_acceptance(plan: Plan, job_id: str) -> None:
         failure = (result or {}).get("failure")
         if failure and failure["kind"] == "bad request":
             raise BadRequest(failure["message"])
-        if any(e["event"] == "accepted" for e in run_dir.events()):
+        newest = next((e["event"] for e in reversed(run_dir.events()) if e["event"] in ("submitted", "accepted")), "")
+        if newest == "accepted":  # this time, not when the run was sent before
             return
         if process.poll(job_id) is not State.RUNNING:
             lines = run_dir.agent_log(0).read_text().splitlines()[-5:]
