@@ -22,6 +22,8 @@ from launcher.rundir import RunDir
 from launcher.spec import Plan, State
 from training.files import read_json
 
+SLICES = 4
+
 
 async def run_agent(run_dir: RunDir, seat: Seat) -> int:
     """Be the agent of one node until the run ends; return the run's exit status."""
@@ -44,11 +46,14 @@ async def follow(run_dir: RunDir, plan: Plan, seat: Seat) -> int:
     await ranks.open()
     tasks: list[asyncio.Task[None]] = []
     try:
-        reader, writer = await connect(run_dir, seat)
+        line = await connect(run_dir, seat)
+        if line is None:
+            return 0
+        reader, writer = line
         tasks += [asyncio.create_task(_send_all(outgoing, writer)), asyncio.create_task(_report(outgoing, ranks))]
         with suppress(TimeoutError, ConnectionError):
-            while line := await asyncio.wait_for(reader.readline(), SILENCE_SECONDS):
-                message = json.loads(line)
+            while words := await _hear(reader):
+                message = json.loads(words)
                 if "end" in message:
                     return int(message["end"])
                 ranks.handle(message)
@@ -58,6 +63,14 @@ async def follow(run_dir: RunDir, plan: Plan, seat: Seat) -> int:
         for task in tasks:
             task.cancel()
         await ranks.close()
+
+
+async def _hear(reader: asyncio.StreamReader) -> bytes:
+    """The next line. Raises TimeoutError after `SILENCE_SECONDS`, of which a time when this process slept is but a part."""
+    for _ in range(SLICES):
+        with suppress(TimeoutError):
+            return await asyncio.wait_for(reader.readline(), SILENCE_SECONDS / SLICES)
+    raise TimeoutError
 
 
 async def _send_all(outgoing: asyncio.Queue[Message], writer: asyncio.StreamWriter) -> None:
@@ -73,8 +86,8 @@ async def _report(outgoing: asyncio.Queue[Message], ranks: NodeRanks) -> None:
         await asyncio.sleep(PULSE_SECONDS)
 
 
-async def connect(run_dir: RunDir, seat: Seat) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connect to the coordinator.
+async def connect(run_dir: RunDir, seat: Seat) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
+    """Connect to the coordinator; None where the run has succeeded before, and there is none.
 
     Raises:
         TimeoutError: it left no rendezvous, or did not answer, within `CONNECT_SECONDS`.
@@ -90,6 +103,8 @@ async def connect(run_dir: RunDir, seat: Seat) -> tuple[asyncio.StreamReader, as
                 hello = {"hello": seat.node, "token": found["token"], "host": seat.host}
                 writer.write(json.dumps(hello).encode() + b"\n")
                 return reader, writer
+        if (run_dir.result() or {}).get("state") == State.SUCCEEDED:
+            return None
         await asyncio.sleep(0.1)
     raise TimeoutError(
         f"node {seat.node}: no coordinator after {CONNECT_SECONDS:.0f} s. Node 0 did not start, or its address"

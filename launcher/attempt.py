@@ -14,6 +14,10 @@ LAST_WORDS_SECONDS = 0.5
 """How long other ranks get, after one raised, to leave their own errors before they are killed."""
 
 
+DEATH_SECONDS = 30.0
+"""How long a killed rank may take to be gone. One that hangs in a driver or a file system (the D state) never is."""
+
+
 class Attempt:
     """Hears what happens to the ranks of one attempt and says what to tell the agents about it.
 
@@ -56,15 +60,22 @@ class Attempt:
 
     def kill_within(self, seconds: float) -> None:
         """Kill what still runs `seconds` from now, or sooner where that was settled before."""
+        if self._killed:
+            return
         wanted = asyncio.get_running_loop().time() + seconds
         self.kill_at = wanted if self.kill_at is None else min(self.kill_at, wanted)
 
     def times_up(self) -> None:
-        """The time of `kill_at` has come."""
+        """The time of `kill_at` has come: kill; and where that was done before, give up the nodes that are not rid of them."""
+        if self._killed:
+            stuck = {agent for agent, node in self.nodes.items() if self.alive & set(self._ranks_of(node))}
+            self.lost += sorted(stuck - {*self.lost})
+            self.alive.clear()
+            return
         if self._suspects is not None and self.hung is None:
             self.hung = accuse(self._suspects, self._places)
         self.tell({"signal": int(signal.SIGKILL)})
-        self._killed, self.kill_at = True, None
+        self._killed, self.kill_at = True, asyncio.get_running_loop().time() + DEATH_SECONDS
 
     def hear(self, agent: int, message: Message) -> None:
         """Take in what an agent says."""

@@ -67,17 +67,23 @@ class Coordinator:
     async def _beat(self, session: str) -> None:
         """Touch the heartbeat, look how the ranks of this node get on, and whether somebody left a request to stop."""
         while True:
-            with suppress(OSError):  # a full disk must not end the run; the next beat may go through
-                if self.run_dir.session() not in (session, None):
-                    # A scheduler that thought this job dead has started it again: two must not write to one run.
-                    print("launch: this run has been taken over by another job; leaving", file=sys.stderr)
-                    os._exit(State.FAILED.exit_status)  # the forkserver sees the agent go and kills the ranks
-                self.run_dir.beat()
-            if not self.stop and self.run_dir.stop_file.exists():
+            # Not in this thread: a shared disk may take a minute to answer, and the other nodes would think us gone.
+            if await asyncio.to_thread(self._look, session) and not self.stop:
                 self.inbox.put_nowait((self.seat.node, {"signal": int(signal.SIGTERM)}))
             for _ in range(round(BEAT_SECONDS / PULSE_SECONDS)):
                 self.inbox.put_nowait((self.seat.node, {"beats": self.own.report()}))
                 await asyncio.sleep(PULSE_SECONDS)
+
+    def _look(self, session: str) -> bool:
+        """Touch the heartbeat; returns whether somebody asked for a stop."""
+        with suppress(OSError, ValueError):  # a disk that fails must not end the run; the next look may go through
+            if self.run_dir.session() not in (session, None):
+                # A scheduler that thought this job dead has started it again: two must not write to one run.
+                print("launch: this run has been taken over by another job; leaving", file=sys.stderr)
+                os._exit(State.FAILED.exit_status)  # the forkserver sees the agent go and kills the ranks
+            self.run_dir.beat()
+            return self.run_dir.stop_file.exists()
+        return False
 
     # ---- attempts -------------------------------------------------------------------------------------------------
 
@@ -87,7 +93,8 @@ class Coordinator:
             left = self.plan.spec.max_restarts - len(past.setbacks)
             attempt = self.run_dir.claim_attempt()
             outcome = await self._attempt(attempt)
-            spare = len(self.peers.here()) >= self.plan.placement.nodes
+            stuck = self._host(self.seat.node) in outcome.lost  # ranks of this very node cannot be killed
+            spare = len(self.peers.here()) >= self.plan.placement.nodes and not stuck
             action, failure = decide(outcome, left, past, self.seat.requeue is not None, spare)
             match action:
                 case Action.FINISH:
@@ -98,21 +105,32 @@ class Coordinator:
                     return self._stopped(attempt, past, outcome.step)
                 case Action.MOVE:
                     assert failure is not None, "only a failure is a reason to leave"
-                    note_failure(self.run_dir, attempt, failure, left - 1, outcome.step)
-                    if self._requeue(attempt, failure.kind, outcome.step, unfit(failure, past, outcome.step)):
+                    noted = note_failure(self.run_dir, attempt, failure, left - 1, outcome.step)
+                    away = unfit(failure, past, outcome.step)
+                    if noted and self._requeue(attempt, failure.kind, outcome.step, away):
                         return State.STOPPED
                     return self._end(State.FAILED, attempt, failure, outcome.step)
                 case Action.RESTART:
                     note_failure(self.run_dir, attempt, failure, left - 1, outcome.step)
-                    await asyncio.sleep(back_off(past, outcome.step))
+                    await self._pause(back_off(past, outcome.step))
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, unless a stop comes; whatever else is said meanwhile is of the attempt that is over."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not self.stop:
+                    _, message = await self.inbox.get()
+                    self._note_stop(message)
 
     def _stopped(self, attempt: int, past: history.History, step: int | None) -> State:
         """The ranks stopped because they were asked to: go on later if it was the scheduler, else that was the end."""
         cancelled = self.run_dir.stop_file.exists()
-        if not cancelled and not self.preempted and self.seat.requeued():
+        fate = "" if cancelled else self.seat.fate()
+        if fate == "requeued":
             self.run_dir.event("requeued", attempt=attempt, reason="scheduler", step=step)
             return State.STOPPED
-        if self.preempted and not cancelled:
+        if (self.preempted or fate == "preempting") and not cancelled:
+            step = step or max((int(m.get("step", 0)) for m in self.run_dir.metrics()), default=None)
             if past.stuck(step):
                 text = f"the nodes were taken away twice, and no step was done in between (the newest is {step})"
                 failure = Failure("no progress", text, advice=ADVICE["no progress"])
@@ -147,7 +165,9 @@ class Coordinator:
             while not attempt.over:
                 await self._listen(attempt)
             host_of = {rank: hosts[rank // placement.ranks_per_node] for rank in range(placement.world_size)}
-            step = attempt.step if attempt.step >= 0 else None
+            step = attempt.step if attempt.step > 0 else None
+            for agent in attempt.lost:
+                self.peers.drop(agent)
             errors = self.run_dir.errors(number)
             lost = [self._host(agent) for agent in attempt.lost]
             return Outcome(attempt.exits, errors, self.reason, lost, host_of, step, attempt.hung)
@@ -211,12 +231,13 @@ class Coordinator:
 
 def note_failure(
     run_dir: RunDir, attempt: int, failure: Failure | None, restarts_left: int, step: int | None = None
-) -> None:
-    """Leave the events of an attempt that failed, after `step`, and is followed by another."""
+) -> bool:
+    """Leave the events of an attempt that failed, after `step`, and is followed by another; says whether that worked."""
     assert failure is not None, "only a failure is worth a restart"
     told = _told(attempt, failure, step)
-    run_dir.event("failed", **told)
+    noted = run_dir.event("failed", **told)
     run_dir.event("restarted", **told, restarts_left=restarts_left)
+    return noted
 
 
 def _told(attempt: int, failure: Failure, step: int | None) -> dict[str, Any]:

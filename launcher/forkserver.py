@@ -37,6 +37,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+UNLOGGED = 5
+"""Exit status of a rank that could not open its log; `launcher.worker.UNHEARD`, which is not imported yet here."""
+
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -145,7 +148,11 @@ class ForkServer:
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            print(f"launch: rank {rank}: {log}: {error.strerror}", file=sys.stderr)
+            os._exit(UNLOGGED)
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.close(output)

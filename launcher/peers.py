@@ -73,14 +73,24 @@ class Peers:
 
     async def _keep_in_touch(self) -> None:
         """Tell the others that this node is alive, and drop those who have not said so for too long."""
+        looked = time.monotonic()
         while True:
-            for node, writer in list(self._writers.items()):
+            now = time.monotonic()
+            if now - looked > 3 * PULSE_SECONDS:  # this process was held up, so silence says nothing about the others
+                self._heard = dict.fromkeys(self._heard, now)
+            looked = now
+            for node in list(self._writers):
                 self.tell(node, {"beat": 0})
-                if time.monotonic() - self._heard[node] > SILENCE_SECONDS:
-                    del self._writers[node]
-                    writer.transport.abort()
+                if now - self._heard[node] > SILENCE_SECONDS:
+                    self.drop(node)
                     self.post(node, {"lost": node})
             await asyncio.sleep(PULSE_SECONDS)
+
+    def drop(self, node: int) -> None:
+        """Have no more to do with `node`, whose agent sees the connection end."""
+        writer = self._writers.pop(node, None)
+        if writer is not None:
+            writer.transport.abort()
 
     def tell(self, node: int, message: Message) -> None:
         """Send `message` to `node`, if it is still there; what is sent to a node that has just gone is lost with it."""

@@ -132,6 +132,8 @@ def decide(
     if outcome.stop and all(code < 0 for code in bad.values()) and not outcome.lost:
         return Action.STOP, None  # ranks that die of a stop are not a failure
     failure = name_failure(outcome, bad)
+    if outcome.stop and RULES[failure.kind].retry is not Retry.NEVER:
+        return Action.STOP, None  # what dies while everything is ending is no reason to begin anew
     if RULES[failure.kind].retry is Retry.NEVER or restarts_left <= 0:
         return Action.FAIL, failure
     if history.repeats(failure.kind, failure.rank, outcome.step):
@@ -150,7 +152,7 @@ def unfit(failure: Failure, history: History, step: int | None) -> tuple[str, ..
     """The hosts to stay away from after `failure`: a sick device's at once, another's when it failed often in vain."""
     if failure.host is None:
         return ()
-    strikes = 1 if failure.kind == "device" else STRIKES
+    strikes = 1 if failure.kind in ("device", "storage") else STRIKES
     return (failure.host,) if history.fruitless_on(failure.host, step) >= strikes - 1 else ()
 
 

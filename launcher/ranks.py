@@ -12,20 +12,27 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from launcher.network import interface_of, source_towards
 from launcher.rundir import RunDir
 from launcher.spec import Plan
 from launcher.target import imports_of
 from launcher.watch import Beat, place_of
+from launcher.worker import UNHEARD
 from training.pulse import SLOT, Pulse
 from training.world import World
+
+CLOSE_SECONDS = 20.0
+"""How long the end of a node's ranks is waited for, once they are killed."""
 
 STACK_SECONDS = 1.0
 """How long ranks get to write their stacks; it is done by a signal handler in C, which no stuck Python code holds up."""
 
 Message = dict[str, Any]
+
+Fate = Literal["", "preempting", "requeued"]
+"""What a scheduler does with a job whose ranks it asked to stop: nothing more, takes its nodes, or starts it again."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Seat:
             rendezvous for a new one.
         requeue: asks the scheduler to start the job again later, away from the given hosts; says whether it will. None
             where nobody can.
-        requeued: asks the scheduler whether it took the nodes away and starts the job again by itself.
+        fate: asks the scheduler what it has in mind for the job.
     """
 
     node: int = 0
@@ -48,7 +55,7 @@ class Seat:
     address: str = "127.0.0.1"
     session: str = ""
     requeue: Callable[[Sequence[str]], bool] | None = None
-    requeued: Callable[[], bool] = lambda: False
+    fate: Callable[[], Fate] = lambda: ""
 
 
 class NodeRanks:
@@ -160,12 +167,21 @@ class NodeRanks:
                     self.running.add(world.rank)
                     self._tell(start=world.rank, log=str(self.run_dir.log(attempt, world.rank)), world=asdict(world))
             case {"signal": number} if self.writer is not None:
+                if number == signal.SIGKILL and self.running - self.pids.keys() and self.process is not None:
+                    self.process.kill()  # it is importing, and would hear of it only afterwards
                 self._tell(signal=number, ranks=sorted(self.running))
             case {"stacks": attempt}:
                 self.task = asyncio.create_task(self._stacks(attempt))
 
     async def _open_and(self, message: Message) -> None:
-        await self.open()
+        try:
+            await self.open()
+        except OSError as error:
+            print(f"launch: node {self.seat.node}: {error}", file=sys.stderr)
+            self.node = message["node"]
+            for world in self.worlds(message["start"], message["address"], message["port"]):
+                self.post({"exit": world.rank, "code": UNHEARD, "step": -1})
+            return
         self.handle(message)
 
     def report(self) -> dict[int, tuple[Any, ...]]:
@@ -218,7 +234,8 @@ class NodeRanks:
         if self.writer is not None:
             self.writer.close()
         if self.process is not None:
-            await self.process.wait()
+            with suppress(TimeoutError):  # a rank in the D state cannot be killed, and must not hold the nodes
+                await asyncio.wait_for(self.process.wait(), CLOSE_SECONDS)
         if self.reading is not None:
             self.running.clear()
             await self.reading

@@ -172,13 +172,18 @@ class RunDir:
 
     # ---- while it runs --------------------------------------------------------------------------------------------
 
-    def event(self, event: str, /, **fields: Any) -> None:
-        """Add to the log of events. Where that cannot be written, the run goes on and the supervisor's own log has it."""
+    def event(self, event: str, /, **fields: Any) -> bool:
+        """Add to the log of events. Where that cannot be written, the run goes on and the supervisor's own log has it.
+
+        Says whether it could.
+        """
         record = {"time": time.time(), "event": event, **fields}
         try:
             self._making_room(lambda: append_line(self.events_file, record))
         except OSError as error:
             print(f"launch: {self.events_file}: {error.strerror}: {record}", file=sys.stderr)
+            return False
+        return True
 
     def reserve(self) -> None:
         """Hold a little of the disk, so that the end of a run can be told also when the disk is full."""
@@ -225,7 +230,8 @@ class RunDir:
     def claim_session(self, host: str) -> str:
         """Take the run over as its one supervisor and return what says so; an earlier one sees it and leaves."""
         token = secrets.token_hex(8)
-        write_atomic(self.session_file, to_json({"session": token, "host": host, "time": time.time()}))
+        text = to_json({"session": token, "host": host, "time": time.time()})
+        self._making_room(lambda: write_atomic(self.session_file, text))
         return token
 
     def session(self) -> str | None:

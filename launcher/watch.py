@@ -6,12 +6,15 @@ import re
 import sysconfig
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from training.pulse import STARTING, TRAINING
 
 LONGER_ELSEWHERE = 10.0
 """How much more patience there is outside of training steps, where evaluations, saves and compilations take their time."""
+
+ASLEEP_SECONDS = 10.0
+"""Looks come every second; after a longer gap the machine, the job or this process was suspended."""
 
 STOPPED_STATES = "T"
 """States of /proc/PID/stat in which a process does nothing until it is told to: stopped by a signal (not by a debugger)."""
@@ -39,11 +42,17 @@ class Watch:
         self.hang_after = hang_after
         self._gaps: deque[float] = deque(maxlen=100)
         self._newest: tuple[int, float] | None = None  # the newest step, and when it was done
+        self._looked: float | None = None
+        self._woke = -float("inf")
 
     def see(self, beats: Mapping[int, Beat], now: float) -> bool:
         """Look at the ranks, at time `now` in seconds; return whether the run is hung."""
         if not beats or not self.hang_after:
             return False
+        if self._looked is not None and now - self._looked > ASLEEP_SECONDS:
+            self._woke = now  # everything stood still, this process included; what ranks said before says nothing
+        self._looked = now
+        beats = {rank: replace(beat, age=min(beat.age, now - self._woke)) for rank, beat in beats.items()}
         self._learn(beats, now)
         patience = max(self.hang_after, 3 * max(self._gaps, default=0.0))
         limits = {rank: self._limit(beat, patience) for rank, beat in beats.items()}

@@ -87,10 +87,13 @@ def work(run_dir: RunDir, world: World, pulse: Pulse | None = None) -> int:
         with suppress(OSError):
             sys.stdout.flush()
     stopped = bool(opened and opened[0].stopped)
-    for each in opened:
-        each.close()
-    if world.rank == 0 and not stopped:
-        _leave_value(run_dir, value)
+    try:
+        for each in opened:
+            each.close()
+        if world.rank == 0 and not stopped:
+            _leave_value(run_dir, value)
+    except OSError as error:
+        return _leave_error(run_dir, world, error, classify(error))
     return STOPPED if stopped else FINISHED
 
 

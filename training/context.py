@@ -96,6 +96,7 @@ class Context:
 
     def log(self, step: int, **values: Any) -> None:
         """Append {"time", "attempt", "step", **values} to `metrics.jsonl`; rank 0 only, elsewhere nothing happens."""
+        self.pulse.note(step)
         if self.world.rank == 0:
             record = {"time": time.time(), "attempt": self.world.attempt, "step": step, **values}
             append_line(self.run_dir / "metrics.jsonl", record)

@@ -57,6 +57,11 @@ class Pulse:
                 self._phase = TRAINING
         _LAYOUT.pack_into(self._memory, self._offset, self._step, time.monotonic(), self._phase.encode()[:16])
 
+    def note(self, step: int) -> None:
+        """Say that `step` is done, from a rank that may not say so after every step, and is not watched for it."""
+        self._step = max(self._step, step)
+        self.beat()
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Say that this rank is at something other than a step, for as long as the block runs."""

@@ -152,7 +152,9 @@ def _teardown(plan: Plan) -> list[str]:
     """
     python = shlex.join(slurm_node.python(plan))
     look = f"{python} -P -m launcher.backends.slurm_job {shlex.quote(str(plan.run_dir))} $status"
-    orphaned = "[ -d /proc/$PPID ] || scancel $SLURM_JOB_ID"
+    # By this shell's own entry in /proc, since others' may be hidden.
+    parent = "$(sed -n 's/^PPid:[[:space:]]*//p' /proc/$$/status)"
+    orphaned = f'[ "{parent}" = $PPID ] || scancel --state=RUNNING $SLURM_JOB_ID'
     return ["status=$?", f"[ $status = 0 ] || {look} || status=$?", orphaned, "exit $status"]
 
 

@@ -15,13 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from launcher import history
 from launcher.coordinator import end_run, note_failure
 from launcher.policy import Action, Outcome, decide
-from launcher.ranks import Seat
-from launcher.rundir import RunDir
+from launcher.ranks import Fate, Seat
+from launcher.rundir import RunDir, tail
 from launcher.spec import State
 
 CONTROLLER_SECONDS = 60.0
@@ -41,20 +42,22 @@ def seat(run_dir: RunDir, environment: Mapping[str, str]) -> Seat:
         host=environment["SLURMD_NODENAME"],
         address=environment["SLURM_LAUNCH_NODE_IPADDR"],
         session=f"{job}.{restarts}",
-        requeue=lambda exclude: requeue(run_dir, job, exclude),
-        requeued=lambda: taken_away(job, restarts),
+        requeue=lambda exclude: requeue(run_dir, job, restarts, exclude),
+        fate=lambda: fate(job, restarts),
     )
 
 
-def requeue(run_dir: RunDir, job: str, exclude: Sequence[str] = ()) -> bool:
-    """Ask for the job to be started again, away from the hosts `exclude`. Says whether it will be.
+def requeue(run_dir: RunDir, job: str, restarts: int, exclude: Sequence[str] = ()) -> bool:
+    """Ask for the job's start number `restarts` to be followed by another, away from the hosts `exclude`. Says whether it
+    will be.
 
     Where the site or the profile does not allow a requeue, the same script is submitted as a job that follows this one.
     """
     done = _scontrol("requeue", job)
-    if done is not None and done.returncode and _follow_up(run_dir, job, exclude):
-        return True
     if done is None or done.returncode:
+        # One that SLURM has put back into the queue by itself is refused, too.
+        if done is not None and (fate(job, restarts) == "requeued" or _follow_up(run_dir, job, exclude)):
+            return True
         print(
             f"launch: SLURM does not requeue job {job}: {done.stderr.strip() if done else 'no answer'}", file=sys.stderr
         )
@@ -62,14 +65,26 @@ def requeue(run_dir: RunDir, job: str, exclude: Sequence[str] = ()) -> bool:
     if exclude:
         # Only a job that waits can be changed. This one is about to be ended: SLURM sends SIGTERM now and SIGKILL after
         # KillWait, which is time enough.
-        _scontrol("update", f"JobId={job}", f"ExcNodeList={','.join(exclude)}")
+        changed = _scontrol("update", f"JobId={job}", f"ExcNodeList={_away(run_dir, exclude)}")
+        if changed is None or changed.returncode:
+            print(
+                f"launch: SLURM does not keep job {job} away from {exclude}: {changed and changed.stderr}",
+                file=sys.stderr,
+            )
     return True
+
+
+def _away(run_dir: RunDir, exclude: Sequence[str]) -> str:
+    """All hosts to stay away from: the profile's, those of earlier failures, and `exclude`."""
+    own = run_dir.plan().cluster.slurm.exclude
+    known = history.read(run_dir.events()).excluded
+    return ",".join(dict.fromkeys([*([own] if own else []), *known, *exclude]))
 
 
 def _follow_up(run_dir: RunDir, job: str, exclude: Sequence[str]) -> bool:
     """Submit what this job was submitted as once more; submitit's name for what it runs holds the job's number."""
-    known = history.read(run_dir.events()).excluded
-    away = [f"--exclude={','.join((*known, *exclude))}"] if known or exclude else []
+    hosts = _away(run_dir, exclude)
+    away = [f"--exclude={hosts}"] if hosts else []
     command = ["sbatch", "--parsable", f"--dependency=afterany:{job}", *away, str(run_dir.script_file)]
     # What this job is must not be handed on to the next one with the environment.
     clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
@@ -83,14 +98,20 @@ def _follow_up(run_dir: RunDir, job: str, exclude: Sequence[str]) -> bool:
     return True
 
 
-def taken_away(job: str, restarts: int) -> bool:
-    """Whether SLURM itself took the nodes from the job's start number `restarts` to start it again: an operator's
-    ``scontrol requeue``, or a preemption that said so by SIGTERM only."""
+def fate(job: str, restarts: int) -> Fate:
+    """What SLURM has in mind for the job's start number `restarts`.
+
+    ``requeued``: it is in the queue again, by an operator's ``scontrol requeue``, a node that went down, or a preemption
+    that is through. ``preempting``: SIGTERM was the word that its nodes are wanted; most sites send no other, and a job
+    that has left before the grace is over is not started again. Empty: neither, as after scancel.
+    """
     done = _scontrol("show", "job", "--oneliner", job)
-    if done is None or done.returncode:
-        return False
-    count = re.search(r"\bRestarts=(\d+)", done.stdout)
-    return count is not None and int(count[1]) > restarts
+    facts = dict(re.findall(r"(\w+)=(\S*)", done.stdout)) if done is not None and not done.returncode else {}
+    if int(facts.get("Restarts", "0")) > restarts:
+        return "requeued"
+    preempted = facts.get("PreemptTime", "None")
+    # Times are of one format, so their order is that of the letters; that of an earlier start is older than this start.
+    return "preempting" if preempted[:1].isdigit() and preempted >= facts.get("StartTime", "") else ""
 
 
 def _scontrol(*words: str) -> subprocess.CompletedProcess[str] | None:
@@ -127,7 +148,8 @@ class AgentTask:
         status = asyncio.run(run_agent(RunDir(self.run_dir), seat(RunDir(self.run_dir), os.environ)))
         if os.getppid() != step_daemon:
             # Without its slurmstepd nobody hears of this task's end: srun would wait, and the nodes be held, for ever.
-            subprocess.run(["scancel", os.environ["SLURM_JOB_ID"]], check=False)
+            # A job that is in the queue again is left there.
+            subprocess.run(["scancel", "--state=RUNNING", os.environ["SLURM_JOB_ID"]], check=False)
         if status:
             # Not an exception: the job's exit status should be the run's, and its log not end in our traceback.
             sys.exit(status)
@@ -141,22 +163,26 @@ def after(run_dir: RunDir, status: int, environment: Mapping[str, str]) -> int:
     """
     job, restarts = environment["SLURM_JOB_ID"], int(environment.get("SLURM_RESTART_COUNT", "0"))
     replaced = (run_dir.job() or {}).get("job_id", job) != job
-    if run_dir.result() is not None or replaced or taken_away(job, restarts):
+    past = run_dir.events()
+    told = next((e["event"] for e in reversed(past) if e["event"] in ("started", "finished")), "")
+    if run_dir.result() is not None or told == "finished" or replaced or fate(job, restarts) == "requeued":
         return status
     plan, attempt = run_dir.plan(), run_dir.last_attempt()
     if run_dir.stop_file.exists():
         return end_run(run_dir, plan, State.STOPPED, attempt, time.time()).exit_status
-    past = history.read(run_dir.events())
-    started = any(event["event"] == "started" for event in run_dir.events())
-    left = plan.spec.max_restarts - len(past.setbacks) if started else 0
+    setbacks = history.read(past)
+    left = plan.spec.max_restarts - len(setbacks.setbacks) if told else 0
     step = max((int(m.get("step", 0)) for m in run_dir.metrics()), default=None)
     outcome = Outcome({}, lost=[f"the agent on {environment.get('SLURMD_NODENAME', 'node 0')}"], step=step)
-    action, failure = decide(outcome, left, past, movable=True)
-    if action is Action.MOVE:
-        note_failure(run_dir, attempt, failure, left - 1, step)
-        if requeue(run_dir, job):
-            run_dir.event("requeued", attempt=attempt, reason="node lost", step=step, exclude=[])
-            return status
+    action, failure = decide(outcome, left, setbacks, movable=True)
+    said = sorted((run_dir.path / "submitit").glob(f"{job}_*_log.err"), key=lambda path: path.stat().st_mtime)
+    if failure is not None and said:  # what srun, or Python before our first line, had to say is the likeliest cause
+        failure = replace(failure, traceback="\n".join(tail(said[-1])))
+    # What cannot be noted would not be counted either, and the run go round for ever.
+    noted = action is Action.MOVE and note_failure(run_dir, attempt, failure, left - 1, step)
+    if noted and requeue(run_dir, job, restarts):
+        run_dir.event("requeued", attempt=attempt, reason="node lost", step=step, exclude=[])
+        return status
     return end_run(run_dir, plan, State.FAILED, attempt, time.time(), failure, step).exit_status
 
 

@@ -62,6 +62,8 @@ def srun_args(plan: Plan) -> list[str]:
     slurm = plan.cluster.slurm
     # The agent hands out the node's GPUs; where a site binds tasks to GPUs by default it would get one.
     words = ["--gpu-bind=none"] if plan.placement.device == "cuda" else []
+    # Agents decide together what the death of one of them means, whatever the site's defaults say.
+    words += ["--kill-on-bad-exit=0", "--wait=0", *(["--no-kill"] if plan.spec.spare_nodes else [])]
     container = slurm.container
     if container is not None and container.runtime == "pyxis":
         pairs = [mount if ":/" in mount else f"{mount}:{mount}" for mount in mounts(plan, container)]

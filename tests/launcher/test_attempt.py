@@ -67,6 +67,21 @@ def test_after_a_bad_end_the_others_are_killed_and_what_they_say_then_does_not_c
     run(scenario)
 
 
+def test_a_rank_that_cannot_even_be_killed_costs_its_node_and_not_the_run() -> None:
+    def scenario() -> None:
+        attempt, told = make()
+        attempt.hear(0, {"exit": 1, "code": -9, "step": 4})
+        attempt.times_up()
+        attempt.hear(0, {"exit": 0, "code": -9, "step": 4})
+        attempt.hear(2, {"exit": 3, "code": -9, "step": 4})
+        assert attempt.kill_at is not None
+        assert not attempt.over, "rank 2 is in the D state"
+        attempt.times_up()
+        assert (attempt.over, attempt.lost, told) == (True, [2], [KILL])
+
+    run(scenario)
+
+
 def test_a_lost_agent_takes_its_ranks_along_and_a_lost_spare_nothing() -> None:
     def scenario() -> None:
         attempt, _ = make()

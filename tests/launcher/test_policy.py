@@ -40,6 +40,7 @@ def test_every_kind_says_whether_it_is_retried_and_what_to_do() -> None:
         (Outcome({}, stop="SIGINT"), Action.STOP),  # before any rank could say anything
         (Outcome({0: -15, 1: 3}, stop="SIGTERM"), Action.STOP),  # a script dies of the signal
         (Outcome({0: -9, 1: -9}, stop="SIGINT"), Action.STOP),  # the second Ctrl-C
+        (Outcome({0: 3}, lost=["node1"], stop="SIGTERM"), Action.STOP),  # scancel reaches one node before the other
     ],
 )
 def test_ends_that_are_no_failures(outcome: Outcome, action: Action) -> None:
@@ -69,7 +70,6 @@ def test_ends_that_are_no_failures(outcome: Outcome, action: Action) -> None:
         ({2: 2}, [], {}, "bad request", 2, "rank 2 ended with exit status 2 and left no error"),
         ({}, [], {"lost": ["node3", "node1"]}, "node lost", None, "node3 stopped answering"),
         ({0: 1}, [error("communication")], {"lost": ["node1"]}, "node lost", None, "node1 stopped answering"),
-        ({0: 3}, [], {"lost": ["node1"], "stop": "SIGTERM"}, "node lost", None, "node1 stopped answering"),
         ({0: 1}, [error("user error")], {"stop": "SIGTERM"}, "user error", 0, "OSError: no"),
         ({1: 1}, [error("device", 1)], {}, "device", 1, "OSError: no"),
         ({0: 1}, [error("communication")], {"hung": (1, "rank 1 is stopped")}, "hung", 1, "rank 1 is stopped"),

@@ -21,23 +21,36 @@ def trained(hang_after: float = 10.0, gap: float = 1.0, steps: int = 3) -> tuple
     return watch, now
 
 
+def hung(watch: Watch, now: float, seconds: float, *phases: str, states: str = "SS") -> bool:
+    """Whether the run counts as hung after `seconds` in which neither rank moved, looked at every second or so."""
+
+    def beats(age: float) -> dict[int, Beat]:
+        both = zip(phases or ("training", "training"), states, strict=True)
+        return {rank: Beat(2, phase, age, state) for rank, (phase, state) in enumerate(both)}
+
+    for second in range(1, int(seconds)):
+        assert not watch.see(beats(float(second)), now + second)
+    return watch.see(beats(seconds), now + seconds)
+
+
 def test_silence_for_longer_than_the_limit_is_a_hang() -> None:
-    watch, now = trained()
-    assert not watch.see({0: Beat(2, "training", 9.9), 1: Beat(2, "training", 1.0)}, now + 9.9)
-    assert watch.see({0: Beat(2, "training", 10.1), 1: Beat(2, "training", 10.1)}, now + 10.1)
+    assert not hung(*trained(), 9.9)
+    assert hung(*trained(), 10.1)
 
 
 def test_slow_steps_are_learned() -> None:
-    watch, now = trained(gap=20.0)
-    assert not watch.see({0: Beat(2, "training", 59.0), 1: Beat(2, "training", 59.0)}, now + 59)
-    assert watch.see({0: Beat(2, "training", 61.0), 1: Beat(2, "training", 61.0)}, now + 61)
+    watch = Watch(10.0)
+    for now in range(41):
+        step = now // 20
+        watch.see({0: Beat(step, "training", now % 20), 1: Beat(step, "training", now % 20)}, float(now))
+    assert not hung(watch, 40.0, 59.0)
+    assert hung(watch, 40.0 + 59.0, 61.0)
 
 
 @pytest.mark.parametrize("phase", ["evaluating", "saving", "compiling"])
 def test_there_is_ten_times_the_patience_outside_of_steps(phase: str) -> None:
-    watch, now = trained()
-    assert not watch.see({0: Beat(2, phase, 99.0), 1: Beat(2, "training", 99.0)}, now + 99)
-    assert watch.see({0: Beat(2, phase, 101.0), 1: Beat(2, "training", 101.0)}, now + 101)
+    assert not hung(*trained(), 99.0, phase, "training")
+    assert hung(*trained(), 101.0, phase, "training")
 
 
 def test_a_start_is_never_too_slow() -> None:
@@ -48,9 +61,14 @@ def test_a_start_is_never_too_slow() -> None:
 
 
 def test_a_stopped_process_has_no_excuse() -> None:
+    assert hung(*trained(), 11.0, "evaluating", "training", states="TS")
+
+
+def test_a_suspended_job_did_not_hang() -> None:
     watch, now = trained()
-    beats = {0: Beat(2, "evaluating", 11.0, "T"), 1: Beat(2, "training", 11.0)}
-    assert watch.see(beats, now + 11)
+    assert not watch.see({0: Beat(2, "training", 900.0), 1: Beat(2, "training", 900.0)}, now + 900)
+    assert not watch.see({0: Beat(2, "training", 909.0), 1: Beat(2, "training", 909.0)}, now + 909)
+    assert watch.see({0: Beat(2, "training", 911.0), 1: Beat(2, "training", 911.0)}, now + 911)
 
 
 def test_zero_never_looks_and_nobody_is_nobody() -> None:

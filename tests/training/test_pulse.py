@@ -56,6 +56,13 @@ def test_the_age_grows_until_the_rank_moves() -> None:
     assert pulse.read().step == 1, "a move that names no step leaves the step as it was"
 
 
+def test_who_only_logs_its_steps_is_known_by_them_and_not_watched(tmp_path: Path) -> None:
+    pulse = Pulse()
+    with Context(tmp_path, World(), pulse=pulse) as ctx:
+        ctx.log(8, loss=1.0)
+        assert (pulse.read().step, pulse.read().phase) == (8, STARTING)
+
+
 def test_every_call_of_should_stop_is_a_beat(tmp_path: Path) -> None:
     pulse = Pulse()
     with Context(tmp_path, World(), pulse=pulse) as ctx:
