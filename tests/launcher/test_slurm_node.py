@@ -52,17 +52,26 @@ def test_the_python_of_a_node(wanted: Plan, words: list[str]) -> None:
     assert shlex.split(slurm_node.command(wanted)) == words
 
 
+ALONE = ["--kill-on-bad-exit=0", "--wait=0"]
+
+
 @pytest.mark.parametrize(
     ("wanted", "words"),
     [
-        (plan(), ["--gpu-bind=none"]),
-        (plan("cpu", srun_args=("--mpi=none",)), ["--mpi=none"]),
+        (plan(), ["--gpu-bind=none", *ALONE]),
+        (plan("cpu", srun_args=("--mpi=none",)), [*ALONE, "--mpi=none"]),
         (
             plan(container=Container("x.sqsh", mounts=("/", "/a:/b:ro"), options=("--container-writable",))),
-            ["--gpu-bind=none", "--container-image=x.sqsh", "--container-mounts=/:/,/a:/b:ro", "--container-writable"],
+            [
+                *("--gpu-bind=none", *ALONE, "--container-image=x.sqsh", "--container-mounts=/:/,/a:/b:ro"),
+                "--container-writable",
+            ],
         ),
-        (plan("cpu", container=Container("x.sqsh")), ["--container-image=x.sqsh", "--container-mounts=/runs:/runs"]),
-        (plan("cpu", container=IMAGE), []),
+        (
+            plan("cpu", container=Container("x.sqsh")),
+            [*ALONE, "--container-image=x.sqsh", "--container-mounts=/runs:/runs"],
+        ),
+        (plan("cpu", container=IMAGE), ALONE),
     ],
 )
 def test_the_arguments_of_srun(wanted: Plan, words: list[str]) -> None:
