@@ -14,6 +14,7 @@ from the agent                                          back
 ``{"start": rank, "log": path, "world": {...},``          ``{"started": rank, "pid": n}``, at its end ``{"exit": rank, "code": n}``
 ``"environment": {...}}`` (optional)
 ``{"signal": n, "ranks": [...]}``                         nothing
+``{"learn": [...]}``: imports for a quiet moment          nothing
 ======================================================  ===============================================================
 
 End of file means that the agent is gone: every rank is killed and the server leaves. A rank's descendants die with it,
@@ -32,6 +33,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -58,6 +60,7 @@ class ForkServer:
         self.ranks: dict[int, int] = {}  # pid -> rank
         self.buffer = b""
         self.spawn = False
+        self.lessons: deque[str] = deque()  # import statements for a quiet moment
 
     def serve(self) -> int | None:
         """Serve until the agent is gone. Returns a rank's exit status in a forked child, None in the server."""
@@ -71,7 +74,11 @@ class ForkServer:
             selector.register(self.control, selectors.EVENT_READ)
             selector.register(wake, selectors.EVENT_READ)
             while True:
-                for key, _ in selector.select():
+                ready = selector.select(0 if self.lessons else None)
+                if not ready:
+                    # One at a time: a rank that dies meanwhile should be noticed at once.
+                    self.spawn = not do_imports([self.lessons.popleft()], ()) or self.spawn
+                for key, _ in ready:
                     if key.fileobj is not self.control:
                         with suppress(BlockingIOError):
                             os.read(wake, 4096)
@@ -115,6 +122,8 @@ class ForkServer:
             case {"start": rank, "log": log, "world": world}:
                 os.environ.update(message.get("environment", {}))  # the next rank's own values take their place
                 return self.fork(rank, Path(log), world)
+            case {"learn": statements} if not self.spawn:
+                self.lessons.extend(statements)
             case {"signal": number, "ranks": ranks}:
                 for pid, rank in list(self.ranks.items()):
                     if rank in ranks:

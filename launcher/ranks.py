@@ -20,6 +20,7 @@ from launcher.spec import Plan
 from launcher.target import imports_of
 from launcher.watch import Beat, place_of
 from launcher.worker import UNHEARD
+from training.files import read_json
 from training.pulse import SLOT, Pulse
 from training.world import World
 
@@ -79,6 +80,7 @@ class NodeRanks:
         self.run_dir, self.plan, self.seat, self.post = run_dir, plan, seat, post
         self.node = seat.node  # which node of the placement this is; a spare one learns it when it is needed
         self.running: set[int] = set()
+        self.taught = False
         self.pids: dict[int, int] = {}
         self.memory = -1  # of the pulses; anonymous, so that nothing is left of it whatever happens
         self.pulses: dict[int, Pulse] = {}
@@ -90,6 +92,7 @@ class NodeRanks:
     async def open(self) -> None:
         """Start the forkserver; it imports while the agents find each other."""
         ours, theirs = socket.socketpair()
+        self.taught = False
         if self.memory < 0:
             self.memory = os.memfd_create("pulses")
             os.ftruncate(self.memory, SLOT * self.plan.placement.ranks_per_node)
@@ -106,7 +109,7 @@ class NodeRanks:
         theirs.close()
         reader, self.writer = await asyncio.open_connection(sock=ours)
         self._tell(
-            preload=imports_of(self.plan.target.source) + self._target_import(),
+            preload=imports_of(self.plan.target.source) + self._target_import() + self._lessons(),
             path=list(self.plan.target.path),
             environment=self.plan.environment,
             spawn=self.plan.cluster.start_method == "spawn",
@@ -116,6 +119,16 @@ class NodeRanks:
     def _target_import(self) -> list[str]:
         target = self.plan.target
         return [f"import {target.name.partition(':')[0]}"] if target.kind == "function" else []
+
+    def _lessons(self) -> list[str]:
+        """What ranks were seen to import while they ran, as import statements; empty until that is known, and then once."""
+        if self.taught:
+            return []
+        with suppress(OSError, ValueError):
+            names = read_json(self.run_dir.imports_file)
+            self.taught = names is not None
+            return [f"import {name}" for name in names or ()]
+        return []
 
     def _server_environment(self) -> dict[str, str]:
         environment = dict(os.environ)
@@ -186,6 +199,8 @@ class NodeRanks:
 
     def report(self) -> dict[int, tuple[Any, ...]]:
         """What the ranks that run last said of themselves: the fields of `launcher.watch.Beat` by rank."""
+        if self.running and self.writer is not None and (lessons := self._lessons()):
+            self._tell(learn=lessons)  # while the ranks are at work
         found = {}
         for rank in sorted(self.running):
             pulse = self.pulses[rank].read()

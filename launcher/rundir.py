@@ -104,6 +104,11 @@ class RunDir:
         return self.path / "poll.json"
 
     @property
+    def imports_file(self) -> Path:
+        """What rank 0 imported on its way, for the forkservers of this start and of later ones."""
+        return self.path / "imports.json"
+
+    @property
     def reserve_file(self) -> Path:
         return self.path / ".reserve"
 

@@ -34,6 +34,9 @@ FINISHED, RAISED, REFUSED, STOPPED = 0, 1, 2, 3
 FULL, UNHEARD = 4, 5
 """Exit statuses of a rank that raised and could not leave its error in the run directory, for want of room or otherwise."""
 
+SETTLED_SECONDS = 3.0
+"""How long a target must not have imported anything before what it imported is told."""
+
 STORAGE = (errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOTCONN, errno.EREMOTEIO)
 """What a file system says that has gone away under a process: a disk that fails, a mount that was lost or made read-only."""
 
@@ -211,11 +214,34 @@ def _leave_value(run_dir: RunDir, value: Any) -> None:
             write_atomic(run_dir.value_file, json.dumps(value))
 
 
+def _tell_imports(run_dir: RunDir, before: set[str]) -> None:
+    """Once the target has settled, leave the names of the modules that it imported only while it ran.
+
+    Libraries such as transformers import most of themselves on first use, which after a fork is once for each rank and
+    attempt. Only further modules of packages that the forkserver has are named: whether others stand a fork is not known.
+    """
+    packages = {name.partition(".")[0] for name in before}
+    found: list[str] = []
+    while True:
+        time.sleep(SETTLED_SECONDS)
+        # In the order in which they came, so that each finds what it needs in place.
+        new = [name for name in list(sys.modules) if name not in before and name.partition(".")[0] in packages]
+        if new == found:
+            break
+        found = new
+    with suppress(OSError):
+        write_atomic(
+            run_dir.imports_file, json.dumps([name for name in found if name.isascii() and name != "__mp_main__"])
+        )
+
+
 def main(run_dir: Path, world: dict[str, Any], pulses: int) -> int:
     """Enter a rank's process: what the forkserver calls in a fork, and ``python -m launcher.worker`` after a spawn."""
     faulthandler.enable(2)  # a crash in native code leaves the Python stack in the log
     faulthandler.register(signal.SIGQUIT, 2)  # and the agent asks a rank that hangs for it
     rank = from_data(World, world, "world")
+    if rank.rank == 0 and not RunDir(run_dir).imports_file.exists():
+        threading.Thread(target=_tell_imports, args=(RunDir(run_dir), set(sys.modules)), daemon=True).start()
     return work(RunDir(run_dir), rank, Pulse.of(pulses, rank.local_rank))
 
 

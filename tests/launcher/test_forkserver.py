@@ -108,6 +108,16 @@ def server(run: RunDir) -> Iterator[Server]:
     assert "Traceback" not in (run.path / "server.log").read_text()
 
 
+def test_it_learns_what_ranks_imported_on_their_way(run: RunDir, server: Server) -> None:
+    aim(run, "exit")
+    server.preload()
+    server.tell(learn=["import nothing_of_the_kind", "import fs_preloaded"])
+    until(lambda: (run.path / "server.log").read_text() == "imported once\n")
+    server.start(0)
+    assert server.hear() == {"exit": 0, "code": 0}
+    assert "preloaded: True" in server.log(0)
+
+
 def aim(run: RunDir, *args: str) -> None:
     """Make the plan of a run of the target with `args`."""
     target = Target("script", str(run.path / "target.py"), args, path=(str(run.path),))
