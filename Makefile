@@ -10,7 +10,7 @@ run: setup
 # Real SLURM and real Ray. Where the packages cannot be had, the tests say what is missing.
 test: setup
 	scripts/apt-install $(SYSTEM_PACKAGES) || true
-	.venv/bin/python -m pytest $(ARGS)
+	scripts/test $(ARGS)
 
 check: setup
 	.venv/bin/ruff format --check

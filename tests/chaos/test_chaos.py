@@ -16,7 +16,6 @@ from tests.chaos.report import table
 from tests.chaos.subject import Subject, listening
 from tests.launcher.engines import make_project
 from tests.testbed.keeper import free_ports
-from tests.testbed.slurm import SlurmCluster
 
 
 def test_the_seed_decides_and_no_fault_is_left_out() -> None:
@@ -76,15 +75,6 @@ def test_faults_on_this_machine(tmp_path: Path) -> None:
     player = Player(tmp_path, "local", 7, None)
     names = ("kill -9 rank", "SIGSTOP rank (hang)", "truncated newest checkpoint")
     player.play(schedule("local", 7, 3, names), player.undisturbed())
-    unharmed(player, 3)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_faults_on_slurm(tmp_path: Path, on_slurm: SlurmCluster) -> None:
-    player = Player(tmp_path, "slurm", 7, on_slurm)
-    names = ("segfault in a rank", "scancel --signal=USR2", "kill agent of node 1")
-    player.play(schedule("slurm", 7, 3, names), player.undisturbed())
     unharmed(player, 3)
 
 

@@ -26,7 +26,7 @@ PATIENCE = 240.0  # seconds; a lease takes ten on an idle machine
 def cluster() -> Iterator[RayCluster]:
     """A head without CPUs, so that no rank lands on it, and three nodes that hold one rank each."""
     with RayCluster([RayNode(num_cpus=0), RayNode(num_cpus=1)]) as cluster:
-        for _ in range(2):  # one after the other: Ray gives a node that starts half a minute, however busy the machine is
+        for _ in range(2):  # one by one: Ray gives a node half a minute to start, however busy the machine is
             cluster.add_node(RayNode(num_cpus=1))
         yield cluster
 
