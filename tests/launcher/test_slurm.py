@@ -93,8 +93,11 @@ def test_more_than_the_cluster_has_is_refused(slurm_project: Project) -> None:
     assert "this cluster has no such partition. It has debug, urgent." in done.stderr
 
 
-def test_works_where_there_is_no_accounting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without sacct, an end is known from the run's files; who kills all agents leaves the batch script to tell of it."""
+def test_works_on_a_plain_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without sacct, an end is known from the run's files; who kills all agents leaves the batch script to tell of it.
+
+    And where preemption says no more than SIGTERM, as on most sites, the run asks to be started again all the same.
+    """
     from tests.launcher.engines import make_project
 
     with SlurmCluster(accounting=False) as cluster:
@@ -121,6 +124,30 @@ def test_works_where_there_is_no_accounting(tmp_path: Path, monkeypatch: pytest.
         subprocess.run(["pkill", "-KILL", "-f", f"submitit.core._submit {project.folder}/runs/gone"], check=True)
         until(lambda: project.status("gone")["state"] == "failed", "the end to be known")
         assert "node lost: " in project.call("status", "gone").stdout
+
+        settings = cluster.folder / "slurm.conf"
+        lines = settings.read_text().splitlines(keepends=True)
+        settings.write_text("".join(line for line in lines if "preempt_send_user_signal" not in line))
+        cluster.run("scontrol", "reconfigure")
+        arguments = (
+            "--cpus",
+            "2",
+            "--nodes",
+            "2",
+            "--name",
+            "pre",
+            "steps:main",
+            "--steps",
+            "100",
+            "--seconds",
+            "0.05",
+        )
+        project.launch("--detach", *arguments)
+        until(lambda: project.status("pre")["progress"], "a first step")
+        cluster.run("sbatch", "-p", "urgent", "-N4", "--exclusive", "-o", os.devnull, "--wrap", "sleep 1")
+        until(lambda: project.status("pre")["state"] == "succeeded", "the end")
+        stops = [e for e in project.events("pre") if e["event"] in ("stopping", "requeued")]
+        assert [e["reason"] for e in stops] == ["SIGTERM", "preempted"]
 
 
 def test_slurm_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_slurm: object) -> None:
