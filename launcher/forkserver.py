@@ -265,6 +265,9 @@ def main() -> None:
     status = ForkServer(socket.socket(fileno=0), Path(sys.argv[1]), int(sys.argv[2])).serve()
     if status is not None:
         finish(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # to unload thousands of modules takes seconds, in which the run would seem not to have ended
 
 
 if __name__ == "__main__":
