@@ -1,7 +1,7 @@
 # `make run` starts it, `make test` tests all of it, `make check` takes under a minute.
 SYSTEM_PACKAGES = slurm-wlm slurm-wlm-basic-plugins munge slurmdbd mariadb-server-core
 
-.PHONY: run test check format setup
+.PHONY: run test soak check format setup
 .DEFAULT_GOAL := check
 
 run: setup
@@ -11,6 +11,11 @@ run: setup
 test: setup
 	scripts/apt-install $(SYSTEM_PACKAGES) || true
 	scripts/test $(ARGS)
+
+# Minutes of faults, for which the time of `make test` does not last.
+soak: setup
+	scripts/apt-install $(SYSTEM_PACKAGES) || true
+	.venv/bin/python -m pytest -m soak $(ARGS)
 
 check: setup
 	.venv/bin/ruff format --check

@@ -15,7 +15,7 @@ import pytest
 from tests.launcher.engines import Project, make_project, until
 from tests.testbed.ray import RayCluster, RayNode
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = [pytest.mark.soak, pytest.mark.slow, pytest.mark.ray]
 
 STEPS = 400
 JOB = ("--max-steps", str(STEPS), "--save-every", "20", "--log-every", "1", "--log-with=", "--lr", "1e-4")

@@ -60,6 +60,7 @@ def shown(project: Project, run: str) -> list[dict[str, Any]]:
 
 @slow
 @ray
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_runs_land_on_whole_slices_with_a_rank_on_each_chip(project: Project) -> None:
     project.launch("--tpus", "8", "--accelerator", "v4", "--topology", "2x2x2", "--name", "one", "show.py")
