@@ -164,14 +164,14 @@ def after(run_dir: RunDir, status: int, environment: Mapping[str, str]) -> int:
     job, restarts = environment["SLURM_JOB_ID"], int(environment.get("SLURM_RESTART_COUNT", "0"))
     replaced = (run_dir.job() or {}).get("job_id", job) != job
     past = run_dir.events()
-    told = next((e["event"] for e in reversed(past) if e["event"] in ("started", "finished")), "")
+    told = next((e["event"] for e in reversed(past) if e["event"] in ("submitted", "started", "finished")), "")
     if run_dir.result() is not None or told == "finished" or replaced or fate(job, restarts) == "requeued":
         return status
     plan, attempt = run_dir.plan(), run_dir.last_attempt()
     if run_dir.stop_file.exists():
         return end_run(run_dir, plan, State.STOPPED, attempt, time.time()).exit_status
     setbacks = history.read(past)
-    left = plan.spec.max_restarts - len(setbacks.setbacks) if told else 0
+    left = plan.spec.max_restarts - len(setbacks.setbacks) if told == "started" else 0
     step = max((int(m.get("step", 0)) for m in run_dir.metrics()), default=None)
     outcome = Outcome({}, lost=[f"the agent on {environment.get('SLURMD_NODENAME', 'node 0')}"], step=step)
     action, failure = decide(outcome, left, setbacks, movable=True)
