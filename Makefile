@@ -1,4 +1,4 @@
-# `make run` starts it, `make test` tests all of it, `make check` takes under a minute.
+# `make run` starts it, `make test` tests it, `make check` is for every commit, `make soak` for a quiet evening.
 SYSTEM_PACKAGES = slurm-wlm slurm-wlm-basic-plugins munge slurmdbd mariadb-server-core
 
 .PHONY: run test soak check format setup
