@@ -1,4 +1,4 @@
-# `make run` starts it, `make test` tests it, `make check` is for every commit, `make soak` for a quiet evening.
+# `make run` starts it, `make test` tests it, `make check` takes under a minute, `make soak` for a quiet evening.
 SYSTEM_PACKAGES = slurm-wlm slurm-wlm-basic-plugins munge slurmdbd mariadb-server-core
 
 .PHONY: run test soak check format setup
@@ -18,10 +18,7 @@ soak: setup
 	.venv/bin/python -m pytest -m soak $(ARGS)
 
 check: setup
-	.venv/bin/ruff format --check
-	.venv/bin/ruff check
-	.venv/bin/mypy
-	.venv/bin/python -m pytest -q -m "not slow and not slurm and not ray"
+	scripts/check
 
 format: setup
 	.venv/bin/ruff format
