@@ -167,7 +167,7 @@ def _order(member: Member) -> tuple[Any, ...]:
 
 def _unwrap(error: BaseException) -> BaseException:
     """Unwrap Ray's exceptions down to what happened."""
-    for name in ("controller_failure", "_base_exc", "cause", "__unwrap__"):
+    for name in ("controller_failure", "_base_exc", "cause", "__cause__"):
         inner = getattr(error, name, None)
         if isinstance(inner, BaseException):
             return _unwrap(inner)
