@@ -58,6 +58,11 @@ class Attempt:
     def over(self) -> bool:
         return not self.alive
 
+    @property
+    def progress(self) -> int | None:
+        """The newest step for people and for the policy; None where ranks have not done, or do not say, any."""
+        return self.step if self.step > 0 else None
+
     def kill_within(self, seconds: float) -> None:
         """Kill what still runs `seconds` from now, or sooner where that was settled before."""
         if self._killed:

@@ -15,7 +15,7 @@ from launcher import environment, history
 from launcher.attempt import Attempt
 from launcher.network import reserve_port
 from launcher.peers import CONNECT_SECONDS, PULSE_SECONDS, Peers
-from launcher.policy import ADVICE, Action, Failure, Outcome, back_off, decide, unfit
+from launcher.policy import Action, Failure, Outcome, back_off, decide, no_progress, unfit
 from launcher.ranks import Message, NodeRanks, Seat, on_signals
 from launcher.rundir import BEAT_SECONDS, RunDir, tail
 from launcher.spec import Plan, State
@@ -130,10 +130,8 @@ class Coordinator:
             self.run_dir.event("requeued", attempt=attempt, reason="scheduler", step=step)
             return State.STOPPED
         if (self.preempted or fate == "preempting") and not cancelled:
-            step = step or max((int(m.get("step", 0)) for m in self.run_dir.metrics()), default=None)
-            if past.stuck(step):
-                text = f"the nodes were taken away twice, and no step was done in between (the newest is {step})"
-                failure = Failure("no progress", text, advice=ADVICE["no progress"])
+            step = step or self.run_dir.newest_step()
+            if failure := no_progress(past, step):
                 return self._end(State.STOPPED, attempt, failure, step)
             if self._requeue(attempt, "preempted", step):
                 return State.STOPPED
@@ -165,12 +163,11 @@ class Coordinator:
             while not attempt.over:
                 await self._listen(attempt)
             host_of = {rank: hosts[rank // placement.ranks_per_node] for rank in range(placement.world_size)}
-            step = attempt.step if attempt.step > 0 else None
             for agent in attempt.lost:
                 self.peers.drop(agent)
             errors = self.run_dir.errors(number)
             lost = [self._host(agent) for agent in attempt.lost]
-            return Outcome(attempt.exits, errors, self.reason, lost, host_of, step, attempt.hung)
+            return Outcome(attempt.exits, errors, self.reason, lost, host_of, attempt.progress, attempt.hung)
         finally:
             holder.close()
 
@@ -255,10 +252,9 @@ def end_run(
     step: int | None = None,
 ) -> State:
     """Leave ``result.json`` and the last event; `started` is when this submission began, in seconds since 1970."""
-    steps = max((int(m.get("step", 0)) for m in run_dir.metrics()), default=0)
     fields: dict[str, Any] = {
         "metrics": (read_json(run_dir.value_file) or {}) if state is State.SUCCEEDED else {},
-        "steps": steps,
+        "steps": run_dir.newest_step() or 0,
         "world_size": plan.placement.world_size,
         "attempts": attempt,
         "seconds": round(time.time() - started, 3),

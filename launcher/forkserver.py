@@ -39,9 +39,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-UNLOGGED = 5
-"""Exit status of a rank that could not open its log; `launcher.worker.UNHEARD`, which is not imported yet here."""
-
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -160,8 +157,10 @@ class ForkServer:
         try:
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
+            from launcher.worker import unheard
+
             print(f"launch: rank {rank}: {log}: {error.strerror}", file=sys.stderr)
-            os._exit(UNLOGGED)
+            os._exit(unheard(error))
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.close(output)

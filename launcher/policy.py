@@ -156,6 +156,14 @@ def unfit(failure: Failure, history: History, step: int | None) -> tuple[str, ..
     return (failure.host,) if history.fruitless_on(failure.host, step) >= strikes - 1 else ()
 
 
+def no_progress(history: History, step: int | None) -> Failure | None:
+    """What ends a run whose nodes were taken away twice without a step in between, `step` being its newest; else None."""
+    if not history.stuck(step):
+        return None
+    text = f"the nodes were taken away twice, and no step was done in between (the newest is {step})"
+    return Failure("no progress", text, advice=ADVICE["no progress"])
+
+
 def back_off(history: History, step: int | None) -> float:
     """Seconds to wait before the next attempt: none while the run gets on, else 1, 2, 4, ... for each vain one."""
     vain = history.fruitless(step)

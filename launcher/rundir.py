@@ -211,6 +211,10 @@ class RunDir:
     def metrics(self) -> list[dict[str, Any]]:
         return read_lines(self.metrics_file)
 
+    def newest_step(self) -> int | None:
+        """The newest step in the metrics; None where the target logs none."""
+        return max((int(m.get("step", 0)) for m in self.metrics()), default=None)
+
     def claim_attempt(self) -> int:
         """Return the next attempt's number and make its log folder; no two callers get the same one."""
         self.logs.mkdir(exist_ok=True)

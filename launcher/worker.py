@@ -194,8 +194,13 @@ def _leave_error(run_dir: RunDir, world: World, error: BaseException, kind: str)
     except OSError as problem:
         with suppress(OSError):
             print(f"launch: the error of rank {world.rank} cannot be left in {path}: {problem}", file=sys.stderr)
-        return FULL if classify(problem) == "disk full" else UNHEARD
+        return unheard(problem)
     return REFUSED if kind == "bad request" else RAISED
+
+
+def unheard(problem: OSError) -> int:
+    """The exit status of a rank that cannot write into the run directory because of `problem`."""
+    return FULL if classify(problem) == "disk full" else UNHEARD
 
 
 def _leave_value(run_dir: RunDir, value: Any) -> None:

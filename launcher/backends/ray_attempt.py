@@ -69,8 +69,8 @@ class RayAttempt:
         exits = self.ranks.exits
         if lease.broken and not exits and not lost:
             exits = {0: -signal.SIGKILL}  # Ray ended its workers, and we our ranks
-        step = self.ranks.step if self.ranks.step >= 0 else None
-        return Outcome(exits, self.run_dir.errors(self.number), self.stop, lost, host_of, step, self.ranks.hung)
+        errors = self.run_dir.errors(self.number)
+        return Outcome(exits, errors, self.stop, lost, host_of, self.ranks.progress, self.ranks.hung)
 
     async def _start(self) -> None:
         from ray.exceptions import RayError

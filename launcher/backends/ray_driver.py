@@ -32,7 +32,7 @@ from launcher.backends.ray_reports import Reports
 from launcher.backends.ray_stewards import Stewards
 from launcher.coordinator import end_run, note_failure
 from launcher.errors import BadRequest
-from launcher.policy import ADVICE, Action, Failure, Outcome, back_off, decide
+from launcher.policy import ADVICE, Action, Failure, Outcome, back_off, decide, no_progress
 from launcher.ranks import Message
 from launcher.rundir import BEAT_SECONDS, RunDir
 from launcher.spec import Plan, State
@@ -256,10 +256,10 @@ class Driver:
         """The ranks stopped because they were asked to: go on on other nodes where it was Ray that asked."""
         if self.stop:
             return End(State.STOPPED)
-        if past.stuck(outcome.step):
-            text = f"nodes were taken away twice, and no step was done in between (the newest is {outcome.step})"
-            return End(State.STOPPED, Failure("no progress", text, advice=ADVICE["no progress"]), outcome.step)
-        self.run_dir.event("requeued", attempt=self.run_dir.last_attempt(), reason="preempted", step=outcome.step)
+        step = outcome.step or self.run_dir.newest_step()
+        if failure := no_progress(past, step):
+            return End(State.STOPPED, failure, step)
+        self.run_dir.event("requeued", attempt=self.run_dir.last_attempt(), reason="preempted", step=step)
         return None
 
     async def _gather(self, lease: Lease) -> bool:

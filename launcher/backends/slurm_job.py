@@ -172,7 +172,7 @@ def after(run_dir: RunDir, status: int, environment: Mapping[str, str]) -> int:
         return end_run(run_dir, plan, State.STOPPED, attempt, time.time()).exit_status
     setbacks = history.read(past)
     left = plan.spec.max_restarts - len(setbacks.setbacks) if told == "started" else 0
-    step = max((int(m.get("step", 0)) for m in run_dir.metrics()), default=None)
+    step = run_dir.newest_step()
     outcome = Outcome({}, lost=[f"the agent on {environment.get('SLURMD_NODENAME', 'node 0')}"], step=step)
     action, failure = decide(outcome, left, setbacks, movable=True)
     said = sorted((run_dir.path / "submitit").glob(f"{job}_*_log.err"), key=lambda path: path.stat().st_mtime)
