@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -128,6 +129,20 @@ def on_ray(ray_cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> RayClust
     for name, value in ray_cluster.environment().items():
         monkeypatch.setenv(name, value)
     return ray_cluster
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 16 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a file system of a known size cannot be mounted here ({done.stderr.strip()}); root can")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 # --- nothing left behind

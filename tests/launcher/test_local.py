@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -136,27 +135,15 @@ def main(ctx):
 """
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder with room for eight megabytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"a small disk cannot be mounted (root is needed): {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-def test_a_full_disk_is_told_by_its_name(local_project: Project, small_disk: Path) -> None:
+def test_a_full_disk_is_told_by_its_name(local_project: Project, disk: Path) -> None:
     """Also where not a byte is left for the telling: the run holds a little of the disk for that."""
     (local_project.folder / "fills.py").write_text(FILLS)
-    (local_project.folder / "small.toml").write_text(f'extends = "local"\nruns = "{small_disk}"\n')
+    (local_project.folder / "small.toml").write_text(f'extends = "local"\nruns = "{disk}"\n')
     done = local_project.call("--cluster", "./small.toml", "--cpus", "2", "--name", "d", "fills:main", status=1)
-    result = json.loads((small_disk / "d/result.json").read_text())
+    result = json.loads((disk / "d/result.json").read_text())
     assert (result["state"], result["failure"]["kind"]) == ("failed", "disk full")
     assert "Free space where the run directory lies" in done.stdout
-    assert not (small_disk / "d/.reserve").exists()
+    assert not (disk / "d/.reserve").exists()
 
 
 def test_the_environment_of_a_run_is_on_record_without_its_secrets(
