@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from launcher import backends
 from launcher.api import submit
 from launcher.doctor import Check
 from launcher.errors import BadRequest, LaunchError
@@ -53,7 +54,7 @@ def examine(spec: RunSpec, cwd: Path, patience: float, tell: Callable[[str], Non
     state = run.state()
     if state is State.SUCCEEDED:
         yield from verdicts(run.result())
-        shutil.rmtree(run.path, ignore_errors=True)
+        _discard(run)
         return
     yield from of_each(run.dir)
     yield from missing(run.dir, plan.placement.nodes)
@@ -70,6 +71,15 @@ def _wait(run: Run, patience: float) -> bool:
             return False
         time.sleep(0.2)
     return True
+
+
+def _discard(run: Run) -> None:
+    """Remove the run's directory, once its job has ended: until then its agents write their last lines there."""
+    plan, job = run.dir.plan(), run.dir.job()
+    deadline = time.monotonic() + plan.cluster.grace
+    while job and not backends.get(plan.backend).poll(job["job_id"]).done and time.monotonic() < deadline:
+        time.sleep(0.2)
+    shutil.rmtree(run.path, ignore_errors=True)
 
 
 def _why(run: Run, ended: bool, patience: float) -> str:

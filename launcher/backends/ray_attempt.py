@@ -19,6 +19,9 @@ from launcher.rundir import RunDir
 DRIVER = ""
 """Where messages of the driver itself come from; the others come from nodes, by Ray's ids."""
 
+ANSWER_SECONDS = 5.0
+"""How long, after a rank was killed, the nodes are waited for that may have gone with it."""
+
 BEFORE_DRAINED = 2.0
 """How many seconds before a drained node goes the ranks have to be gone; the next lease waits for nothing else."""
 
@@ -60,10 +63,14 @@ class RayAttempt:
                 except TimeoutError:
                     self.ranks.times_up()
                 else:
-                    self.note(node, message, lease)
-                    self._hear(node, message)
+                    self._take_in(node, message)
         finally:
             ended.cancel()
+        if any(code < 0 for code in self.ranks.exits.values()):
+            # A node that goes down ends its processes one by one, and may have told of a rank before its steward went.
+            await self.stewards.settle([node.id for node in lease.nodes()], ANSWER_SECONDS)
+            while not inbox.empty():
+                self._take_in(*inbox.get_nowait())
         host_of = {rank: str(member.node) for rank, member in enumerate(lease.members)}
         lost = list(dict.fromkeys(host_of[rank] for rank in self.ranks.lost))
         exits = self.ranks.exits
@@ -92,7 +99,8 @@ class RayAttempt:
         await self.lease.done.wait()
         inbox.put_nowait((DRIVER, {"ended": self.lease.number}))
 
-    def _hear(self, node: str, message: Message) -> None:
+    def _take_in(self, node: str, message: Message) -> None:
+        self.note(node, message, self.lease)
         match message:
             case {"exit": rank}:
                 self.ranks.hear(rank, message)

@@ -69,6 +69,20 @@ class Stewards:
             del self._actors[node]
             self.post(node, {"lost": node})
 
+    async def settle(self, nodes: Iterable[str], seconds: float) -> None:
+        """Wait until each of `nodes` answers, or has been told of as lost; not longer than `seconds`."""
+        asked = [asyncio.ensure_future(self._answers_or_is_lost(node)) for node in nodes if node in self._actors]
+        if asked:
+            await asyncio.wait(asked, timeout=seconds)
+
+    async def _answers_or_is_lost(self, node: str) -> None:
+        from ray.exceptions import RayError
+
+        try:
+            await self._actors[node].sees.remote("")
+        except RayError:
+            await asyncio.wait([self._listening[node]])  # it tells of it
+
     def open(self, nodes: Iterable[str]) -> None:
         """Let their forkservers import already."""
         for node in nodes:
