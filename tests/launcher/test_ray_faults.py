@@ -81,6 +81,7 @@ def nothing_left(cluster: RayCluster, project: Project, run: str) -> bool:
     return not any(cluster.processes(words) for words in named)
 
 
+@pytest.mark.filterwarnings("ignore:The `parse_obj` method is deprecated")  # Ray's own, where it reads its record
 @pytest.mark.timeout(1500)
 def test_a_run_outlives_its_ranks_workers_and_nodes(
     cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
