@@ -27,12 +27,13 @@ print(json.dumps(shown), flush=True)
 
 
 def host(name: str, worker: int, topology: str, pod: str) -> RayNode:
-    """Host number `worker` of the slice `name`, as a TPU VM's own Ray presents it."""
+    """Host number `worker` of the slice `name`, as a TPU VM's own Ray presents it; Ray asks a host for TPU_NAME."""
     resources = {"TPU": 4.0, name: 1.0, "accelerator_type:TPU-V4": 1.0}
     if worker == 0:
         resources[f"TPU-{pod}-head"] = 1.0
     labels = {"slice-name": name, "worker-id": str(worker), "topology": topology, "pod-type": pod}
-    return RayNode(num_cpus=4, resources=resources, labels={f"ray.io/tpu-{k}": v for k, v in labels.items()})
+    environment = {"TPU_NAME": name, "TPU_WORKER_ID": str(worker)}
+    return RayNode(4, resources=resources, labels={f"ray.io/tpu-{k}": v for k, v in labels.items()}, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,6 @@ def shown(project: Project, run: str) -> list[dict[str, Any]]:
 
 @slow
 @ray
-@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_runs_land_on_whole_slices_with_a_rank_on_each_chip(project: Project) -> None:
     project.launch("--tpus", "8", "--accelerator", "v4", "--topology", "2x2x2", "--name", "one", "show.py")

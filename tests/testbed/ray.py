@@ -33,12 +33,13 @@ QUIET = {
 
 @dataclass(frozen=True)
 class RayNode:
-    """What one raylet offers; numbers only, nothing is looked up on the machine."""
+    """What one raylet offers; numbers only, nothing is looked up on the machine. `env` is what its processes inherit."""
 
     num_cpus: float = 4
     num_gpus: float = 0
     resources: Mapping[str, float] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
 
     def params(self) -> dict[str, Any]:
         return {
@@ -46,6 +47,7 @@ class RayNode:
             "num_gpus": self.num_gpus,
             "resources": dict(self.resources),
             "labels": dict(self.labels),
+            "env_vars": dict(self.env),
         }
 
 
