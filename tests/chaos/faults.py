@@ -232,19 +232,7 @@ def kill_controller(scene: Scene) -> None:
 def drain_raylet(scene: Scene) -> Undo:
     """Ray is told that the node will be taken away in ten seconds, as cloud providers do, and then it is."""
     name = raylet_of_a_rank(scene)
-    why = (
-        "--reason",
-        "DRAIN_NODE_REASON_PREEMPTION",
-        "--reason-message",
-        "chaos",
-        "--deadline-remaining-seconds",
-        "10",
-    )
-    subprocess.run(
-        ["ray", "drain-node", "--address", scene.ray.address, "--node-id", scene.ray.node_ids()[name], *why],
-        check=True,
-        capture_output=True,
-    )
+    scene.ray.drain_node(name, seconds=10)
     time.sleep(10)
     with contextlib.suppress(Exception):
         scene.ray.remove_node(name)

@@ -182,18 +182,24 @@ class SlurmCluster:
                 self.run("scancel", *how, *active)
         for name, state in self.node_states().items():
             if state.rstrip("*") not in ("idle", "allocated", "mixed", "completing"):
-                self.set_node(name, "resume")
+                with contextlib.suppress(TestbedError):  # one whose slurmd is only now registering cannot be resumed
+                    self.set_node(name, "resume")
         self.set_grace_time(self.grace_time)
         with contextlib.suppress(TestbedError):
             self.wait_idle(15)
             return
         for name, state in self.node_states().items():
-            if state.startswith(
-                "completing"
-            ):  # word of the job's end was lost, as when slurmctld was stopped just then
-                self.set_node(name, "down")
-                self.set_node(name, "resume")
+            if state != "idle":  # a word of its slurmd was lost, as when slurmctld was stopped just then
+                self._start_over(name)
         self.wait_idle()
+
+    def _start_over(self, name: str) -> None:
+        """Have slurmctld forget what it knows of a node, and slurmd register anew."""
+        self.kill_slurmd(name)
+        for state in ("down", "resume"):
+            with contextlib.suppress(TestbedError):
+                self.set_node(name, state)
+        self.restart_slurmd(name)
 
     def set_grace_time(self, seconds: int) -> None:
         """How long a preempted job of ``debug`` has between the signal and SIGTERM, until the next `reset`."""
