@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from launcher.coordinator import Coordinator
+from launcher.output import outlive_a_full_disk
 from launcher.peers import CONNECT_SECONDS, PULSE_SECONDS, SILENCE_SECONDS
 from launcher.ranks import Message, NodeRanks, Seat, on_signals
 from launcher.rundir import RunDir
@@ -114,6 +115,7 @@ async def connect(run_dir: RunDir, seat: Seat) -> tuple[asyncio.StreamReader, as
 
 def main() -> None:
     """``python -m launcher.agent RUN_DIR``: the agent of a run on this machine alone."""
+    outlive_a_full_disk()
     sys.exit(asyncio.run(run_agent(RunDir(Path(sys.argv[1])), Seat())))
 
 

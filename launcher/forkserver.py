@@ -39,6 +39,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from launcher.output import outlive_a_full_disk
+
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -260,6 +262,7 @@ def finish(status: int) -> NoReturn:
 
 def main() -> None:
     """``python -m launcher.forkserver RUN_DIR DESCRIPTOR``, with the agent's socket as descriptor 0."""
+    outlive_a_full_disk()  # the ranks inherit this
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     status = ForkServer(socket.socket(fileno=0), Path(sys.argv[1]), int(sys.argv[2])).serve()
     if status is not None:

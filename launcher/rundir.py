@@ -5,7 +5,6 @@ Every file name lives here. Every file appears whole or not at all; the two logs
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import secrets
@@ -15,13 +14,14 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import BadRequest
 from launcher.records import from_data, to_data
 from launcher.spec import Plan, State
-from training.files import append_line, read_json, read_lines, write_atomic
+from training.files import FULL_DISK, append_line, read_json, read_lines, write_atomic
 
 BEAT_SECONDS = 2.0
 """How often whoever supervises a run touches its heartbeat."""
@@ -200,7 +200,7 @@ class RunDir:
         try:
             write()
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in FULL_DISK:
                 raise
             self.reserve_file.unlink(missing_ok=True)
             write()
@@ -216,15 +216,19 @@ class RunDir:
         return max((int(m.get("step", 0)) for m in self.metrics()), default=None)
 
     def claim_attempt(self) -> int:
-        """Return the next attempt's number and make its log folder; no two callers get the same one."""
-        self.logs.mkdir(exist_ok=True)
+        """Return the next attempt's number and make its folders; no two callers get the same one."""
         number = self.last_attempt() + 1
         while True:
             with suppress(FileExistsError):
-                (self.logs / str(number)).mkdir()
-                (self.path / "errors" / str(number)).mkdir(parents=True, exist_ok=True)
+                self._making_room(partial(self._make_attempt, number))
                 return number
             number += 1
+
+    def _make_attempt(self, number: int) -> None:
+        self.logs.mkdir(exist_ok=True)
+        errors = self.path / "errors" / str(number)
+        errors.mkdir(parents=True, exist_ok=True)
+        (self.logs / str(number)).mkdir()  # last: it is the claim
 
     def last_attempt(self) -> int:
         """The number of the newest attempt; 0 before the first."""

@@ -24,7 +24,7 @@ from launcher.spec import Plan
 from launcher.target import call, short_traceback
 from training.context import Context
 from training.errors import ConfigError
-from training.files import write_atomic
+from training.files import FULL_DISK, write_atomic
 from training.pulse import Pulse
 from training.world import World
 
@@ -153,7 +153,7 @@ def classify(error: BaseException) -> str:
     name, text = type(error).__name__, str(error)
     if isinstance(error, MemoryError) or name == "OutOfMemoryError":
         return "out of memory"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
         return "disk full"
     if isinstance(error, OSError) and error.errno in STORAGE:
         return "storage"
@@ -252,5 +252,7 @@ def main(run_dir: Path, world: dict[str, Any], pulses: int) -> int:
 
 if __name__ == "__main__":
     from launcher.forkserver import finish
+    from launcher.output import outlive_a_full_disk
 
+    outlive_a_full_disk()
     finish(main(Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])))

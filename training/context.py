@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.errors import ConfigError
-from training.files import append_line
+from training.files import Lines
 from training.group import Group, Vote, make_group
 from training.pulse import Pulse
 from training.world import World
@@ -41,6 +41,7 @@ class Context:
         self.on_checkpoint: list[Callable[[int, dict[str, Any], Path | None], None]] = []
         self._vote: Vote | None = None
         self._next_stat = 0.0
+        self._lines = Lines()
 
     @classmethod
     def here(cls, run_dir: str | Path) -> Context:
@@ -95,16 +96,19 @@ class Context:
         return Checkpoints(self.run_dir / "checkpoints")
 
     def log(self, step: int, **values: Any) -> None:
-        """Append {"time", "attempt", "step", **values} to `metrics.jsonl`; rank 0 only, elsewhere nothing happens."""
+        """Append {"time", "attempt", "step", **values} to `metrics.jsonl`; rank 0 only, elsewhere nothing happens.
+
+        A full disk does not end training: the lines wait until there is room, at the latest until `close`.
+        """
         self.pulse.note(step)
         if self.world.rank == 0:
             record = {"time": time.time(), "attempt": self.world.attempt, "step": step, **values}
-            append_line(self.run_dir / "metrics.jsonl", record)
+            self._lines.append(self.run_dir / "metrics.jsonl", record)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Append {"time", "attempt", "rank", "event": kind, **fields} to `events.jsonl`."""
+        """Append {"time", "attempt", "rank", "event": kind, **fields} to `events.jsonl`, as `log` does."""
         record = {"time": time.time(), "attempt": self.world.attempt, "rank": self.world.rank, "event": kind, **fields}
-        append_line(self.run_dir / "events.jsonl", record)
+        self._lines.append(self.run_dir / "events.jsonl", record)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Say that this rank is at something that takes longer than a step, such as ``evaluating``, inside the block.
@@ -134,7 +138,10 @@ class Context:
         return self.stopped
 
     def close(self) -> None:
-        """Finish what is under way (a save, a vote) and leave the group. Twice is as good as once."""
+        """Finish what is under way (a save, a vote, lines) and leave the group. Twice is as good as once.
+
+        Raises OSError where lines still wait for room on the disk.
+        """
         vote, self._vote = self._vote, None
         if vote is not None:  # the last vote has no next step to be read at; leaving it under way would upset the group
             with contextlib.suppress(RuntimeError):
@@ -143,6 +150,7 @@ class Context:
             self.checkpoints.close()
         if "group" in self.__dict__:
             self.__dict__.pop("group").close()
+        self._lines.flush()
 
     def _stop_file(self) -> bool:
         if self.world.rank or time.monotonic() < self._next_stat:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import tempfile
+import threading
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+"""What a file system says that has no room left: none at all, or none for this user."""
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -48,6 +54,40 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
             line = line[os.write(handle, line) :]
     finally:
         os.close(handle)
+
+
+class Lines:
+    """Appends lines to files, and where the disk is full keeps them for when there is room: nothing is lost, in order.
+
+    Attributes:
+        most: how many are kept; more raise OSError.
+    """
+
+    most = 100_000
+
+    def __init__(self) -> None:
+        self._kept: deque[tuple[Path, Mapping[str, Any]]] = deque()
+        self._lock = threading.Lock()  # what saves in the background has its say, too
+
+    def append(self, path: Path, record: Mapping[str, Any]) -> None:
+        """As `append_line`, now or later. Raises OSError for anything but a full disk."""
+        with self._lock:
+            self._kept.append((path, record))
+            try:
+                self._write()
+            except OSError as error:
+                if error.errno not in FULL_DISK or len(self._kept) > self.most:
+                    raise
+
+    def flush(self) -> None:
+        """Write what was kept. Raises OSError where there is no room still."""
+        with self._lock:
+            self._write()
+
+    def _write(self) -> None:
+        while self._kept:
+            append_line(*self._kept[0])
+            self._kept.popleft()
 
 
 def read_json(path: Path) -> Any | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,28 +53,41 @@ class Trackers:
             for name, value in settings.items()
         }
         self._started = False
+        self._failed = False
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Record the numbers in `values`; those of a nested mapping as `name/key`."""
-        if not self._names:
+        if not self._names or self._failed:
             return
-        if not self._started:
-            self._start(step)
-            self._started = True
         flat = {
             (f"{name}/{key}" if key else name): number
             for name, value in values.items()
             for key, number in (value.items() if isinstance(value, Mapping) else [("", value)])
         }
-        self._accelerator.log(flat, step=step)
+        with self._outlived():
+            if not self._started:
+                self._started = True
+                self._start(step)
+            self._accelerator.log(flat, step=step)
 
     def close(self) -> None:
         """Write out what is left."""
         if self._started:
             for tracker in self._accelerator.trackers:
-                tracker.finish()
+                with self._outlived():
+                    tracker.finish()
             self._accelerator.trackers = []
             self._started = False
+
+    @contextmanager
+    def _outlived(self) -> Iterator[None]:
+        """A disk or a server that fails a tracker does not end training; the metrics are in `metrics.jsonl` as well."""
+        try:
+            yield
+        except OSError as error:
+            if not self._failed:
+                warnings.warn(f"the trackers record nothing more in this attempt: {error}", stacklevel=3)
+            self._failed = True
 
     def _start(self, step: int) -> None:
         from accelerate.tracking import TensorBoardTracker

@@ -32,6 +32,7 @@ from launcher.backends.ray_reports import Reports
 from launcher.backends.ray_stewards import Stewards
 from launcher.coordinator import end_run, note_failure
 from launcher.errors import BadRequest
+from launcher.output import outlive_a_full_disk
 from launcher.policy import ADVICE, Action, Failure, Outcome, back_off, decide, no_progress
 from launcher.ranks import Message
 from launcher.rundir import BEAT_SECONDS, RunDir
@@ -76,6 +77,7 @@ class Driver:
 
     async def run(self) -> State:
         """Connect, check, train, and leave nothing on the cluster; returns the state in which the run ended."""
+        self.run_dir.reserve()
         threading.Thread(target=self._beat, daemon=True).start()
         try:
             connect(self.plan)
@@ -332,6 +334,7 @@ class Driver:
 
 def main() -> None:
     """``python -m launcher.backends.ray_driver RUN_DIR``."""
+    outlive_a_full_disk()
     run_dir = RunDir(Path(sys.argv[1]))
     state = asyncio.run(Driver(run_dir).run())
     sys.stdout.flush()

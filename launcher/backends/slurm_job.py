@@ -20,6 +20,7 @@ from pathlib import Path
 
 from launcher import history
 from launcher.coordinator import end_run, note_failure
+from launcher.output import outlive_a_full_disk
 from launcher.policy import Action, Outcome, decide
 from launcher.ranks import Fate, Seat
 from launcher.rundir import RunDir, tail
@@ -144,6 +145,7 @@ class AgentTask:
     def __call__(self) -> None:
         from launcher.agent import run_agent
 
+        outlive_a_full_disk()
         step_daemon = os.getppid()
         status = asyncio.run(run_agent(RunDir(self.run_dir), seat(RunDir(self.run_dir), os.environ)))
         if os.getppid() != step_daemon:

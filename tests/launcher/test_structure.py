@@ -59,6 +59,7 @@ FLOORS = [
     "worker",
     "target",
     "probe",
+    "output",
     "rundir",
     "ledger",
     "snapshot",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from training.files import append_line, read_json, read_lines, write_atomic
+from training.files import Lines, append_line, read_json, read_lines, write_atomic
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -66,3 +67,34 @@ def test_what_is_absent(tmp_path: Path) -> None:
         read_json(tmp_path / "bad")
     write_atomic(tmp_path / "good", '{"a": [1]}')
     assert read_json(tmp_path / "good") == {"a": [1]}
+
+
+def fill(disk: Path) -> Path:
+    """Leave not a byte on `disk`; deleting the file that is returned makes room."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 12))
+    return filler
+
+
+def test_lines_wait_for_room_and_keep_their_order(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines, path = Lines(), disk / "log"
+    lines.append(path, {"step": 0})
+    filler = fill(disk)
+    count = 2000  # more than fit into what is left of the page that is begun
+    for step in range(1, count):
+        lines.append(path, {"step": step})
+    with pytest.raises(OSError, match="No space"):
+        lines.flush()
+    filler.unlink()
+    lines.append(path, {"step": count})
+    assert [record["step"] for record in read_lines(path)] == list(range(count + 1))
+
+    filler = fill(disk)
+    monkeypatch.setattr(Lines, "most", 0)
+    for _ in range(500):  # what still fits into the page that is begun
+        with contextlib.suppress(OSError):
+            lines.append(path, {"more": 1})
+    with pytest.raises(OSError, match="No space"):
+        lines.append(path, {"more": 1})

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch._dynamo.backends.debugging import aot_eager
 
 from tests.training.ranks import losses, spawn, train_in, train_in_world
+from tests.training.test_files import fill
 from training import train as module
 from training.context import Context
 from training.data import encode
@@ -21,6 +23,7 @@ from training.model import load_model, load_tokenizer
 from training.sampler import Position, steps
 from training.sources import find_source
 from training.state import seed_all
+from training.trackers import Trackers
 from training.train import TrainConfig, check, train
 from training.world import World
 
@@ -170,6 +173,21 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path, options: Options) -> None:
     logged = {event.step: event.value for event in events.Scalars("loss")}
     assert logged == pytest.approx(losses(tmp_path / "run"))
     assert len(events.Scalars("eval/accuracy")) == 2
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's, which ends there
+def test_trackers_that_cannot_write_do_not_end_training(disk: Path) -> None:
+    trackers = Trackers(Accelerator(cpu=True), ("tensorboard",), disk, {})
+    trackers.log(1, {"loss": 0.5})
+    fill(disk)
+
+    def go_on() -> None:
+        for step in range(2, 500):
+            trackers.log(step, {"loss": 0.5})
+        trackers.close()
+
+    with pytest.warns(UserWarning, match="record nothing more in this attempt: .*No space"):
+        go_on()
 
 
 def _tells(world: World, run_dir: Path, options: Options) -> list[tuple[int, bool, bool]]:

@@ -1,0 +1,44 @@
+"""What the processes of a run say goes into its run directory; a disk that is full must not end them for that."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import TextIO
+
+from training.files import FULL_DISK
+
+
+class Patient(io.FileIO):
+    """A file that drops what the disk has no room for, and says how much that was once there is room again.
+
+    Attributes:
+        dropped: bytes since there was room.
+    """
+
+    dropped = 0
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:  # type: ignore[override]
+        """Write `data`, or drop it; other errors are raised. Returns how much of it needs no further call."""
+        try:
+            if self.dropped:
+                super().write(f"launch: {self.dropped} bytes are missing here: the disk was full\n".encode())
+                self.dropped = 0
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            self.dropped += len(data)
+            return len(data)
+
+
+def outlive_a_full_disk() -> None:
+    """From here on this process goes on where its standard output and error cannot be written to a full disk."""
+    sys.stdout, sys.stderr = _patient(sys.stdout), _patient(sys.stderr)
+
+
+def _patient(stream: TextIO) -> TextIO:
+    stream.flush()
+    raw = Patient(stream.fileno(), "w", closefd=False)
+    buffered = io.BufferedWriter(raw)  # type: ignore[type-var]  # typeshed knows of no name for the buffers it takes
+    return io.TextIOWrapper(buffered, stream.encoding, stream.errors, line_buffering=True)
