@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from launcher import environment, history
-from launcher.attempt import Attempt
+from launcher.attempt import Attempt, until_writable
 from launcher.network import reserve_port
 from launcher.peers import CONNECT_SECONDS, PULSE_SECONDS, Peers
 from launcher.policy import Action, Failure, Outcome, back_off, decide, no_progress, unfit
@@ -93,6 +93,7 @@ class Coordinator:
             left = self.plan.spec.max_restarts - len(past.setbacks)
             attempt = self.run_dir.claim_attempt()
             outcome = await self._attempt(attempt)
+            await until_writable(self.run_dir)
             stuck = self._host(self.seat.node) in outcome.lost  # ranks of this very node cannot be killed
             spare = len(self.peers.here()) >= self.plan.placement.nodes and not stuck
             action, failure = decide(outcome, left, past, self.seat.requeue is not None, spare)

@@ -21,7 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,11 +41,17 @@ Parts = Mapping[str, Any]  # file name -> Mapping[str, torch.Tensor] for *.safet
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed checkpoint. `score` is its evaluation's, where it has one; higher is better."""
+    """A committed checkpoint.
+
+    Attributes:
+        score: its evaluation's, where it has one; higher is better.
+        blocked: seconds for which training waited for it; only `on_saved` is told.
+    """
 
     step: int
     path: Path
     score: float | None = None
+    blocked: float = field(default=0.0, compare=False)
 
 
 class Checkpoints:
@@ -67,7 +73,14 @@ class Checkpoints:
         self._host: dict[tuple[str, str], torch.Tensor] = {}
 
     def save(
-        self, step: int, parts: Parts, *, score: float | None = None, wait: bool = False, part: Part = (0, 1)
+        self,
+        step: int,
+        parts: Parts,
+        *,
+        score: float | None = None,
+        wait: bool = False,
+        part: Part = (0, 1),
+        since: float | None = None,
     ) -> None:
         """Save `parts` as the checkpoint of `step`; returns once the tensors are copied to host memory.
 
@@ -75,13 +88,15 @@ class Checkpoints:
         a folder that they share; rank 0 commits when all parts are there.
 
         Waits for the save before it, so none overtakes another. With `wait`, returns when the checkpoint is committed
-        (or has failed). A failure to write does not raise: what was committed stays, and `on_failed` is told.
+        (or has failed). A failure to write does not raise: what was committed stays, and `on_failed` is told. `since` is
+        when the caller began to gather the parts, by `time.monotonic`: what training waited for counts from there.
         """
+        since = time.monotonic() if since is None else since
         self.wait()
         copied = self._copy_to_host(parts)
         if self._writer is None:
             self._writer = ThreadPoolExecutor(1, "checkpoint-writer")
-        self._under_way = self._writer.submit(self._write, step, copied, score, part)
+        self._under_way = self._writer.submit(self._write, step, copied, score, part, time.monotonic() - since)
         if wait:
             self.wait()
 
@@ -162,7 +177,7 @@ class Checkpoints:
             torch.cuda.current_stream().synchronize()
         return copied
 
-    def _write(self, step: int, parts: dict[str, Any], score: float | None, part: Part) -> None:
+    def _write(self, step: int, parts: dict[str, Any], score: float | None, part: Part, blocked: float) -> None:
         rank, ranks = part
         staging = self.folder / f".step-{step:09d}.staging"
         target = self.folder / f"step-{step:09d}"
@@ -193,7 +208,7 @@ class Checkpoints:
             shutil.rmtree(staging, ignore_errors=True)
             self.on_failed(step, error)
         else:
-            self.on_saved(Checkpoint(step, target, score))
+            self.on_saved(Checkpoint(step, target, score, blocked))
 
     def _others(self, staging: Path, ranks: int) -> dict[str, Any]:
         """The manifest's entries of the files that ranks 1 and above have written, once all of them have."""

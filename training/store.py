@@ -122,6 +122,7 @@ class Store:
 
     def save(self, engine: Engine, step: int, state: dict[str, Any], score: float | None) -> None:
         """Save a checkpoint in the background; on return all state is copied. A collective."""
+        since = time.monotonic()
         self._tell()
         world = self._ctx.world
         in_parts = engine.sharded and self._one_disk
@@ -130,7 +131,7 @@ class Store:
             parts["state.json"] = state
         if world.rank == 0 or in_parts:
             part = (world.rank, world.world_size if in_parts else 1)
-            self._ctx.checkpoints.save(step, parts, score=score, part=part)
+            self._ctx.checkpoints.save(step, parts, score=score, part=part, since=since)
         self._untold = (step, (state["evaluations"] or [{}])[-1])
 
     def finish(self) -> None:
@@ -211,6 +212,6 @@ class Store:
         return local
 
     def _saved(self, checkpoint: Checkpoint) -> None:
-        self._ctx.event("saved", step=checkpoint.step)
+        self._ctx.event("saved", step=checkpoint.step, blocked=round(checkpoint.blocked, 6))
         if self._mirror is not None:
             self._mirror.push(checkpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
@@ -139,10 +140,17 @@ def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
                         record(ctx, trackers, state, values)
                     score = None
                     if state.at.position == 0 or state.step == total:
+                        began = time.monotonic()
                         with ctx.phase("evaluating"):
                             evaluation = engine.evaluate(validation, config.eval_batch_size, metric)
+                        seconds = round(time.monotonic() - began, 6)
                         score = state.note(evaluation)
-                        record(ctx, trackers, state, {"epoch": state.step / per_epoch, "eval": evaluation})
+                        record(
+                            ctx,
+                            trackers,
+                            state,
+                            {"epoch": state.step / per_epoch, "eval": evaluation, "seconds": seconds},
+                        )
                         progress.evaluation(state)
                     stop = state.step < total and ctx.should_stop(state.step)
                     if stop or score is not None or state.step % config.save_every == 0:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import history
+from launcher.attempt import until_writable
 from launcher.backends.ray import trainer
 from launcher.backends.ray_attempt import DRIVER, RayAttempt
 from launcher.backends.ray_cluster import RayNode, connect, draining, fitting, leave, look, reservations, room, shortage
@@ -234,6 +235,7 @@ class Driver:
         while not self.stop:
             attempt = RayAttempt(self.run_dir, lease, self.stewards, self.reports, self._note)
             outcome = await attempt.run(self.inbox, self.going)
+            await until_writable(self.run_dir)
             attempt.report()
             past = history.read(self.run_dir.events())
             left = self.plan.spec.max_restarts - len(past.setbacks)

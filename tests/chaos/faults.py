@@ -117,6 +117,17 @@ def fill_disk(scene: Scene) -> Undo:
     return lambda: None
 
 
+def read_only(scene: Scene) -> None:
+    """For ten seconds nothing can be written where the runs are, as on a mount that the kernel gave up for a while."""
+    runs = str(scene.subject.path.parent)
+    subprocess.run(["mount", "--bind", runs, runs], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", runs], check=True)
+        time.sleep(10)
+    finally:
+        subprocess.run(["umount", "--lazy", runs], check=True)
+
+
 # --- SLURM
 
 
@@ -247,6 +258,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("SIGSTOP rank (hang)", ALL, signal_rank(signal.SIGSTOP)),
     Fault("truncated newest checkpoint", ALL, truncate_newest_checkpoint),
     Fault("disk full", ALL, fill_disk, restarts=False),
+    Fault("read-only run directory", ALL, read_only),
     Fault("kill forkserver", ("local", "slurm"), kill_forkserver),
     Fault("kill agent", ("local",), kill_supervisor),
     Fault("kill agent of node 0", ("slurm",), kill_agent(of_node_0=True)),
@@ -259,7 +271,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("node loses power", ("slurm",), power_loss),
     Fault("drain", ("slurm",), drain, restarts=False),
     Fault("kill slurmd", ("slurm",), kill_slurmd, restarts=False),
-    Fault("kill slurmstepd", ("slurm",), kill_slurmstepd),
+    Fault("kill slurmstepd", ("slurm",), kill_slurmstepd, restarts=False),
     Fault("slurmctld stopped a minute", ("slurm",), controller_outage, restarts=False),
     Fault("kill raylet", ("ray",), kill_raylet),
     Fault("kill driver", ("ray",), kill_supervisor),

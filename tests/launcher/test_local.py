@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.launcher.engines import Project, until
+from training.files import read_lines
 
 pytestmark = pytest.mark.slow
 
@@ -144,6 +147,32 @@ def test_a_full_disk_is_told_by_its_name(local_project: Project, disk: Path) -> 
     assert (result["state"], result["failure"]["kind"]) == ("failed", "disk full")
     assert "Free space where the run directory lies" in done.stdout
     assert not (disk / "d/.reserve").exists()
+
+
+@contextlib.contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Nothing can be written there; files that are open stay so."""
+    for options in (["--bind", folder], ["-o", "remount,ro,bind"]):
+        subprocess.run(["mount", *options, folder], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_run_waits_for_a_mount_that_comes_back(local_project: Project, disk: Path) -> None:
+    (local_project.folder / "small.toml").write_text(f'extends = "local"\nruns = "{disk}"\n')
+    steps = ("steps:main", "--steps", "100", "--seconds", "0.02")
+    with local_project.start("--cluster", "./small.toml", "--cpus", "2", "--name", "gone", *steps) as run:
+        metrics = disk / "gone/metrics.jsonl"
+        until(lambda: len(read_lines(metrics)) > 5, "some steps")
+        with read_only(disk):
+            until(lambda: len(ranks("gone")) == 1, "the end of the ranks, not of the process they come from")
+        output, _ = run.communicate(timeout=60)
+    assert run.returncode == 0, output
+    failures = [event for event in read_lines(disk / "gone/events.jsonl") if event["event"] == "failed"]
+    assert [failure["kind"] for failure in failures] == ["storage"]
+    assert sorted({line["step"] for line in read_lines(metrics)}) == list(range(1, 101))
 
 
 def test_the_environment_of_a_run_is_on_record_without_its_secrets(
