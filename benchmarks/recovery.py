@@ -1,10 +1,13 @@
 """Time from ``kill -9`` of a rank to the next step of all ranks: ``python -m benchmarks.recovery [ROUNDS]``.
 
-Two gloo ranks train a small BERT under DDP, with torch and transformers imported, and rank 0 saves a checkpoint every
-five steps. The file imports the model's class by name: what a library imports only when it is used, as transformers' Auto
-classes do, is imported again by every fork of `launch`, too, and that costs it seconds. Round by round, each way of starting them runs the same file; one rank, the same for all, is killed at the
-same step. The time ends when the last of the ranks has finished its first step after the kill. A way that has not come
-to a step within two minutes counts with those two minutes, and is named below the table.
+Two gloo ranks (on SLURM four, on two nodes) train a small BERT under DDP, with torch and transformers imported, and rank
+0 saves a checkpoint every five steps. The file imports the model's class by name: what a library imports only when it is used, as transformers' Auto
+classes do, is imported again by every fork of `launch`, too, and that costs it seconds. Round by round, each way of
+starting them runs the same file; one rank, the same for all, is killed at the same step. The time ends when the last of
+the ranks has finished its first step after the kill. A way that has not come to a step within two minutes counts with
+those two minutes, and is named below the table: with torchrun both of the new ranks were then found inside gloo's
+connect, in `init_process_group`. SLURM is a real one that is started for this, where its daemons are installed; all nodes
+are this machine.
 """
 
 from __future__ import annotations
@@ -17,11 +20,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from benchmarks.paired import Case, measure, rounds, table
+from tests.testbed.slurm import SlurmCluster, missing
 
 LIMIT = 120.0  # seconds to the next step
 START = 300.0  # seconds to the first one
@@ -56,7 +60,7 @@ def main(folder):
             model(input_ids=ids, labels=torch.zeros(8, dtype=torch.long)).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            log.write(f"{step} {time.time()}\\n")
+            log.write(f"{step} {time.monotonic()}\\n")
             if step % 5 == 0 and rank == 0:
                 state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 torch.save(state, checkpoint + ".tmp")
@@ -89,7 +93,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started ends, too
     scripts = Path(sys.executable).parent
     hung: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, slurm() as to_slurm:
         folder = Path(name)
         (folder / "job.py").write_text(JOB)
         (folder / "ray_job.py").write_text(RAY_JOB)
@@ -101,25 +105,47 @@ def main() -> None:
             ],
             "Ray Train, FailureConfig(max_failures=3)": [sys.executable, "ray_job.py"],
         }
-        seconds = measure({name: killed(name, argv, folder, hung) for name, argv in cases.items()}, rounds(7))
+        runs = {name: killed(name, argv, folder, hung) for name, argv in cases.items()}
+        if to_slurm:
+            name, argv = "launch --backend slurm --nodes 2 --cpus 4", [str(scripts / "launch"), "--backend", "slurm"]
+            runs[name] = killed(name, [*argv, "--nodes", "2", "--cpus", "4", "job.py"], folder, hung, 4, to_slurm)
+        seconds = measure(runs, rounds(7))
     table("kill -9 of one of two ranks, to the next step of both", seconds, "launch --cpus 2")
     for name, times in hung.items():
         print(f"{name}: {times} time(s), the warm-up included, no step within {LIMIT:.0f} s")
 
 
-def killed(name: str, argv: Sequence[str], folder: Path, hung: Counter[str]) -> Case:
+@contextmanager
+def slurm() -> Iterator[dict[str, str]]:
+    """A SLURM cluster, as what leads its clients to it; nothing where it cannot be started."""
+    if missing():
+        yield {}
+        return
+    with SlurmCluster() as cluster:
+        yield cluster.environment()
+
+
+def killed(
+    name: str,
+    argv: Sequence[str],
+    folder: Path,
+    hung: Counter[str],
+    ranks: int = RANKS,
+    variables: Mapping[str, str] | None = None,
+) -> Case:
     """A case: start the job, kill a rank, return the seconds to the next step."""
     chance = random.Random(1)  # the same ranks and steps for every way of starting
 
     def run() -> float:
-        victim, step = chance.randrange(RANKS), chance.randint(7, 20)
+        victim, step = chance.randrange(ranks), chance.randint(7, 20)
         with tempfile.TemporaryDirectory(dir=folder) as job, open(Path(job) / "output", "wb") as output:
             environment = os.environ | {TOKEN: job, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+            environment |= variables or {}
             started = subprocess.Popen(
                 [*argv, job], cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
             )
             try:
-                seconds = _recover(Path(job), victim, step)
+                seconds = _recover(Path(job), ranks, victim, step)
                 print(f"{name}: rank {victim} killed at step {step}, {seconds:.2f} s", file=sys.stderr)
                 with suppress(subprocess.TimeoutExpired):
                     started.wait(20)
@@ -136,17 +162,17 @@ def killed(name: str, argv: Sequence[str], folder: Path, hung: Counter[str]) -> 
     return run
 
 
-def _recover(job: Path, victim: int, step: int) -> float:
+def _recover(job: Path, ranks: int, victim: int, step: int) -> float:
     """Kill rank `victim` once all ranks have done `step`, and return the seconds to the next step of all of them."""
-    first = _wait(job, step, START)
-    killed_at = time.time()
+    first = _wait(job, ranks, step, START)
+    killed_at = time.monotonic()
     os.kill(next(pid for rank, pid in first if rank == victim), signal.SIGKILL)
-    second = _wait(job, 1, LIMIT, set(first))
+    second = _wait(job, ranks, 1, LIMIT, set(first))
     return max(second.values()) - killed_at
 
 
 def _wait(
-    job: Path, count: int, seconds: float, before: Collection[tuple[int, int]] = ()
+    job: Path, ranks: int, count: int, seconds: float, before: Collection[tuple[int, int]] = ()
 ) -> dict[tuple[int, int], float]:
     """Wait until every rank has done `count` steps in a process that is not one of `before`.
 
@@ -163,7 +189,7 @@ def _wait(
             lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             if (rank, pid) not in before and len(lines) >= count:
                 found[rank, pid] = float(lines[0].split()[1])
-        if {rank for rank, _ in found} == set(range(RANKS)):
+        if {rank for rank, _ in found} == set(range(ranks)):
             return found
         time.sleep(0.01)
     raise TimeoutError(f"not {count} steps within {seconds:.0f} s {'after the kill' if before else 'of the start'}")

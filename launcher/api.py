@@ -120,7 +120,7 @@ def resubmit(run: Run, **options: Any) -> Run:
 def _send(plan: Plan, run_dir: RunDir) -> Run:
     _check_target(plan, run_dir)
     run_dir.event("submitted", backend=plan.backend, world_size=plan.placement.world_size)
-    run_dir.write_job(plan.backend, backends.get(plan.backend).submit(plan))
+    run_dir.write_job(plan.cluster.engine, backends.get(plan.cluster.engine).submit(plan))
     return Run(run_dir)
 
 

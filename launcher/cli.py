@@ -148,7 +148,7 @@ def run_launch(argv: Sequence[str]) -> int:
 
     plan = make_plan(spec, Path.cwd())
     if options.dry_run:
-        sent = backends.get(plan.backend).render(plan)
+        sent = backends.get(plan.cluster.engine).render(plan)
         if options.json:
             print(json.dumps({"plan": to_data(plan), "sent": sent}, indent=2))
         else:
@@ -240,7 +240,7 @@ def describe(plan: Any) -> str:
         f"launch: {plan.spec.target} {arguments}".rstrip()
         + f"\n  on     {where}: {plan.placement.why}"
         + f"\n  run    {_short(plan.run_dir)}"
-        + (f"\n  limit  {plan.time_minutes} min" if plan.backend == "slurm" else "")
+        + (f"\n  limit  {plan.time_minutes} min" if plan.cluster.limits_time else "")
         + (f"\n  start  {plan.start}" if plan.start else "")
     )
 

@@ -119,6 +119,7 @@ class Ray:
         autoscales: the cluster grows on demand, so a request larger than what is up now is not refused.
         elastic: after a node is lost, go on with fewer ranks where the cluster cannot hold all of them any more.
         wait: seconds to wait for nodes when the cluster has become too small for the run, before giving up.
+        inside: ``slurm``: there is no Ray; one is started for each run inside a job that the ``[slurm]`` section describes.
     """
 
     address: str | None = None
@@ -126,6 +127,7 @@ class Ray:
     autoscales: bool = False
     elastic: bool = False
     wait: float = 300.0
+    inside: Literal["slurm"] | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,16 @@ class Cluster:
     environment: dict[str, str] = field(default_factory=dict)
     slurm: Slurm = Slurm()
     ray: Ray = Ray()
+
+    @property
+    def engine(self) -> str:
+        """The module of `launcher.backends` that runs it."""
+        return f"{self.backend}_on_{self.ray.inside}" if self.backend == "ray" and self.ray.inside else self.backend
+
+    @property
+    def limits_time(self) -> bool:
+        """Whether a run is a job that ends when its time is over."""
+        return "slurm" in (self.backend, self.ray.inside)
 
     def variables(self) -> dict[str, str]:
         """What every rank gets in its environment."""

@@ -36,7 +36,7 @@ def examine(site: Cluster, cwd: Path) -> Iterator[Check]:
     yield _packages()
     yield _hostname()
     yield _runs_folder(cwd / site.runs)
-    yield from _ENGINES[site.backend](site)
+    yield from _ENGINES[site.engine](site)
 
 
 def _packages() -> Check:
@@ -122,4 +122,9 @@ def _ray(site: Cluster) -> Iterator[Check]:
         yield Check("ray", False, f"{where}: {error}", "is the head running, and is this its GCS port?")
 
 
-_ENGINES: dict[str, Callable[[Cluster], Iterator[Check]]] = {"local": _local, "slurm": _slurm, "ray": _ray}
+_ENGINES: dict[str, Callable[[Cluster], Iterator[Check]]] = {
+    "local": _local,
+    "slurm": _slurm,
+    "ray": _ray,
+    "ray_on_slurm": _slurm,
+}

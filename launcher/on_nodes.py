@@ -77,7 +77,7 @@ def _discard(run: Run) -> None:
     """Remove the run's directory, once its job has ended: until then its agents write their last lines there."""
     plan, job = run.dir.plan(), run.dir.job()
     deadline = time.monotonic() + plan.cluster.grace
-    while job and not backends.get(plan.backend).poll(job["job_id"]).done and time.monotonic() < deadline:
+    while job and not backends.get(job["backend"]).poll(job["job_id"]).done and time.monotonic() < deadline:
         time.sleep(0.2)
     shutil.rmtree(run.path, ignore_errors=True)
 

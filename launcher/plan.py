@@ -36,7 +36,7 @@ def make_plan(spec: RunSpec, cwd: Path, function: Callable[..., Any] | None = No
             f"--spare-nodes {spec.spare_nodes}: the {site.backend} backend has no allocation to keep them in (known:"
             f" {', '.join(backends.KEEPS_SPARE_NODES)}). Leave it out."
         )
-    site = backends.get(site.backend).survey(site)
+    site = backends.get(site.engine).survey(site)
     placement = place(spec.devices() or _default_devices(spec, site), site)
     if spec.devices() is None and placement.device == "cpu":
         # Nothing was asked for: one rank with the whole machine, the quickest way to see something.

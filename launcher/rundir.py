@@ -113,6 +113,11 @@ class RunDir:
         return self.path / ".reserve"
 
     @property
+    def head_file(self) -> Path:
+        """Where the head of a Ray is that lives inside the run's job."""
+        return self.path / "ray-head.json"
+
+    @property
     def session_file(self) -> Path:
         return self.path / "session.json"
 

@@ -33,7 +33,7 @@ class Backend(Protocol):
         """End the job now. What should end with a checkpoint is asked through the run directory before."""
 
 
-POLL_SECONDS = {"local": 0.0, "slurm": 5.0, "ray": 0.0}
+POLL_SECONDS = {"local": 0.0, "slurm": 5.0, "ray": 0.0, "ray_on_slurm": 5.0}
 """How long an answer of `Backend.poll` is good for. Looking for a process of this machine costs nothing; a question to
 slurmctld is shared by all who watch the run, so that their number does not matter to it."""
 
@@ -43,12 +43,12 @@ KEEPS_SPARE_NODES = ("slurm",)
 
 
 def get(name: str) -> Backend:
-    """Import and return the backend called `name`.
+    """Import and return the backend called `name`, or the engine that a cluster names (`Cluster.engine`).
 
     Raises:
         BadRequest: there is no such backend.
     """
-    if name not in BACKENDS:
+    if name not in POLL_SECONDS:
         raise BadRequest(f"--backend {name!r}: no such backend{nearest(name, BACKENDS)}. Known: {', '.join(BACKENDS)}.")
     return cast(Backend, importlib.import_module(f"launcher.backends.{name}"))
 
@@ -59,5 +59,5 @@ def check(plan: Plan) -> str:
     Raises:
         BadRequest: it would refuse the plan, or never start it.
     """
-    ask = getattr(get(plan.backend), "check", None)
+    ask = getattr(get(plan.cluster.engine), "check", None)
     return str(ask(plan)) if ask else ""

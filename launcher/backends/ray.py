@@ -56,7 +56,7 @@ def trainer(plan: Plan, number: int = 1, ranks: int | None = None) -> dict[str, 
         scaling.pop("placement_strategy")  # whole slices are reserved instead
     scaling["resources_per_worker"] = resources
     return {
-        "address": ray.address or "a Ray started on this machine",
+        "address": ray.address or ("a Ray inside the job" if ray.inside else "a Ray started on this machine"),
         "scaling_config": {key: value for key, value in scaling.items() if value is not None},
         "run_config": {
             # Ray resumes a trainer of the same name from a state of its own; ours is in the checkpoints.

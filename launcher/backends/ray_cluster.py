@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 
 from launcher.backends.ray import settings
 from launcher.errors import BadRequest
+from launcher.peers import CONNECT_SECONDS
 from launcher.spec import Plan
 from launcher.tpu import Topology
 
@@ -146,7 +148,7 @@ def connect(plan: Plan) -> None:
     os.environ.update(settings(plan))
     import ray
 
-    address = plan.cluster.ray.address
+    address = plan.cluster.ray.address or os.environ.get("RAY_ADDRESS")  # the latter inside a job
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if address is None:
         # Its CPUs are only numbers: CPU ranks are for debugging, and more of them than cores are allowed.
@@ -160,6 +162,18 @@ def connect(plan: Plan) -> None:
         ray.init(address=address, **common)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise BadRequest(f"Ray at {address} cannot be reached: {error}") from None
+
+
+async def join(plan: Plan) -> None:
+    """`connect`, and wait until a Ray inside a job is whole: its nodes start side by side, and are this run's alone.
+
+    Raises:
+        BadRequest: nobody answers there.
+    """
+    connect(plan)
+    deadline = time.monotonic() + CONNECT_SECONDS
+    while plan.cluster.ray.inside and len(look()) < plan.placement.nodes and time.monotonic() < deadline:
+        await asyncio.sleep(0.2)
 
 
 async def leave() -> None:

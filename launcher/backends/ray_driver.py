@@ -27,7 +27,7 @@ from launcher import history
 from launcher.attempt import until_writable
 from launcher.backends.ray import trainer
 from launcher.backends.ray_attempt import DRIVER, RayAttempt
-from launcher.backends.ray_cluster import RayNode, connect, draining, fitting, leave, look, reservations, room, shortage
+from launcher.backends.ray_cluster import RayNode, draining, fitting, join, leave, look, reservations, room, shortage
 from launcher.backends.ray_lease import Lease, Member
 from launcher.backends.ray_reports import Reports
 from launcher.backends.ray_stewards import Stewards
@@ -81,7 +81,7 @@ class Driver:
         self.run_dir.reserve()
         threading.Thread(target=self._beat, daemon=True).start()
         try:
-            connect(self.plan)
+            await join(self.plan)
             await self._check()
         except BadRequest as error:
             end = End(State.FAILED, Failure("bad request", str(error), advice=ADVICE["bad request"]))

@@ -8,7 +8,7 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -211,8 +211,8 @@ def _script(plan: Plan) -> str:
     return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
 
 
-def submit(plan: Plan) -> str:
-    """Hand the job to sbatch and keep what it got in ``script.sh``."""
+def submit(plan: Plan, task: Callable[[], None] | None = None) -> str:
+    """Hand the job to sbatch and keep what it got in ``script.sh``. `task` runs on each node; by itself an agent."""
     import submitit
 
     if shutil.which("srun") is None or shutil.which("sbatch") is None:
@@ -224,7 +224,7 @@ def submit(plan: Plan) -> str:
             slurm_site.outside_of_a_job(),
             contextlib.redirect_stderr(io.StringIO()),
         ):  # submitit repeats what sbatch said
-            job = executor.submit(AgentTask(plan.run_dir))
+            job = executor.submit(task or AgentTask(plan.run_dir))
     except submitit.core.utils.FailedJobError as error:
         refusal = slurm_site.refusal_text(str(error))
         heard = "Batch job submission failed" in refusal and "Unable to contact" not in refusal

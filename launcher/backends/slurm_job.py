@@ -95,7 +95,7 @@ def _follow_up(run_dir: RunDir, job: str, exclude: Sequence[str]) -> bool:
     follower = done.stdout.split(";")[0].strip()
     folder = run_dir.path / "submitit"
     shutil.copy(folder / f"{job}_submitted.pkl", folder / f"{follower}_submitted.pkl")
-    run_dir.write_job("slurm", follower)
+    run_dir.write_job(run_dir.plan().cluster.engine, follower)
     return True
 
 

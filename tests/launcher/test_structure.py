@@ -40,6 +40,8 @@ FLOORS = [
     "backends.ray_lease",
     "backends.ray_worker",
     "backends.ray_cluster",
+    "backends.ray_on_slurm",
+    "backends.ray_node",
     "backends.slurm",
     "backends.ray",
     "backends.local",

@@ -1,0 +1,70 @@
+"""Ray inside jobs of SLURM's: two of them at once, on nodes that they share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from launcher.backends.ray_node import TOKEN
+from tests.launcher.engines import Project, make_project, until
+from tests.testbed import keeper
+from tests.testbed.slurm import SlurmCluster
+
+PROFILE = """
+backend = "ray"
+grace = 10.0
+[ray]
+inside = "slurm"
+[slurm]
+nodelist = "node1,node2"
+"""
+JOB = ("--max-steps", "40", "--save-every", "5", "--log-every", "1", "--log-with=", "--lr", "1e-4")
+
+
+def weights(run: Path) -> str:
+    return hashlib.sha256((run / "model/model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.soak
+@pytest.mark.slow
+@pytest.mark.slurm
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_two_at_once_share_their_nodes(tmp_path: Path, on_slurm: SlurmCluster) -> None:
+    """One of them is told to leave half way, comes back, and ends in the weights of the other."""
+    project = make_project(tmp_path, "ray")
+    (tmp_path / "cluster_configs").mkdir()
+    (tmp_path / "cluster_configs/both.toml").write_text(PROFILE)
+    request = ("--backend", "ray", "--cluster", "both", "--cpus", "2", "--nodes", "2", "--detach")
+    for name in ("first", "second"):
+        project.call(*request, "--name", name, "--", *JOB)
+    runs = {name: tmp_path / "runs" / name for name in ("first", "second")}
+    until(lambda: started(project, "first") and started(project, "second"), "both at once", 120)
+    job = json.loads((runs["first"] / "job.json").read_text())["job_id"]
+    until(lambda: (runs["first"] / "metrics.jsonl").exists(), "a step")
+    on_slurm.run("scancel", "--signal=USR2", job)
+    for name in runs:
+        until(lambda name=name: project.status(name)["state"] in ("succeeded", "failed", "lost"), name, 150)  # type: ignore[misc]
+        assert project.status(name)["state"] == "succeeded", (runs[name] / "logs/agent-0.log").read_text()[-3000:]
+    assert weights(runs["first"]) == weights(runs["second"])
+    told = [event["reason"] for event in project.events("first") if event["event"] == "requeued"]
+    assert told == ["preempted"]
+    hosts = [event["hosts"] for event in project.events("second") if event["event"] == "started"]
+    assert [len(each) for each in hosts] == [2], "a rank on each raylet"
+    until(lambda: not keeper.processes_with(f"{TOKEN}="), "the end of all that they started", 20)
+
+
+def started(project: Project, run: str) -> bool:
+    return any(event["event"] == "started" for event in project.events(run))
+
+
+def test_a_ray_inside_a_job_has_no_address(tmp_path: Path) -> None:
+    project = make_project(tmp_path, "ray")
+    (tmp_path / "cluster_configs").mkdir()
+    wrong = PROFILE.replace("[ray]", '[ray]\naddress = "10.0.0.1:6379"')
+    (tmp_path / "cluster_configs/wrong.toml").write_text(wrong)
+    refused = project.call("--cluster", "wrong", "--cpus", "2", "steps:main", status=2)
+    assert "Leave one of them out of the profile" in refused.stderr
