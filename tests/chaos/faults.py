@@ -160,7 +160,8 @@ def preempt(scene: Scene) -> None:
 
 
 def time_limit(scene: Scene) -> Undo:
-    """The job's time is over within the minute; the warning comes `grace` seconds before."""
+    """The job's time is over within two minutes, which its steps outlast; the warning comes `grace` seconds before."""
+    scene.subject.set_pace(1.5)
     elapsed = scene.slurm.run("squeue", "--noheader", "--jobs", scene.job, "--format=%M").strip()
     *_, hours, minutes, seconds = [0, 0, *map(int, elapsed.replace("-", ":").split(":"))]
     limit = hours * 60 + minutes + (1 if seconds < 40 else 2)
