@@ -32,7 +32,7 @@ class Coordinator:
         self.peers = Peers(run_dir, seat, lambda node, message: self.inbox.put_nowait((node, message)))
         self.stop: signal.Signals | None = None  # the first request to stop
         self.preempted = False
-        self.started = time.time()
+        self.started = time.monotonic()
 
     async def run(self) -> int:
         """Bring the run to an end and return its exit status."""
@@ -217,7 +217,7 @@ class Coordinator:
     def _late(self) -> bool:
         """Whether the time limit is near; SLURM may send its signal a minute before it is due."""
         limit = self.plan.time_minutes * 60
-        return bool(limit) and time.time() - self.started > limit - self.plan.cluster.grace - 60
+        return bool(limit) and time.monotonic() - self.started > limit - self.plan.cluster.grace - 60
 
     @property
     def reason(self) -> str:
@@ -252,13 +252,13 @@ def end_run(
     failure: Failure | None = None,
     step: int | None = None,
 ) -> State:
-    """Leave ``result.json`` and the last event; `started` is when this submission began, in seconds since 1970."""
+    """Leave ``result.json`` and the last event; `started` is when this submission began, by `time.monotonic`."""
     fields: dict[str, Any] = {
         "metrics": (read_json(run_dir.value_file) or {}) if state is State.SUCCEEDED else {},
         "steps": run_dir.newest_step() or 0,
         "world_size": plan.placement.world_size,
         "attempts": attempt,
-        "seconds": round(time.time() - started, 3),
+        "seconds": round(time.monotonic() - started, 3),
     }
     if failure is not None:
         run_dir.event("failed", **_told(attempt, failure, step))

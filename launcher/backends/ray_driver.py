@@ -65,7 +65,7 @@ class Driver:
     def __init__(self, run_dir: RunDir) -> None:
         self.run_dir = run_dir
         self.plan = run_dir.plan()
-        self.started = time.time()
+        self.started = time.monotonic()
         self.inbox: asyncio.Queue[tuple[str, Message]] = asyncio.Queue()
         self.stewards = Stewards(run_dir, lambda node, message: self.inbox.put_nowait((node, message)))
         self.reports = Reports(run_dir)

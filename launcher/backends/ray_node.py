@@ -184,7 +184,7 @@ class RayNode:
             assert self.where.requeue is not None
             if self.where.requeue(()):
                 return 0
-        return end_run(self.run_dir, self.plan, State.STOPPED, attempt, time.time(), failure, step).exit_status
+        return end_run(self.run_dir, self.plan, State.STOPPED, attempt, time.monotonic(), failure, step).exit_status
 
     # ---- the others
 

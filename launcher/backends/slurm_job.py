@@ -171,7 +171,7 @@ def after(run_dir: RunDir, status: int, environment: Mapping[str, str]) -> int:
         return status
     plan, attempt = run_dir.plan(), run_dir.last_attempt()
     if run_dir.stop_file.exists():
-        return end_run(run_dir, plan, State.STOPPED, attempt, time.time()).exit_status
+        return end_run(run_dir, plan, State.STOPPED, attempt, time.monotonic()).exit_status
     setbacks = history.read(past)
     left = plan.spec.max_restarts - len(setbacks.setbacks) if told == "started" else 0
     step = run_dir.newest_step()
@@ -185,7 +185,7 @@ def after(run_dir: RunDir, status: int, environment: Mapping[str, str]) -> int:
     if noted and requeue(run_dir, job, restarts):
         run_dir.event("requeued", attempt=attempt, reason="node lost", step=step, exclude=[])
         return status
-    return end_run(run_dir, plan, State.FAILED, attempt, time.time(), failure, step).exit_status
+    return end_run(run_dir, plan, State.FAILED, attempt, time.monotonic(), failure, step).exit_status
 
 
 if __name__ == "__main__":

@@ -175,6 +175,42 @@ def test_a_run_waits_for_a_mount_that_comes_back(local_project: Project, disk: P
     assert sorted({line["step"] for line in read_lines(metrics)}) == list(range(1, 101))
 
 
+JUMPS = """
+import time
+from contextlib import suppress
+
+right = time.time
+
+def jumped():
+    with suppress(OSError, ValueError), open({file!r}) as file:
+        return right() + float(file.read())
+    return right()
+
+time.time = jumped
+"""
+
+
+def test_a_clock_that_jumps_is_not_noticed(local_project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In all processes of the run at once, as when a machine corrects its clock."""
+    clock = local_project.folder / "clock"
+    (local_project.folder / "site").mkdir()
+    (local_project.folder / "site/sitecustomize.py").write_text(JUMPS.format(file=str(clock)))
+    monkeypatch.setenv("PYTHONPATH", str(local_project.folder / "site"))
+    metrics = local_project.folder / "runs/c/metrics.jsonl"
+    steps = ("steps:main", "--steps", "150", "--seconds", "0.02")
+    with local_project.start("--cpus", "2", "--name", "c", *steps) as run:
+        for number, seconds in enumerate((3600, -7200, 60)):
+            until(lambda past=30 * number: len(read_lines(metrics)) > past, "some steps")  # type: ignore[misc]
+            clock.write_text(str(seconds))
+            assert local_project.status("c")["state"] == "running"
+        output, _ = run.communicate(timeout=60)
+    assert run.returncode == 0, output
+    lines = read_lines(metrics)
+    assert [line["step"] for line in lines] == list(range(1, 151))
+    assert max(line["time"] for line in lines) - min(line["time"] for line in lines) > 3600, "it did jump"
+    assert not [event for event in local_project.events("c") if event["event"] in ("failed", "stopping", "restarted")]
+
+
 def test_the_environment_of_a_run_is_on_record_without_its_secrets(
     local_project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
