@@ -13,13 +13,11 @@ from launcher.api import submit
 from launcher.doctor import Check
 from launcher.errors import BadRequest, LaunchError
 from launcher.plan import make_plan
+from launcher.probe import SKEW_SECONDS, differences
 from launcher.run import Run
 from launcher.rundir import RunDir, tail
 from launcher.spec import RunSpec, State
 from training.files import read_json
-
-SKEW_SECONDS = 1.0
-"""Clocks further apart make the times of events and logs of different nodes misleading, and break certificates and caches."""
 
 Facts = Mapping[str, Any]
 
@@ -150,10 +148,9 @@ def _versions(nodes: Sequence[Facts]) -> Check:
     """Whether all nodes have the same versions; node 0's are the measure."""
     first = nodes[0]
     differ = [
-        f"{node['host']} has {name} {version}, {first['host']} has {first['versions'].get(name)}"
+        f"{node['host']} {difference}"
         for node in nodes[1:]
-        for name, version in node["versions"].items()
-        if version != first["versions"].get(name)
+        for difference in differences(node["versions"], first["versions"], first["host"])
     ]
     lacks = [f"{node['host']} lacks {n}" for node in nodes for n, v in node["versions"].items() if v == "missing"]
     found = "; ".join([*differ, *lacks]) or ", ".join(
@@ -174,6 +171,11 @@ def _devices(nodes: Sequence[Facts]) -> Iterator[Check]:
                 what,
                 "look at nvidia-smi there, and at gpu-bind in the profile",
             )
+            if seen.get("faults"):
+                text = f"{node['host']}: {'; '.join(seen['faults'])}"
+                yield Check(
+                    "GPU health", False, text, "tell the cluster's keepers; slurm.exclude in the profile avoids it"
+                )
 
 
 def _hub(nodes: Sequence[Facts]) -> Check:

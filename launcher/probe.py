@@ -10,11 +10,11 @@ import socket
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from launcher import environment
+from launcher import environment, gpus
 from launcher.network import source_towards
 from launcher.rundir import to_json
 from training.files import write_atomic
@@ -26,6 +26,9 @@ T = TypeVar("T")
 
 PATIENCE_SECONDS = 5.0
 """For one name, one connection, one file to appear on another node."""
+SKEW_SECONDS = 1.0
+"""Clocks further apart make the times of events and logs of different nodes misleading, and break certificates and caches."""
+
 BYTES = 16 * 2**20
 RENAMES = 20
 
@@ -46,24 +49,34 @@ def main(ctx: Context) -> dict[str, Any]:
 
 def alone(ctx: Context) -> dict[str, Any]:
     """What this node can say of itself."""
-    installed = environment.packages()
     world = ctx.world
     return {
         "node": world.node_rank,
         "local_rank": world.local_rank,
         "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
         "address": source_towards(world.master_addr),
-        "versions": {
-            "python": platform.python_version(),
-            "launch": code_hash(),
-            **{name: installed.get(name, "missing") for name in environment.PACKAGES},
-        },
+        "versions": versions(),
         "ranks": world.local_world_size,
         "device": world.device,
         "devices": devices() if world.device == "cuda" else {},
         "scratch": shutil.disk_usage(os.environ.get("TMPDIR", "/tmp")).free,
         "hub": hub(),
     }
+
+
+def versions() -> dict[str, str]:
+    """What has to be the same on all nodes: Python, the packages that `launch` needs, and its own code."""
+    installed = environment.packages()
+    return {
+        "python": platform.python_version(),
+        "launch": code_hash(),
+        **{name: installed.get(name, "missing") for name in environment.PACKAGES},
+    }
+
+
+def differences(mine: Mapping[str, str], theirs: Mapping[str, str], whose: str) -> list[str]:
+    """What of `mine` differs from `theirs`, the versions of the host `whose`; each as ``has torch 2.12, n0 has 2.13``."""
+    return [f"has {n} {v}, {whose} has {theirs.get(n)}" for n, v in mine.items() if v != theirs.get(n)]
 
 
 def code_hash() -> str:
@@ -86,6 +99,7 @@ def devices() -> dict[str, Any]:
         "count": count,
         "names": names,
         "driver": environment.driver(),
+        "faults": (gpus.report(os.environ.get("CUDA_VISIBLE_DEVICES")) or {}).get("faults", []),
     }
 
 
@@ -109,7 +123,7 @@ def together(ctx: Context, folder: Path, host: str) -> dict[str, Any]:
         write_atomic(token, "seen")
     group.barrier()
     clock = time.time()
-    seen = _appears(token)
+    seen = appears(token)
     peers = group.gather({"address": source_towards(ctx.world.master_addr), "host": host, "clock": clock})
     with socket.socket() as listener:
         listener.bind(("", 0))
@@ -131,10 +145,10 @@ def together(ctx: Context, folder: Path, host: str) -> dict[str, Any]:
     }
 
 
-def renames(path: Path) -> float:
-    """The median of seconds that an atomic write of a small file takes."""
+def renames(path: Path, times: int = RENAMES) -> float:
+    """The median of seconds that an atomic write of a small file takes, tried `times` times."""
     taken = []
-    for number in range(RENAMES):
+    for number in range(times):
         started = time.perf_counter()
         write_atomic(path, str(number))
         taken.append(time.perf_counter() - started)
@@ -188,7 +202,7 @@ def _resolves(host: str) -> Sequence[Any]:
     return socket.getaddrinfo(host, None)
 
 
-def _appears(path: Path) -> float:
+def appears(path: Path) -> float:
     """Seconds until a file that another node has written is seen here; -1 for never."""
     started = time.monotonic()
     while time.monotonic() < started + PATIENCE_SECONDS:

@@ -49,6 +49,8 @@ def test_a_cluster_in_order() -> None:
 
 
 GPUS: dict[str, Any] = {"device": "cuda", "devices": {"count": 7, "names": ["H100"], "driver": "570.1"}}
+CARDS = {"count": 8, "names": ["H100"], "driver": "570.1"}
+SICK: dict[str, Any] = {"device": "cuda", "devices": CARDS | {"faults": ["GPU 0 (GPU-a) could not remap a row"]}}
 
 
 @pytest.mark.parametrize(
@@ -61,6 +63,7 @@ GPUS: dict[str, Any] = {"device": "cuda", "devices": {"count": 7, "names": ["H10
         ({"clock": -2.5}, "clocks", "n1 is 2.5 s behind n0"),
         ({"unreached": ["n0 (10.0.0.0)"]}, "ports", "n1 cannot reach n0 (10.0.0.0)"),
         (GPUS, "devices", "n1: 7 of 8 GPUs can be used ['H100'], driver 570.1"),
+        (SICK, "GPU health", "n1: GPU 0 (GPU-a) could not remap a row"),
         ({"hub": {"cache": "/hub", "chosen": True, "there": False, "reached": None}}, "hub", "/hub: absent on n1"),
     ],
 )

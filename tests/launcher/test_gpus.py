@@ -1,0 +1,80 @@
+"""What nvidia-smi says, read; and one that is sick, absent or silent. The texts are those of its CSV format."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from launcher import gpus
+from tests.launcher.engines import until
+
+HEALTHY = "0, GPU-aa, 0, [N/A]\n1, GPU-ab, 0, [N/A]\n2, GPU-c, [N/A], No\n"
+ROWS = "GPU-aa, 0, 0\nGPU-ab, No, No\n"
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"),
+    [(None, 3), ("0,1,2", 3), ("1", 1), ("GPU-a", 2), ("GPU-c,0", 2), ("0,-1,2", 1), ("7", 0), ("", 0), ("MIG-x,MIG-y", 2)],
+)  # fmt: skip
+def test_the_gpus_that_can_be_used_are_counted(visible: str | None, count: int) -> None:
+    assert gpus.read(HEALTHY, ROWS, visible) == {"count": count, "faults": []}
+
+
+@pytest.mark.parametrize(
+    ("listed", "rows", "fault"),
+    [
+        ("1, GPU-b, 2, [N/A]", "", "GPU 1 (GPU-b) has 2 uncorrected ECC errors"),
+        ("1, GPU-b, 0, Yes", "", "GPU 1 (GPU-b) has pages to retire at its next reset"),
+        ("1, GPU-b, 0, [N/A]", "GPU-b, 1, 0", "GPU 1 (GPU-b) has rows to remap at its next reset"),
+        ("1, GPU-b, 0, [N/A]", "GPU-b, Yes, No", "GPU 1 (GPU-b) has rows to remap at its next reset"),
+        ("1, GPU-b, 0, [N/A]", "GPU-b, 0, 1", "GPU 1 (GPU-b) could not remap a row"),
+    ],
+)
+def test_a_sick_gpu_is_named_unless_it_is_somebody_elses(listed: str, rows: str, fault: str) -> None:
+    assert gpus.read(f"0, GPU-a, 0, No\n{listed}\n", f"{rows}\n", "0,1")["faults"] == [fault]
+    assert gpus.read(f"0, GPU-a, 0, No\n{listed}\n", f"{rows}\n", "0") == {"count": 1, "faults": []}
+
+
+def fake(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put an nvidia-smi before all others."""
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def test_an_old_driver_knows_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = 'Field "remapped_rows.pending" is not a valid field to query.'
+    fake(tmp_path, f"case $1 in *gpu=*) echo '0, GPU-a, 0, No';; *) echo '{said}'; exit 2;; esac", monkeypatch)
+    assert gpus.report(None) == {"count": 1, "faults": []}
+
+
+def test_a_driver_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = "Unable to determine the device handle for GPU0: 0000:01:00.0: Unknown Error"
+    fake(tmp_path, f"echo '{lost}'; exit 15", monkeypatch)
+    assert gpus.report(None) == {"count": 0, "faults": [f"nvidia-smi ends with 15: {lost}"]}
+
+
+def test_a_driver_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all that it started."""
+    fake(tmp_path, f"echo $$ >> '{tmp_path}/pids'; sleep 60", monkeypatch)
+    started = time.monotonic()
+    assert gpus.report(None, 1.0) == {"count": 0, "faults": ["its GPU driver does not answer within 1 s"]}
+    assert time.monotonic() - started < 10
+    for pid in (tmp_path / "pids").read_text().split():
+        until(lambda group=int(pid): not alive(group), "the end of what it started")  # type: ignore[misc]
+
+
+def alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_without_nvidia_smi_nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpus.report(None) is None
