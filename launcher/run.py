@@ -139,7 +139,8 @@ class Run:
                 f" supervisor was killed, or {self.path} is not the same folder on the nodes. Its own logs:"
                 f" {self.dir.logs} and {self.path / 'submitit'}."
             )
-        where = f" [rank {failure['rank']} on {failure['host']}]" if failure.get("host") else ""
+        rank = "" if failure["rank"] is None else f"rank {failure['rank']} "
+        where = f" [{rank}on {failure['host']}]" if failure.get("host") else ""
         text = f"{failure['message']}{where}\n"
         if shown_rank is not None and failure["rank"] == shown_rank:
             pass
