@@ -141,6 +141,8 @@ def _attempts(events: Iterable[Record], logs: Mapping[int, Sequence[Record]], no
             last_sign = max(time, log[-1]["time"]) if log else time
             found.append(_Attempt(number, ranks, queue, since=time if held is None else held, last_sign=last_sign))
             waiting = held = None
+        elif kind == "requeued" and mine is None:  # by an attempt of which no rank had started
+            waiting, held = time, None
         elif mine is not None:
             mine.last_sign = max(mine.last_sign, time)
             match kind:

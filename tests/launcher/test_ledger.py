@@ -121,6 +121,26 @@ def test_a_restart_on_other_nodes_waits_in_the_queue() -> None:
     assert parts(second) == {"queue": 10, "startup": 1, "replayed": 2, "steps_replayed": 2}
 
 
+def test_an_attempt_that_never_started_and_moves_waits_in_the_queue() -> None:
+    """As when a node does not pass the preflight: devices are not held by a job that waits."""
+    ledger = keep(
+        [
+            event(0, "submitted"),
+            started(10),
+            event(20, "restarted", attempt=1),
+            event(22, "restarted", attempt=2),
+            event(23, "requeued", attempt=2),
+            started(123, 3),
+            event(133, "finished", attempt=3),
+        ],
+        [*steps(1, (15, 1)), *steps(3, (128, 2))],
+    )
+    assert [(account.attempt, account.queue, account.held) for account in ledger.attempts] == [
+        (1, 10, 10),
+        (3, 100, 10),
+    ]
+
+
 def test_an_attempt_that_went_without_a_word() -> None:
     """A node loses power: no event ends its attempt, and the scheduler starts the job again by itself."""
     ledger = keep(
