@@ -146,6 +146,8 @@ class Cluster:
         grace: seconds between the request to stop and the end, for the last checkpoint.
         hang_after: seconds without a step, or three times the longest step so far where that is more, after which a run
             counts as hung; ten times that while it evaluates or saves; 0 never looks.
+        preflight: before each attempt every node looks at its run folder, disks, clock, versions and GPUs, and one that is
+            unfit is left for another; not on Ray.
         start_method: ``forkserver`` (imports once a node) or ``spawn`` (for code that cannot fork).
         python: the Python command on the nodes; default: the one that submits.
         proxy: ``http://host:port`` through which the nodes reach the internet.
@@ -170,6 +172,7 @@ class Cluster:
     time: str | None = None
     grace: float = 60.0
     hang_after: float = 300.0
+    preflight: bool = False
     start_method: Literal["forkserver", "spawn"] = "forkserver"
     python: str | None = None
     proxy: str | None = None

@@ -7,11 +7,12 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from launcher import environment, history
+from launcher import environment, history, preflight
 from launcher.attempt import Attempt, until_writable
 from launcher.network import reserve_port
 from launcher.peers import CONNECT_SECONDS, PULSE_SECONDS, Peers
@@ -32,6 +33,9 @@ class Coordinator:
         self.peers = Peers(run_dir, seat, lambda node, message: self.inbox.put_nowait((node, message)))
         self.stop: signal.Signals | None = None  # the first request to stop
         self.preempted = False
+        self.struck: set[int] = (
+            set()
+        )  # agents whose nodes are unfit; they stay, since the job's exit status is theirs, too
         self.started = time.monotonic()
 
     async def run(self) -> int:
@@ -94,8 +98,9 @@ class Coordinator:
             attempt = self.run_dir.claim_attempt()
             outcome = await self._attempt(attempt)
             await until_writable(self.run_dir)
-            stuck = self._host(self.seat.node) in outcome.lost  # ranks of this very node cannot be killed
-            spare = len(self.peers.here()) >= self.plan.placement.nodes and not stuck
+            # Ranks of this very node cannot be killed, or should not start: it is always one of those that are used.
+            stuck = self._host(self.seat.node) in (*outcome.lost, *outcome.unfit)
+            spare = len(self._fit()) >= self.plan.placement.nodes and not stuck
             action, failure = decide(outcome, left, past, self.seat.requeue is not None, spare)
             match action:
                 case Action.FINISH:
@@ -107,13 +112,16 @@ class Coordinator:
                 case Action.MOVE:
                     assert failure is not None, "only a failure is a reason to leave"
                     noted = note_failure(self.run_dir, attempt, failure, left - 1, outcome.step)
-                    away = unfit(failure, past, outcome.step)
+                    away = tuple(outcome.unfit) or unfit(failure, past, outcome.step)
                     if noted and self._requeue(attempt, failure.kind, outcome.step, away):
                         return State.STOPPED
                     return self._end(State.FAILED, attempt, failure, outcome.step)
                 case Action.RESTART:
                     note_failure(self.run_dir, attempt, failure, left - 1, outcome.step)
-                    await self._pause(back_off(past, outcome.step))
+                    if outcome.unfit:  # others take their places, which need no time to recover
+                        self.run_dir.event("struck", attempt=attempt, exclude=list(outcome.unfit))
+                    else:
+                        await self._pause(back_off(past, outcome.step))
 
     async def _pause(self, seconds: float) -> None:
         """Wait, unless a stop comes; whatever else is said meanwhile is of the attempt that is over."""
@@ -149,9 +157,11 @@ class Coordinator:
         if self.stop:
             return Outcome({}, stop=self.reason)
         placement = self.plan.placement
-        agents = self.peers.here()[: placement.nodes]  # those after them are spare
+        agents = self._fit()[: placement.nodes]  # those after them are spare
         if len(agents) < placement.nodes:
             return Outcome({}, lost=[self._host(node) for node in range(self.seat.nodes) if node not in agents])
+        if self.plan.cluster.preflight and (kept := await self._preflight(number, agents)):
+            return kept
         nodes = {agent: node for node, agent in enumerate(agents)}
         attempt = Attempt(number, nodes, placement.ranks_per_node, self.plan.cluster.hang_after, self._tell_all)
         holder = reserve_port()
@@ -163,7 +173,7 @@ class Coordinator:
                 self._tell(agent, start | {"node": node})
             while not attempt.over:
                 await self._listen(attempt)
-            host_of = {rank: hosts[rank // placement.ranks_per_node] for rank in range(placement.world_size)}
+            host_of = self._host_of(agents)
             for agent in attempt.lost:
                 self.peers.drop(agent)
             errors = self.run_dir.errors(number)
@@ -171,6 +181,38 @@ class Coordinator:
             return Outcome(attempt.exits, errors, self.reason, lost, host_of, attempt.progress, attempt.hung)
         finally:
             holder.close()
+
+    async def _preflight(self, number: int, agents: Sequence[int]) -> Outcome | None:
+        """Ask the nodes of `agents` how they are; return what keeps the attempt from starting, None for nothing."""
+        asked = time.time()
+        answers: dict[int, Message] = {}
+        for agent in agents:
+            self._tell(agent, {"look": number})
+        with suppress(TimeoutError):
+            async with asyncio.timeout(preflight.ANSWER_SECONDS):
+                while not self.stop and any(a in self.peers.here() for a in agents if a not in answers):
+                    agent, message = await self.inbox.get()
+                    self._note_stop(message)
+                    if message.get("looked") == number:
+                        answers[agent] = message["facts"] | {"asked": asked, "answered": time.time()}
+        if self.stop:
+            return Outcome({}, stop=self.reason)
+        if gone := set(agents) - {*self.peers.here()}:
+            return Outcome({}, lost=[self._host(agent) for agent in sorted(gone)])
+        hosts = tuple(self._host(agent) for agent in agents)
+        told = {self._host(agent): facts for agent, facts in answers.items()}
+        unfit_hosts = preflight.judge(told, hosts, self.plan.placement.ranks_per_node)
+        self.struck |= {agent for agent in agents if self._host(agent) in unfit_hosts}
+        return Outcome({}, hosts=self._host_of(agents), unfit=unfit_hosts) if unfit_hosts else None
+
+    def _fit(self) -> list[int]:
+        """The agents that ranks may start on."""
+        return [agent for agent in self.peers.here() if agent not in self.struck]
+
+    def _host_of(self, agents: Sequence[int]) -> dict[int, str]:
+        """Rank -> host, where `agents` are the nodes of the placement."""
+        placement = self.plan.placement
+        return {rank: self._host(agents[rank // placement.ranks_per_node]) for rank in range(placement.world_size)}
 
     def _host(self, agent: int) -> str:
         return self.peers.hosts.get(agent, f"node {agent}, which never joined,")

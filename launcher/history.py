@@ -73,8 +73,11 @@ def read(events: Iterable[Mapping[str, Any]]) -> History:
             case {"event": "failed", "kind": kind}:
                 setback = Setback(kind, event.get("rank"), event.get("host"), event.get("step"))
                 history = History((*history.setbacks, setback), history.preempted, history.excluded)
+            case {"event": "struck", "exclude": hosts}:
+                excluded = tuple(dict.fromkeys((*history.excluded, *hosts)))
+                history = History(history.setbacks, history.preempted, excluded)
             case {"event": "requeued"}:
                 taken = event.get("step") if event.get("reason") == "preempted" else history.preempted
-                excluded = dict.fromkeys((*history.excluded, *event.get("exclude", ())))
-                history = History(history.setbacks, taken, tuple(excluded))
+                excluded = tuple(dict.fromkeys((*history.excluded, *event.get("exclude", ()))))
+                history = History(history.setbacks, taken, excluded)
     return history

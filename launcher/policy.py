@@ -60,6 +60,11 @@ RULES: dict[str, Rule] = {
     "device": Rule(
         Retry.ELSEWHERE, "A GPU or its driver is at fault, not the target; tell the cluster's keepers which node."
     ),
+    "unfit node": Rule(
+        Retry.ELSEWHERE,
+        "A node did not pass the profile's preflight; see to it (`launch doctor --on-nodes` looks closer), then"
+        " `launch resume`.",
+    ),
     "node lost": Rule(Retry.ELSEWHERE, "A node stopped answering; `launch resume` goes on from the newest checkpoint."),
     "no progress": Rule(
         Retry.NEVER, "Give the run more time between two stops, or save and log more often; then `launch resume`."
@@ -88,6 +93,7 @@ class Outcome:
         hosts: the host of each rank.
         step: the newest step that a rank had done; None where ranks do not say.
         hung: the rank that held the others up (None: no single one) and the sentence about it; None: nothing hung.
+        unfit: what is wrong with each host that did not pass the preflight; then no rank has started.
     """
 
     exits: Mapping[int, int]
@@ -97,6 +103,13 @@ class Outcome:
     hosts: Mapping[int, str] = field(default_factory=dict)
     step: int | None = None
     hung: tuple[int | None, str] | None = None
+    unfit: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def all_unfit(self) -> bool:
+        """Whether not one of several hosts passed: what is wrong with each of them is not for another node to put right."""
+        hosts = set(self.hosts.values())
+        return len(hosts) > 1 and hosts <= self.unfit.keys()
 
 
 @dataclass(frozen=True)
@@ -121,11 +134,11 @@ def decide(
     """Say what follows from `outcome`, and name the failure if it was one.
 
     `history` is what the attempts before came to. `movable`: a scheduler can start the job again elsewhere. `spare`: there
-    are nodes enough here to go on without the lost ones.
+    are nodes enough here to go on without the lost and the unfit ones.
     """
     history = history or History()
     bad = {rank: code for rank, code in outcome.exits.items() if code not in (FINISHED, STOPPED)}
-    if not bad and not outcome.lost and outcome.hung is None:
+    if not bad and not outcome.lost and not outcome.unfit and outcome.hung is None:
         if outcome.stop and not outcome.exits:
             return Action.STOP, None  # stopped before, or killed after, its ranks could say anything
         return (Action.STOP if STOPPED in outcome.exits.values() else Action.FINISH), None
@@ -134,14 +147,15 @@ def decide(
     failure = name_failure(outcome, bad)
     if outcome.stop and RULES[failure.kind].retry is not Retry.NEVER:
         return Action.STOP, None  # what dies while everything is ending is no reason to begin anew
-    if RULES[failure.kind].retry is Retry.NEVER or restarts_left <= 0:
+    if RULES[failure.kind].retry is Retry.NEVER or restarts_left <= 0 or outcome.all_unfit:
         return Action.FAIL, failure
     if history.repeats(failure.kind, failure.rank, outcome.step):
         return Action.FAIL, replace(failure, message=f"{failure.message}, again at step {outcome.step}")
-    if outcome.lost and spare:
+    missing = bool(outcome.lost or outcome.unfit)
+    if missing and spare:
         return Action.RESTART, failure
-    if outcome.lost and not movable:
-        return Action.FAIL, failure  # ranks cannot start on a node that is gone
+    if missing and not movable:
+        return Action.FAIL, failure  # ranks cannot start on a node that is gone, and should not on an unfit one
     elsewhere = movable and (
         RULES[failure.kind].retry is Retry.ELSEWHERE or bool(unfit(failure, history, outcome.step))
     )
@@ -152,7 +166,7 @@ def unfit(failure: Failure, history: History, step: int | None) -> tuple[str, ..
     """The hosts to stay away from after `failure`: a sick device's at once, another's when it failed often in vain."""
     if failure.host is None:
         return ()
-    strikes = 1 if failure.kind in ("device", "storage") else STRIKES
+    strikes = 1 if failure.kind in ("device", "storage", "unfit node") else STRIKES
     return (failure.host,) if history.fruitless_on(failure.host, step) >= strikes - 1 else ()
 
 
@@ -184,6 +198,9 @@ def name_failure(outcome: Outcome, bad: Mapping[int, int]) -> Failure:
         return failure("hung", outcome.hung[1], outcome.hung[0])
     if outcome.lost:
         return failure("node lost", f"{outcome.lost[0]} stopped answering", None, host=outcome.lost[0])
+    if outcome.unfit:
+        told = "; ".join(f"{host}: {text}" for host, text in outcome.unfit.items())
+        return failure("unfit node", told, None, host=next(iter(outcome.unfit)))
     if cause is not None and (cause["kind"] != "communication" or signalled is None):
         kind = str(cause["kind"])
         text = cause["message"] if kind == "bad request" else f"{cause['type']}: {cause['message']}"

@@ -121,6 +121,11 @@ def _check(cluster: Cluster, where: str) -> None:
         )
     if cluster.ray.wait < 0:
         raise BadRequest(f"{where}: ray.wait = {cluster.ray.wait:g}: seconds are needed, 0 or more.")
+    if cluster.preflight and cluster.backend == "ray":
+        raise BadRequest(
+            f"{where}: preflight = true: Ray chooses the nodes of each attempt by itself. Leave it out; `launch doctor"
+            " --on-nodes` looks at the nodes of a Ray."
+        )
     for name in cluster.environment:
         if not name or "=" in name:
             raise BadRequest(f"{where}: environment: {name!r} cannot be the name of a variable.")

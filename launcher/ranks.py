@@ -14,6 +14,7 @@ from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from launcher import preflight
 from launcher.network import interface_of, source_towards
 from launcher.rundir import RunDir
 from launcher.spec import Plan
@@ -69,6 +70,7 @@ class NodeRanks:
     ========================================================  ========================================================
     ``{"start": attempt, "node": n, "address": ..., "port":   ``{"exit": rank, "code": n, "step": n}`` for each rank
     ...}``: be node n of the attempt
+    ``{"look": attempt}``: is this node fit for it?           ``{"looked": attempt, "facts": ...}``, see `preflight.look`
     ``{"signal": n}``: for every rank of the node             ``{"signal": n}``: this agent was sent it
     ``{"stacks": attempt}``: where does each rank stand?      ``{"stacks": {rank: [line, waiting]}}``
     ``{"beat": 0}``: the coordinator is alive                 ``{"beats": {rank: [step, phase, age, state]}}``, likewise
@@ -185,6 +187,8 @@ class NodeRanks:
                 self._tell(signal=number, ranks=sorted(self.running))
             case {"stacks": attempt}:
                 self.task = asyncio.create_task(self._stacks(attempt))
+            case {"look": attempt}:
+                self.task = asyncio.create_task(self._look(attempt))
 
     async def _open_and(self, message: Message) -> None:
         try:
@@ -206,6 +210,10 @@ class NodeRanks:
             pulse = self.pulses[rank].read()
             found[rank] = astuple(Beat(pulse.step, pulse.phase, pulse.age, process_state(self.pids.get(rank))))
         return found
+
+    async def _look(self, attempt: int) -> None:
+        facts = await preflight.look(self.run_dir, attempt, self.seat.node, self.plan.placement.device)
+        self.post({"looked": attempt, "facts": facts})
 
     async def _stacks(self, attempt: int) -> None:
         """Let every rank write the stacks of its threads into its log, and say where it stands by that."""

@@ -63,13 +63,14 @@ def requeue(run_dir: RunDir, job: str, restarts: int, exclude: Sequence[str] = (
             f"launch: SLURM does not requeue job {job}: {done.stderr.strip() if done else 'no answer'}", file=sys.stderr
         )
         return False
-    if exclude:
+    away = _away(run_dir, exclude)
+    if exclude or away != (run_dir.plan().cluster.slurm.exclude or ""):
         # Only a job that waits can be changed. This one is about to be ended: SLURM sends SIGTERM now and SIGKILL after
         # KillWait, which is time enough.
-        changed = _scontrol("update", f"JobId={job}", f"ExcNodeList={_away(run_dir, exclude)}")
+        changed = _scontrol("update", f"JobId={job}", f"ExcNodeList={away}")
         if changed is None or changed.returncode:
             print(
-                f"launch: SLURM does not keep job {job} away from {exclude}: {changed and changed.stderr}",
+                f"launch: SLURM does not keep job {job} away from {away}: {changed and changed.stderr}",
                 file=sys.stderr,
             )
     return True

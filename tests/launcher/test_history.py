@@ -18,6 +18,8 @@ def test_a_submission_starts_a_new_count_but_bad_nodes_are_remembered() -> None:
     ]
     assert read(events) == History((Setback("killed", 1, "node1", 3),), 4, ("node7",))
     assert read([*events, {"event": "submitted"}]) == History(excluded=("node7",))
+    struck = {"event": "struck", "attempt": 2, "exclude": ["node8", "node7"]}
+    assert read([*events, struck]) == History((Setback("killed", 1, "node1", 3),), 4, ("node7", "node8"))
 
 
 def test_the_same_failure_at_the_same_step_repeats() -> None:

@@ -70,6 +70,8 @@ def test_ends_that_are_no_failures(outcome: Outcome, action: Action) -> None:
         ({2: 2}, [], {}, "bad request", 2, "rank 2 ended with exit status 2 and left no error"),
         ({}, [], {"lost": ["node3", "node1"]}, "node lost", None, "node3 stopped answering"),
         ({0: 1}, [error("communication")], {"lost": ["node1"]}, "node lost", None, "node1 stopped answering"),
+        ({}, [], {"unfit": {"node3": "slow", "node1": "old"}}, "unfit node", None, "node3: slow; node1: old"),
+        ({}, [], {"unfit": {"node3": "slow"}, "lost": ["node1"]}, "node lost", None, "node1 stopped answering"),
         ({0: 1}, [error("user error")], {"stop": "SIGTERM"}, "user error", 0, "OSError: no"),
         ({1: 1}, [error("device", 1)], {}, "device", 1, "OSError: no"),
         ({0: 1}, [error("communication")], {"hung": (1, "rank 1 is stopped")}, "hung", 1, "rank 1 is stopped"),
@@ -82,7 +84,7 @@ def test_failures_are_named(
     action, failure = decide(Outcome(exits, errors, **more), restarts_left=1)
     assert failure is not None
     assert (failure.kind, failure.rank, failure.message, failure.advice) == (kind, rank, message, ADVICE[kind])
-    again = RULES[kind].retry is not Retry.NEVER and "lost" not in more
+    again = RULES[kind].retry is not Retry.NEVER and not {"lost", "unfit"} & more.keys()
     assert action is (Action.RESTART if again else Action.FAIL)
     assert decide(Outcome(exits, errors, **more), restarts_left=0) == (Action.FAIL, failure)
 
@@ -94,17 +96,31 @@ def test_the_table_of_failures_covers_every_kind() -> None:
 
 
 def test_what_needs_another_node_waits_for_one_where_a_scheduler_has_them() -> None:
-    lost, sick, killed = (
+    lost, struck, sick, killed = (
         Outcome({}, lost=["node2"]),
+        Outcome({}, hosts={0: "node1", 1: "node2"}, unfit={"node2": "its clock is off"}),
         Outcome({0: 1}, [error("device")]),
         Outcome({0: -9}, hosts={0: "node1"}, step=5),
     )
-    for outcome, here, there in ((lost, Action.FAIL, Action.MOVE), (sick, Action.RESTART, Action.MOVE)):
+    for outcome, here in ((lost, Action.FAIL), (struck, Action.FAIL), (sick, Action.RESTART)):
+        there = Action.MOVE
         assert decide(outcome, 1)[0] is here
         assert decide(outcome, 1, movable=True)[0] is there
         assert decide(outcome, 0, movable=True)[0] is Action.FAIL
-    assert decide(lost, 1, movable=True, spare=True)[0] is Action.RESTART, "the node that is spare is there already"
+    for outcome in (lost, struck):
+        assert decide(outcome, 1, movable=True, spare=True)[0] is Action.RESTART, "the spare node is there already"
     assert decide(killed, 1, movable=True)[0] is Action.RESTART
+
+
+def test_an_unfit_node_is_struck_off_at_once_but_not_where_all_are_unfit() -> None:
+    alone = Outcome({}, hosts={0: "node1"}, unfit={"node1": "its clock is off"})
+    action, failure = decide(alone, 1, movable=True)
+    assert failure is not None
+    assert (action, failure.host) == (Action.MOVE, "node1")
+    assert unfit(failure, History(), None) == ("node1",)
+    both = Outcome({}, hosts={0: "node1", 1: "node2"}, unfit={"node1": "no room", "node2": "no room"})
+    assert decide(both, 3, movable=True, spare=True)[0] is Action.FAIL
+    assert decide(Outcome({}, stop="SIGTERM", unfit={"node1": "no room"}), 1, movable=True) == (Action.STOP, None)
 
 
 def test_a_node_that_fails_again_and_again_in_vain_is_struck_off() -> None:
