@@ -7,10 +7,11 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from launcher.backends import local, slurm_site
 from launcher.backends.ray import address as ray_address
@@ -21,13 +22,17 @@ from launcher.errors import BadRequest
 
 @dataclass(frozen=True)
 class Check:
-    """What was looked at, whether it is in order, what was found, and what to do if it is not (or where it is a `note`)."""
+    """What was looked at, whether it is in order, what was found, and what to do if it is not (or where it is a `note`).
+
+    `table` holds the single measurements behind what was found, for ``--json``.
+    """
 
     name: str
     ok: bool
     found: str
     remedy: str = ""
     note: bool = False  # in order, but worth knowing
+    table: tuple[Mapping[str, Any], ...] = ()
 
 
 def examine(site: Cluster, cwd: Path) -> Iterator[Check]:

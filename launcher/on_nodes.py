@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from launcher import backends
 from launcher.api import submit
+from launcher.devices import many
 from launcher.doctor import Check
 from launcher.errors import BadRequest, LaunchError
 from launcher.plan import make_plan
@@ -18,6 +20,9 @@ from launcher.run import Run
 from launcher.rundir import RunDir, tail
 from launcher.spec import RunSpec, State
 from training.files import read_json
+
+SLOW_PART, FEW_PAIRS = 0.25, 3
+"""A pair below this part of the median bandwidth is at fault; of fewer pairs the median says nothing."""
 
 Facts = Mapping[str, Any]
 
@@ -142,6 +147,36 @@ def verdicts(found: Facts) -> Iterator[Check]:
         yield Check(
             "all-reduce", True, f"{rate:.0f} MiB/s through each rank, {found['latency'] * 1e3:.2f} ms for 4 bytes"
         )
+    if found.get("pairs"):
+        yield _pairs(found)
+
+
+def _pairs(found: Facts) -> Check:
+    """Whether two of the nodes are much slower with each other than most are; a note where that cannot be told for sure."""
+    hosts = {node["node"]: node["host"] for node in found["nodes"]}
+    table = tuple(pair | {"nodes": [hosts[node] for node in pair["nodes"]]} for pair in found["pairs"])
+    by_rate = sorted(table, key=lambda pair: float(pair["bytes_per_second"]))
+    usual = statistics.median_high(pair["bytes_per_second"] for pair in table)
+    delay = statistics.median_high(pair["latency"] for pair in table)
+    slow = [pair for pair in by_rate if pair["bytes_per_second"] < usual * SLOW_PART] if len(table) >= FEW_PAIRS else []
+    shown = ", ".join(map(_pair, slow or by_rate[:1]))
+    text = f"slowest of {many(len(table), 'pair')}: {shown}; the median: {_rates(usual, delay)}"
+    if found["rounds_measured"] < found["rounds"]:
+        text += f" (measured: {found['rounds_measured']} of {found['rounds']} rounds, each node once in each)"
+    # One bad node of three is in two of the three pairs, and then it is the median that is slow.
+    uneven = by_rate[0]["bytes_per_second"] < by_rate[-1]["bytes_per_second"] * SLOW_PART
+    suspects = set.intersection(*(set(pair["nodes"]) for pair in slow or by_rate[:-1] or by_rate))
+    whose = f"of {suspects.pop()}, which they have in common" if len(suspects) == 1 else "between them"
+    remedy = f"look at the links {whose} (ethtool, ibstat, NCCL_DEBUG=INFO); slurm.exclude in the profile avoids a node"
+    return Check("pairs", not slow, text, remedy, note=uneven and not slow, table=table)
+
+
+def _pair(pair: Facts) -> str:
+    return f"{' - '.join(pair['nodes'])} {_rates(pair['bytes_per_second'], pair['latency'])}"
+
+
+def _rates(rate: float, delay: float) -> str:
+    return f"{rate / 2**20:.0f} MiB/s and {delay * 1e3:.2f} ms"
 
 
 def _versions(nodes: Sequence[Facts]) -> Check:

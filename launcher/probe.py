@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from launcher import environment, gpus
+from launcher import environment, fabric, gpus
 from launcher.network import source_towards
 from launcher.rundir import to_json
 from training.files import write_atomic
@@ -29,12 +29,11 @@ PATIENCE_SECONDS = 5.0
 SKEW_SECONDS = 1.0
 """Clocks further apart make the times of events and logs of different nodes misleading, and break certificates and caches."""
 
-BYTES = 16 * 2**20
 RENAMES = 20
 
 
 def main(ctx: Context) -> dict[str, Any]:
-    """The findings of all nodes: ``{"nodes": [one dict a node], "bytes_per_second": ..., "latency": seconds}``."""
+    """The findings of all nodes: ``{"nodes": [one dict a node]}``, and what `launcher.fabric` measured between them."""
     folder = ctx.run_dir / "doctor"
     folder.mkdir(exist_ok=True)
     mine = alone(ctx)
@@ -44,7 +43,7 @@ def main(ctx: Context) -> dict[str, Any]:
     mine |= together(ctx, folder, mine["host"])
     found = ctx.group.gather(mine)
     nodes = [each for each in found if each["local_rank"] == 0]
-    return {"nodes": nodes, **speed(ctx)}
+    return {"nodes": nodes, **fabric.speed(ctx), **fabric.pairs(ctx)}
 
 
 def alone(ctx: Context) -> dict[str, Any]:
@@ -153,28 +152,6 @@ def renames(path: Path, times: int = RENAMES) -> float:
         write_atomic(path, str(number))
         taken.append(time.perf_counter() - started)
     return statistics.median(taken)
-
-
-def speed(ctx: Context) -> dict[str, float]:
-    """All-reduce: seconds for 4 bytes, and bytes a second of a large tensor through each rank (2 (n-1)/n times its size)."""
-    import torch
-    import torch.distributed as dist
-
-    if ctx.world.world_size == 1:
-        return {}
-    small, large = (torch.ones(n, device=ctx.device) for n in (1, BYTES // 4))
-
-    def seconds(tensor: torch.Tensor, rounds: int) -> float:
-        dist.all_reduce(tensor)
-        ctx.group.barrier()
-        started = time.perf_counter()
-        for _ in range(rounds):
-            dist.all_reduce(tensor)
-        tensor.sum().item()  # waits for a GPU
-        return (time.perf_counter() - started) / rounds
-
-    share = 2 * (ctx.world.world_size - 1) / ctx.world.world_size
-    return {"latency": seconds(small, 50), "bytes_per_second": BYTES * share / seconds(large, 5)}
 
 
 def within(limit: float, work: Callable[[], T]) -> T | None:

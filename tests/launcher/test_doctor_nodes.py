@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,51 @@ def test_what_is_worth_knowing_is_a_note() -> None:
     assert "huggingface.co cannot be reached from n0, n1" in found["hub"].found
 
 
+def meetings(**rates: float) -> dict[str, Any]:
+    """What was measured between nodes, in MiB/s; `ab` is the pair of n0 and n1."""
+    found = [
+        {"nodes": ["abcd".index(node) for node in pair], "latency": 0.0004, "bytes_per_second": rate * 2**20}
+        for pair, rate in rates.items()
+    ]
+    return {"pairs": found, "rounds": 3, "rounds_measured": 3}
+
+
+def pairs(nodes: int, **rates: float) -> Check:
+    return checks(*(node(number) for number in range(1, nodes)), **meetings(**rates))["pairs"]
+
+
+def test_two_nodes_that_are_slow_with_each_other_are_named() -> None:
+    found = pairs(4, ab=900, ac=800, ad=850, bc=1000, bd=820, cd=90)
+    assert not found.ok
+    assert found.found == "slowest of 6 pairs: n2 - n3 90 MiB/s and 0.40 ms; the median: 850 MiB/s and 0.40 ms"
+    assert found.remedy.startswith("look at the links between them")
+    assert found.table[5] == {"nodes": ["n2", "n3"], "latency": 0.0004, "bytes_per_second": 90 * 2**20}
+
+
+def test_a_node_that_is_slow_with_all_others_is_named() -> None:
+    found = pairs(4, ab=900, ac=800, ad=80, bc=1000, bd=82, cd=90)
+    assert not found.ok
+    assert "n0 - n3 80 MiB/s and 0.40 ms, n1 - n3 82 MiB/s and 0.40 ms, n2 - n3 90 MiB/s" in found.found
+    assert found.remedy.startswith("look at the links of n3, which they have in common")
+
+
+def test_of_three_nodes_a_slow_one_is_a_note() -> None:
+    found = pairs(3, ab=900, ac=80, bc=85)
+    assert (found.ok, found.note) == (True, True)
+    assert found.remedy.startswith("look at the links of n2,")
+
+
+def test_pairs_that_are_alike_or_few_are_in_order() -> None:
+    for found in (pairs(2, ab=900), pairs(3, ab=900, ac=400, bc=300), pairs(4, ab=9, ac=9, ad=9, bc=9, bd=9, cd=3)):
+        assert (found.ok, found.note) == (True, False)
+    assert "pairs" not in checks(node(1))
+
+
+def test_it_is_told_where_not_all_pairs_were_measured() -> None:
+    found = checks(node(1), **meetings(ab=900) | {"rounds": 63, "rounds_measured": 15})["pairs"]
+    assert found.found.endswith(" (measured: 15 of 63 rounds, each node once in each)")
+
+
 def test_what_nodes_without_findings_left(tmp_path: Path) -> None:
     (tmp_path / "doctor").mkdir()
     (tmp_path / "logs").mkdir()
@@ -153,6 +199,19 @@ def test_nodes_in_order_and_names_that_do_not_resolve(slurm_project: Project, mo
     assert list((slurm_project.folder / "runs").glob("doctor-*")) == [], (
         "nothing is left of a run in which all was found"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_each_two_of_four_nodes_are_measured(slurm_project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(slurm_project.folder))
+    found = doctor(slurm_project, "--nodes", "4")
+    told = found["pairs"]  # on one busy machine a pair may well be slow
+    assert [name for name in failing(found) if name != "pairs"] == []
+    assert told.found.startswith("slowest of 6 pairs: node")
+    nodes = ["node1", "node2", "node3", "node4"]
+    assert sorted(tuple(pair["nodes"]) for pair in told.table) == list(combinations(nodes, 2))
+    assert all(pair["bytes_per_second"] > 0 and 0 < pair["latency"] < 5 for pair in told.table)
 
 
 @pytest.mark.slow

@@ -62,6 +62,7 @@ FLOORS = [
     "target",
     "preflight",
     "probe",
+    "fabric",
     "output",
     "rundir",
     "ledger",
