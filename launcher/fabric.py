@@ -48,6 +48,7 @@ def pairs(ctx: Context) -> dict[str, Any]:
     if nodes == 1:
         return {}
     everything = tournament(nodes)
+    ctx.group.barrier()
     chosen, started = spread(everything, MOST_ROUNDS), time.monotonic()
     mine: list[dict[str, Any]] = []
     done = 0

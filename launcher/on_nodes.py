@@ -148,10 +148,10 @@ def verdicts(found: Facts) -> Iterator[Check]:
             "all-reduce", True, f"{rate:.0f} MiB/s through each rank, {found['latency'] * 1e3:.2f} ms for 4 bytes"
         )
     if found.get("pairs"):
-        yield _pairs(found)
+        yield of_pairs(found)
 
 
-def _pairs(found: Facts) -> Check:
+def of_pairs(found: Facts) -> Check:
     """Whether two of the nodes are much slower with each other than most are; a note where that cannot be told for sure."""
     hosts = {node["node"]: node["host"] for node in found["nodes"]}
     table = tuple(pair | {"nodes": [hosts[node] for node in pair["nodes"]]} for pair in found["pairs"])

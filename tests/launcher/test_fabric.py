@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from launcher import fabric
+from launcher import fabric, on_nodes
 from launcher.fabric import MOST_ROUNDS, spread, tournament
 from training.context import Context
 from training.world import World
@@ -37,3 +41,62 @@ def test_a_large_allocation_is_measured_in_a_part_of_the_rounds(nodes: int) -> N
 def test_one_node_has_nobody_to_talk_to(tmp_path: Path) -> None:
     with Context(tmp_path, World()) as ctx:
         assert (fabric.speed(ctx), fabric.pairs(ctx)) == ({}, {})
+
+
+# Everything that a machine says to itself passes its loopback device, also what is said to an address of another device.
+NETWORK = """
+set -e
+ip link set lo up
+ip link add far type veth peer name nowhere
+ip addr add 10.9.0.4/32 dev far
+ip link set far up
+tc qdisc add dev lo root handle 1: htb r2q 1000
+tc class add dev lo parent 1: classid 1:4 htb rate 80mbit
+tc filter add dev lo parent 1: protocol ip u32 match ip dst 10.9.0.4/32 flowid 1:4
+tc filter add dev lo parent 1: protocol ip u32 match ip src 10.9.0.4/32 flowid 1:4
+exec "$@"
+"""
+
+RANKS = """
+import json, os, sys
+import torch.distributed
+from launcher import fabric, on_nodes
+from training.context import Context
+from training.world import World
+
+pids = []
+for rank in range(4):
+    if pid := os.fork():
+        pids.append(pid)
+        continue
+    os.environ["GLOO_SOCKET_IFNAME"] = "far" if rank == 3 else "lo"
+    world = World(rank=rank, node_rank=rank, world_size=4, num_nodes=4, master_addr="127.0.0.1", master_port=29400, threads=1)
+    with Context(sys.argv[1], world) as ctx:
+        found = fabric.pairs(ctx)
+    if rank == 0:
+        print(json.dumps(found), flush=True)
+    os._exit(0)
+sys.exit(any([os.waitpid(pid, 0)[1] for pid in pids]))
+"""
+
+
+@pytest.mark.slow
+def test_a_node_behind_a_slow_link_is_slow_with_every_other(tmp_path: Path) -> None:
+    """Four ranks in a network of their own, where the kernel lets 10 MB a second through to the last one and back."""
+    ranks = [sys.executable, "-P", "-c", RANKS, str(tmp_path)]
+    done = subprocess.run(
+        ["unshare", "--net", "sh", "-c", NETWORK, "sh", *ranks],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    rates: dict[tuple[int, ...], float] = {tuple(p["nodes"]): p["bytes_per_second"] for p in found["pairs"]}
+    assert sorted(rates) == list(combinations(range(4), 2))
+    assert all(rate < 12e6 for pair, rate in rates.items() if 3 in pair), rates
+    nodes: list[dict[str, Any]] = [{"node": n, "host": f"n{n}"} for n in range(4)]
+    verdict = on_nodes.of_pairs(found | {"nodes": nodes})
+    assert not verdict.ok, rates
+    assert "the links of n3, which they have in common" in verdict.remedy
