@@ -159,7 +159,8 @@ class Coordinator:
         placement = self.plan.placement
         agents = self._fit()[: placement.nodes]  # those after them are spare
         if len(agents) < placement.nodes:
-            return Outcome({}, lost=[self._host(node) for node in range(self.seat.nodes) if node not in agents])
+            here = self.peers.here()
+            return Outcome({}, lost=[self._host(node) for node in range(self.seat.nodes) if node not in here])
         if self.plan.cluster.preflight and (kept := await self._preflight(number, agents)):
             return kept
         nodes = {agent: node for node, agent in enumerate(agents)}

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher import preflight
+from launcher.coordinator import Coordinator
+from launcher.plan import make_plan
+from launcher.policy import Outcome
 from launcher.preflight import RUN_FOLDER_BYTES, SCRATCH_BYTES, judge, look, skew
+from launcher.ranks import Message, Seat
 from launcher.rundir import RunDir
+from launcher.spec import RunSpec
 from tests.launcher.engines import Project, until
 from tests.testbed.slurm import SlurmCluster
 
 ROOM = 2**40
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0"}
+
+
+IDLE = """
+def main(ctx):
+    return {"attempt": ctx.world.attempt}
+"""
 
 
 def facts(ahead: float = 0.0, **more: Any) -> dict[str, Any]:
@@ -129,12 +143,71 @@ def test_what_hangs_on_a_node_does_not_hold_up_the_rest(tmp_path: Path, monkeypa
     assert found["versions"] == VERSIONS
 
 
-# ---- runs -------------------------------------------------------------------------------------------------------
+# ---- what the coordinator makes of it ---------------------------------------------------------------------------
 
-IDLE = """
-def main(ctx):
-    return {"attempt": ctx.world.attempt}
-"""
+
+def ask(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, said: Callable[[Coordinator, int], list[tuple[int, Message]]]
+) -> Outcome | None:
+    """Let a coordinator ask nodes 0 and 1; when it asks one, `said` is what comes in from which."""
+    (folder / "idle.py").write_text(IDLE)
+    plan = make_plan(RunSpec("idle:main", cluster="local", cpus=1), folder)
+    plan = replace(plan, placement=replace(plan.placement, nodes=2))
+
+    async def inside() -> Outcome | None:
+        found = Coordinator(RunDir(folder), plan, Seat(nodes=2, host="n0"))
+        found.peers.hosts[1] = "n1"
+        monkeypatch.setattr(found.peers, "here", lambda: here)
+
+        def tell(agent: int, message: Message) -> None:
+            assert message == {"look": 3}
+            for post in said(found, agent):
+                found.inbox.put_nowait(post)
+
+        monkeypatch.setattr(found, "_tell", tell)
+        return await found._preflight(3, [0, 1])
+
+    here = [0, 1]
+    return asyncio.run(inside())
+
+
+def answer(**more: Any) -> Message:
+    now = time.time()
+    return {"looked": 3, "facts": {**facts(), "heard": now, "said": now, **more}}
+
+
+def test_where_all_are_fit_nothing_keeps_the_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    late = {"looked": 2, "facts": {}}  # by who was given up in the attempt before
+    assert ask(tmp_path, monkeypatch, lambda _, agent: [(1, late), (agent, answer())]) is None
+
+
+def test_who_is_silent_is_unfit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "ANSWER_SECONDS", 0.5)
+    found = ask(tmp_path, monkeypatch, lambda _, agent: [] if agent else [(agent, answer())])
+    assert found is not None
+    assert list(found.unfit) == ["n1"]
+    assert found.hosts == {0: "n0", 1: "n1"}
+    assert not found.all_unfit
+
+
+def test_who_is_lost_meanwhile_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(found: Coordinator, agent: int) -> list[tuple[int, Message]]:
+        if agent == 0:
+            return [(0, answer())]
+        found.peers.here().remove(1)
+        return [(1, {"lost": 1})]
+
+    found = ask(tmp_path, monkeypatch, said)
+    assert found is not None
+    assert (found.lost, found.unfit) == (["n1"], {})
+
+
+def test_a_stop_does_not_wait_for_the_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = ask(tmp_path, monkeypatch, lambda _, agent: [(0, {"signal": int(signal.SIGTERM)})] if agent else [])
+    assert found == Outcome({}, stop="SIGTERM")
+
+
+# ---- runs -------------------------------------------------------------------------------------------------------
 
 
 def profile(project: Project, engine: str, *lines: str) -> None:
