@@ -44,25 +44,25 @@ def pairs(ctx: Context) -> dict[str, Any]:
     """
     import torch.distributed as dist
 
-    nodes, per_node = ctx.world.num_nodes, ctx.world.local_world_size
-    if nodes == 1:
+    seats = ctx.group.gather((ctx.world.node_rank, ctx.world.local_rank))
+    first = {node: rank for rank, (node, local) in enumerate(seats) if local == 0}  # Ray may fill nodes unevenly
+    if len(first) == 1:
         return {}
-    everything = tournament(nodes)
-    ctx.group.barrier()
+    everything = tournament(len(first))
     chosen, started = spread(everything, MOST_ROUNDS), time.monotonic()
     mine: list[dict[str, Any]] = []
     done = 0
     for number, meetings in enumerate(chosen):
         # Every rank takes part in the making of every group, in one order: that is torch's rule.
-        groups = [dist.new_group([a * per_node, b * per_node]) for a, b in meetings]
+        groups = [dist.new_group([first[a], first[b]]) for a, b in meetings]
         for pair, group in zip(meetings, groups, strict=True):
-            if ctx.world.local_rank == 0 and ctx.world.node_rank in pair:
+            if ctx.world.rank in (first[pair[0]], first[pair[1]]):
                 latency, rate = _between(ctx, group)
-                if ctx.world.node_rank == pair[0]:
+                if ctx.world.rank == first[pair[0]]:
                     mine.append({"nodes": list(pair), "latency": latency, "bytes_per_second": rate})
         ctx.group.barrier()
         for pair, group in zip(meetings, groups, strict=True):
-            if ctx.world.rank in (pair[0] * per_node, pair[1] * per_node):
+            if ctx.world.rank in (first[pair[0]], first[pair[1]]):
                 dist.destroy_process_group(group)
         done = number + 1
         if ctx.group.broadcast(time.monotonic() - started > PAIRS_SECONDS):

@@ -267,9 +267,9 @@ def test_ports_that_are_blocked(slurm_project: Project) -> None:
 @pytest.mark.slow
 @pytest.mark.slurm
 def test_what_is_known_before_anything_is_sent(slurm_project: Project, on_slurm: SlurmCluster) -> None:
-    """Nodes that are down, and a partition whose limit is below the request."""
+    """Nodes that are drained, and a partition whose limit is below the request."""
     for name in ("node2", "node3"):
-        on_slurm.set_node(name, "down")
+        on_slurm.set_node(name, "drain")  # one that is down comes back when its slurmd next gives a sign
     found = doctor(slurm_project, "--nodes", "3")
     assert failing(found) == ["request"]
     assert found["nodes"].found.endswith(", 2 down or drained")
