@@ -141,6 +141,7 @@ class Cluster:
         nodes: number of nodes; 0 for unknown.
         node: one node, where all are alike.
         kinds: the kinds of nodes, where they are not; written as ``[[kinds]]``.
+        tpu_runtime: what drives TPUs: the package ``torch_tpu``, or ``torch_xla``, which needs torch 2.9.
         oversubscribe: CPU ranks may outnumber the cores; for debugging on one machine.
         time: default time limit of a run, as in ``--time``.
         grace: seconds between the request to stop and the end, for the last checkpoint.
@@ -168,6 +169,7 @@ class Cluster:
     nodes: int = 0
     node: Node = Node()
     kinds: tuple[NodeKind, ...] = ()
+    tpu_runtime: Literal["torch_tpu", "torch_xla"] = "torch_tpu"
     oversubscribe: bool = False
     time: str | None = None
     grace: float = 60.0

@@ -64,16 +64,20 @@ def make_plan(spec: RunSpec, cwd: Path, function: Callable[..., Any] | None = No
         target=found,
         cwd=cwd,
         time_minutes=parse_minutes(text) if text else DEFAULT_MINUTES,
-        environment=_environment(placement) | site.variables(),
+        environment=_environment(placement, site) | site.variables(),
     )
     return replace(plan, start=backends.check(plan))
 
 
-def _environment(placement: Placement) -> dict[str, str]:
+def _environment(placement: Placement, site: Cluster) -> dict[str, str]:
     """Variables that every rank should have unless the profile says otherwise."""
     # OpenMP's threads otherwise spin while they wait, and on a core that somebody else needs that costs ten times the
     # work (measured: 1.4 against 17 steps a second of a small transformer, two threads on two busy cores).
-    return {"OMP_WAIT_POLICY": "PASSIVE"} if placement.device == "cpu" else {}
+    passive = {"OMP_WAIT_POLICY": "PASSIVE"} if placement.device == "cpu" else {}
+    if site.tpu_runtime == "torch_tpu":
+        return passive
+    # Where torch_xla is installed, accelerate takes its device, whatever it is asked for.
+    return passive | ({"PJRT_DEVICE": "TPU"} if placement.device == "xla" else {"USE_TORCH_XLA": "0"})
 
 
 def _backend_name(backend: str | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,10 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.errors import ConfigError
 from training.files import Lines
 from training.group import Group, Vote, make_group
 from training.pulse import Pulse
+from training.runtimes import RUNTIMES, Runtime
 from training.world import World
 
 if TYPE_CHECKING:
@@ -58,29 +57,15 @@ class Context:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def runtime(self) -> Runtime:
+        """What the device computes with, and how that differs from the others."""
+        return RUNTIMES[self.world.device]
+
     @cached_property
     def device(self) -> torch.device:
-        """The device of this rank. Its local rank indexes the visible ones; where each rank sees only one, it is that.
-
-        Raises ConfigError where there is no such device.
-        """
-        import torch
-
-        if self.world.device == "cpu":
-            return torch.device("cpu")
-        if self.world.device == "tpu":
-            import torch_tpu  # type: ignore[import-not-found]  # noqa: F401
-
-            return torch.device("tpu")
-        visible = torch.cuda.device_count()
-        index = 0 if visible == 1 else self.world.local_rank
-        if index >= visible:
-            raise ConfigError(
-                f"local rank {self.world.local_rank} on {socket.gethostname()} needs GPU {index}, but {visible} are "
-                "visible; ask for fewer GPUs a node, or for CPU ranks"
-            )
-        torch.cuda.set_device(index)
-        return torch.device("cuda", index)
+        """The device of this rank. Raises ConfigError where there is none."""
+        return self.runtime.device(self.world)
 
     @cached_property
     def group(self) -> Group:

@@ -11,7 +11,7 @@ from training.group import environment
 from training.metrics import Metric, combine, evaluation_batches
 from training.sampler import Step
 from training.sharding import like, load_model_state, local_parts, part_name, shard, whole
-from training.state import join_optimizer, rng_state, set_rng_state, split_optimizer
+from training.state import join_optimizer, split_optimizer
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     Batch = dict[str, torch.Tensor]
 
+WAYS = ("fused", "foreach", "capturable")  # how AdamW computes what it does, which is the device's matter
 COMPILED_LENGTHS = 32  # with --compile, batches are padded to multiples of so many tokens
 
 
@@ -60,7 +61,8 @@ class Engine:
         from transformers import DataCollatorWithPadding, get_scheduler
 
         self.ctx = ctx
-        self._on_gpu = ctx.device.type == "cuda"
+        self.runtime = ctx.runtime
+        self.runtime.check(config.precision, shard=config.shard and ctx.world.world_size > 1)
         self.world_size = ctx.world.world_size
         self.max_grad_norm = config.max_grad_norm
         self.model = model
@@ -70,16 +72,17 @@ class Engine:
         if self.sharded:
             shard(model, ctx.world)
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.lr or 0.0, weight_decay=config.weight_decay, fused=True
+            model.parameters(), lr=config.lr or 0.0, weight_decay=config.weight_decay, fused=self.runtime.fused or None
         )
-        forward = torch.compile(model, dynamic=False) if config.compile else model
+        # A runtime that compiles for each shape does so by itself.
+        forward = torch.compile(model, dynamic=False) if config.compile and self.runtime.any_shape else model
         # `evaluation_mode` leaves a sharded model without the wrapper of DDP.
         self.wrapped = self.accelerator.prepare_model(forward, device_placement=False, evaluation_mode=self.sharded)
         self.prepared = self.accelerator.prepare_optimizer(self.optimizer, device_placement=False)
         self.scheduler = get_scheduler(config.schedule, self.optimizer, config.warmup_steps, steps)
         # Compiled code is made for each shape, so lengths are rounded up to a handful of them.
         self.collate = DataCollatorWithPadding(
-            tokenizer, pad_to_multiple_of=COMPILED_LENGTHS if config.compile else None
+            tokenizer, pad_to_multiple_of=COMPILED_LENGTHS if config.compile or not self.runtime.any_shape else None
         )
         self.loss_sum = torch.zeros((), device=ctx.device)
         self.loss_steps = 0
@@ -98,7 +101,7 @@ class Engine:
     def batch(self, data: Encoded, samples: Sequence[int]) -> Batch:
         """The padded tensors, int64 of shape (samples, longest), of `samples`; in page-locked memory for a GPU."""
         batch = self.collate(data.rows(samples))
-        return {name: tensor.pin_memory() if self._on_gpu else tensor for name, tensor in batch.items()}
+        return {name: tensor.pin_memory() if self.runtime.pins else tensor for name, tensor in batch.items()}
 
     def batches(self, data: Encoded, steps: Iterable[Step]) -> Generator[tuple[Step, list[Batch]]]:
         """The steps with the batches of this rank; for an accelerator they are made ahead, in a thread.
@@ -106,7 +109,7 @@ class Engine:
         On a CPU that would only take the cores away from the arithmetic.
         """
         made = ((step, [self.batch(data, part or (step.stand_in,)) for part in step.microbatches]) for step in steps)
-        return made if self.ctx.device.type == "cpu" else ahead(made)
+        return ahead(made) if self.runtime.by_itself else made
 
     def _send(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.ctx.device, non_blocking=True) for name, tensor in batch.items()}
@@ -132,6 +135,7 @@ class Engine:
         self.prepared.zero_grad()
         self.loss_sum += total
         self.loss_steps += 1
+        self.runtime.submit()
 
     def _syncing(self, last: bool) -> AbstractContextManager[Any]:
         if self.sharded:
@@ -159,7 +163,8 @@ class Engine:
         most = -(-len(batches) // self.world_size) * batch_size
         self.model.eval()
         try:
-            with torch.no_grad() if self.sharded else torch.inference_mode(), self.accelerator.autocast():
+            without_gradients = torch.no_grad() if self.sharded else self.runtime.without_gradients()
+            with without_gradients, self.accelerator.autocast():
                 mine = batches[self.ctx.world.rank :: self.world_size]
                 for samples in mine:
                     logits = self._logits(data, samples)
@@ -178,6 +183,7 @@ class Engine:
         batch = self._send(self.batch(data, samples))
         batch.pop("labels")
         logits: torch.Tensor = self.model(**batch).logits.float()
+        self.runtime.submit()
         return logits
 
     def capture(self, *, in_parts: bool) -> dict[str, Any]:
@@ -185,7 +191,9 @@ class Engine:
 
         A sharded model's tensors come `in_parts`, each rank its own, or whole on rank 0.
         """
-        ranks = self.ctx.group.gather({"rng": rng_state(), "loss": [float(self.loss_sum.item()), self.loss_steps]})
+        ranks = self.ctx.group.gather(
+            {"rng": self.runtime.rng_state(), "loss": [float(self.loss_sum.item()), self.loss_steps]}
+        )
         tensors, plain = split_optimizer(self.optimizer.state_dict())
         scaler = self.accelerator.scaler
         state: dict[str, Any] = {"model.safetensors": self.model.state_dict(), "optimizer.safetensors": tensors}
@@ -220,6 +228,8 @@ class Engine:
         load_model_state(self.model, parts["model.safetensors"])
         plain = parts["engine.json"]
         joined = join_optimizer(parts["optimizer.safetensors"], plain["optimizer"])
+        for saved, fresh in zip(joined["param_groups"], self.optimizer.param_groups, strict=True):
+            saved |= {way: fresh[way] for way in WAYS}
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for number, fields in joined["state"].items():
             for field, value in fields.items():
@@ -238,4 +248,4 @@ class Engine:
                 for name, tensor in parts["rng.safetensors"].items()
                 if name.partition(".")[0] == str(rank)
             }
-            set_rng_state(mine)
+            self.runtime.set_rng_state(mine)

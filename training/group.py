@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from training.errors import ConfigError
+from training.runtimes import RUNTIMES
 from training.world import World
 
 if TYPE_CHECKING:
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
 
 TIMEOUT = timedelta(minutes=30)  # a rank that waits longer than this for the others gives up with an error
 SETTLE = timedelta(seconds=5)
-BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "tpu": "tpu_dist"}
 
 
 class Group:
@@ -79,15 +80,19 @@ class TorchGroup(Group):
         self.rank, self.size = world.rank, world.world_size
         self._owned = not dist.is_initialized()
         if self._owned:
-            if world.device == "tpu":
-                import torch_tpu  # type: ignore[import-not-found]  # noqa: F401
+            runtime = RUNTIMES[world.device]
             dist.init_process_group(
-                BACKENDS[world.device],
-                init_method=f"tcp://{_bracketed(world.master_addr)}:{world.master_port}",
+                runtime.backend,
+                init_method=runtime.init_method(world),
                 rank=world.rank,
                 world_size=world.world_size,
                 timeout=timeout,
             )
+            if dist.get_rank() != world.rank:  # torch_xla counts by the chips' own order
+                raise ConfigError(
+                    f"rank {world.rank} of the run is number {dist.get_rank()} to its TPU runtime; "
+                    "have the nodes in the order of the slice's hosts (TPU_WORKER_ID)"
+                )
         self._control = dist.new_group(backend="gloo", timeout=timeout)
 
     def barrier(self) -> None:
@@ -179,7 +184,3 @@ def _set(variables: dict[str, str | None]) -> None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
-
-
-def _bracketed(address: str) -> str:
-    return f"[{address}]" if ":" in address else address  # IPv6

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def seed_all(seed: int) -> None:
-    """Seed Python's, numpy's and torch's generators, on the CPU and on every GPU."""
+    """Seed Python's, numpy's and torch's generators."""
     import numpy as np
     import torch
 
@@ -21,23 +21,20 @@ def seed_all(seed: int) -> None:
 
 
 def rng_state() -> dict[str, torch.Tensor]:
-    """The state of every random generator of this process, as tensors."""
+    """The state of the generators that `seed_all` seeds, as tensors."""
     import numpy as np
     import torch
 
     version, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     words_of_numpy = np.asarray(keys, dtype=np.int64).tolist()
-    state = {
+    return {
         "torch": torch.get_rng_state(),
         "python": torch.tensor([version, *words], dtype=torch.int64),
         "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
         "numpy": torch.tensor([*words_of_numpy, position, has_gauss], dtype=torch.int64),
         "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
 
 
 def set_rng_state(state: dict[str, torch.Tensor]) -> None:
@@ -51,8 +48,6 @@ def set_rng_state(state: dict[str, torch.Tensor]) -> None:
     random.setstate((version, tuple(words), gauss[0] if gauss else None))
     *keys, position, has_gauss = state["numpy"].tolist()
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, state["numpy_gauss"].item()))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def split_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

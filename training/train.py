@@ -101,7 +101,6 @@ def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
     from training.curve import draw_curve
     from training.engine import Engine
     from training.model import load_model
-    from training.state import seed_all
     from training.store import Store
 
     check(config)
@@ -109,7 +108,7 @@ def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
     assert config.epochs
     quiet(ctx)
     tokenizer, data, validation = load_data(ctx, config)
-    seed_all(config.seed)
+    ctx.runtime.seed(config.seed)
     model = load_model(config.model, config.num_labels)
     state = State.fresh(config, ctx.world.world_size, data)
     store = Store(ctx, config)
@@ -120,7 +119,7 @@ def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
     total = min(per_epoch * config.epochs, config.max_steps or sys.maxsize)
     engine = Engine(ctx, config, model, tokenizer, total)
     engine.warm_up(data)
-    seed_all(config.seed + ctx.world.rank)  # dropout differs from rank to rank
+    ctx.runtime.seed(config.seed + ctx.world.rank)  # dropout differs from rank to rank
     if parts is not None:
         engine.restore(parts)
         ctx.event("resumed", step=state.step)

@@ -8,7 +8,8 @@ from typing import Literal, get_args
 
 from training.errors import ConfigError
 
-DeviceType = Literal["cpu", "cuda", "tpu"]
+DeviceType = Literal["cpu", "cuda", "tpu", "xla"]
+"""A kind of device, as torch calls it. TPUs have two: of torch_tpu and of torch_xla."""
 
 
 @dataclass(frozen=True)
