@@ -33,9 +33,8 @@ class Coordinator:
         self.peers = Peers(run_dir, seat, lambda node, message: self.inbox.put_nowait((node, message)))
         self.stop: signal.Signals | None = None  # the first request to stop
         self.preempted = False
-        self.struck: set[int] = (
-            set()
-        )  # agents whose nodes are unfit; they stay, since the job's exit status is theirs, too
+        # Agents whose nodes are unfit; they stay, since the job's exit status is theirs, too.
+        self.struck: set[int] = set()
         self.started = time.monotonic()
 
     async def run(self) -> int:
@@ -170,6 +169,8 @@ class Coordinator:
             hosts = [self.peers.hosts[agent] for agent in agents]
             self.run_dir.event("started", attempt=number, world_size=placement.world_size, hosts=hosts)
             start = {"start": number, "address": self.seat.address, "port": holder.getsockname()[1]}
+            if placement.on_tpu:
+                start["hosts"] = [self.peers.addresses[agent] for agent in agents]
             for agent, node in nodes.items():
                 self._tell(agent, start | {"node": node})
             while not attempt.over:

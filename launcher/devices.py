@@ -27,7 +27,7 @@ class Placement:
     Attributes:
         nodes: number of nodes (hosts).
         ranks_per_node: ranks on each node; one device each.
-        device: the ranks' device type: ``cpu``, ``cuda`` or ``tpu``.
+        device: the ranks' device type: ``cpu``, ``cuda``, or of a TPU ``tpu`` (torch_tpu) or ``xla`` (torch_xla).
         cpus_per_rank: CPU cores reserved for a rank; 0 where the cluster does not say.
         threads: intra-op CPU threads of a rank; 0 leaves the library's default.
         accelerator, topology: as asked, or what the cluster has.
@@ -39,7 +39,7 @@ class Placement:
 
     nodes: int
     ranks_per_node: int
-    device: Literal["cpu", "cuda", "tpu"]
+    device: Literal["cpu", "cuda", "tpu", "xla"]
     cpus_per_rank: int = 0
     threads: int = 0
     accelerator: str | None = None
@@ -48,6 +48,10 @@ class Placement:
     memory_gb: float = 0.0
     gpu_type: str | None = None
     feature: str | None = None
+
+    @property
+    def on_tpu(self) -> bool:
+        return self.device in ("tpu", "xla")
 
     @property
     def world_size(self) -> int:

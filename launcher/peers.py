@@ -36,6 +36,7 @@ class Peers:
     def __init__(self, run_dir: RunDir, seat: Seat, post: Callable[[int, Message], None]) -> None:
         self.run_dir, self.seat, self.post = run_dir, seat, post
         self.hosts = {seat.node: seat.host}
+        self.addresses = {seat.node: seat.address}  # as this node reaches the others
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._heard: dict[int, float] = {}
         self._server: asyncio.Server | None = None
@@ -62,6 +63,7 @@ class Peers:
         self._writers[node] = writer
         self._heard[node] = time.monotonic()
         self.hosts[node] = hello["host"]
+        self.addresses[node] = writer.get_extra_info("peername")[0]
         self.post(node, {"joined": node})
         with suppress(ConnectionError):
             while line := await reader.readline():

@@ -14,7 +14,7 @@ from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from launcher import preflight
+from launcher import preflight, tpu
 from launcher.network import interface_of, source_towards
 from launcher.rundir import RunDir
 from launcher.spec import Plan
@@ -69,7 +69,7 @@ class NodeRanks:
     from the coordinator                                      back
     ========================================================  ========================================================
     ``{"start": attempt, "node": n, "address": ..., "port":   ``{"exit": rank, "code": n, "step": n}`` for each rank
-    ...}``: be node n of the attempt
+    ..., "hosts": [address, ...]}``: be node n of the attempt
     ``{"look": attempt}``: is this node fit for it?           ``{"looked": attempt, "facts": ...}``, see `preflight.look`
     ``{"signal": n}``: for every rank of the node             ``{"signal": n}``: this agent was sent it
     ``{"stacks": attempt}``: where does each rank stand?      ``{"stacks": {rank: [line, waiting]}}``
@@ -173,14 +173,18 @@ class NodeRanks:
         match message:
             case {"start": _} if self.writer is None:  # its forkserver died with the ranks before
                 self.task = asyncio.create_task(self._open_and(message))
-            case {"start": attempt, "node": node, "address": address, "port": port}:
+            case {"start": attempt, "node": node, "address": address, "port": port, **more}:
                 self.node = node
                 worlds = self.worlds(attempt, address, port)
                 self.pulses = {world.rank: Pulse.of(self.memory, world.local_rank) for world in worlds}
                 for world in worlds:
                     self.pulses[world.rank].clear()
                     self.running.add(world.rank)
-                    self._tell(start=world.rank, log=str(self.run_dir.log(attempt, world.rank)), world=asdict(world))
+                    log, variables = (
+                        self.run_dir.log(attempt, world.rank),
+                        self.environment(world, more.get("hosts", ())),
+                    )
+                    self._tell(start=world.rank, log=str(log), world=asdict(world), environment=variables)
             case {"signal": number} if self.writer is not None:
                 if number == signal.SIGKILL and self.running - self.pids.keys() and self.process is not None:
                     self.process.kill()  # it is importing, and would hear of it only afterwards
@@ -251,6 +255,13 @@ class NodeRanks:
             )
             for local in range(per_node)
         ]
+
+    def environment(self, world: World, hosts: Sequence[str]) -> dict[str, str]:
+        """The variables of a rank beside those of its world; `hosts` are the addresses of the run's nodes."""
+        if not self.plan.placement.on_tpu:
+            return {}
+        session = f"{self.plan.name}-{world.attempt}"
+        return tpu.environment_of(self.plan.placement, hosts, world.node_rank, world.local_rank, session)
 
     async def close(self) -> None:
         """Kill what still runs and wait until the forkserver and every rank are gone."""

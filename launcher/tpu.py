@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from launcher.cluster import Cluster
 from launcher.devices import Devices, Placement, Refused, many
@@ -26,6 +27,9 @@ LONGEST_AXIS = 32
 
 BASE_PORT = 8070
 """torch_tpu's first port of the slice builder on each host of several. Source: torch_tpu 0.2.0, `set_tpu_launch_env`."""
+
+MEGASCALE_PORT = 8081
+"""Where slices meet, and the first of the ports of their processes, one for each of a host. Source: Ray's default."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,38 @@ def tpu_environment(
     return variables if single else variables | {"NNODES": str(len(hosts)), "NODE_RANK": str(node)}
 
 
+def rank_environment(
+    slices: Sequence[Sequence[str]], number: int, host: int, chip: int, chips_per_host: int, topology: str, session: str
+) -> dict[str, str]:
+    """The variables of one rank: what every process of its slice has to agree on, and where several slices meet.
+
+    Args:
+        slices: the addresses of the hosts of each slice, in the order of their ranks.
+        number: of the rank's slice; `host` counts within that, `chip` within the host.
+        topology, session: see `tpu_environment`.
+    """
+    hosts = slices[number]
+    addresses = hosts if len(hosts) > 1 else [f"{hosts[0]}:{BASE_PORT + each}" for each in range(chips_per_host)]
+    variables = {"TPU_WORKER_HOSTNAMES": ",".join(hosts), "TPU_WORKER_ID": str(host)}
+    variables |= tpu_environment(addresses, chips_per_host, topology, host, session)
+    if len(slices) > 1:
+        variables |= {
+            "MEGASCALE_COORDINATOR_ADDRESS": f"{slices[0][0]}:{MEGASCALE_PORT}",
+            "MEGASCALE_NUM_SLICES": str(len(slices)),
+            "MEGASCALE_SLICE_ID": str(number),
+            "MEGASCALE_PORT": str(MEGASCALE_PORT + chip),  # one for each process of a host
+        }
+    return variables
+
+
+def environment_of(placement: Placement, hosts: Sequence[str], node: int, chip: int, session: str) -> dict[str, str]:
+    """`rank_environment` of a rank of `placement`, whose nodes have the addresses `hosts`; slices follow each other."""
+    topology = placement.topology or "1x1"
+    each = len(hosts) * Topology.parse(topology).chips // placement.world_size
+    slices = [hosts[at : at + each] for at in range(0, len(hosts), each)]
+    return rank_environment(slices, node // each, node % each, chip, placement.ranks_per_node, topology, session)
+
+
 def place_tpus(devices: Devices, cluster: Cluster) -> Placement:
     """Choose the slices for `devices` on `cluster`; without a topology, one slice of the most compact shape.
 
@@ -154,7 +190,8 @@ def place_tpus(devices: Devices, cluster: Cluster) -> Placement:
     of = f" ({many(count // shape.chips, 'slice')} of {shape})" if count > 1 else ""
     why = f"{many(count, f'{generation} chip')} = {many(hosts, 'host')} x {many(ranks, 'rank')}{of}"
     topology = devices.topology or (str(shape) if count > 1 else None)
-    return Placement(hosts, ranks, "tpu", cores, cores, generation, topology, why, memory)
+    device: Literal["tpu", "xla"] = "xla" if cluster.tpu_runtime == "torch_xla" else "tpu"
+    return Placement(hosts, ranks, device, cores, cores, generation, topology, why, memory)
 
 
 def _largest_on(generation: str, cluster: Cluster) -> int:

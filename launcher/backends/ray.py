@@ -46,7 +46,7 @@ def trainer(plan: Plan, number: int = 1, ranks: int | None = None) -> dict[str, 
         # Ray's names of types are in capitals, and it matches them to the letter.
         kind = placement.accelerator.upper() if placement.accelerator and ray.address else None
         scaling |= {"use_gpu": True, "accelerator_type": kind}
-    elif placement.device == "tpu":
+    elif placement.on_tpu:
         if placement.topology is None and placement.world_size > 1:
             raise BadRequest(f"--tpus {placement.world_size}: Ray reserves whole slices; add --topology, such as 4x4.")
         resources["TPU"] = 1

@@ -10,11 +10,8 @@ from typing import Any
 from launcher.backends.ray import trainer
 from launcher.backends.ray_cluster import SLICE, WORKER, RayNode
 from launcher.spec import Plan
-from launcher.tpu import BASE_PORT, tpu_environment
+from launcher.tpu import rank_environment
 from training.world import World
-
-MEGASCALE_PORT = 8081
-"""Where slices meet, and the first of the ports of their processes, one for each of a host. Source: Ray's default."""
 
 
 @dataclass(frozen=True)
@@ -124,28 +121,26 @@ class Lease:
     def environment(self, rank: int) -> dict[str, str]:
         """The variables of a rank: those that Ray gave its worker, and on a TPU those of its slice."""
         member = self.members[rank]
-        return member.environment | (self._slice_environment(member) if self.plan.placement.device == "tpu" else {})
+        return member.environment | (self._slice_environment(member) if self.plan.placement.on_tpu else {})
 
     def _slice_environment(self, member: Member) -> dict[str, str]:
-        """What every process of a TPU slice has to agree on, and where several slices meet."""
         slices = list(dict.fromkeys(_slice(each) for each in self.members))
-        mine = [each for each in self.members if _slice(each) == _slice(member)]
-        hosts = list({each.node.id: each.node.address for each in mine}.values())
-        here = [each for each in mine if each.node.id == member.node.id]
-        number = list({each.node.id: None for each in mine}).index(member.node.id)
-        addresses = hosts if len(hosts) > 1 else [f"{hosts[0]}:{BASE_PORT + local}" for local in range(len(here))]
-        topology, session = self.plan.placement.topology, f"{self.plan.name}-{self.number}"
-        variables = {"TPU_WORKER_HOSTNAMES": ",".join(hosts), "TPU_WORKER_ID": str(number)}
-        if topology:
-            variables |= tpu_environment(addresses, len(here), topology, number, session)
-        if len(slices) > 1:
-            variables |= {
-                "MEGASCALE_COORDINATOR_ADDRESS": f"{self.members[0].node.address}:{MEGASCALE_PORT}",
-                "MEGASCALE_NUM_SLICES": str(len(slices)),
-                "MEGASCALE_SLICE_ID": str(slices.index(_slice(member))),
-                "MEGASCALE_PORT": str(MEGASCALE_PORT + here.index(member)),  # one for each process of a host
-            }
-        return variables
+        hosts = [self._hosts(name) for name in slices]
+        number = slices.index(_slice(member))
+        here = [each for each in self.members if each.node.id == member.node.id]
+        return rank_environment(
+            [list(each.values()) for each in hosts],
+            number,
+            list(hosts[number]).index(member.node.id),
+            here.index(member),
+            len(here),
+            self.plan.placement.topology or "1x1",
+            f"{self.plan.name}-{self.number}",
+        )
+
+    def _hosts(self, name: str) -> dict[str, str]:
+        """The addresses of the hosts of a slice, by node, in the order of their ranks."""
+        return {each.node.id: each.node.address for each in self.members if _slice(each) == name}
 
 
 def _slice(member: Member) -> str:

@@ -33,6 +33,6 @@ def render(plan: Plan) -> str:
 
 def submit(plan: Plan) -> str:
     """Hand the job to sbatch."""
-    if plan.placement.device == "tpu":
+    if plan.placement.on_tpu:
         raise BadRequest(f"{plan.cluster.name}: TPU slices are Ray's to find, not SLURM's. Use the backend slurm.")
     return slurm.submit(plan, RayTask(plan.run_dir))

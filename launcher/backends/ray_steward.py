@@ -11,10 +11,10 @@ import asyncio
 import os
 import signal
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from launcher.network import reserve_port
 from launcher.peers import PULSE_SECONDS
@@ -26,6 +26,9 @@ from training.world import World
 
 class RayRanks(NodeRanks):
     """The ranks of one node, whose worlds and environments come with the message that starts them."""
+
+    given: list[World]
+    environments: dict[int, dict[str, str]]
 
     def handle(self, message: Message) -> None:
         """Do what the driver says; in addition to what other agents understand, ``{"kill": rank}``."""
@@ -43,10 +46,8 @@ class RayRanks(NodeRanks):
         """The worlds that the driver gave; Ray chose the nodes."""
         return self.given
 
-    def _tell(self, **message: Any) -> None:
-        if "start" in message:
-            message["environment"] = self.environments[message["start"]]
-        super()._tell(**message)
+    def environment(self, world: World, hosts: Sequence[str]) -> dict[str, str]:
+        return self.environments[world.rank]
 
     def _server_environment(self) -> dict[str, str]:
         environment = super()._server_environment()

@@ -124,7 +124,7 @@ def parameters(plan: Plan) -> dict[str, Any]:
         "constraint": _constraint(plan),
         "exclude": ",".join((*([slurm.exclude] if slurm.exclude else []), *_struck(plan))) or None,
         "nodelist": slurm.nodelist,
-        "exclusive": slurm.exclusive or None,
+        "exclusive": slurm.exclusive or placement.on_tpu or None,  # the chips of a host are one run's
         # SLURM sends it up to a minute early; with a short limit most of the time should still go into the work.
         "signal_delay_s": int(min(plan.cluster.grace, plan.time_minutes * 60 / 4)),
         "setup": _setup(plan) or None,

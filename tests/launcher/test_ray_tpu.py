@@ -102,7 +102,7 @@ class _Plan:
     name = "t"
 
     class placement:
-        device, topology, threads = "tpu", "2x2x2", 0
+        device, topology, threads, on_tpu = "tpu", "2x2x2", 0, True
 
 
 def test_two_slices_of_two_hosts() -> None:

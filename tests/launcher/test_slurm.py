@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -158,3 +159,28 @@ def test_slurm_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_
     done = project.launch("--cpus", "2", "--name", "u", "steps:main", status=2)
     assert "SLURM cannot be reached" in done.stderr
     assert not (tmp_path / "runs/u").exists()
+
+
+AGREED = """
+import json, os
+names = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_JOB_ID")
+shown = {k: v for k, v in os.environ.items() if k in names or k.startswith(("TPU_", "TORCH_TPU_", "MEGASCALE_"))}
+print(json.dumps(shown), flush=True)
+"""
+
+
+def test_the_ranks_of_tpu_hosts_agree(slurm_project: Project) -> None:
+    """Two slices of two hosts, a rank on each chip; no chip is touched."""
+    (slurm_project.folder / "show.py").write_text(AGREED)
+    request = ("--tpus", "16", "--accelerator", "v4", "--topology", "2x2x2", "--name", "t", "show.py")
+    slurm_project.launch(*request)
+    rows = [json.loads(line.split("] ", 1)[1]) for line in slurm_project.logs("t")]
+    rows.sort(key=lambda row: int(row["RANK"]))
+    assert [(row["MEGASCALE_SLICE_ID"], row["TPU_WORKER_ID"], row["LOCAL_RANK"]) for row in rows] == [
+        (number, host, chip) for number in "01" for host in "01" for chip in "0123"
+    ]
+    assert {row["TORCH_TPU_TOPOLOGY"] for row in rows} == {"2,2,2"}
+    assert {row["TORCH_TPU_SLICEBUILDER_ADDRESSES"].count(",") for row in rows} == {7}, "the chips of a slice"
+    assert {row["TORCH_TPU_XPROF_SESSION_ID"] for row in rows} == {"t-1"}
+    assert {row["MEGASCALE_COORDINATOR_ADDRESS"] for row in rows} == {"127.0.0.1:8081"}
+    assert "#SBATCH --exclusive" in (slurm_project.folder / "runs/t/script.sh").read_text()

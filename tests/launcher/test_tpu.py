@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.tpu import CHIPS_PER_HOST, Topology, hosts_of, slice_of, slices, tpu_environment
+from launcher.devices import Placement
+from launcher.tpu import CHIPS_PER_HOST, Topology, environment_of, hosts_of, slice_of, slices, tpu_environment
 
 PEER = Path(__file__).parent / "peers" / "torch_tpu_env.py"
 SOURCE = Path(sys.prefix) / "peers"  # where `make setup` puts the Python files of torch_tpu
@@ -146,3 +147,24 @@ def test_torch_tpu_itself_would_set_the_same(
     assert {k: v for k, v in theirs.items() if not k.startswith("MASTER_")} == expected
     found.pop("TORCH_TPU_XPROF_SESSION_ID")
     assert found == expected
+
+
+def test_the_hosts_of_several_slices_follow_each_other() -> None:
+    placement = Placement(4, 4, "tpu", topology="2x2x2")
+    hosts = ("10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4")
+    found = environment_of(placement, hosts, node=3, chip=2, session="s")
+    slice_of_it = tpu_environment(hosts[2:], 4, "2x2x2", 1, "s")
+    assert found == slice_of_it | {
+        "TPU_WORKER_HOSTNAMES": "10.0.0.3,10.0.0.4",
+        "TPU_WORKER_ID": "1",
+        "MEGASCALE_COORDINATOR_ADDRESS": "10.0.0.1:8081",
+        "MEGASCALE_NUM_SLICES": "2",
+        "MEGASCALE_SLICE_ID": "1",
+        "MEGASCALE_PORT": "8083",
+    }
+
+
+def test_a_single_chip_is_a_slice() -> None:
+    found = environment_of(Placement(1, 1, "xla"), ("127.0.0.1",), 0, 0, "s")
+    assert found["TORCH_TPU_TOPOLOGY"] == "1,1,1"
+    assert found["TORCH_TPU_SLICEBUILDER_ADDRESSES"] == "127.0.0.1:8070"
