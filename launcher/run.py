@@ -193,6 +193,8 @@ class Run:
         """End the run now, without a checkpoint. Returns its state."""
         job = self.dir.job()
         if job is not None and not self.state().done:
+            # For what outlives the others for a moment, such as a batch script, which would take this for a lost node.
+            self.dir.request_stop("killed")
             backends.get(job["backend"]).cancel(job["job_id"])
         if self.dir.result() is None:
             self.dir.write_result(State.STOPPED, attempts=self.dir.last_attempt())
