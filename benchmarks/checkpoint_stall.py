@@ -3,7 +3,9 @@
 The model is a BERT of 6 layers x 384 with random weights, its AdamW state filled by one step, on the CPU.
 
 First table: seconds that training stands still for one checkpoint. Ours is `Store.save` as the reference job calls it,
-and besides it the seconds until that checkpoint is committed, while training would go on. The peers write the same
+and the wait before the next update where the copy of the state, which is made beside the next forward and backward
+pass, is not done by then. As that copy takes time of the cores, a row has what the whole next step took longer as well.
+Another has the seconds until that checkpoint is committed, while training would go on. The peers write the same
 tensors, into a new folder each time; as they come, they leave it to the kernel when that reaches the disk, and in one
 row the files are fsynced, as ours are. Before each case the disk is quiet (earlier saves finished and synced), the files
 of the case before are gone, and training takes a step.
@@ -25,6 +27,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,6 +115,29 @@ def cases(job: Job, folder: Path) -> dict[str, Case]:
     peer = folder / "peer"
     kept = [torch.empty_like(tensor) for tensor in job.tensors()]
 
+    saved: list[float] = []
+    job.checkpoints.on_saved = lambda checkpoint: saved.append(checkpoint.blocked)
+
+    def blocked() -> float:
+        job.settle()
+        job.step()
+        job.save()
+        job.step()
+        job.checkpoints.wait()
+        return saved[-1]
+
+    def longer() -> float:
+        job.settle()
+        job.step()
+        moments = [time.perf_counter()]
+        job.step()
+        moments.append(time.perf_counter())
+        job.save()
+        job.step()
+        moments.append(time.perf_counter())
+        usual, beside = (after - before for before, after in pairwise(moments))
+        return beside - usual
+
     def timed(work: Callable[[], object], then: Callable[[], object] = lambda: None) -> Case:
         def run() -> float:
             shutil.rmtree(peer, ignore_errors=True)
@@ -142,7 +168,8 @@ def cases(job: Job, folder: Path) -> dict[str, Case]:
         torch.save(state, peer / "state.pt")
 
     return {
-        OURS: timed(job.save),
+        OURS: blocked,
+        "ours: and what the next step took longer": longer,
         "ours: until committed": timed(job.save, job.checkpoints.wait),
         "Accelerator.save_state": timed(save_state),
         "Accelerator.save_state, fsynced": timed(save_state, sync),

@@ -27,10 +27,11 @@ from typing import TYPE_CHECKING, Any
 
 from training.errors import CheckpointError
 from training.files import read_json, sync_folder, write_atomic
+from training.hostcopy import Copy
 from training.manifest import FORMAT, read_manifest, verify, write_file, write_manifest
 
 if TYPE_CHECKING:
-    import torch
+    from training.hostcopy import Buffers
 
 _NAME = re.compile(r"step-(\d{9,})")
 PATIENCE = 600.0  # seconds that ranks wait for one another's parts
@@ -70,7 +71,8 @@ class Checkpoints:
         self.on_damaged: Callable[[CheckpointError], None] = lambda error: None
         self._writer: ThreadPoolExecutor | None = None
         self._under_way: Future[None] | None = None
-        self._host: dict[tuple[str, str], torch.Tensor] = {}
+        self._host: Buffers = {}
+        self._copy: Copy | None = None
 
     def save(
         self,
@@ -81,8 +83,13 @@ class Checkpoints:
         wait: bool = False,
         part: Part = (0, 1),
         since: float | None = None,
+        later: bool = False,
     ) -> None:
         """Save `parts` as the checkpoint of `step`; returns once the tensors are copied to host memory.
+
+        With `later` it returns sooner: the tensors are copied while the caller goes on, who calls `copied` before he
+        changes any of them. Between a save and the next update of the parameters there is a forward and a backward pass,
+        in which nothing changes them (as in CheckFreq; Mohan, Phanishayee, Chidambaram 2021).
 
         Where every rank brings files of its own, all call this with `part` = (rank, ranks) and different file names, in
         a folder that they share; rank 0 commits when all parts are there.
@@ -93,12 +100,23 @@ class Checkpoints:
         """
         since = time.monotonic() if since is None else since
         self.wait()
-        copied = self._copy_to_host(parts)
         if self._writer is None:
             self._writer = ThreadPoolExecutor(1, "checkpoint-writer")
-        self._under_way = self._writer.submit(self._write, step, copied, score, part, time.monotonic() - since)
+        copy = self._copy = Copy(parts, self._host)
+        if not later:
+            copy.finish()
+        copy.blocked += time.monotonic() - since
+        self._under_way = self._writer.submit(self._write, step, copy, score, part)
         if wait:
             self.wait()
+
+    def copied(self) -> None:
+        """Return when all tensors of the newest save are copied, so that they may change."""
+        copy, self._copy = self._copy, None
+        if copy is not None:
+            began = time.monotonic()
+            copy.done.wait()
+            copy.blocked += time.monotonic() - began
 
     def wait(self) -> None:
         """Return when no save is under way."""
@@ -155,33 +173,12 @@ class Checkpoints:
         for path in self.folder.glob(".step-*") if self.folder.is_dir() else ():
             shutil.rmtree(path, ignore_errors=True)
 
-    def _copy_to_host(self, parts: Parts) -> dict[str, Any]:
-        import torch
-
-        copied: dict[str, Any] = {}
-        for file, content in parts.items():
-            if not file.endswith(".safetensors"):
-                copied[file] = json.dumps(content, indent=1).encode()
-                continue
-            copied[file] = {}
-            for name, tensor in content.items():
-                source = tensor.detach()
-                # The buffers are kept from save to save: fresh pages would cost more than the copy itself.
-                buffer = self._host.get((file, name))
-                if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
-                    buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-                    self._host[file, name] = buffer
-                buffer.copy_(source, non_blocking=True)
-                copied[file][name] = buffer
-        if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.current_stream().synchronize()
-        return copied
-
-    def _write(self, step: int, parts: dict[str, Any], score: float | None, part: Part, blocked: float) -> None:
+    def _write(self, step: int, copy: Copy, score: float | None, part: Part) -> None:
         rank, ranks = part
         staging = self.folder / f".step-{step:09d}.staging"
         target = self.folder / f"step-{step:09d}"
         try:
+            parts = copy.finish()
             if ranks > 1 or not self._already_there(target):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 if ranks == 1:
@@ -208,7 +205,7 @@ class Checkpoints:
             shutil.rmtree(staging, ignore_errors=True)
             self.on_failed(step, error)
         else:
-            self.on_saved(Checkpoint(step, target, score, blocked))
+            self.on_saved(Checkpoint(step, target, score, copy.blocked))
 
     def _others(self, staging: Path, ranks: int) -> dict[str, Any]:
         """The manifest's entries of the files that ranks 1 and above have written, once all of them have."""

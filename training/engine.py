@@ -127,6 +127,7 @@ class Engine:
                 loss = self.wrapped(**self._send(batch)).loss * weight
                 self.accelerator.backward(loss)
             total += loss.detach()
+        self.ctx.checkpoints.copied()
         if self.max_grad_norm:
             self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.max_grad_norm)
         self.prepared.step()
@@ -189,6 +190,9 @@ class Engine:
     def capture(self, *, in_parts: bool) -> dict[str, Any]:
         """The parts of a checkpoint that the engine knows; the state of all ranks is gathered. A collective.
 
+        Parameters and moments are the engine's own, which the next `step` changes once they are copied; all else, such as
+        buffers, which a forward pass may change, is a copy.
+
         A sharded model's tensors come `in_parts`, each rank its own, or whole on rank 0.
         """
         ranks = self.ctx.group.gather(
@@ -196,7 +200,9 @@ class Engine:
         )
         tensors, plain = split_optimizer(self.optimizer.state_dict())
         scaler = self.accelerator.scaler
-        state: dict[str, Any] = {"model.safetensors": self.model.state_dict(), "optimizer.safetensors": tensors}
+        model = self.model.state_dict()
+        model |= {name: tensor.clone() for name, tensor in self.model.named_buffers() if name in model}
+        state: dict[str, Any] = {"model.safetensors": model, "optimizer.safetensors": tensors}
         rank = self.ctx.world.rank
         if in_parts:
             state = {part_name(file, rank): local_parts(content, rank) for file, content in state.items()}

@@ -121,7 +121,7 @@ class Store:
         checkpoints.prune(but=name)
 
     def save(self, engine: Engine, step: int, state: dict[str, Any], score: float | None) -> None:
-        """Save a checkpoint in the background; on return all state is copied. A collective."""
+        """Save a checkpoint in the background. The engine waits with its next update until all is copied. A collective."""
         since = time.monotonic()
         self._tell()
         world = self._ctx.world
@@ -131,7 +131,7 @@ class Store:
             parts["state.json"] = state
         if world.rank == 0 or in_parts:
             part = (world.rank, world.world_size if in_parts else 1)
-            self._ctx.checkpoints.save(step, parts, score=score, part=part, since=since)
+            self._ctx.checkpoints.save(step, parts, score=score, part=part, since=since, later=True)
         self._untold = (step, (state["evaluations"] or [{}])[-1])
 
     def finish(self) -> None:

@@ -19,7 +19,7 @@ from training.manifest import load
 from training.world import World
 
 PRELOAD = ["tests.training.preload"]
-SECONDS = 120.0
+SECONDS = 240.0
 
 
 def free_port() -> int:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.training.faults import parts, same, save_with_a_fault
 from tests.training.ranks import spawn
+from training import hostcopy
 from training.checkpoints import Checkpoint, Checkpoints
 from training.errors import CheckpointError
 from training.manifest import MANIFEST, load, read_manifest, verify, write_file, write_manifest
@@ -66,6 +67,47 @@ def test_training_may_change_the_tensors_once_save_has_returned(
     store.close()
     assert [checkpoint.step for checkpoint in saved] == [1, 2]
     assert same(load(saved[0].path), parts(1))
+
+
+def test_tensors_are_copied_while_training_goes_on_until_it_changes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[Checkpoint] = []
+    store = Checkpoints(tmp_path)
+    store.on_saved = saved.append
+    go = threading.Event()
+    copy = hostcopy._copy
+
+    def slow(buffer: torch.Tensor, source: torch.Tensor) -> None:
+        assert go.wait(20)
+        copy(buffer, source)
+
+    monkeypatch.setattr(hostcopy, "_copy", slow)
+    state = parts(1)
+    store.save(1, state, later=True)  # returns, though nothing is copied yet
+    threading.Timer(0.2, go.set).start()
+    store.copied()
+    state["model.safetensors"]["weight"].zero_()
+    store.copied()  # nothing left to wait for
+    store.close()
+    assert same(load(saved[0].path), parts(1))
+    assert 0.1 < saved[0].blocked < 10
+
+
+def test_a_copy_that_fails_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed: list[Exception] = []
+    store = Checkpoints(tmp_path)
+    store.on_failed = lambda step, error: failed.append(error)
+
+    def fails(buffer: torch.Tensor, source: torch.Tensor) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(hostcopy, "_copy", fails)
+    store.save(1, parts(1), later=True)
+    store.copied()
+    store.close()
+    assert [type(error) for error in failed] == [MemoryError]
+    assert store.committed() == []
 
 
 def test_a_full_disk_does_not_end_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
