@@ -48,8 +48,10 @@ def render(plan: Plan) -> str:
     run_dir = RunDir(plan.run_dir)
     ranks = NodeRanks(run_dir, plan, Seat(), lambda message: None)
     lines = [f"agent: python -m launcher.agent {plan.run_dir}"]
-    for world in ranks.worlds(attempt=1, address=Seat().address, port=1):
+    here = Seat().address
+    for world in ranks.worlds(attempt=1, address=here, port=1):
         environment = {**plan.environment, **world.environment(), "MASTER_PORT": "<a free port>"}
+        environment |= ranks.environment(world, [here])
         lines.append(f"rank {world.rank}: {plan.target.kind} {plan.target.name} {json.dumps(plan.target.args)}")
         lines += [f"    {key}={value}" for key, value in sorted(environment.items())]
     return "\n".join(lines) + "\n"

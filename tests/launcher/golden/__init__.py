@@ -42,6 +42,7 @@ CASES = {
     "network-ethernet": Case("examples/network-ethernet", "", ("--gpus", "16", "script.py")),
     "ray-kubernetes": Case("examples/ray-kubernetes", "", ("--gpus", "8")),
     "ray-on-slurm": Case("examples/ray-on-slurm", "", ("--gpus", "8", "script.py")),
+    "tpu-vm": Case("examples/tpu-vm", "node = {cpus = 224, accelerator = 'v5e'}", ("--tpus", "4")),
     "tpu-v5e": Case("examples/tpu-v5e", "", ("--tpus", "16", "--topology", "4x4")),
 }  # fmt: skip
 
