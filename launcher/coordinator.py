@@ -33,8 +33,7 @@ class Coordinator:
         self.peers = Peers(run_dir, seat, lambda node, message: self.inbox.put_nowait((node, message)))
         self.stop: signal.Signals | None = None  # the first request to stop
         self.preempted = False
-        # Agents whose nodes are unfit; they stay, since the job's exit status is theirs, too.
-        self.struck: set[int] = set()
+        self.struck: set[int] = set()  # agents of unfit nodes; they stay, since the job's exit status is theirs, too
         self.started = time.monotonic()
 
     async def run(self) -> int:

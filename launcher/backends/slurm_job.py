@@ -54,6 +54,8 @@ def requeue(run_dir: RunDir, job: str, restarts: int, exclude: Sequence[str] = (
 
     Where the site or the profile does not allow a requeue, the same script is submitted as a job that follows this one.
     """
+    away = _away(run_dir, exclude)
+    # From the requeue on SLURM ends this job, and there is little time for anything else.
     done = _scontrol("requeue", job)
     if done is None or done.returncode:
         # One that SLURM has put back into the queue by itself is refused, too.
@@ -63,10 +65,8 @@ def requeue(run_dir: RunDir, job: str, restarts: int, exclude: Sequence[str] = (
             f"launch: SLURM does not requeue job {job}: {done.stderr.strip() if done else 'no answer'}", file=sys.stderr
         )
         return False
-    away = _away(run_dir, exclude)
-    if exclude or away != (run_dir.plan().cluster.slurm.exclude or ""):
-        # Only a job that waits can be changed. This one is about to be ended: SLURM sends SIGTERM now and SIGKILL after
-        # KillWait, which is time enough.
+    if away:
+        # Only a job that waits can be changed. SLURM sends SIGTERM now and SIGKILL after KillWait, which is time enough.
         changed = _scontrol("update", f"JobId={job}", f"ExcNodeList={away}")
         if changed is None or changed.returncode:
             print(
@@ -190,4 +190,5 @@ def after(run_dir: RunDir, status: int, environment: Mapping[str, str]) -> int:
 
 
 if __name__ == "__main__":
+    _deaf()  # or the requeue that it asks for ends it before it has written that down
     sys.exit(after(RunDir(Path(sys.argv[1])), int(sys.argv[2]), os.environ))
