@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,51 +16,69 @@ from datetime import date
 from pathlib import Path
 
 from tests.chaos.faults import FAULTS
-from tests.chaos.play import Ending, Finding, Player, schedule
-from tests.chaos.report import table
+from tests.chaos.play import Player, schedule
+from tests.chaos.report import Record, table
 from tests.testbed.ray import RayCluster
 from tests.testbed.slurm import SlurmCluster
 
-ENGINES = ("local", "slurm", "ray")
+SHARES = {"local": 5, "slurm": 5, "ray": 4}
+"""How the faults are shared out among the engines: on each all of its faults come three times in 200."""
 
 
 def main() -> int:
-    """Play the schedule that the seed decides; the exit status is 1 where a run did not end well."""
+    """Play the schedule that the seed decides, on all engines side by side; the exit status is 1 where a run did not end
+    well."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=main.__doc__)
-    parser.add_argument(
-        "--backend", default=",".join(ENGINES), help="local, slurm, ray, or several with commas between"
-    )
+    parser.add_argument("--backend", default=",".join(SHARES), help="local, slurm, ray, or several with commas between")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--faults", type=int, default=20, help="on each backend")
-    parser.add_argument("--per-run", type=int, default=5, help="faults in each run")
+    parser.add_argument("--faults", type=int, default=60, help="on all backends together")
+    parser.add_argument("--per-run", type=int, default=6, help="faults in each run")
     parser.add_argument("--only", action="append", default=[], help="a fault of the table, by name; may be repeated")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no fault after so many")
+    parser.add_argument(
+        "--record", type=Path, help="a file to add each finding to as it comes; the table is of all in it"
+    )
     args = parser.parse_args()
     engines = args.backend.split(",")
-    if unknown := [name for name in engines if name not in ENGINES]:
-        parser.error(f"--backend {unknown[0]}: the backends are {', '.join(ENGINES)}")
+    if unknown := [name for name in engines if name not in SHARES]:
+        parser.error(f"--backend {unknown[0]}: the backends are {', '.join(SHARES)}")
     if wrong := [name for name in args.only if name not in {fault.name for fault in FAULTS}]:
         parser.error(f"--only {wrong[0]!r}: the faults are {', '.join(sorted({fault.name for fault in FAULTS}))}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     began = time.monotonic()
-    findings: list[Finding] = []
-    endings: list[Ending] = []
-    expected = ""
-    try:
-        for engine in engines:
-            with tempfile.TemporaryDirectory(prefix="chaos-") as name, cluster_of(engine) as cluster, disk(Path(name)):
-                player = Player(Path(name), engine, args.seed, cluster, say=lambda text: print(text, flush=True))
-                player.findings, player.endings = findings, endings
-                expected = expected or player.undisturbed()
-                faults = schedule(engine, args.seed, args.faults, args.only)
-                player.play(faults, expected, args.per_run, began + 60 * args.minutes)
-    finally:
-        command = " ".join(sys.argv[1:])
-        print(
-            f"\npython -m tests.chaos {command}\n{date.today()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f},"
-        )
-        print(f"{(time.monotonic() - began) / 60:.0f} min\n\n{table(findings, endings)}")
-    return 0 if all(e.state == "succeeded" and e.equal and not e.left for e in endings) else 1
+    with tempfile.TemporaryDirectory(prefix="chaos-record-") as name:
+        record = Record((args.record or Path(name) / "record.jsonl").absolute())
+        whole = sum(SHARES[engine] for engine in engines)
+        context = multiprocessing.get_context("spawn")  # each engine has an environment of its own
+        players = [
+            context.Process(
+                target=play, args=(engine, round(args.faults * SHARES[engine] / whole), args, record, began)
+            )
+            for engine in engines
+        ]
+        try:
+            for player in players:
+                player.start()
+            for player in players:
+                player.join()
+        finally:
+            for player in players:
+                player.terminate()
+            for player in players:
+                player.join()
+            print(f"\npython -m tests.chaos {' '.join(sys.argv[1:])}\n{date.today()}, {os.cpu_count()} cores,", end=" ")
+            print(f"load {os.getloadavg()[0]:.1f}, {(time.monotonic() - began) / 60:.0f} min\n\n{table(record)}")
+        return 0 if record.well() and not any(player.exitcode for player in players) else 1
+
+
+def play(engine: str, count: int, args: argparse.Namespace, record: Record, began: float) -> None:
+    """Play `count` faults on one engine, until so many minutes after `began` (by `time.monotonic`)."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with tempfile.TemporaryDirectory(prefix="chaos-") as name, cluster_of(engine) as cluster, disk(Path(name)):
+        player = Player(Path(name), engine, args.seed, cluster, lambda text: print(text, flush=True), record.note)
+        expected = player.undisturbed()
+        record.note_undisturbed(engine, expected)
+        player.play(schedule(engine, args.seed, count, args.only), expected, args.per_run, began + 60 * args.minutes)
 
 
 @contextlib.contextmanager

@@ -63,7 +63,9 @@ class Fault:
     """A fault, the engines it exists on, and whether training has to start again after it.
 
     Attributes:
-        patience: seconds until the run counts as stuck.
+        patience: seconds until the run counts as stuck; the machine may be busy with other tests.
+        weight: how often it is drawn beside those times that every fault has; one that takes minutes, not at all.
+        by_hand: it kills the one process that could do anything about it, so that a person has to resume the run.
     """
 
     name: str
@@ -71,6 +73,8 @@ class Fault:
     strike: Strike
     restarts: bool = True
     patience: float = 180.0
+    weight: float = 1.0
+    by_hand: bool = False
 
 
 def signal_rank(number: signal.Signals) -> Strike:
@@ -235,10 +239,13 @@ def kill_raylet(scene: Scene) -> Undo:
     return scene.ray.add_node
 
 
-def kill_controller(scene: Scene) -> None:
-    """The actor that Ray Train steers the workers from."""
-    listed = subprocess.run(["pgrep", "-f", "ray::TrainController"], capture_output=True, text=True, check=True)
-    os.kill(int(listed.stdout.split()[0]), signal.SIGKILL)
+def kill_actor(words: str) -> Strike:
+    """A process of Ray's own in which one of the run's actors is; there may be several."""
+
+    def strike(scene: Scene) -> None:
+        os.kill(scene.chance.choice(sorted(scene.ray.processes(words))), signal.SIGKILL)
+
+    return strike
 
 
 def drain_raylet(scene: Scene) -> Undo:
@@ -254,28 +261,30 @@ def drain_raylet(scene: Scene) -> Undo:
 ALL = ("local", "slurm", "ray")
 
 FAULTS: tuple[Fault, ...] = (
-    Fault("kill -9 rank", ALL, signal_rank(signal.SIGKILL)),
-    Fault("segfault in a rank", ALL, signal_rank(signal.SIGSEGV)),
-    Fault("SIGSTOP rank (hang)", ALL, signal_rank(signal.SIGSTOP)),
-    Fault("truncated newest checkpoint", ALL, truncate_newest_checkpoint),
+    Fault("kill -9 rank", ALL, signal_rank(signal.SIGKILL), weight=4),
+    Fault("segfault in a rank", ALL, signal_rank(signal.SIGSEGV), weight=4),
+    Fault("SIGSTOP rank (hang)", ALL, signal_rank(signal.SIGSTOP), weight=3),
+    Fault("truncated newest checkpoint", ALL, truncate_newest_checkpoint, weight=4),
     Fault("disk full", ALL, fill_disk, restarts=False),
     Fault("read-only run directory", ALL, read_only),
-    Fault("kill forkserver", ("local", "slurm"), kill_forkserver),
-    Fault("kill agent", ("local",), kill_supervisor),
+    Fault("kill forkserver", ALL, kill_forkserver),
+    Fault("kill agent", ("local",), kill_supervisor, by_hand=True),
     Fault("kill agent of node 0", ("slurm",), kill_agent(of_node_0=True)),
     Fault("kill agent of node 1", ("slurm",), kill_agent(of_node_0=False)),
     Fault("scancel --signal=USR2", ("slurm",), user_signal),
     Fault("scontrol requeue", ("slurm",), requeue),
     Fault("preemption", ("slurm",), preempt),
-    Fault("time limit", ("slurm",), time_limit, patience=240.0),
+    Fault("time limit", ("slurm",), time_limit, patience=300.0, weight=0),
     Fault("node down", ("slurm",), node_down),
-    Fault("node loses power", ("slurm",), power_loss),
+    Fault("node loses power", ("slurm",), power_loss, patience=300.0, weight=0),
     Fault("drain", ("slurm",), drain, restarts=False),
     Fault("kill slurmd", ("slurm",), kill_slurmd, restarts=False),
     Fault("kill slurmstepd", ("slurm",), kill_slurmstepd, restarts=False),
-    Fault("slurmctld stopped a minute", ("slurm",), controller_outage, restarts=False),
+    Fault("slurmctld stopped a minute", ("slurm",), controller_outage, restarts=False, weight=0),
+    Fault("kill worker of Ray Train", ("ray",), kill_actor("ray::RayTrainWorker")),
+    Fault("kill steward", ("ray",), kill_actor("ray::Steward")),
     Fault("kill raylet", ("ray",), kill_raylet),
-    Fault("kill driver", ("ray",), kill_supervisor),
-    Fault("kill controller", ("ray",), kill_controller),
+    Fault("kill driver", ("ray",), kill_supervisor, by_hand=True),
+    Fault("kill controller", ("ray",), kill_actor("ray::TrainController")),
     Fault("drain", ("ray",), drain_raylet),
 )

@@ -14,14 +14,17 @@ from launcher.spec import State
 from tests.chaos.faults import FAULTS, Fault, Scene, Undo
 from tests.chaos.subject import STEPS, Mark, Subject
 from tests.launcher.engines import make_project
-from tests.testbed.keeper import TestbedError
+from tests.testbed.keeper import TestbedError, kill
 from tests.testbed.ray import RayCluster
 from tests.testbed.slurm import SlurmCluster
 
+ROUNDS = 3  # times that every fault comes, before the quick ones come more often
 PACE = 0.2  # seconds that a step takes longer while faults are still to come
 START_SECONDS = 180.0
 END_SECONDS = 240.0
 PROGRAMS = Path(__file__).parent / "programs"
+
+WELL = ("healed", "unaffected")
 
 Say = Callable[[str], None]
 
@@ -55,23 +58,36 @@ class Ending:
 
 
 def schedule(engine: str, seed: int, count: int, names: Sequence[str] = ()) -> list[Fault]:
-    """`count` faults for an engine, each as often as the others, in an order that `seed` decides."""
+    """`count` faults for an engine in an order that `seed` decides.
+
+    Each comes `ROUNDS` times, as far as `count` allows, and no second time before all have come once; the rest is drawn by
+    the faults' weights and strewn among them.
+    """
     known = [f for f in FAULTS if engine in f.engines and (not names or f.name in names)]
     chance = random.Random(f"{engine} {seed}")
-    found: list[Fault] = []
-    while known and len(found) < count:
-        found += chance.sample(known, len(known))
-    return found[:count]
+    rounds = [list(known) for _ in range(ROUNDS)] if known else []
+    weights = [1.0 if names else f.weight for f in known]  # what is asked for by name may take its time
+    for at in range(count - ROUNDS * len(known) if known else 0):
+        rounds[at % ROUNDS] += chance.choices(known, weights)
+    for each in rounds:
+        chance.shuffle(each)
+    return [fault for each in rounds for fault in each][:count]
 
 
 class Player:
     """Plays faults on one engine, some in each run, against runs in `folder`."""
 
     def __init__(
-        self, folder: Path, engine: str, seed: int, cluster: SlurmCluster | RayCluster | None, say: Say = print
+        self,
+        folder: Path,
+        engine: str,
+        seed: int,
+        cluster: SlurmCluster | RayCluster | None,
+        say: Say = print,
+        note: Callable[[Finding | Ending], None] = lambda _: None,
     ) -> None:
         self.project = make_project(folder, engine, PROGRAMS)
-        self.engine, self.cluster, self.say = engine, cluster, say
+        self.engine, self.cluster, self.say, self.note = engine, cluster, say, note
         self.chance = random.Random(f"{engine} {seed} places")
         self.findings: list[Finding] = []
         self.endings: list[Ending] = []
@@ -95,7 +111,7 @@ class Player:
             self._runs += 1
             subject = Subject(self.project, f"chaos-{self._runs}")
             subject.start(PACE)
-            suffered = self._disturb(subject, left[:per_run])
+            suffered = self._disturb(subject, left[:per_run], deadline)
             left = left[max(1, len(suffered)) :]  # a run that ended early leaves its faults to the next one
             subject.set_pace(0)
             state = subject.wait_for_end(END_SECONDS)
@@ -103,14 +119,17 @@ class Player:
                 subject.kill()
             ending = Ending(
                 *(self.engine, tuple(suffered), state.value, subject.weights() == expected),
-                left=(*subject.left_behind(), *self._nodes_left()),
+                left=(*subject.left_behind(), *self._nodes_left(), *self._actors_left()),
             )
             self.endings.append(ending)
+            self.note(ending)
             self.say(f"{self.engine}: {subject.name} {ending}")
 
-    def _disturb(self, subject: Subject, faults: Sequence[Fault]) -> list[str]:
+    def _disturb(self, subject: Subject, faults: Sequence[Fault], deadline: float) -> list[str]:
         suffered: list[str] = []
         for fault in faults:
+            if time.monotonic() > deadline:
+                break
             wanted = subject.newest() + self.chance.randint(3, 9)
             if not subject.wait(lambda at=wanted: subject.newest() >= at and subject.saved(), START_SECONDS):  # type: ignore[misc]
                 self.say(f"{self.engine}: {subject.name} does not come to step {wanted}: {subject.state()}")
@@ -124,6 +143,7 @@ class Player:
                 continue
             suffered.append(fault.name)
             self.findings.append(finding)
+            self.note(finding)
             self.say(f"{self.engine}: {subject.name} step {wanted}: {finding}")
             if finding.lost is None:
                 break
@@ -184,3 +204,18 @@ class Player:
             time.sleep(0.2)
         self.cluster.reset()
         return left
+
+    def _actors_left(self) -> list[str]:
+        """Workers of Ray's that have something of a run in them, in words; killed now."""
+        if not isinstance(self.cluster, RayCluster):
+            return []
+        deadline = time.monotonic() + 20
+        while (left := self._actors(self.cluster)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        kill(left)
+        return [f"{len(left)} workers of Ray"] if left else []
+
+    @staticmethod
+    def _actors(cluster: RayCluster) -> set[int]:
+        own = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+        return set(cluster.processes("ray::")).difference(*(cluster.processes(name) for name in own))

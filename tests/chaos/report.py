@@ -1,17 +1,66 @@
-"""The table of a chaos run: fault x engine, and what became of the runs."""
+"""What is written down of a chaos run, and its table: fault x engine, and what became of the runs."""
 
 from __future__ import annotations
 
 import statistics
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from tests.chaos.faults import FAULTS
-from tests.chaos.play import Ending, Finding
+from tests.chaos.play import WELL, Ending, Finding
+from training.files import append_line, read_lines
+
+BY_HAND = {(fault.name, engine) for fault in FAULTS for engine in fault.engines if fault.by_hand}
 
 
-def table(findings: Sequence[Finding], endings: Sequence[Ending]) -> str:
+@dataclass(frozen=True)
+class Record:
+    """A file that gets a line as soon as there is something to say, from any number of processes."""
+
+    path: Path
+
+    def note(self, what: Finding | Ending) -> None:
+        append_line(self.path, {type(what).__name__.lower(): asdict(what)})
+
+    def note_undisturbed(self, engine: str, weights: str) -> None:
+        append_line(self.path, {"undisturbed": engine, "weights": weights})
+
+    def findings(self) -> list[Finding]:
+        return [Finding(**line["finding"]) for line in read_lines(self.path) if "finding" in line]
+
+    def endings(self) -> list[Ending]:
+        found = [Ending(**line["ending"]) for line in read_lines(self.path) if "ending" in line]
+        return [replace(each, faults=tuple(each.faults), left=tuple(each.left)) for each in found]
+
+    def undisturbed(self) -> dict[str, set[str]]:
+        """Engine -> the hashes of the weights in which runs ended that nothing happened to."""
+        found: dict[str, set[str]] = {}
+        for line in read_lines(self.path):
+            if "undisturbed" in line:
+                found.setdefault(line["undisturbed"], set()).add(line["weights"])
+        return found
+
+    def well(self) -> bool:
+        """Whether every fault and every run ended as it should, and there was one."""
+        findings, endings = self.findings(), self.endings()
+        return (
+            bool(findings)
+            and all(map(well, findings))
+            and all(e.state == "succeeded" and e.equal and not e.left for e in endings)
+        )
+
+
+def well(finding: Finding) -> bool:
+    """Whether the fault ended as it should."""
+    by_hand = (finding.fault, finding.engine) in BY_HAND and finding.outcome.endswith("; resumed by hand")
+    return finding.outcome in WELL or by_hand
+
+
+def table(record: Record) -> str:
     """One line for each fault and engine, in the order of `FAULTS`."""
+    findings, endings = record.findings(), record.endings()
     lines = [f"{'fault':<30} {'engine':<6} {'n':>3} {'s to next step':>18} {'steps lost':>11}  {'equal':<6} outcome"]
     for fault in dict.fromkeys(fault.name for fault in FAULTS):
         for engine in ("local", "slurm", "ray"):
@@ -25,8 +74,12 @@ def table(findings: Sequence[Finding], endings: Sequence[Ending]) -> str:
                 lines.append(
                     f"{fault:<30} {engine:<6} {len(mine):>3} {seconds:>18} {lost:>11}  {equal:<6} {outcomes}".rstrip()
                 )
-    healed = sum(f.outcome in ("healed", "unaffected") for f in findings)
-    lines.append(f"\n{len(findings)} faults: {healed} without a hand, {len(findings) - healed} with one or not at all")
+    healed = sum(f.outcome in WELL for f in findings)
+    by_hand = sum(well(f) for f in findings) - healed
+    lines.append(
+        f"\n{len(findings)} faults: {healed} without a hand, {by_hand} that need one resumed by hand,"
+        f" {len(findings) - healed - by_hand} that did not end as they should"
+    )
     for engine in dict.fromkeys(e.engine for e in endings):
         mine_too = [e for e in endings if e.engine == engine]
         states = ", ".join(f"{n} {state}" for state, n in Counter(e.state for e in mine_too).most_common())
@@ -34,6 +87,10 @@ def table(findings: Sequence[Finding], endings: Sequence[Ending]) -> str:
             f"{engine}: {len(mine_too)} runs, {states}; {sum(e.equal for e in mine_too)} ended in the weights of an"
             " undisturbed run, bit for bit"
         )
+    weights = record.undisturbed()
+    if len(weights) > 1:
+        same = "the same weights" if len(set().union(*weights.values())) == 1 else "DIFFERENT weights"
+        lines.append(f"undisturbed runs on {', '.join(weights)} ended in {same}")
     left = [f"  {e.engine}, after {', '.join(e.faults)}: {', '.join(e.left)}" for e in endings if e.left]
     lines += ["left behind:", *left] if left else ["left behind: nothing"]
     return "\n".join(lines)

@@ -150,8 +150,13 @@ class Subject:
         return found
 
     def processes(self) -> dict[int, str]:
-        """All processes of the run, as far as they can be told: by their environment or by their output."""
+        """All processes of the run, as far as they can be told: by their environment, their command or their output."""
         found = keeper.processes_with(f"{TOKEN}={self.token}\0")
+        for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
+            with suppress(OSError):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                if self.token.encode() in words:  # what Ray starts has Ray's environment
+                    found[pid] = b" ".join(words).decode(errors="replace").strip()
         return found | {pid: f"rank {rank}" for rank, pid in self.ranks().items()}
 
     def commands(self, *needles: str) -> list[int]:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos.__main__ import SHARES
 from tests.chaos.faults import FAULTS
 from tests.chaos.play import Ending, Finding, Player, schedule
-from tests.chaos.report import table
+from tests.chaos.report import Record, table
 from tests.chaos.subject import Subject, listening
 from tests.launcher.engines import make_project
 from tests.testbed.keeper import free_ports
@@ -25,10 +26,14 @@ def test_the_seed_decides_and_no_fault_is_left_out() -> None:
         assert once == schedule(engine, 1, 3 * len(known))
         assert once != schedule(engine, 2, 3 * len(known))
         assert Counter(fault.name for fault in once) == dict.fromkeys(known, 3)
-    assert [f.name for f in schedule("ray", 1, 2, ["kill driver"])] == ["kill driver"] * 2
+        assert {fault.name for fault in once[: len(known)]} == known
+        assert min(Counter(fault.name for fault in schedule(engine, 1, 200 * SHARES[engine] // 14)).values()) >= 3
+    drawn = Counter(fault.name for fault in schedule("slurm", 1, 500))
+    assert drawn["time limit"] == 3 < drawn["scontrol requeue"] < drawn["kill -9 rank"]
+    assert [f.name for f in schedule("slurm", 1, 5, ["time limit"])] == ["time limit"] * 5
 
 
-def test_the_table_says_what_did_not_heal() -> None:
+def test_the_table_says_what_did_not_heal(tmp_path: Path) -> None:
     findings = [
         Finding("kill -9 rank", "local", "healed", 0.5, 3),
         Finding("kill -9 rank", "local", "healed", 1.5, 4),
@@ -38,10 +43,21 @@ def test_the_table_says_what_did_not_heal() -> None:
         Ending("local", ("kill -9 rank", "kill -9 rank"), "succeeded", True, ()),
         Ending("ray", ("kill driver",), "failed", False, ("file .x.tmp",)),
     ]
-    lines = table(findings, endings).splitlines()
+    record = Record(tmp_path / "record.jsonl")
+    for each in findings[:2] + endings[:1]:
+        record.note(each)
+    assert record.well()
+    for each in findings[2:] + endings[1:]:
+        record.note(each)
+    assert not record.well(), "its run failed"
+    for engine in ("local", "ray"):
+        record.note_undisturbed(engine, engine)
+    lines = table(record).splitlines()
     assert " ".join(lines[1].split()) == "kill -9 rank local 2 1.0 (max 1.5) 4 (max 4) 1/1 healed (2)"
     assert " ".join(lines[2].split()) == "kill driver ray 1 - 2 (max 2) 0/1 lost; resumed by hand (1)"
-    assert "3 faults: 2 without a hand, 1 with one or not at all" in lines
+    said = "3 faults: 2 without a hand, 1 that need one resumed by hand, 0 that did not end as they should"
+    assert said in lines
+    assert "undisturbed runs on local, ray ended in DIFFERENT weights" in lines
     assert lines[-2:] == ["left behind:", "  ray, after kill driver: file .x.tmp"]
 
 
