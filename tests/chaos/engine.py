@@ -1,0 +1,61 @@
+"""One engine's part of a chaos run: its cluster, its disk and its player, in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.chaos.play import Player, schedule
+from tests.chaos.report import Record
+from tests.testbed.ray import RayCluster
+from tests.testbed.slurm import SlurmCluster
+
+
+def stop_politely() -> None:
+    """Have SIGTERM end this process by an exception, so that it tidies up."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def play(engine: str, count: int, args: argparse.Namespace, record: Record, began: float) -> None:
+    """Play `count` faults on one engine, until so many minutes after `began` (by `time.monotonic`)."""
+    stop_politely()
+    with tempfile.TemporaryDirectory(prefix="chaos-") as name, cluster_of(engine) as cluster, disk(Path(name)):
+        player = Player(Path(name), engine, args.seed, cluster, lambda text: print(text, flush=True), record.note)
+        expected = player.undisturbed()
+        record.note_undisturbed(engine, expected)
+        player.play(schedule(engine, args.seed, count, args.only), expected, args.per_run, began + 60 * args.minutes)
+
+
+@contextlib.contextmanager
+def cluster_of(engine: str) -> Iterator[SlurmCluster | RayCluster | None]:
+    """The engine's test cluster, with what leads clients to it in the environment of this process."""
+    if engine == "local":
+        yield None
+        return
+    with SlurmCluster(grace_time=20) if engine == "slurm" else RayCluster() as cluster:
+        before = dict(os.environ)
+        os.environ.update(cluster.environment())
+        try:
+            yield cluster
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+@contextlib.contextmanager
+def disk(folder: Path) -> Iterator[None]:
+    """A small file system of its own for the runs, so that it can be filled."""
+    runs = folder / "runs"
+    runs.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300m", "chaos", str(runs)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(runs)], check=True)
