@@ -35,7 +35,8 @@ class Watch:
 
     `hang_after` seconds of silence are too long during steps, or three times the longest step seen where that is more;
     ten times that in any other phase. A rank that is starting, which lasts until its first step is done, is never too
-    slow: downloads and first compilations have no usual time, and the process group has time-outs of its own.
+    slow: downloads and first compilations have no usual time, and the process group has time-outs of its own. A process
+    that was stopped has no such excuse, nor do those that are at something else while it is.
     """
 
     def __init__(self, hang_after: float) -> None:
@@ -56,6 +57,8 @@ class Watch:
         self._learn(beats, now)
         patience = max(self.hang_after, 3 * max(self._gaps, default=0.0))
         limits = {rank: self._limit(beat, patience) for rank, beat in beats.items()}
+        if any(beat.state and beat.state in STOPPED_STATES and beat.age > patience for beat in beats.values()):
+            return True  # whatever the others are at: they will wait for it in the end, if they do not yet
         late = any(beats[rank].age > limit for rank, limit in limits.items())
         # While one rank evaluates or saves, the others may wait for it at their next step.
         busy = any(limit > patience and beats[rank].age <= limit for rank, limit in limits.items())
@@ -73,8 +76,6 @@ class Watch:
 
     @staticmethod
     def _limit(beat: Beat, patience: float) -> float:
-        if beat.state in STOPPED_STATES and beat.state:
-            return patience
         if beat.phase == STARTING:
             return float("inf")
         return patience if beat.phase == TRAINING else LONGER_ELSEWHERE * patience

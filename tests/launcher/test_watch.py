@@ -62,6 +62,8 @@ def test_a_start_is_never_too_slow() -> None:
 
 def test_a_stopped_process_has_no_excuse() -> None:
     assert hung(*trained(), 11.0, "evaluating", "training", states="TS")
+    assert hung(*trained(), 11.0, "training", "saving", states="TS"), "the other waits for it while it saves"
+    assert hung(*trained(), 11.0, "training", STARTING, states="TS")
 
 
 def test_a_suspended_job_did_not_hang() -> None:
