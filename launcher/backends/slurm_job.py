@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from launcher.coordinator import end_run, note_failure
 from launcher.output import outlive_a_full_disk
 from launcher.policy import Action, Outcome, decide
 from launcher.ranks import Fate, Seat
-from launcher.rundir import RunDir, tail
+from launcher.rundir import BEAT_SECONDS, RunDir, tail
 from launcher.spec import State
 
 CONTROLLER_SECONDS = 60.0
@@ -107,13 +108,18 @@ def fate(job: str, restarts: int) -> Fate:
     that is through. ``preempting``: SIGTERM was the word that its nodes are wanted; most sites send no other, and a job
     that has left before the grace is over is not started again. Empty: neither, as after scancel.
     """
-    done = _scontrol("show", "job", "--oneliner", job)
-    facts = dict(re.findall(r"(\w+)=(\S*)", done.stdout)) if done is not None and not done.returncode else {}
+    facts = _facts(job)
     if int(facts.get("Restarts", "0")) > restarts:
         return "requeued"
     preempted = facts.get("PreemptTime", "None")
     # Times are of one format, so their order is that of the letters; that of an earlier start is older than this start.
     return "preempting" if preempted[:1].isdigit() and preempted >= facts.get("StartTime", "") else ""
+
+
+def _facts(job: str) -> dict[str, str]:
+    """What SLURM knows of the job, by its own words; empty where it does not answer."""
+    done = _scontrol("show", "job", "--oneliner", job)
+    return dict(re.findall(r"(\w+)=(\S*)", done.stdout)) if done is not None and not done.returncode else {}
 
 
 def _scontrol(*words: str) -> subprocess.CompletedProcess[str] | None:
@@ -150,12 +156,39 @@ class AgentTask:
         step_daemon = os.getppid()
         status = asyncio.run(run_agent(RunDir(self.run_dir), seat(RunDir(self.run_dir), os.environ)))
         if os.getppid() != step_daemon:
-            # Without its slurmstepd nobody hears of this task's end: srun would wait, and the nodes be held, for ever.
-            # A job that is in the queue again is left there.
-            subprocess.run(["scancel", "--state=RUNNING", os.environ["SLURM_JOB_ID"]], check=False)
+            orphaned(RunDir(self.run_dir), status, os.environ)
         if status:
             # Not an exception: the job's exit status should be the run's, and its log not end in our traceback.
             sys.exit(status)
+
+
+def orphaned(run_dir: RunDir, status: int, environment: Mapping[str, str]) -> None:
+    """Release the nodes of a job from a task that ends without its slurmstepd: nobody hears of it, and srun would wait for
+    it, and the nodes be held, for ever.
+
+    Where the run has not come to an end and nobody supervises it any more, this task is the last to see to it.
+    """
+    job, restarts = environment["SLURM_JOB_ID"], int(environment.get("SLURM_RESTART_COUNT", "0"))
+    while run_dir.result() is None and _runs(job, restarts):
+        beat = _modified(run_dir.heartbeat_file)
+        time.sleep(5 * BEAT_SECONDS)
+        if _modified(run_dir.heartbeat_file) == beat:  # whatever the clocks of the nodes say
+            after(run_dir, status, environment)
+            break
+    if _runs(job, restarts):  # one that is in the queue again, or began anew, is left there
+        subprocess.run(["scancel", "--state=RUNNING", job], check=False)
+
+
+def _runs(job: str, restarts: int) -> bool:
+    """Whether the job's start number `restarts` is running, as far as SLURM says."""
+    facts = _facts(job)
+    return facts.get("JobState", "RUNNING") == "RUNNING" and int(facts.get("Restarts", restarts)) == restarts
+
+
+def _modified(path: Path) -> int:
+    with suppress(OSError):
+        return path.stat().st_mtime_ns
+    return 0
 
 
 def after(run_dir: RunDir, status: int, environment: Mapping[str, str]) -> int:

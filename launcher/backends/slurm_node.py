@@ -12,6 +12,10 @@ from launcher.cluster import Container
 from launcher.errors import BadRequest
 from launcher.spec import Plan
 
+STRAGGLER_SECONDS = 120
+"""How long srun waits for the others once an agent has ended, where no others can take its place. All end together then; but
+of one whose slurmstepd was killed srun never hears."""
+
 
 def command(plan: Plan) -> str:
     """The Python command of a node, as shell words on one line: submitit puts it into the script as it is.
@@ -63,7 +67,9 @@ def srun_args(plan: Plan) -> list[str]:
     # The agent hands out the node's GPUs; where a site binds tasks to GPUs by default it would get one.
     words = ["--gpu-bind=none"] if plan.placement.device == "cuda" else []
     # Agents decide together what the death of one of them means, whatever the site's defaults say.
-    words += ["--kill-on-bad-exit=0", "--wait=0", *(["--no-kill"] if plan.spec.spare_nodes else [])]
+    words.append("--kill-on-bad-exit=0")
+    spare = bool(plan.spec.spare_nodes)
+    words += [f"--wait={0 if spare or plan.cluster.ray.inside else STRAGGLER_SECONDS}", *["--no-kill"] * spare]
     container = slurm.container
     if container is not None and container.runtime == "pyxis":
         pairs = [mount if ":/" in mount else f"{mount}:{mount}" for mount in mounts(plan, container)]

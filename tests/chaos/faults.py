@@ -248,6 +248,13 @@ def kill_actor(words: str) -> Strike:
     return strike
 
 
+def kill_steward(scene: Scene) -> None:
+    """The actor on the node of a rank that starts the ranks there."""
+    ranks = set(scene.subject.ranks().values())
+    stewards = [pid for pid in scene.ray.processes("ray::Steward") if ranks & descendants(pid)]
+    os.kill(scene.chance.choice(sorted(stewards)), signal.SIGKILL)
+
+
 def drain_raylet(scene: Scene) -> Undo:
     """Ray is told that the node will be taken away in ten seconds, as cloud providers do, and then it is."""
     name = raylet_of_a_rank(scene)
@@ -282,7 +289,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("kill slurmstepd", ("slurm",), kill_slurmstepd, restarts=False),
     Fault("slurmctld stopped a minute", ("slurm",), controller_outage, restarts=False, weight=0),
     Fault("kill worker of Ray Train", ("ray",), kill_actor("ray::RayTrainWorker")),
-    Fault("kill steward", ("ray",), kill_actor("ray::Steward")),
+    Fault("kill steward", ("ray",), kill_steward),
     Fault("kill raylet", ("ray",), kill_raylet),
     Fault("kill driver", ("ray",), kill_supervisor, by_hand=True),
     Fault("kill controller", ("ray",), kill_actor("ray::TrainController")),

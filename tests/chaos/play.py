@@ -217,5 +217,6 @@ class Player:
 
     @staticmethod
     def _actors(cluster: RayCluster) -> set[int]:
-        own = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+        # The last is Ray's, one for all jobs of a cluster, whoever came first.
+        own = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::_AutoscalingCoordinatorActor")
         return set(cluster.processes("ray::")).difference(*(cluster.processes(name) for name in own))

@@ -98,6 +98,6 @@ def test_no_value_of_a_profile_adds_a_line_to_the_script(values: dict[str, Any],
     assert lines[end + 3 :] == [line.replace(sys.executable, python_words(python)) for line in after]
     words = shlex.split(lines[end + 2])
     assert words[:6:2] == ["srun", "--output", "--error"]
-    ours = ["--gpu-bind=none", "--kill-on-bad-exit=0", "--wait=0"]
+    ours = ["--gpu-bind=none", "--kill-on-bad-exit=0", "--wait=120"]
     assert words[6 : 9 + len(site.slurm.srun_args)] == [*ours, *site.slurm.srun_args]
     assert words[-4:] == ["-u", "-m", "submitit.core._submit", f"{folder}/submitit"]

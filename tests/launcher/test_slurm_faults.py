@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from tests.launcher.engines import Project, until
-from tests.testbed.slurm import SlurmCluster
+from tests.testbed.keeper import processes_with
+from tests.testbed.slurm import NODE, SlurmCluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -49,12 +50,12 @@ class Week:
         name = f"SLURMD_NODENAME={host}\0"
         return next(pid for pid in agents if name in Path(f"/proc/{pid}/environ").read_text())
 
-    def meets(self, fault: Callable[[], None]) -> None:
+    def meets(self, fault: Callable[[], None], seconds: float = 120) -> None:
         """Wait until the run gets on, let `fault` happen, and wait until the run gets on in another attempt."""
         attempt = max((m["attempt"] for m in self.metrics()), default=1)
         until(lambda: len([m for m in self.metrics() if m["attempt"] == attempt]) > 10, "ten steps")
         fault()
-        until(lambda: any(m["attempt"] > attempt for m in self.metrics()), f"a step after {fault}", 120)
+        until(lambda: any(m["attempt"] > attempt for m in self.metrics()), f"a step after {fault}", seconds)
 
     # ---- what happens -----------------------------------------------------------------------------------------------
 
@@ -76,6 +77,11 @@ class Week:
 
     def coordinating_agent_killed(self) -> None:
         os.kill(self.agent(self.hosts()[0]), signal.SIGKILL)
+
+    def step_daemon_killed(self, host: str) -> None:
+        found = processes_with(f"{NODE}={self.cluster.folder}/{host}\0")
+        (victim,) = [pid for pid, command in found.items() if "slurmstepd" in command and ".batch" not in command]
+        os.kill(victim, signal.SIGKILL)
 
     def node_set_down(self) -> None:
         self.cluster.set_node(self.hosts()[1], "down")
@@ -104,6 +110,26 @@ def test_a_bad_week(slurm_project: Project, on_slurm: SlurmCluster) -> None:
     assert sum(count - 1 for count in steps.values()) <= len(sudden), "a step whose end was not written is done again"
     reasons = [e["reason"] for e in slurm_project.events("w") if e["event"] == "requeued"]
     assert reasons[:4] == ["preempted", "scheduler", "node lost", "node lost"]
+
+
+@pytest.mark.parametrize("node", [1, pytest.param(0, marks=pytest.mark.soak)])
+def test_a_killed_step_daemon_does_not_hold_up_what_follows(
+    node: int, slurm_project: Project, on_slurm: SlurmCluster
+) -> None:
+    """srun never hears of the end of that node's task, and the batch script not of srun's, when the run needs it to act."""
+    arguments = ("--cpus", "2", "--nodes", "2", "--name", "d", "--detach")
+    slurm_project.launch(*arguments, "steps:main", "--steps", "100", "--seconds", "0.1")
+    week = Week(slurm_project, on_slurm, "d")
+
+    def struck_twice() -> None:
+        week.step_daemon_killed(week.hosts()[node])
+        week.coordinating_agent_killed()
+
+    week.meets(struck_twice, 300)
+    until(lambda: slurm_project.status("d")["state"] == "succeeded", "the end")
+    reasons = [e["reason"] for e in slurm_project.events("d") if e["event"] == "requeued"]
+    # The srun before may outlive its batch script by seconds, and then end the step of the same number in the next start.
+    assert reasons in (["node lost"], ["node lost"] * 2)
 
 
 SICK = """
