@@ -110,20 +110,32 @@ class Player:
         while left and time.monotonic() < deadline:
             self._runs += 1
             subject = Subject(self.project, f"chaos-{self._runs}")
-            subject.start(PACE)
-            suffered = self._disturb(subject, left[:per_run], deadline)
-            left = left[max(1, len(suffered)) :]  # a run that ended early leaves its faults to the next one
-            subject.set_pace(0)
-            state = subject.wait_for_end(END_SECONDS)
-            if not state.done:
-                subject.kill()
-            ending = Ending(
-                *(self.engine, tuple(suffered), state.value, subject.weights() == expected),
-                left=(*subject.left_behind(), *self._nodes_left(), *self._actors_left()),
-            )
-            self.endings.append(ending)
-            self.note(ending)
-            self.say(f"{self.engine}: {subject.name} {ending}")
+            try:
+                suffered = self._play(subject, left[:per_run], expected, deadline)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    subject.kill()
+                    subject.left_behind(0)
+                raise
+            for name in suffered or [left[0].name]:  # a run that ended early leaves its other faults to the next one
+                left.remove(next(fault for fault in left if fault.name == name))
+
+    def _play(self, subject: Subject, faults: Sequence[Fault], expected: str, deadline: float) -> list[str]:
+        """One run from its start to its end; returns the faults that it suffered."""
+        subject.start(PACE)
+        suffered = self._disturb(subject, faults, deadline)
+        subject.set_pace(0)
+        state = subject.wait_for_end(END_SECONDS)
+        if not state.done:
+            subject.kill()
+        ending = Ending(
+            *(self.engine, tuple(suffered), state.value, subject.weights() == expected),
+            left=(*subject.left_behind(), *self._nodes_left(), *self._actors_left()),
+        )
+        self.endings.append(ending)
+        self.note(ending)
+        self.say(f"{self.engine}: {subject.name} {ending}")
+        return suffered
 
     def _disturb(self, subject: Subject, faults: Sequence[Fault], deadline: float) -> list[str]:
         suffered: list[str] = []

@@ -27,7 +27,14 @@ def test_the_seed_decides_and_no_fault_is_left_out() -> None:
         assert once != schedule(engine, 2, 3 * len(known))
         assert Counter(fault.name for fault in once) == dict.fromkeys(known, 3)
         assert {fault.name for fault in once[: len(known)]} == known
-        assert min(Counter(fault.name for fault in schedule(engine, 1, 200 * SHARES[engine] // 14)).values()) >= 3
+        assert (
+            min(
+                Counter(
+                    fault.name for fault in schedule(engine, 1, 200 * SHARES[engine] // sum(SHARES.values()))
+                ).values()
+            )
+            >= 3
+        )
     drawn = Counter(fault.name for fault in schedule("slurm", 1, 500))
     assert drawn["time limit"] == 3 < drawn["scontrol requeue"] < drawn["kill -9 rank"]
     assert [f.name for f in schedule("slurm", 1, 5, ["time limit"])] == ["time limit"] * 5
