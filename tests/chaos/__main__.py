@@ -15,7 +15,7 @@ from tests.chaos.engine import play, stop_politely
 from tests.chaos.faults import FAULTS
 from tests.chaos.report import Record, table
 
-SHARES = {"local": 7, "slurm": 4, "ray": 3}
+SHARES = {"local": 6, "slurm": 5, "ray": 4}
 """How the faults are shared out among the engines: on each all of its faults come three times in 200."""
 
 

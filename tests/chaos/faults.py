@@ -16,6 +16,7 @@ from tests.chaos.subject import Subject
 from tests.testbed.keeper import descendants, processes_with
 from tests.testbed.ray import RayCluster
 from tests.testbed.slurm import SlurmCluster
+from training.files import write_atomic
 
 OUTAGE_SECONDS = 60.0
 
@@ -82,6 +83,16 @@ def signal_rank(number: signal.Signals) -> Strike:
 
     def strike(scene: Scene) -> None:
         os.kill(scene.rank(), number)
+
+    return strike
+
+
+def hang_rank(how: str) -> Strike:
+    """Let one of the ranks stand still in its own code (`loader`), or wait for what the others never send (`collective`)."""
+
+    def strike(scene: Scene) -> None:
+        rank = scene.chance.choice(sorted(scene.subject.ranks()))
+        write_atomic(scene.subject.path / "hang", f"{rank} {how}")
 
     return strike
 
@@ -271,6 +282,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault("kill -9 rank", ALL, signal_rank(signal.SIGKILL), weight=4),
     Fault("segfault in a rank", ALL, signal_rank(signal.SIGSEGV), weight=4),
     Fault("SIGSTOP rank (hang)", ALL, signal_rank(signal.SIGSTOP), weight=3),
+    Fault("loader never returns", ALL, hang_rank("loader")),
+    Fault("deadlocked collective", ALL, hang_rank("collective")),
     Fault("truncated newest checkpoint", ALL, truncate_newest_checkpoint, weight=4),
     Fault("disk full", ALL, fill_disk, restarts=False),
     Fault("read-only run directory", ALL, read_only),

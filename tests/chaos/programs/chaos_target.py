@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch.distributed  # noqa: F401
+import torch.distributed
 from accelerate import Accelerator  # noqa: F401
 from datasets import load_from_disk  # noqa: F401
 from transformers import BertForSequenceClassification, BertTokenizer, get_scheduler  # noqa: F401
@@ -20,10 +20,25 @@ def main(ctx: Context, config: TrainConfig) -> dict[str, Any]:
 
     def slowly(step: int) -> bool:
         time.sleep(pace(ctx.run_dir / "pace"))
+        hang(ctx)
         return asked(step)
 
     ctx.should_stop = slowly  # type: ignore[method-assign]
     return train(ctx, config)
+
+
+def hang(ctx: Context) -> None:
+    """Do nothing for ever, once, where the file ``hang`` says of this rank how: like a data loader, or in a collective."""
+    try:
+        rank, how = (ctx.run_dir / "hang").read_text().split()
+    except (FileNotFoundError, ValueError):
+        return
+    if ctx.world.rank == int(rank):
+        (ctx.run_dir / "hang").unlink()
+        if how == "collective":
+            other = (ctx.world.rank + 1) % ctx.world.world_size
+            torch.distributed.recv(torch.zeros(1), src=other)  # which never sends
+        time.sleep(1e6)
 
 
 def pace(file: Path) -> float:
