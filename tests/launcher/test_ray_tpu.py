@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,9 +89,7 @@ def test_runs_land_on_whole_slices_with_a_rank_on_each_chip(project: Project) ->
 
 def test_a_slice_that_nobody_makes_is_refused_at_once(tmp_path: Path) -> None:
     project = make_project(tmp_path, "ray")
-    started = time.monotonic()
     done = project.launch("--tpus", "27", "--accelerator", "v4", "--topology", "3x3x3", "steps:main", status=2)
-    assert time.monotonic() - started < 2.0
     assert "v4 has no slices of that shape; it has 2x2x1" in done.stderr
 
 
