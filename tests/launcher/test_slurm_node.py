@@ -52,7 +52,7 @@ def test_the_python_of_a_node(wanted: Plan, words: list[str]) -> None:
     assert shlex.split(slurm_node.command(wanted)) == words
 
 
-ALONE = ["--kill-on-bad-exit=0", "--wait=0"]
+ALONE = ["--kill-on-bad-exit=0", "--wait=120"]
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,7 @@ ALONE = ["--kill-on-bad-exit=0", "--wait=0"]
             [*ALONE, "--container-image=x.sqsh", "--container-mounts=/runs:/runs"],
         ),
         (plan("cpu", container=IMAGE), ALONE),
+        (replace(plan("cpu"), spec=RunSpec(spare_nodes=1)), ["--kill-on-bad-exit=0", "--wait=0", "--no-kill"]),
     ],
 )
 def test_the_arguments_of_srun(wanted: Plan, words: list[str]) -> None:
