@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from launcher.backends import slurm_node
-from launcher.cluster import Cluster, Container, Slurm
+from launcher.cluster import Cluster, Container, Ray, Slurm
 from launcher.errors import BadRequest
 from launcher.placement import Placement
 from launcher.spec import Plan, RunSpec, Target
@@ -77,6 +77,15 @@ ALONE = ["--kill-on-bad-exit=0", "--wait=120"]
 )
 def test_the_arguments_of_srun(wanted: Plan, words: list[str]) -> None:
     assert slurm_node.srun_args(wanted) == words
+
+
+def test_where_others_may_go_on_without_a_node_srun_waits_for_them_for_ever() -> None:
+    spare = plan()
+    spare = replace(spare, spec=replace(spare.spec, spare_nodes=1))
+    assert slurm_node.srun_args(spare) == ["--gpu-bind=none", "--kill-on-bad-exit=0", "--wait=0", "--no-kill"]
+    ray = plan("cpu")
+    ray = replace(ray, cluster=replace(ray.cluster, ray=Ray(inside="slurm")))
+    assert slurm_node.srun_args(ray) == ["--kill-on-bad-exit=0", "--wait=0"]
 
 
 def test_a_python_that_is_no_command() -> None:
