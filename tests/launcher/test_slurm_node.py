@@ -72,7 +72,6 @@ ALONE = ["--kill-on-bad-exit=0", "--wait=120"]
             [*ALONE, "--container-image=x.sqsh", "--container-mounts=/runs:/runs"],
         ),
         (plan("cpu", container=IMAGE), ALONE),
-        (replace(plan("cpu"), spec=RunSpec(spare_nodes=1)), ["--kill-on-bad-exit=0", "--wait=0", "--no-kill"]),
     ],
 )
 def test_the_arguments_of_srun(wanted: Plan, words: list[str]) -> None:
