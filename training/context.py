@@ -65,12 +65,15 @@ class Context:
     @cached_property
     def device(self) -> torch.device:
         """The device of this rank. Raises ConfigError where there is none."""
+        if self.runtime.group_first:
+            _ = self.group
         return self.runtime.device(self.world)
 
     @cached_property
     def group(self) -> Group:
         """All ranks of the run; made on first use, by all of them."""
-        _ = self.device  # a process group over NCCL needs the device to be set first
+        if not self.runtime.group_first:
+            _ = self.device  # such as NCCL, which needs to know it
         return make_group(self.world)
 
     @cached_property

@@ -25,6 +25,7 @@ class Runtime:
         fused: AdamW can be one kernel; where not, torch chooses how to compute it.
         any_shape: a batch of a new shape costs nothing; elsewhere a program is compiled for it.
         by_itself: the device works while Python goes on, so that the next batches can be made meanwhile.
+        group_first: the device can be used only once the process group is made; elsewhere the group needs the device.
         pins: copies to the device are fast from page-locked memory.
         shards: parameters can be sharded over the ranks (FSDP2).
         precisions: what forward and backward passes can be computed in.
@@ -34,6 +35,7 @@ class Runtime:
     fused: ClassVar[bool] = True
     any_shape: ClassVar[bool] = True
     by_itself: ClassVar[bool] = False
+    group_first: ClassVar[bool] = False
     pins: ClassVar[bool] = False
     shards: ClassVar[bool] = True
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16")
@@ -146,6 +148,7 @@ class TorchXla(Runtime):
     fused = False
     any_shape = False
     by_itself = True
+    group_first = True
     shards = False
     precisions = ("fp32", "bf16")
 
@@ -154,7 +157,8 @@ class TorchXla(Runtime):
         return device
 
     def init_method(self, world: World) -> str:
-        return "xla://"  # at MASTER_ADDR, once torch_xla has told its chips of each other
+        _need("torch_xla.distributed.xla_backend")
+        return "xla://"  # at MASTER_ADDR, once it has told the chips of each other
 
     def submit(self) -> None:
         _need("torch_xla").sync()
