@@ -74,7 +74,8 @@ def test_two_jobs_share_a_node(slurm_project: Project) -> None:
 
 
 def test_a_queued_run_can_be_cancelled(slurm_project: Project) -> None:
-    slurm_project.launch("--detach", "--gpus", "32", "--name", "all", "steps:main", "--steps", "4000")
+    (slurm_project.folder / "waits.py").write_text("import time\ntime.sleep(600)\n")  # the GPUs are only names
+    slurm_project.launch("--detach", "--gpus", "32", "--name", "all", "waits.py")
     until(lambda: slurm_project.status("all")["state"] == "running", "the first to run")
     slurm_project.launch("--detach", "--gpus", "8", "--name", "next", "steps:main")
     assert slurm_project.status("next")["state"] == "queued"

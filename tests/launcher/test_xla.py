@@ -27,6 +27,7 @@ PJRT_DEVICE = "CPU"
 """
 ON_XLA = ("--cluster", "xla", "--tpus", "1", "--accelerator", "v5e")
 STEPS = 24
+PATIENCE = 240.0  # seconds; it compiles for each shape
 JOB = ("--", "--max-steps", str(STEPS), "--save-every", "4", "--log-every", "1", "--log-with=", "--keep", "100")
 
 
@@ -77,9 +78,9 @@ def test_it_trains_and_resumes_to_the_same_bits(folder: Folder) -> None:
     """Killed and healed, it ends as a run that was never killed."""
     folder.call(*ON_XLA, "--name", "peace", *JOB)
     folder.call(*ON_XLA, "--name", "war", "--detach", *JOB)
-    until(lambda: max(folder.steps("war"), default=0) >= 6, "step 6")
+    until(lambda: max(folder.steps("war"), default=0) >= 6, "step 6", PATIENCE)
     os.kill(folder.rank("war"), signal.SIGKILL)
-    until(lambda: "finished" in folder.events("war"), "the end", 120)
+    until(lambda: "finished" in folder.events("war"), "the end", PATIENCE)
     assert "restarted" in folder.events("war")
     assert "resumed" in folder.events("war")
     assert folder.steps("war") == folder.steps("peace")
@@ -102,5 +103,5 @@ def test_checkpoints_go_from_xla_to_the_cpu_and_back(folder: Folder) -> None:
 
 
 def stop_after(folder: Folder, step: int) -> None:
-    until(lambda: max(folder.steps("r"), default=0) >= step, f"step {step}")
+    until(lambda: max(folder.steps("r"), default=0) >= step, f"step {step}", PATIENCE)
     assert "r: stopped" in folder.call("cancel", "r")
