@@ -202,7 +202,7 @@ def test_a_clock_that_jumps_is_not_noticed(local_project: Project, monkeypatch: 
         for number, seconds in enumerate((3600, -7200, 60)):
             until(lambda past=30 * number: len(read_lines(metrics)) > past, "some steps")  # type: ignore[misc]
             clock.write_text(str(seconds))
-            assert local_project.status("c")["state"] == "running"
+            assert local_project.status("c")["state"] in ("running", "succeeded"), "the heartbeat's age says nothing"
         output, _ = run.communicate(timeout=60)
     assert run.returncode == 0, output
     lines = read_lines(metrics)
