@@ -286,7 +286,7 @@ class Driver:
                     self._note(node, message, lease)
                     while not self.inbox.empty():
                         self._note(*self.inbox.get_nowait(), lease)
-        return True
+        return not lease.misplaced()
 
     def _note(self, node: str, message: Message, lease: Lease | None) -> None:
         """Take in what matters also between attempts."""

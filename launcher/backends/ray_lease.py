@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.backends.ray import trainer
-from launcher.backends.ray_cluster import SLICE, WORKER, RayNode
+from launcher.backends.ray_cluster import SLICE, TOPOLOGY, WORKER, RayNode
 from launcher.spec import Plan
-from launcher.tpu import rank_environment
+from launcher.tpu import Topology, rank_environment
 from training.world import World
 
 
@@ -29,7 +30,7 @@ class Lease:
     Attributes:
         members: the workers that are ready; all of them, in the order of their ranks, once the lease is `complete`.
         broken: one of its workers is gone, so it cannot carry another attempt.
-        error: what `fit` raised.
+        error: why it ended, or what `fit` raised.
         lost_before: how many nodes the run had lost when it began.
     """
 
@@ -48,7 +49,7 @@ class Lease:
             try:
                 self._fit()
             except BaseException as error:
-                self.error = error
+                self.error = self.error or error
             loop.call_soon_threadsafe(self.done.set)
 
         threading.Thread(target=run, name="fit", daemon=True).start()
@@ -81,6 +82,26 @@ class Lease:
     @property
     def complete(self) -> bool:
         return len(self.members) == self.ranks
+
+    def misplaced(self) -> bool:
+        """Whether Ray gave chips of other slices than those that were asked for; `cause` then says so.
+
+        It reserves slices by a name that it asks a host for, and where no answer comes in time it takes any chips.
+        """
+        wanted = self.plan.placement.topology
+        chips = Counter(_slice(member) for member in self.members)
+        shapes = {_slice(member): member.node.labels.get(TOPOLOGY, wanted) for member in self.members}
+        for name, shape in shapes.items():
+            if (
+                self.plan.placement.on_tpu
+                and wanted
+                and (shape != wanted or chips[name] != Topology.parse(wanted).chips)
+            ):
+                self.error = RuntimeError(
+                    f"Ray gave {chips[name]} chips of slice {name}, which is a {shape}, for a {wanted}"
+                )
+                return True
+        return False
 
     @property
     def cause(self) -> BaseException | None:

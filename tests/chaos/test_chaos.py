@@ -92,7 +92,6 @@ def test_what_a_run_leaves_behind_is_seen(tmp_path: Path) -> None:
         assert probe.connect_ex(("127.0.0.1", port)), "it was killed"
 
 
-@pytest.mark.soak
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_faults_on_this_machine(tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ def test_two_slices_of_two_hosts() -> None:
     assert [(m.node.id, m.environment["TPU_VISIBLE_CHIPS"]) for m in lease.members] == [
         (host, chip) for host in ("a0", "a1", "b0", "b1") for chip in "0123"
     ]
+    assert not lease.misplaced()
     worlds = lease.worlds(attempt=1, port=1)
     assert [(w.node_rank, w.local_rank) for w in worlds] == [(n, c) for n in range(4) for c in range(4)]
     variables = lease.environment(13)
@@ -127,6 +128,15 @@ def test_two_slices_of_two_hosts() -> None:
     assert variables["TPU_WORKER_ID"] == "1"
     assert variables["TPU_WORKER_HOSTNAMES"] == "10.0.1.0,10.0.1.1"
     assert variables["TORCH_TPU_SLICEBUILDER_ADDRESSES"].split(",")[4] == "10.0.1.1:8070"
+
+
+def test_chips_of_other_slices_are_not_taken_for_those_asked_for() -> None:
+    lease = Lease(_Plan, 1, 8)  # type: ignore[arg-type]
+    for worker in range(8):
+        labels = _labels("deep", worker // 4) | {"ray.io/tpu-topology": "2x2x4"}
+        lease.enrol(Member(worker, Seen(f"deep{worker // 4}", "10.0.0.1", labels=labels), {}))
+    assert lease.misplaced()
+    assert str(lease.cause) == "Ray gave 8 chips of slice deep, which is a 2x2x4, for a 2x2x2"
 
 
 def _labels(name: str, number: int) -> dict[str, str]:
