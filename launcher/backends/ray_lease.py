@@ -86,7 +86,7 @@ class Lease:
     def misplaced(self) -> bool:
         """Whether Ray gave chips of other slices than those that were asked for; `cause` then says so.
 
-        It reserves slices by a name that it asks a host for, and where no answer comes in time it takes any chips.
+        Seen on a busy machine with Ray 2.60: workers asked for two slices of 2x2x1 were given one of 2x2x2.
         """
         wanted = self.plan.placement.topology
         chips = Counter(_slice(member) for member in self.members)
