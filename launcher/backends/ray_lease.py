@@ -89,17 +89,13 @@ class Lease:
         Seen on a busy machine with Ray 2.60: workers asked for two slices of 2x2x1 were given one of 2x2x2.
         """
         wanted = self.plan.placement.topology
-        chips = Counter(_slice(member) for member in self.members)
-        shapes = {_slice(member): member.node.labels.get(TOPOLOGY, wanted) for member in self.members}
-        for name, shape in shapes.items():
-            if (
-                self.plan.placement.on_tpu
-                and wanted
-                and (shape != wanted or chips[name] != Topology.parse(wanted).chips)
-            ):
-                self.error = RuntimeError(
-                    f"Ray gave {chips[name]} chips of slice {name}, which is a {shape}, for a {wanted}"
-                )
+        if wanted is None:
+            return False
+        # A node that does not say what it is part of cannot be judged.
+        given = Counter((_slice(m), m.node.labels[TOPOLOGY]) for m in self.members if TOPOLOGY in m.node.labels)
+        for (name, shape), chips in given.items():
+            if (shape, chips) != (wanted, Topology.parse(wanted).chips):
+                self.error = RuntimeError(f"Ray gave {chips} chips of slice {name}, which is a {shape}, for a {wanted}")
                 return True
         return False
 
