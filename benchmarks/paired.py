@@ -15,13 +15,16 @@ Case = Callable[[], float]
 """Does the work once and returns its seconds."""
 
 
-def command(argv: Sequence[str], cwd: str | None = None) -> Case:
-    """A case: the wall time of a whole command, which must succeed."""
+def command(argv: Sequence[str], cwd: str | None = None, status: int = 0, words: str = "") -> Case:
+    """A case: the wall time of a whole command, which must end with `status` and say `words`."""
 
     def run() -> float:
         started = time.perf_counter()
-        subprocess.run(argv, cwd=cwd, check=True, capture_output=True)
-        return time.perf_counter() - started
+        done = subprocess.run(argv, cwd=cwd, check=False, capture_output=True, text=True)
+        seconds = time.perf_counter() - started
+        if done.returncode != status or words not in done.stdout + done.stderr:
+            raise RuntimeError(f"{argv} ended with {done.returncode}: {done.stdout}{done.stderr}")
+        return seconds
 
     return run
 
