@@ -180,11 +180,9 @@ class NodeRanks:
                 for world in worlds:
                     self.pulses[world.rank].clear()
                     self.running.add(world.rank)
-                    log, variables = (
-                        self.run_dir.log(attempt, world.rank),
-                        self.environment(world, more.get("hosts", ())),
-                    )
-                    self._tell(start=world.rank, log=str(log), world=asdict(world), environment=variables)
+                    log = str(self.run_dir.log(attempt, world.rank))
+                    variables = self.environment(world, more.get("hosts", ()))
+                    self._tell(start=world.rank, log=log, world=asdict(world), environment=variables)
             case {"signal": number} if self.writer is not None:
                 if number == signal.SIGKILL and self.running - self.pids.keys() and self.process is not None:
                     self.process.kill()  # it is importing, and would hear of it only afterwards

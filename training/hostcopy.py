@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Copy:
-    """One copy: begun by its maker, finished in whatever thread comes to `finish` first.
+    """One copy: begun by its maker, finished by the same thread at once, or later by the writer's.
 
     Tensors of a GPU are copied in the order of its stream, so what training does there afterwards cannot disturb them,
     and nobody waits but the writer. Those in host memory must not change until `done`.
@@ -30,10 +30,9 @@ class Copy:
 
         self.done = threading.Event()
         self.blocked = 0.0
-        self._lock = threading.Lock()
         self._copied: dict[str, Any] = {}
         self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._sent: list[torch.cuda.Event] = []
+        self._sent: torch.cuda.Event | None = None
         for file, content in parts.items():
             if not file.endswith(".safetensors"):
                 self._copied[file] = json.dumps(content, indent=1).encode()
@@ -51,20 +50,19 @@ class Copy:
                     buffer.copy_(source, non_blocking=source.is_cuda)
                 self._copied[file][name] = buffer
         if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            self._sent.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
-            self._sent[0].record()
+            self._sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._sent.record()
 
     def finish(self) -> dict[str, Any]:
         """Copy what is not yet; returns bytes of each JSON file, and tensors by name of the others."""
-        with self._lock:
-            try:
-                for buffer, source in self._waiting:
-                    _copy(buffer, source)
-                for event in self._sent:
-                    event.synchronize()
-            finally:  # what fails here is the writer's to tell; nobody shall wait for it
-                self._waiting.clear()
-                self.done.set()
+        try:
+            for buffer, source in self._waiting:
+                _copy(buffer, source)
+            if self._sent is not None:
+                self._sent.synchronize()
+        finally:  # what fails here is the writer's to tell; nobody shall wait for it
+            self._waiting.clear()
+            self.done.set()
         return self._copied
 
 
