@@ -14,7 +14,7 @@ from typing import Any
 from launcher.errors import BadRequest
 from launcher.run import Run, find
 from launcher.spec import State
-from tests.launcher.engines import Project
+from tests.launcher.engines import Project, ranks_of
 from tests.testbed import keeper
 from training.group import environment
 
@@ -139,15 +139,8 @@ class Subject:
     # ---- its processes
 
     def ranks(self) -> dict[int, int]:
-        """rank -> pid of the newest attempt: a rank's output is its log, on every engine."""
-        folder = f"{self.run.dir.logs / str(self.run.dir.last_attempt())}/"
-        found: dict[int, int] = {}
-        for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
-            with suppress(OSError):
-                output = os.readlink(f"/proc/{pid}/fd/1")
-                if output.startswith(folder):
-                    found.setdefault(int(Path(output).stem), pid)
-        return found
+        """rank -> pid of the newest attempt."""
+        return ranks_of(self.run.dir.logs / str(self.run.dir.last_attempt()))
 
     def processes(self) -> dict[int, str]:
         """All processes of the run, as far as they can be told: by their environment, their command or their output."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,17 +24,27 @@ class Project:
 
     folder: Path
     engine: str
+    python: str = sys.executable
 
     def start(self, *argv: str) -> subprocess.Popen[str]:
         """Start the command and return at once; its output goes to pipes."""
         return subprocess.Popen(
-            [*COMMAND, *argv], cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [self.python, *COMMAND[1:], *argv],
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
 
     def call(self, *argv: str, status: int | None = 0) -> subprocess.CompletedProcess[str]:
         """Run the command to its end and check its exit status (None: any)."""
         done = subprocess.run(
-            [*COMMAND, *argv], cwd=self.folder, capture_output=True, text=True, timeout=240, check=False
+            [self.python, *COMMAND[1:], *argv],
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
         )
         if status is not None and done.returncode != status:
             logs = [f"== {p}\n{p.read_text(errors='replace')[-3000:]}" for p in self.folder.glob("runs/*/logs/*.log")]
@@ -60,6 +72,17 @@ class Project:
 def make_project(folder: Path, engine: str, programs: Path = PROGRAMS) -> Project:
     shutil.copytree(programs, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     return Project(folder, engine)
+
+
+def ranks_of(logs: Path) -> dict[int, int]:
+    """rank -> pid of the attempt whose logs are in that folder: a rank's output is its log, on every engine."""
+    found: dict[int, int] = {}
+    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
+        with suppress(OSError):
+            output = Path(os.readlink(f"/proc/{pid}/fd/1"))
+            if output.parent == logs:
+                found.setdefault(int(output.stem), pid)
+    return found
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = 90.0) -> None:
