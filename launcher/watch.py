@@ -37,6 +37,9 @@ class Watch:
     ten times that in any other phase. A rank that is starting, which lasts until its first step is done, is never too
     slow: downloads and first compilations have no usual time, and the process group has time-outs of its own. A process
     that was stopped has no such excuse, nor do those that are at something else while it is.
+
+    While one rank evaluates or saves, others may wait for it; but not those that have yet to finish a step which it has
+    finished, since ranks finish a step together.
     """
 
     def __init__(self, hang_after: float) -> None:
@@ -59,10 +62,9 @@ class Watch:
         limits = {rank: self._limit(beat, patience) for rank, beat in beats.items()}
         if any(beat.state and beat.state in STOPPED_STATES and beat.age > patience for beat in beats.values()):
             return True  # whatever the others are at: they will wait for it in the end, if they do not yet
-        late = any(beats[rank].age > limit for rank, limit in limits.items())
-        # While one rank evaluates or saves, the others may wait for it at their next step.
-        busy = any(limit > patience and beats[rank].age <= limit for rank, limit in limits.items())
-        return late and not busy
+        late = [beat.step for rank, beat in beats.items() if beat.age > limits[rank]]
+        busy = [beat.step for rank, beat in beats.items() if patience < limits[rank] >= beat.age]
+        return any(not any(other <= step for other in busy) for step in late)
 
     def _learn(self, beats: Mapping[int, Beat], now: float) -> None:
         step, age = max(

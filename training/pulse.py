@@ -43,6 +43,7 @@ class Pulse:
         self._memory = bytearray(SLOT) if memory is None else memory
         self._offset = 0 if memory is None else slot * SLOT
         self._step, self._phase = 0, STARTING
+        self._beats = False  # whether this rank says itself which steps are done
 
     @classmethod
     def of(cls, descriptor: int, slot: int) -> Pulse:
@@ -52,14 +53,15 @@ class Pulse:
     def beat(self, step: int | None = None) -> None:
         """Say that this rank moved; with `step`, that it has done that step and is training."""
         if step is not None:
-            self._step = step
+            self._step, self._beats = step, True
             if self._phase == STARTING:
                 self._phase = TRAINING
         _LAYOUT.pack_into(self._memory, self._offset, self._step, time.monotonic(), self._phase.encode()[:16])
 
     def note(self, step: int) -> None:
-        """Say that `step` is done, from a rank that may not say so after every step, and is not watched for it."""
-        self._step = max(self._step, step)
+        """Say that `step` is done, from a rank that is not watched for it; one that beats after its steps only moved."""
+        if not self._beats:
+            self._step = max(self._step, step)
         self.beat()
 
     @contextmanager

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,20 @@ def test_slow_steps_are_learned() -> None:
 def test_there_is_ten_times_the_patience_outside_of_steps(phase: str) -> None:
     assert not hung(*trained(), 99.0, phase, "training")
     assert hung(*trained(), 101.0, phase, "training")
+
+
+def test_who_has_yet_to_finish_a_step_does_not_wait_for_one_that_saves_after_it() -> None:
+    ahead, behind = Beat(3, "saving"), Beat(2, "training")
+
+    def hung(*beats: Beat) -> bool:
+        watch, now = trained()
+        looks = [watch.see({r: replace(b, age=float(n)) for r, b in enumerate(beats)}, now + n) for n in range(12)]
+        assert not any(looks[:-1])
+        return looks[-1]
+
+    assert hung(ahead, behind)
+    assert not hung(ahead, replace(behind, step=3)), "this one may wait for it at its next step"
+    assert not hung(replace(ahead, step=2), behind)
 
 
 def test_a_start_is_never_too_slow() -> None:

@@ -63,6 +63,14 @@ def test_who_only_logs_its_steps_is_known_by_them_and_not_watched(tmp_path: Path
         assert (pulse.read().step, pulse.read().phase) == (8, STARTING)
 
 
+def test_a_log_says_nothing_of_the_step_of_a_rank_that_does_so_itself(tmp_path: Path) -> None:
+    pulse = Pulse()
+    with Context(tmp_path, World(), pulse=pulse) as ctx:
+        ctx.should_stop(5)
+        ctx.log(6, loss=1.0)  # only rank 0 would seem to be ahead
+        assert pulse.read().step == 5
+
+
 def test_every_call_of_should_stop_is_a_beat(tmp_path: Path) -> None:
     pulse = Pulse()
     with Context(tmp_path, World(), pulse=pulse) as ctx:
