@@ -3,7 +3,7 @@
     checkpoints/
       step-000000500/            committed: appeared by one rename after all in it was written, hashed and fsynced
         model.safetensors  optimizer.safetensors  rng.safetensors  state.json  config.json
-        manifest.json            bytes and sha256 of each file; written last
+        manifest.json            bytes and hash of each file; written last
       .step-000000600.staging/   a save under way, or what a killed one left; never read
 
 A checkpoint is a mapping of file names to content: tensors by name for `*.safetensors`, a JSON value for `*.json`.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import shutil
@@ -17,7 +18,7 @@ from tests.training.ranks import spawn
 from training import hostcopy
 from training.checkpoints import Checkpoint, Checkpoints
 from training.errors import CheckpointError
-from training.manifest import MANIFEST, load, read_manifest, verify, write_file, write_manifest
+from training.manifest import FORMAT, MANIFEST, load, read_manifest, verify, write_file, write_manifest
 from training.world import World
 
 
@@ -206,10 +207,31 @@ def test_a_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
+def test_a_checkpoint_of_the_format_before_is_read_still(tmp_path: Path) -> None:
+    store = Checkpoints(tmp_path)
+    store.save(1, parts(1), wait=True)
+    store.close()
+    folder = tmp_path / "step-000000001"
+    files = {
+        name: {
+            "bytes": (folder / name).stat().st_size,
+            "sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest(),
+        }
+        for name in read_manifest(folder)["files"]
+    }
+    write_manifest(folder, {"format": 1, "step": 1, "score": None, "files": files})
+    newest = store.latest()
+    assert newest is not None
+    assert same(load(newest.path), parts(1))
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not what was written: its sha256 differs"):
+        verify(folder)
+
+
 def test_a_file_that_cannot_be_parsed_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"no")
-    entry = {"bytes": 2, "sha256": ""}
-    write_manifest(tmp_path, {"format": 1, "step": 1, "score": None, "files": {"model.safetensors": entry}})
+    entry = {"bytes": 2, "xxh3_128": ""}
+    write_manifest(tmp_path, {"format": FORMAT, "step": 1, "score": None, "files": {"model.safetensors": entry}})
     with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
         load(tmp_path)
 
