@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -22,18 +21,24 @@ def start(module: str, run_dir: Path, log: Path) -> str:
     """
     log.parent.mkdir(exist_ok=True)
     with log.open("ab") as output:
-        process = subprocess.Popen(
+        # Not a Popen, which would warn of a process that outlives it; outliving is what this one is for.
+        pid = os.posix_spawn(
+            sys.executable,
             [sys.executable, "-P", "-m", module, str(run_dir)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
+            os.environ,
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_DUP2, output.fileno(), 1),
+                (os.POSIX_SPAWN_DUP2, output.fileno(), 2),
+            ],
+            setsid=True,
+            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # which Python ignores, and children would, too
         )
-    _children.append(process)
-    return f"{socket.gethostname()}:{process.pid}:{_start_time(process.pid)}"
+    _children.add(pid)
+    return f"{socket.gethostname()}:{pid}:{_start_time(pid)}"
 
 
-_children: list[subprocess.Popen[bytes]] = []
+_children: set[int] = set()
 """Kept so that a long-lived Python (a notebook) reaps what it started; see `poll`."""
 
 
@@ -43,8 +48,12 @@ def poll(job_id: str) -> State:
     if host != socket.gethostname():
         return State.UNKNOWN
     for child in list(_children):
-        if child.poll() is not None:
-            _children.remove(child)
+        try:
+            gone, _ = os.waitpid(child, os.WNOHANG)
+        except ChildProcessError:  # somebody else has reaped it
+            gone = child
+        if gone:
+            _children.discard(child)
     return State.RUNNING if _start_time(int(pid)) == started else State.LOST
 
 
