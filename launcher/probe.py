@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 PATIENCE_SECONDS = 5.0
 """For one name, one connection, one file to appear on another node."""
+ALONE_SECONDS = 30.0
+"""How long the ranks of a node may be apart before they have anything to do with each other."""
 SKEW_SECONDS = 1.0
 """Clocks further apart make the times of events and logs of different nodes misleading, and break certificates and caches."""
 
@@ -36,10 +38,13 @@ def main(ctx: Context) -> dict[str, Any]:
     """The findings of all nodes: ``{"nodes": [one dict a node]}``, and what `launcher.fabric` measured between them."""
     folder = ctx.run_dir / "doctor"
     folder.mkdir(exist_ok=True)
+    own = folder / f"{ctx.world.node_rank}.json"
     mine = alone(ctx)
     if ctx.world.local_rank == 0:
         # Left before anything is tried together: where that fails, this much is known.
-        write_atomic(folder / f"{ctx.world.node_rank}.json", to_json(mine))
+        write_atomic(own, to_json(mine))
+    else:
+        _until(own.exists, ALONE_SECONDS)  # a rank that fails first would have the one that writes killed
     mine |= together(ctx, folder, mine["host"])
     found = ctx.group.gather(mine)
     nodes = [each for each in found if each["local_rank"] == 0]
@@ -182,9 +187,17 @@ def _resolves(host: str) -> Sequence[Any]:
 def appears(path: Path) -> float:
     """Seconds until a file that another node has written is seen here; -1 for never."""
     started = time.monotonic()
-    while time.monotonic() < started + PATIENCE_SECONDS:
+
+    def there() -> bool:
         os.listdir(path.parent)  # makes an NFS client look again
-        if path.exists():
-            return time.monotonic() - started
+        return path.exists()
+
+    return time.monotonic() - started if _until(there, PATIENCE_SECONDS) else -1.0
+
+
+def _until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Wait until `condition` holds, `seconds` at most; whether it does."""
+    deadline = time.monotonic() + seconds
+    while not (holds := condition()) and time.monotonic() < deadline:
         time.sleep(0.02)
-    return -1.0
+    return holds
