@@ -11,10 +11,11 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from launcher import backends, snapshot, target
+from launcher import backends, snapshot
 from launcher.errors import BadRequest
 from launcher.plan import make_plan, name_of
 from launcher.records import to_data
+from launcher.resolve import resolve
 from launcher.run import Run, find
 from launcher.rundir import RunDir, to_json
 from launcher.spec import Plan, RunSpec, State, Target
@@ -119,7 +120,8 @@ def resubmit(run: Run, **options: Any) -> Run:
 
 def _send(plan: Plan, run_dir: RunDir) -> Run:
     _check_target(plan, run_dir)
-    run_dir.event("submitted", backend=plan.backend, world_size=plan.placement.world_size)
+    told = {"backend": plan.backend, "cluster": plan.cluster.name, "world_size": plan.placement.world_size}
+    run_dir.event("submitted", **told)
     run_dir.write_job(plan.cluster.engine, backends.get(plan.cluster.engine).submit(plan))
     return Run(run_dir)
 
@@ -155,7 +157,7 @@ def _copy_code(plan: Plan, run_dir: RunDir) -> None:
 def _project_of(plan: Plan) -> tuple[Target, Path]:
     if plan.target.kind == "value":
         return plan.target, plan.cwd
-    found, project = target.resolve(plan.spec.target, plan.spec.args, plan.cwd)
+    found, project = resolve(plan.spec.target, plan.spec.args, plan.cwd)
     assert project is not None, "a target with entries on the path has a project"
     return found, project
 

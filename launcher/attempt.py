@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 
 from launcher.ranks import STACK_SECONDS, Message
-from launcher.rundir import RunDir
 from launcher.watch import Beat, Place, Watch, accuse
 from launcher.worker import FULL, RAISED, REFUSED, UNHEARD
 
@@ -17,20 +15,6 @@ LAST_WORDS_SECONDS = 0.5
 
 DEATH_SECONDS = 30.0
 """How long a killed rank may take to be gone. One that hangs in a driver or a file system (the D state) never is."""
-
-
-MOUNT_SECONDS = 120.0
-"""How long a run directory that takes nothing is waited for between two attempts: a mount that was lost may come back."""
-
-
-async def until_writable(run_dir: RunDir) -> None:
-    """Wait, for a bounded time, while the run directory cannot be written."""
-    deadline = asyncio.get_running_loop().time() + MOUNT_SECONDS
-    while asyncio.get_running_loop().time() < deadline:
-        with suppress(OSError):
-            await asyncio.to_thread(run_dir.beat)  # a shared disk may take long to answer
-            return
-        await asyncio.sleep(1.0)
 
 
 class Attempt:

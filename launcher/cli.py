@@ -269,7 +269,8 @@ def summary(run: Any) -> str:
 
 def target_help(spec: RunSpec) -> int:
     """``launch module:function --help``: the flags of the function's config dataclass."""
-    from launcher.target import load, resolve, signature
+    from launcher.resolve import resolve
+    from launcher.target import load, signature
     from training.flags import usage
 
     resolve(spec.target, (), Path.cwd())

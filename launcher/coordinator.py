@@ -9,18 +9,16 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
-from typing import Any
 
 from launcher import environment, history, preflight
-from launcher.attempt import Attempt, until_writable
+from launcher.attempt import Attempt
+from launcher.ending import end_run, note_failure, until_writable
 from launcher.network import reserve_port
 from launcher.peers import CONNECT_SECONDS, PULSE_SECONDS, Peers
 from launcher.policy import Action, Failure, Outcome, back_off, decide, no_progress, unfit
 from launcher.ranks import Message, NodeRanks, Seat, on_signals
-from launcher.rundir import BEAT_SECONDS, RunDir, tail
+from launcher.rundir import BEAT_SECONDS, RunDir
 from launcher.spec import Plan, State
-from training.files import read_json
 
 
 class Coordinator:
@@ -200,9 +198,8 @@ class Coordinator:
             return Outcome({}, stop=self.reason)
         if gone := set(agents) - {*self.peers.here()}:
             return Outcome({}, lost=[self._host(agent) for agent in sorted(gone)])
-        hosts = tuple(self._host(agent) for agent in agents)
-        told = {self._host(agent): facts for agent, facts in answers.items()}
-        unfit_hosts = preflight.judge(told, hosts, self.plan.placement.ranks_per_node)
+        ranks = dict.fromkeys(map(self._host, agents), self.plan.placement.ranks_per_node)
+        unfit_hosts = preflight.judge({self._host(agent): facts for agent, facts in answers.items()}, ranks)
         self.struck |= {agent for agent in agents if self._host(agent) in unfit_hosts}
         return Outcome({}, hosts=self._host_of(agents), unfit=unfit_hosts) if unfit_hosts else None
 
@@ -268,48 +265,3 @@ class Coordinator:
 
     def _end(self, state: State, attempt: int, failure: Failure | None = None, step: int | None = None) -> State:
         return end_run(self.run_dir, self.plan, state, attempt, self.started, failure, step)
-
-
-def note_failure(
-    run_dir: RunDir, attempt: int, failure: Failure | None, restarts_left: int, step: int | None = None
-) -> bool:
-    """Leave the events of an attempt that failed, after `step`, and is followed by another; says whether that worked."""
-    assert failure is not None, "only a failure is worth a restart"
-    told = _told(attempt, failure, step)
-    noted = run_dir.event("failed", **told)
-    run_dir.event("restarted", **told, restarts_left=restarts_left)
-    return noted
-
-
-def _told(attempt: int, failure: Failure, step: int | None) -> dict[str, Any]:
-    told = {"kind": failure.kind, "message": failure.message, "rank": failure.rank, "host": failure.host}
-    return {"attempt": attempt, "step": step, **told}
-
-
-def end_run(
-    run_dir: RunDir,
-    plan: Plan,
-    state: State,
-    attempt: int,
-    started: float,
-    failure: Failure | None = None,
-    step: int | None = None,
-) -> State:
-    """Leave ``result.json`` and the last event; `started` is when this submission began, by `time.monotonic`."""
-    fields: dict[str, Any] = {
-        "metrics": (read_json(run_dir.value_file) or {}) if state is State.SUCCEEDED else {},
-        "steps": run_dir.newest_step() or 0,
-        "world_size": plan.placement.world_size,
-        "attempts": attempt,
-        "seconds": round(time.monotonic() - started, 3),
-    }
-    if failure is not None:
-        run_dir.event("failed", **_told(attempt, failure, step))
-        rank = failure.rank if failure.rank is not None else 0
-        fields["failure"] = asdict(failure) | {"log": tail(run_dir.log(attempt, rank))}
-    try:
-        run_dir.write_result(state, **fields)
-    except OSError as error:  # then the exit status has to say it all
-        print(f"launch: {run_dir.result_file}: {error.strerror}: {state.value} {fields}", file=sys.stderr)
-    run_dir.event("finished", attempt=attempt, state=state.value)
-    return state

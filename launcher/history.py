@@ -28,7 +28,7 @@ class History:
         setbacks: attempts that failed.
         preempted: the newest step at the last time the scheduler took the nodes away; None: it never did, or the target
             does not say its steps.
-        excluded: hosts that the run stays away from.
+        excluded: hosts that the run stays away from, of the cluster that it was last sent to.
     """
 
     setbacks: tuple[Setback, ...] = ()
@@ -65,11 +65,12 @@ class History:
 
 def read(events: Iterable[Mapping[str, Any]]) -> History:
     """The history that the events of a run tell."""
-    history = History()
+    history, cluster = History(), None
     for event in events:
         match event:
             case {"event": "submitted"}:
-                history = History(excluded=history.excluded)
+                same, cluster = cluster in (None, event.get("cluster")), event.get("cluster")
+                history = History(excluded=history.excluded if same else ())
             case {"event": "failed", "kind": kind}:
                 setback = Setback(kind, event.get("rank"), event.get("host"), event.get("step"))
                 history = History((*history.setbacks, setback), history.preempted, history.excluded)

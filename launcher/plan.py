@@ -10,12 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher import backends, profiles, snapshot, target
+from launcher import backends, profiles, snapshot
 from launcher.cluster import Cluster
 from launcher.errors import BadRequest
 from launcher.placement import Devices, Placement, place
+from launcher.resolve import check_shadowing, python_path, resolve
 from launcher.rundir import RunDir
 from launcher.spec import Plan, RunSpec, Target, check_name, parse_minutes
+from launcher.target import signature
 
 DEFAULT_MINUTES = 60
 
@@ -50,8 +52,8 @@ def make_plan(spec: RunSpec, cwd: Path, function: Callable[..., Any] | None = No
     path: tuple[str, ...] = ()
     if project is not None:
         root, _ = snapshot.project_root(project)
-        path = target.python_path(root, run_dir.code, project)
-        target.check_shadowing([str(project)])
+        path = python_path(root, run_dir.code, project)
+        check_shadowing([str(project)])
         found = replace(found, path=path, **_moved(found, root, run_dir.code))
     text = spec.time or site.time
     plan = Plan(
@@ -124,9 +126,9 @@ def _check_folder(run_dir: Path, site: Cluster) -> None:
 
 def _find_target(spec: RunSpec, cwd: Path, function: Callable[..., Any] | None) -> tuple[Target, Path | None]:
     if function is not None and not _importable(function):
-        target.signature(function)
+        signature(function)
         return Target("value", spec.target, spec.args, source=()), cwd
-    return target.resolve(spec.target, spec.args, cwd)
+    return resolve(spec.target, spec.args, cwd)
 
 
 def _moved(found: Target, root: Path, code: Path) -> dict[str, Any]:

@@ -30,9 +30,10 @@ Facts = Mapping[str, Any]
 T = TypeVar("T")
 
 
-async def look(run_dir: RunDir, attempt: int, node: int, device: str) -> dict[str, Any]:
+async def look(run_dir: RunDir, attempt: int, node: int, device: str, visible: str | None) -> dict[str, Any]:
     """What this node says of itself, as JSON can hold it; takes `LIMIT_SECONDS` and a moment at most.
 
+    `visible`: the run's GPUs there, as CUDA_VISIBLE_DEVICES names them; None: all.
     Each thing that it looked at is a dict; one with a ``fault`` could not be found out, and that is the sentence about it.
     """
     heard = time.time()
@@ -42,7 +43,7 @@ async def look(run_dir: RunDir, attempt: int, node: int, device: str) -> dict[st
         "versions": versions,
     }
     if device == "cuda":
-        parts["gpus"] = _gpus
+        parts["gpus"] = lambda: gpus.report(visible) or {}
     waits = (asyncio.to_thread(probe.within, LIMIT_SECONDS, partial(_told, part)) for part in parts.values())
     found = dict(zip(parts, await asyncio.gather(*waits), strict=True))
     late = {"fault": f"did not answer within {LIMIT_SECONDS:g} s"}
@@ -84,27 +85,22 @@ def versions() -> dict[str, Any]:
     return probe.versions()
 
 
-def _gpus() -> dict[str, Any]:
-    return gpus.report(os.environ.get("CUDA_VISIBLE_DEVICES")) or {}
-
-
 # ---- what it means ------------------------------------------------------------------------------------------------
 
 
-def judge(answers: Mapping[str, Facts], hosts: tuple[str, ...], ranks: int) -> dict[str, str]:
-    """Which of `hosts` are unfit, each with what is wrong and what to do about it.
+def judge(answers: Mapping[str, Facts], ranks: Mapping[str, int]) -> dict[str, str]:
+    """Which hosts are unfit, each with what is wrong and what to do about it.
 
     Clocks and versions are held against those of the host that most others agree with; of two, the first is believed.
 
     Args:
         answers: what `look` returned on each host, and by the coordinator's clock when it was ``asked`` and ``answered``.
-        hosts: those that were asked, node 0's first.
-        ranks: of each node.
+        ranks: how many are to start on each host that was asked, node 0's first.
     """
-    there = {host: answers[host] for host in hosts if host in answers}
-    faults: dict[str, list[str]] = {host: [] for host in hosts}
-    for host in hosts:
-        faults[host] += _of_itself(there[host], ranks) if host in there else [_SILENT]
+    there = {host: answers[host] for host in ranks if host in answers}
+    faults: dict[str, list[str]] = {host: [] for host in ranks}
+    for host, number in ranks.items():
+        faults[host] += _of_itself(there[host], number) if host in there else [_SILENT]
     _hold_clocks(faults, there)
     known = {host: facts["versions"] for host, facts in there.items() if "fault" not in facts["versions"]}
     if known:

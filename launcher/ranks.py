@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 from launcher import preflight, tpu
 from launcher.network import interface_of, source_towards
+from launcher.resolve import imports_of
 from launcher.rundir import RunDir
 from launcher.spec import Plan
-from launcher.target import imports_of
 from launcher.watch import Beat, place_of
 from launcher.worker import UNHEARD
 from training.files import read_json
@@ -189,8 +189,9 @@ class NodeRanks:
                 self._tell(signal=number, ranks=sorted(self.running))
             case {"stacks": attempt}:
                 self.task = asyncio.create_task(self._stacks(attempt))
-            case {"look": attempt}:
-                self.task = asyncio.create_task(self._look(attempt))
+            case {"look": attempt, **more}:
+                visible = more.get("visible", os.environ.get("CUDA_VISIBLE_DEVICES"))
+                self.task = asyncio.create_task(self._look(attempt, visible))
 
     async def _open_and(self, message: Message) -> None:
         try:
@@ -213,8 +214,8 @@ class NodeRanks:
             found[rank] = astuple(Beat(pulse.step, pulse.phase, pulse.age, process_state(self.pids.get(rank))))
         return found
 
-    async def _look(self, attempt: int) -> None:
-        facts = await preflight.look(self.run_dir, attempt, self.seat.node, self.plan.placement.device)
+    async def _look(self, attempt: int, visible: str | None) -> None:
+        facts = await preflight.look(self.run_dir, attempt, self.seat.node, self.plan.placement.device, visible)
         self.post({"looked": attempt, "facts": facts})
 
     async def _stacks(self, attempt: int) -> None:

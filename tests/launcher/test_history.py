@@ -22,6 +22,12 @@ def test_a_submission_starts_a_new_count_but_bad_nodes_are_remembered() -> None:
     assert read([*events, struck]) == History((Setback("killed", 1, "node1", 3),), 4, ("node7", "node8"))
 
 
+def test_nodes_of_one_cluster_are_none_of_another() -> None:
+    events: list[dict[str, Any]] = [{"event": "submitted", "cluster": "a"}, {"event": "struck", "exclude": ["node7"]}]
+    assert read([*events, {"event": "submitted", "cluster": "a"}]).excluded == ("node7",)
+    assert read([*events, {"event": "submitted", "cluster": "b"}]).excluded == ()
+
+
 def test_the_same_failure_at_the_same_step_repeats() -> None:
     history = read([failed(3)])
     assert history.repeats("killed", 1, 3)

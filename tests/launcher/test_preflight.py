@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -51,7 +52,7 @@ def facts(ahead: float = 0.0, **more: Any) -> dict[str, Any]:
 def unfit(*nodes: dict[str, Any] | None, ranks: int = 2) -> dict[str, str]:
     """Of nodes n0, n1, ...; None has not answered."""
     hosts = tuple(f"n{number}" for number in range(len(nodes)))
-    return judge({host: node for host, node in zip(hosts, nodes, strict=True) if node}, hosts, ranks)
+    return judge({host: node for host, node in zip(hosts, nodes, strict=True) if node}, dict.fromkeys(hosts, ranks))
 
 
 def test_nodes_in_order_are_fit() -> None:
@@ -108,7 +109,7 @@ def test_the_time_that_a_look_takes_is_no_skew() -> None:
 
 
 def run(folder: Path, device: str = "cpu", attempt: int = 3) -> dict[str, Any]:
-    return asyncio.run(look(RunDir(folder), attempt, 1, device))
+    return asyncio.run(look(RunDir(folder), attempt, 1, device, os.environ.get("CUDA_VISIBLE_DEVICES")))
 
 
 def test_a_node_looks_around_in_a_moment_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import cloudpickle
 import pytest
 
-from launcher import target, worker
+from launcher import resolve, target, worker
 from launcher.errors import BadRequest
 from launcher.spec import Target
 from training.errors import ConfigError
@@ -85,7 +85,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_what_is_found(project: Path, name: str, kind: str, source: str) -> None:
-    found, folder = target.resolve(name, ["--flag", "a b"], project)
+    found, folder = resolve.resolve(name, ["--flag", "a b"], project)
     expected = {"script": str(project / source), "module": name.removeprefix("-m ")}.get(kind, name)
     assert (found.kind, found.name, found.args) == (kind, expected, ("--flag", "a b"))
     assert found.source == (str(project / source),)
@@ -94,9 +94,9 @@ def test_what_is_found(project: Path, name: str, kind: str, source: str) -> None
 
 
 def test_what_is_installed_does_not_travel(project: Path) -> None:
-    found, folder = target.resolve("-m submitit.core._submit", [], project)
+    found, folder = resolve.resolve("-m submitit.core._submit", [], project)
     assert (found.kind, folder) == ("module", None)
-    assert target.resolve("json:dumps", [], project)[1] is None
+    assert resolve.resolve("json:dumps", [], project)[1] is None
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_what_is_installed_does_not_travel(project: Path) -> None:
 )  # fmt: skip
 def test_what_is_not(project: Path, name: str, words: str) -> None:
     with pytest.raises(BadRequest) as refused:
-        target.resolve(name, [], project)
+        resolve.resolve(name, [], project)
     assert words in str(refused.value)
 
 
@@ -152,16 +152,16 @@ def test_a_package_of_our_own_name_is_refused_and_both_are_named(tmp_path: Path,
     (tmp_path / "train.py").touch()
     ours = str(Path(target.__file__).parents[1] / package / "__init__.py")
     with pytest.raises(BadRequest) as refused:
-        target.check_shadowing([str(tmp_path)])
+        resolve.check_shadowing([str(tmp_path)])
     assert f"yours at {theirs} and this toolkit's at {ours}" in str(refused.value)
     with pytest.raises(BadRequest, match=f"two packages are called '{package}'"):
-        target.resolve(f"{package}.mine:main", [], tmp_path)
+        resolve.resolve(f"{package}.mine:main", [], tmp_path)
 
 
 def test_a_folder_of_our_name_that_holds_no_code_is_fine(tmp_path: Path) -> None:
     (tmp_path / "training").mkdir()
     (tmp_path / "training/data.csv").touch()
-    target.check_shadowing([str(tmp_path)])
+    resolve.check_shadowing([str(tmp_path)])
 
 
 def test_the_imports_of_a_file_each_once_in_order(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_the_imports_of_a_file_each_once_in_order(tmp_path: Path) -> None:
         "from . import near\nfrom .x import y\ntry:\n    import inner\nexcept ImportError: pass\n"
         "def f():\n    import torch, os.path as p\n"
     )
-    found = target.imports_of([str(source), str(tmp_path / "absent.py"), __file__ + "c"])
+    found = resolve.imports_of([str(source), str(tmp_path / "absent.py"), __file__ + "c"])
     assert found == ["import torch, os.path as p", "from a.b import c, d as e", "import inner"]
 
 
@@ -340,7 +340,7 @@ def test_the_project_on_the_path_is_the_snapshot(tmp_path: Path, monkeypatch: py
     root.mkdir()
     monkeypatch.chdir(root)
     expected = [code / "pkg", code, code / "src", code / "lib"]
-    assert target.python_path(root, code, root / "pkg") == tuple(map(str, expected))
+    assert resolve.python_path(root, code, root / "pkg") == tuple(map(str, expected))
 
 
 # ---- naming what it raised ------------------------------------------------------------------------------------------
