@@ -22,10 +22,9 @@ from typing import Any
 
 from launcher import history
 from launcher.backends.ray import trainer
-from launcher.backends.slurm_job import seat
-from launcher.coordinator import end_run
+from launcher.backends.slurm_job import as_task
+from launcher.ending import end_run
 from launcher.network import source_towards
-from launcher.output import outlive_a_full_disk
 from launcher.peers import CONNECT_SECONDS
 from launcher.policy import no_progress
 from launcher.ranks import Seat
@@ -53,14 +52,13 @@ class RayTask:
         self.run_dir = run_dir
 
     def __call__(self) -> None:
-        outlive_a_full_disk()
+        as_task(RunDir(self.run_dir), self._be_a_node)
+
+    def _be_a_node(self, where: Seat) -> int:
         run_dir = RunDir(self.run_dir)
         run_dir.logs.mkdir(exist_ok=True)
-        where = seat(run_dir, os.environ)
         with RayNode(run_dir, where) as node:
-            status = node.follow() if where.node else node.lead()
-        if status:
-            sys.exit(status)  # the job's exit status should be the run's, and its log not end in a traceback of ours
+            return node.follow() if where.node else node.lead()
 
 
 class RayNode:

@@ -14,13 +14,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from launcher import history
-from launcher.coordinator import end_run, note_failure
+from launcher.ending import end_run, note_failure
 from launcher.output import outlive_a_full_disk
 from launcher.policy import Action, Outcome, decide
 from launcher.ranks import Fate, Seat
@@ -152,14 +152,20 @@ class AgentTask:
     def __call__(self) -> None:
         from launcher.agent import run_agent
 
-        outlive_a_full_disk()
-        step_daemon = os.getppid()
-        status = asyncio.run(run_agent(RunDir(self.run_dir), seat(RunDir(self.run_dir), os.environ)))
-        if os.getppid() != step_daemon:
-            orphaned(RunDir(self.run_dir), status, os.environ)
-        if status:
-            # Not an exception: the job's exit status should be the run's, and its log not end in our traceback.
-            sys.exit(status)
+        run_dir = RunDir(self.run_dir)
+        as_task(run_dir, lambda where: asyncio.run(run_agent(run_dir, where)))
+
+
+def as_task(run_dir: RunDir, work: Callable[[Seat], int]) -> None:
+    """Be a task of the job: do `work` on this seat, and end with the status that it returns, whether SLURM hears it or not."""
+    outlive_a_full_disk()
+    step_daemon = os.getppid()
+    status = work(seat(run_dir, os.environ))
+    if os.getppid() != step_daemon:
+        orphaned(run_dir, status, os.environ)
+    if status:
+        # Not an exception: the job's exit status should be the run's, and its log not end in our traceback.
+        sys.exit(status)
 
 
 def orphaned(run_dir: RunDir, status: int, environment: Mapping[str, str]) -> None:

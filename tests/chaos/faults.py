@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.chaos.subject import Subject
-from tests.testbed.keeper import descendants, processes_with
+from tests.testbed.keeper import descendants
 from tests.testbed.ray import RayCluster
 from tests.testbed.slurm import SlurmCluster
 from training.files import write_atomic
@@ -214,10 +214,7 @@ def power_loss(scene: Scene) -> Undo:
 
 def kill_slurmstepd(scene: Scene) -> None:
     """The step's daemon on one node dies, and its tasks go on without it."""
-    node = scene.node()
-    found = processes_with(f"LAUNCH_TESTBED_NODE={scene.slurm.folder}/{node}\0")
-    (*_, victim) = [pid for pid, command in found.items() if "slurmstepd" in command and ".batch" not in command]
-    os.kill(victim, signal.SIGKILL)
+    scene.slurm.kill_step_daemon(scene.node())
 
 
 def controller_outage(scene: Scene) -> None:

@@ -57,6 +57,28 @@ def test_two_at_once_share_their_nodes(tmp_path: Path, on_slurm: SlurmCluster) -
     until(lambda: not keeper.processes_with(f"{TOKEN}="), "the end of all that they started", 20)
 
 
+@pytest.mark.soak
+@pytest.mark.slow
+@pytest.mark.slurm
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("host", ["node1", "node2"])
+def test_a_killed_step_daemon_does_not_hold_the_nodes_for_ever(
+    host: str, tmp_path: Path, on_slurm: SlurmCluster
+) -> None:
+    """srun hears of the end of neither the leading task nor the following one; the run comes to its end all the same."""
+    project = make_project(tmp_path, "ray")
+    (tmp_path / "cluster_configs").mkdir()
+    (tmp_path / "cluster_configs/both.toml").write_text(PROFILE)
+    request = ("--cluster", "both", "--cpus", "2", "--nodes", "2", "--name", "d", "--detach")
+    project.call(*request, "steps:main", "--steps", "100", "--seconds", "0.1")
+    until((tmp_path / "runs/d/metrics.jsonl").exists, "a step", 120)
+    on_slurm.kill_step_daemon(host)
+    until(lambda: project.status("d")["state"] == "succeeded", "the end")
+    on_slurm.wait_idle(60)
+    until(lambda: not keeper.processes_with(f"{TOKEN}="), "the end of all that was started", 20)
+
+
 def started(project: Project, run: str) -> bool:
     return any(event["event"] == "started" for event in project.events(run))
 

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 
 from tests.launcher.engines import Project, until
-from tests.testbed.keeper import processes_with
-from tests.testbed.slurm import NODE, SlurmCluster
+from tests.testbed.slurm import SlurmCluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -78,11 +77,6 @@ class Week:
     def coordinating_agent_killed(self) -> None:
         os.kill(self.agent(self.hosts()[0]), signal.SIGKILL)
 
-    def step_daemon_killed(self, host: str) -> None:
-        found = processes_with(f"{NODE}={self.cluster.folder}/{host}\0")
-        (victim,) = [pid for pid, command in found.items() if "slurmstepd" in command and ".batch" not in command]
-        os.kill(victim, signal.SIGKILL)
-
     def node_set_down(self) -> None:
         self.cluster.set_node(self.hosts()[1], "down")
 
@@ -122,7 +116,7 @@ def test_a_killed_step_daemon_does_not_hold_up_what_follows(
     week = Week(slurm_project, on_slurm, "d")
 
     def struck_twice() -> None:
-        week.step_daemon_killed(week.hosts()[node])
+        on_slurm.kill_step_daemon(week.hosts()[node])
         week.coordinating_agent_killed()
 
     week.meets(struck_twice, 300)
@@ -132,15 +126,7 @@ def test_a_killed_step_daemon_does_not_hold_up_what_follows(
     assert reasons in (["node lost"], ["node lost"] * 2)
 
 
-SICK = """
-def main(ctx):
-    if ctx.world.attempt == 1:
-        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
-"""
-
-
 def test_a_run_leaves_the_node_of_a_sick_gpu(slurm_project: Project) -> None:
-    (slurm_project.folder / "sick.py").write_text(SICK)
     slurm_project.launch("--gpus", "1", "--name", "s", "sick:main")
     events = slurm_project.events("s")
     first, second = (e["hosts"][0] for e in events if e["event"] == "started")

@@ -215,6 +215,12 @@ class SlurmCluster:
         kill(victims)
         self._wait("slurmctld", lambda: self._keeper.poll(pid) is not None)
 
+    def kill_step_daemon(self, name: str) -> None:
+        """SIGKILL the slurmstepd of the newest task on a node; the task lives on, and nobody hears of its end."""
+        found = processes_with(f"{NODE}={self.folder}/{name}\0")
+        (*_, victim) = [pid for pid, command in found.items() if "slurmstepd" in command and ".batch" not in command]
+        os.kill(victim, signal.SIGKILL)
+
     def restart_slurmd(self, name: str) -> None:
         """Start a node's slurmd again after `kill_slurmd`."""
         self._start_slurmd(name)
