@@ -148,7 +148,7 @@ class Cluster:
         hang_after: seconds without a step, or three times the longest step so far where that is more, after which a run
             counts as hung; ten times that while it evaluates or saves; 0 never looks.
         preflight: before each attempt every node looks at its run folder, disks, clock, versions and GPUs, and one that is
-            unfit is left for another; not on Ray.
+            unfit is left for another; not for a Ray inside a job.
         start_method: ``forkserver`` (imports once a node) or ``spawn`` (for code that cannot fork).
         python: the Python command on the nodes; default: the one that submits.
         proxy: ``http://host:port`` through which the nodes reach the internet.

@@ -53,6 +53,9 @@ RULES: dict[str, Rule] = {
         Retry.HERE,
         "If the kernel killed it for memory, ask for more memory or fewer ranks a node; then `launch resume`.",
     ),
+    "not started": Rule(
+        Retry.HERE, "Ray says more in its own logs on the nodes, and in `ray status`; then `launch resume`."
+    ),
     "communication": Rule(
         Retry.HERE, "The ranks lost each other; look at the network between the nodes, then `launch resume`."
     ),

@@ -121,10 +121,10 @@ def _check(cluster: Cluster, where: str) -> None:
         )
     if cluster.ray.wait < 0:
         raise BadRequest(f"{where}: ray.wait = {cluster.ray.wait:g}: seconds are needed, 0 or more.")
-    if cluster.preflight and cluster.backend == "ray":
+    if cluster.preflight and cluster.ray.inside:
         raise BadRequest(
-            f"{where}: preflight = true: Ray chooses the nodes of each attempt by itself. Leave it out; `launch doctor"
-            " --on-nodes` looks at the nodes of a Ray."
+            f"{where}: preflight = true: a Ray inside a job has no other nodes than the job's, which SLURM chose. Leave it"
+            " out; `launch doctor --on-nodes` looks at the nodes."
         )
     for name in cluster.environment:
         if not name or "=" in name:

@@ -18,6 +18,8 @@ from launcher.errors import BadRequest
 CHIPS_PER_HOST = {"v4": 4, "v5p": 4, "v5e": 4, "v6e": 4}
 # Single-host shapes of the generations that offer more than one size.
 SINGLE_HOST_CHIPS = {"v4": (4,), "v5p": (4,), "v5e": (1, 4, 8), "v6e": (1, 4, 8)}
+# Cloud TPU names a slice by its cores, as in v4-8 and v5litepod-16.
+CORES_PER_CHIP = {"v4": 2, "v5p": 2, "v5e": 1, "v6e": 1}
 # Slices of the generations whose chips form a plane. In the others each axis is 1, 2 or a multiple of 4.
 FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 FLAT_GENERATIONS = ("v5e", "v6e")
@@ -87,6 +89,11 @@ def hosts_of(generation: str, chips: int, count: int) -> int:
     if chips in SINGLE_HOST_CHIPS[generation]:
         return count // chips
     return chips // CHIPS_PER_HOST[generation] * (count // chips)
+
+
+def pod_type(generation: str, chips: int) -> str:
+    """Cloud TPU's name of a slice of `chips` chips, such as ``v4-8`` or ``v5litepod-16``."""
+    return f"{generation.replace('v5e', 'v5litepod')}-{chips * CORES_PER_CHIP[generation]}"
 
 
 def tpu_environment(

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from launcher.backends import local, process
 from launcher.cluster import Cluster
+from launcher.devices import Placement
 from launcher.errors import BadRequest
 from launcher.rundir import RunDir
 from launcher.spec import Plan, State
+from launcher.tpu import SINGLE_HOST_CHIPS, Topology, pod_type
 
 ACCEPT_SECONDS = 180.0
 """How long `submit` waits for the driver's word that the cluster can run this; starting a Ray of our own takes seconds."""
@@ -30,10 +33,11 @@ def survey(cluster: Cluster) -> Cluster:
     return cluster if where else local.survey(cluster)
 
 
-def trainer(plan: Plan, number: int = 1, ranks: int | None = None) -> dict[str, Any]:
+def trainer(plan: Plan, number: int = 1, ranks: int | None = None, away: Sequence[str] = ()) -> dict[str, Any]:
     """The arguments of Ray's ScalingConfig and RunConfig, as plain data: what `render` prints is what the driver uses.
 
-    `number` counts the requests of a run, `ranks` is how many it goes on with where the cluster has become smaller.
+    `number` counts the requests of a run, `ranks` is how many it goes on with where the cluster has become smaller, `away`
+    are the ids of nodes that it stays away from.
 
     Raises:
         BadRequest: several TPU chips without the shape of their slice, which Ray needs to reserve it.
@@ -54,7 +58,10 @@ def trainer(plan: Plan, number: int = 1, ranks: int | None = None) -> dict[str, 
         generation = f"TPU-{(placement.accelerator or '').upper()}".replace("V5E", "V5LITEPOD")
         scaling |= {"use_tpu": True, "topology": placement.topology, "accelerator_type": generation}
         scaling.pop("placement_strategy")  # whole slices are reserved instead
+        resources |= _whole_host(placement)
     scaling["resources_per_worker"] = resources
+    if away:
+        scaling["label_selector"] = {"ray.io/node-id": f"!in({','.join(away)})"}
     return {
         "address": ray.address or ("a Ray inside the job" if ray.inside else "a Ray started on this machine"),
         "scaling_config": {key: value for key, value in scaling.items() if value is not None},
@@ -69,6 +76,19 @@ def trainer(plan: Plan, number: int = 1, ranks: int | None = None) -> dict[str, 
         },
         "settings": settings(plan),
     }
+
+
+def _whole_host(placement: Placement) -> dict[str, float]:
+    """What a rank takes besides its chip, so that slices of one host are whole ones of the right shape.
+
+    Ray 2.60 sees to that where a slice has several hosts, and would else take the chips of any. The first host of a slice
+    has one of a resource with the slice's kind in its name; here every rank takes its share of it.
+    """
+    if placement.topology is None or placement.accelerator not in SINGLE_HOST_CHIPS:
+        return {}
+    chips = Topology.parse(placement.topology).chips
+    one = chips in SINGLE_HOST_CHIPS[placement.accelerator]
+    return {f"TPU-{pod_type(placement.accelerator, chips)}-head": 1 / chips} if one else {}
 
 
 def settings(plan: Plan) -> dict[str, str]:

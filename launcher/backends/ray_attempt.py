@@ -6,8 +6,10 @@ import asyncio
 import signal
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 
+from launcher import preflight
 from launcher.attempt import Attempt
 from launcher.backends.ray_lease import Lease
 from launcher.backends.ray_reports import Reports
@@ -50,20 +52,17 @@ class RayAttempt:
     async def run(self, inbox: asyncio.Queue[tuple[str, Message]], going: Mapping[str, float]) -> Outcome:
         """Bring the attempt to its end."""
         lease = self.lease
-        hosts = [str(node) for node in lease.nodes()]
-        self.run_dir.event("started", attempt=self.number, world_size=lease.ranks, hosts=hosts)
-        await self._start()
-        self._check_drains(going)
+        unfit: dict[str, str] = {}
         ended = asyncio.create_task(self._tell_of_end(inbox))
         try:
-            while not self.ranks.over:
-                try:
-                    async with asyncio.timeout_at(self.ranks.kill_at):
-                        node, message = await inbox.get()
-                except TimeoutError:
-                    self.ranks.times_up()
-                else:
-                    self._take_in(node, message)
+            if self.cluster.preflight:
+                unfit = await self._preflight(inbox)
+            if not unfit and not self.stop and not lease.broken:
+                hosts = [str(node) for node in lease.nodes()]
+                self.run_dir.event("started", attempt=self.number, world_size=lease.ranks, hosts=hosts)
+                await self._start()
+                self._check_drains(going)
+                await self._watch(inbox)
         finally:
             ended.cancel()
         if any(code < 0 for code in self.ranks.exits.values()):
@@ -77,7 +76,37 @@ class RayAttempt:
         if lease.broken and not exits and not lost:
             exits = {0: -signal.SIGKILL}  # Ray ended its workers, and we our ranks
         errors = self.run_dir.errors(self.number)
-        return Outcome(exits, errors, self.stop, lost, host_of, self.ranks.progress, self.ranks.hung)
+        return Outcome(exits, errors, self.stop, lost, host_of, self.ranks.progress, self.ranks.hung, unfit)
+
+    async def _watch(self, inbox: asyncio.Queue[tuple[str, Message]]) -> None:
+        """Take in what is said until the last rank has ended."""
+        while not self.ranks.over:
+            try:
+                async with asyncio.timeout_at(self.ranks.kill_at):
+                    node, message = await inbox.get()
+            except TimeoutError:
+                self.ranks.times_up()
+            else:
+                self._take_in(node, message)
+
+    async def _preflight(self, inbox: asyncio.Queue[tuple[str, Message]]) -> dict[str, str]:
+        """Ask the nodes how they are; return what is wrong with each that is unfit."""
+        asked = time.time()
+        nodes = {node.id: str(node) for node in self.lease.nodes()}
+        answers: dict[str, Message] = {}
+        for node in nodes:
+            self.stewards.tell(node, {"look": self.number, "visible": self.lease.visible_on(node)})
+        with suppress(TimeoutError):
+            async with asyncio.timeout(preflight.ANSWER_SECONDS):
+                while len(answers) < len(nodes) and not self.stop and not self.lease.broken:
+                    node, message = await inbox.get()
+                    if message.get("looked") == self.number:
+                        answers[nodes[node]] = message["facts"] | {"asked": asked, "answered": time.time()}
+                    else:
+                        self._take_in(node, message)
+        if self.stop or self.lease.broken:
+            return {}
+        return preflight.judge(answers, {str(node): len(self.lease.ranks_on(node.id)) for node in self.lease.nodes()})
 
     async def _start(self) -> None:
         from ray.exceptions import RayError

@@ -88,6 +88,9 @@ def room(nodes: Sequence[RayNode], scaling: Mapping[str, Any]) -> int:
     fits = [node.holds(each) for node in nodes]
     if scaling.get("topology"):
         chips = Topology.parse(scaling["topology"]).chips
+        if _of_one_host(scaling):
+            right = [node for node in nodes if node.labels.get(TOPOLOGY, scaling["topology"]) == scaling["topology"]]
+            return chips * sum(node.holds(each) >= chips for node in right)
         # A slice with a host missing is of no use.
         return sum(chips for found, have in slices(nodes).values() if (found, have) == (scaling["topology"], chips))
     match scaling.get("placement_strategy"):
@@ -96,6 +99,10 @@ def room(nodes: Sequence[RayNode], scaling: Mapping[str, Any]) -> int:
         case "STRICT_SPREAD":
             return sum(1 for n in fits if n)
     return sum(fits)
+
+
+def _of_one_host(scaling: Mapping[str, Any]) -> bool:
+    return any(name.endswith("-head") for name in scaling["resources_per_worker"])
 
 
 def slices(nodes: Iterable[RayNode]) -> dict[str, tuple[str, int]]:
@@ -128,6 +135,8 @@ def shortage(nodes: Sequence[RayNode], scaling: Mapping[str, Any]) -> str:
     if scaling.get("topology"):
         wanted, chips = scaling["topology"], Topology.parse(scaling["topology"]).chips
         there = [f"{topology} with {up} chips up" for topology, up in slices(nodes).values()]
+        if _of_one_host(scaling):
+            wanted += " on one host"
         return (
             f"{ranks} ranks need {ranks // chips} whole TPU slice{'s' * (ranks > chips)} of {wanted}, but this Ray cluster"
             f" has {most // chips} ({have}; slices: {', '.join(there) or 'none'})"

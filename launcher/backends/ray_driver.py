@@ -7,7 +7,7 @@ same policy::
        └───── a steward on each node ── forkserver ── the ranks                    (attempts; `ray_steward`)
 
 A rank that dies starts again within its lease, and Ray does not notice. A worker or node that dies, or a node that is
-drained, ends the lease; the next one is asked of the nodes that are left.
+drained or struck, ends the lease; the next one is asked of the nodes that are left.
 """
 
 from __future__ import annotations
@@ -21,24 +21,21 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from launcher import history
-from launcher.attempt import until_writable
-from launcher.backends.ray import trainer
 from launcher.backends.ray_attempt import DRIVER, RayAttempt
-from launcher.backends.ray_cluster import RayNode, draining, fitting, join, leave, look, reservations, room, shortage
+from launcher.backends.ray_cluster import draining, join, leave, reservations, shortage
 from launcher.backends.ray_lease import Lease, Member
 from launcher.backends.ray_reports import Reports
+from launcher.backends.ray_room import Room
 from launcher.backends.ray_stewards import Stewards
-from launcher.coordinator import end_run, note_failure
+from launcher.ending import end_run, note_failure, until_writable
 from launcher.errors import BadRequest
 from launcher.output import outlive_a_full_disk
-from launcher.policy import ADVICE, Action, Failure, Outcome, back_off, decide, no_progress
+from launcher.policy import ADVICE, Action, Failure, Outcome, back_off, decide, no_progress, unfit
 from launcher.ranks import Message
 from launcher.rundir import BEAT_SECONDS, RunDir
 from launcher.spec import Plan, State
-from launcher.tpu import Topology
 
 LOOK_SECONDS = 0.5
 """How often the driver looks for a request to stop, for drained and new nodes, and for new checkpoints."""
@@ -68,12 +65,11 @@ class Driver:
         self.started = time.monotonic()
         self.inbox: asyncio.Queue[tuple[str, Message]] = asyncio.Queue()
         self.stewards = Stewards(run_dir, lambda node, message: self.inbox.put_nowait((node, message)))
+        self.room = Room(run_dir, self.stewards)
         self.reports = Reports(run_dir)
         self.ranks = self.plan.placement.world_size  # of the newest lease
         self.stop = ""  # why the run was asked to stop
         self.going: dict[str, float] = {}  # drained nodes, and when they go
-        self.lacking: tuple[float, str] | None = None  # since when the cluster is too small, and what it lacks
-        self.lost: list[str] = []  # nodes that died, for people
         self.suspects: dict[str, float] = {}  # when each was found silent; Ray may list it for a while
 
     async def run(self) -> State:
@@ -82,7 +78,7 @@ class Driver:
         threading.Thread(target=self._beat, daemon=True).start()
         try:
             await join(self.plan)
-            await self._check()
+            await self.room.check()
         except BadRequest as error:
             end = End(State.FAILED, Failure("bad request", str(error), advice=ADVICE["bad request"]))
         else:
@@ -123,55 +119,6 @@ class Driver:
                 self.inbox.put_nowait((DRIVER, {"saved": True}))
             await asyncio.sleep(LOOK_SECONDS)
 
-    # ---- the cluster ----------------------------------------------------------------------------------------------
-
-    async def _check(self) -> None:
-        """Refuse what this cluster can never run, and a run directory that a node does not see."""
-        nodes, scaling = look(), self._scaling()
-        lacks = shortage(nodes, scaling)
-        if lacks and not self.plan.cluster.ray.autoscales and not self._ranks_for(nodes):
-            raise BadRequest(
-                f"{lacks}. Ask for at most {room(nodes, scaling)} ranks; if the cluster grows on demand, set"
-                " ray.autoscales = true in its profile."
-            )
-        blind = await self._hire(nodes)
-        if blind:
-            raise BadRequest(
-                f"the run directory {self.run_dir.path} is not visible on the nodes"
-                f" {', '.join(node.address for node in blind)}. All nodes have to share it: set `runs` in the cluster's"
-                " profile to a shared folder."
-            )
-
-    def _scaling(self, ranks: int | None = None) -> dict[str, Any]:
-        scaling: dict[str, Any] = trainer(self.plan, ranks=ranks)["scaling_config"]
-        return scaling
-
-    async def _hire(self, nodes: list[RayNode]) -> list[RayNode]:
-        """Have a steward on each node that can hold a rank; returns those that do not see the run directory."""
-        useful = [node for node in nodes if room([node], self._scaling() | {"topology": None})]
-        if len(useful) <= self.plan.placement.nodes:
-            towards = next((n.address for n in nodes), "")
-            blind = await self.stewards.ensure(useful, towards, len(nodes) > 1)
-            self.stewards.open(node.id for node in useful)  # every one of them will be used
-            return blind
-        return await self.stewards.ensure(useful, nodes[0].address, len(nodes) > 1)
-
-    def _ranks_for(self, nodes: list[RayNode]) -> int:
-        """With how many ranks the run can go on, on these nodes; 0: with none."""
-        asked = self.plan.placement.world_size
-        if self.plan.cluster.ray.autoscales:
-            return asked
-        most = room(nodes, self._scaling())
-        if most >= asked or not self._elastic:
-            return asked if most >= asked else 0
-        topology = self.plan.placement.topology
-        return fitting(asked, most, Topology.parse(topology).chips if topology else 1)
-
-    @property
-    def _elastic(self) -> bool:
-        """What has begun may go on with fewer ranks; what begins gets what was asked for."""
-        return self.plan.cluster.ray.elastic and self.run_dir.last_attempt() > 0
-
     # ---- leases ---------------------------------------------------------------------------------------------------
 
     async def _leases(self) -> End:
@@ -181,7 +128,7 @@ class Driver:
             if isinstance(ranks, End):
                 return ranks
             number += 1
-            lease = Lease(self.plan, number, ranks, lost_before=len(self.lost))
+            lease = Lease(self.plan, number, ranks, lost_before=len(self.room.lost), away=self.room.struck())
             self.reports.begin()
             lease.start()
             self.ranks = ranks
@@ -192,31 +139,20 @@ class Driver:
     async def _room(self) -> int | End:
         """Wait until the cluster can hold the run, for a bounded time; returns the number of ranks, or how it ended."""
         while True:
-            nodes = look()
+            nodes = self.room.nodes()
             if self.stop:
                 return End(State.STOPPED)
             late = time.monotonic() - DEATH_SECONDS
             if any(self.suspects.get(node.id, late) > late for node in nodes):
                 await self._hear_idle()
                 continue
-            if ranks := self._ranks_for(nodes):
+            if ranks := self.room.ranks_for(nodes):
                 if not self.plan.cluster.ray.autoscales:  # there, only workers that come are an answer
-                    self.lacking = None
+                    self.room.lacking = None
                 return ranks
-            if end := self._too_small(shortage(nodes, self._scaling())):
-                return end
+            if failure := self.room.too_small(shortage(nodes, self.room.scaling())):
+                return End(State.FAILED, failure)
             await self._hear_idle()
-
-    def _too_small(self, lacks: str) -> End | None:
-        patience = self.plan.cluster.ray.wait
-        if self.lacking is None:
-            self.lacking = time.monotonic(), lacks
-            self.run_dir.event("waiting", message=lacks, seconds=patience)
-        if time.monotonic() - self.lacking[0] < patience:
-            return None
-        gone = f"node {', '.join(dict.fromkeys(self.lost))} stopped answering, and " if self.lost else ""
-        text = f"{gone}the cluster is too small: {lacks}; waited {patience:g} s"
-        return End(State.FAILED, Failure("node lost", text, advice=ADVICE["node lost"]))
 
     async def _hear_idle(self) -> None:
         with suppress(TimeoutError):
@@ -231,7 +167,7 @@ class Driver:
                 return End(State.STOPPED)  # leaving ends what is being started
             await self._finish(lease, "the workers did not start")
             return await self._not_started(lease)
-        self.lacking = None
+        self.room.lacking = None
         while not self.stop:
             attempt = RayAttempt(self.run_dir, lease, self.stewards, self.reports, self._note)
             outcome = await attempt.run(self.inbox, self.going)
@@ -239,10 +175,12 @@ class Driver:
             attempt.report()
             past = history.read(self.run_dir.events())
             left = self.plan.spec.max_restarts - len(past.setbacks)
-            action, failure = decide(outcome, left, past, spare=True)
+            action, failure, struck = self._decide(outcome, left, past)
             if action is Action.RESTART:
                 note_failure(self.run_dir, attempt.number, failure, left - 1, outcome.step)
-                if lease.broken:
+                if struck:
+                    self.room.strike(struck, attempt.number)
+                if lease.broken or struck:
                     await self._finish(lease, str(failure and failure.message))
                     return None
                 await asyncio.sleep(back_off(past, outcome.step))
@@ -255,6 +193,21 @@ class Driver:
             return End(State.FAILED, failure, outcome.step)
         await self._finish(lease, "")
         return End(State.STOPPED)
+
+    def _decide(
+        self, outcome: Outcome, left: int, past: history.History
+    ) -> tuple[Action, Failure | None, tuple[str, ...]]:
+        """What follows from an attempt, the failure if it was one, and the nodes to stay away from.
+
+        A node that failed is left where the others can hold the run; one that is unfit also where they cannot yet.
+        """
+        spare = self.room.steerable or not outcome.unfit
+        action, failure = decide(outcome, left, past, movable=self.room.steerable, spare=spare)
+        if action is not Action.MOVE:
+            return action, failure, tuple(outcome.unfit) if action is Action.RESTART else ()
+        assert failure is not None, "only a failure is a reason to leave"
+        struck = unfit(failure, past, outcome.step)
+        return Action.RESTART, failure, struck if self.room.ranks_for(self.room.nodes(but=struck)) else ()
 
     def _stopped(self, past: history.History, outcome: Outcome) -> End | None:
         """The ranks stopped because they were asked to: go on on other nodes where it was Ray that asked."""
@@ -276,7 +229,7 @@ class Driver:
             if not told and time.monotonic() - since > 30:
                 told = True
                 self.run_dir.event("waiting", message="the cluster's nodes are in use by others, or starting")
-            await self._hire(look())
+            await self.room.hire(self.room.nodes())
             # Ray has chosen the nodes, and their stewards can import while it still starts its workers there.
             made = reservations().items() - before.items()
             self.stewards.open({node for _, nodes in made for node in nodes if len(nodes) == lease.ranks})
@@ -297,7 +250,7 @@ class Driver:
                 lease.broken = True
             case {"lost": _}:
                 self.suspects[node] = time.monotonic()
-                self.lost.append(str(self.stewards.nodes[node]))
+                self.room.lost.append(str(self.stewards.nodes[node]))
                 if lease and any(member.node.id == node for member in lease.members):
                     lease.broken = True
 
@@ -305,16 +258,18 @@ class Driver:
         """Workers that never came: what the cluster lacks is waited for, anything else counts as a failed attempt."""
         if type(lease.cause).__name__ == "WorkerGroupStartupTimeoutError":
             if self.plan.cluster.ray.autoscales:
-                return self._too_small("the workers that Ray was asked for did not come")
+                failure = self.room.too_small("the workers that Ray was asked for did not come")
+                return End(State.FAILED, failure) if failure else None
             return None
         attempt, past = self.run_dir.claim_attempt(), history.read(self.run_dir.events())
         left = self.plan.spec.max_restarts - len(past.setbacks)
-        gone = self.lost[lease.lost_before :]
+        gone = self.room.lost[lease.lost_before :]
         action, failure = decide(Outcome({} if gone else {0: -signal.SIGKILL}, lost=gone), left, past, spare=True)
         assert failure is not None
         if not gone:
             said = str(lease.cause or "one of them ended").strip().splitlines()[-1]
-            failure = replace(failure, message=f"Ray Train could not start the workers: {said}")
+            text = f"Ray Train could not start the workers: {said}"
+            failure = replace(failure, kind="not started", message=text, advice=ADVICE["not started"])
         if action is Action.RESTART:
             note_failure(self.run_dir, attempt, failure, left - 1)
             await asyncio.sleep(back_off(past, None))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,10 +33,12 @@ class Lease:
         broken: one of its workers is gone, so it cannot carry another attempt.
         error: why it ended, or what `fit` raised.
         lost_before: how many nodes the run had lost when it began.
+        away: ids of the nodes that Ray is not to place a worker on.
     """
 
-    def __init__(self, plan: Plan, number: int, ranks: int, lost_before: int = 0) -> None:
+    def __init__(self, plan: Plan, number: int, ranks: int, lost_before: int = 0, away: Sequence[str] = ()) -> None:
         self.plan, self.number, self.ranks, self.lost_before = plan, number, ranks, lost_before
+        self.away = away
         self.members: list[Member] = []
         self.broken = False
         self.error: BaseException | None = None
@@ -59,7 +62,7 @@ class Lease:
 
         from launcher.backends.ray_worker import LeanTrainer, RankConfig, hold_rank
 
-        asked = trainer(self.plan, self.number, self.ranks)
+        asked = trainer(self.plan, self.number, self.ranks, self.away)
         run = asked["run_config"]
         run |= {
             "failure_config": FailureConfig(**run["failure_config"]),
@@ -86,7 +89,7 @@ class Lease:
     def misplaced(self) -> bool:
         """Whether Ray gave chips of other slices than those that were asked for; `cause` then says so.
 
-        Seen on a busy machine with Ray 2.60: workers asked for two slices of 2x2x1 were given one of 2x2x2.
+        With other jobs beside this one, Ray may also fill up several slices by halves.
         """
         wanted = self.plan.placement.topology
         if wanted is None:
@@ -110,6 +113,11 @@ class Lease:
 
     def ranks_on(self, node: str) -> list[int]:
         return [rank for rank, member in enumerate(self.members) if member.node.id == node]
+
+    def visible_on(self, node: str) -> str | None:
+        """The GPUs that Ray gave the ranks on a node, as CUDA_VISIBLE_DEVICES names them; None where it gave none."""
+        given = [m.environment.get("CUDA_VISIBLE_DEVICES") for m in self.members if m.node.id == node]
+        return ",".join(filter(None, given)) or None
 
     def rank_of(self, worker: int) -> int:
         return next(rank for rank, member in enumerate(self.members) if member.worker == worker)

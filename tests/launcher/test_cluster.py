@@ -81,7 +81,7 @@ def test_what_is_commented_out_in_a_shipped_profile_can_be_used(path: Path, tmp_
         ("backend = 'slurm'\n[slurm]\nexclusive = 'yes'", "slurm: exclusive: expected true or false, got 'yes'"),
         ("backend = 'ray'\n[ray]\nplacement_strategy = 'pack'", "'pack' is not one of PACK, SPREAD, STRICT_PACK"),
         ("backend = 'ray'\n[ray]\nwait = -1", "ray.wait = -1: seconds are needed, 0 or more"),
-        ("backend = 'ray'\npreflight = true", "preflight = true: Ray chooses the nodes of each attempt by itself"),
+        ("backend = 'ray'\npreflight = true\n[ray]\ninside = 'slurm'", "preflight = true: a Ray inside a job has no other"),
         ("backend = 'local'\nstart_method = 'fork'", "start_method: 'fork' is not one of forkserver, spawn"),
         ("backend = 'local'\nnodes = -1", "numbers of nodes, GPUs and cores and memory are 0 or more"),
         ("backend = 'local'\nnode = {gpus = -1}", "numbers of nodes, GPUs and cores and memory are 0 or more"),

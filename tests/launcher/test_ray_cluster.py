@@ -46,6 +46,18 @@ def test_a_slice_counts_whole_or_not_at_all() -> None:
     assert room([*there, tpu("b", 1)], asked | {"topology": "2x2x4"}) == 0
 
 
+def test_a_slice_of_one_host_is_a_host_that_says_so() -> None:
+    """Two hosts of four chips make eight chips, but no host with eight; nor are those of a larger slice such hosts."""
+    share = {"TPU-v5litepod-8-head": 0.125}
+    asked = {"resources_per_worker": {"TPU": 1, **share}, "use_tpu": True, "topology": "2x4", "num_workers": 8}
+    labels = {"ray.io/tpu-topology": "2x4"}
+    halves = [RayNode(f"h{i}", resources={"TPU": 4, "TPU-v5litepod-8-head": 1 - i}, labels=labels) for i in (0, 1)]
+    whole = RayNode("w", resources={"TPU": 8, "TPU-v5litepod-8-head": 1}, labels=labels)
+    assert room([*halves, tpu("a", 0, 8)], asked) == 0
+    assert "need 1 whole TPU slice of 2x4 on one host, but this Ray cluster has 0" in shortage(halves, asked)
+    assert room([*halves, whole], asked) == 8
+
+
 @pytest.mark.parametrize(
     ("asked", "there", "unit", "found"),
     [(4, 4, 1, 4), (4, 3, 1, 2), (6, 5, 1, 3), (5, 4, 1, 1), (4, 0, 1, 0), (16, 15, 8, 8), (16, 7, 8, 0), (4, 9, 1, 4)],

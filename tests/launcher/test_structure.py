@@ -35,6 +35,7 @@ FLOORS = [
     "backends.ray_driver",
     "backends.ray_attempt",
     "backends.ray_reports",
+    "backends.ray_room",
     "backends.ray_stewards",
     "backends.ray_steward",
     "backends.ray_lease",
