@@ -17,6 +17,8 @@ from tests.chaos.report import Record, table
 from tests.chaos.subject import Subject, listening
 from tests.launcher.engines import make_project
 from tests.testbed.keeper import free_ports
+from tests.testbed.ray import RayCluster
+from tests.testbed.slurm import SlurmCluster
 
 
 def test_the_seed_decides_and_no_fault_is_left_out() -> None:
@@ -98,6 +100,24 @@ def test_faults_on_this_machine(tmp_path: Path) -> None:
     player = Player(tmp_path, "local", 7, None)
     names = ("kill -9 rank", "SIGSTOP rank (hang)", "truncated newest checkpoint")
     player.play(schedule("local", 7, 3, names), player.undisturbed())
+    unharmed(player, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_faults_on_slurm(tmp_path: Path, on_slurm: SlurmCluster) -> None:
+    player = Player(tmp_path, "slurm", 7, on_slurm)
+    names = ("kill agent of node 1", "loader never returns", "kill forkserver", "scancel --signal=USR2")
+    player.play(schedule("slurm", 7, 4, names), player.undisturbed())
+    unharmed(player, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_faults_on_ray(tmp_path: Path, on_ray: RayCluster) -> None:
+    player = Player(tmp_path, "ray", 7, on_ray)
+    names = ("segfault in a rank", "kill worker of Ray Train", "kill steward")
+    player.play(schedule("ray", 7, 3, names), player.undisturbed())
     unharmed(player, 3)
 
 
