@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import random
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -37,25 +36,8 @@ def test_launch_alone_learns_the_bundled_pairs(local_project: Project) -> None:
     assert "launch status first" in done.stdout
     result = local_project.status("first")["metrics"]
     assert result["samples"] == 408
-    assert result["accuracy"] > 0.85, "only learning explains this: the majority class is 0.68"
-    assert result["f1"] > 0.85
-
-
-def test_shuffled_labels_are_not_learnt(local_project: Project) -> None:
-    """The same job on the same sentences with labels drawn from a hat stays where guessing is."""
-    data = local_project.folder / "data"
-    data.mkdir()
-    for part in ("train", "validation"):
-        with (CORPUS / f"{part}.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        labels = [row["label"] for row in rows]
-        random.Random(0).shuffle(labels)
-        with (data / f"{part}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(row | {"label": label} for row, label in zip(rows, labels, strict=True))
-    local_project.call("--name", "hat", "--", "--dataset", "data", "--epochs", "3")
-    assert local_project.status("hat")["metrics"]["accuracy"] < 0.75
+    assert result["accuracy"] > 0.9, "only learning explains this: the majority class is 0.68"
+    assert result["f1"] > 0.9
 
 
 @pytest.mark.parametrize("cluster", [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("slurm", "ray")])

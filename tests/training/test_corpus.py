@@ -9,7 +9,6 @@ import pytest
 from tests.training.conftest import write_csv
 from tests.training.ranks import train_in
 from training.corpus.generate import pairs, render
-from training.files import read_lines
 from training.sources import CORPUS
 from training.world import World
 
@@ -45,8 +44,8 @@ def test_one_sentence_alone_says_nothing_about_the_label() -> None:
 
 
 @pytest.mark.slow
-def test_only_learning_explains_the_result(tmp_path: Path) -> None:
-    """The default run learns; with shuffled labels it does not."""
+def test_labels_from_a_hat_are_not_learnt(tmp_path: Path) -> None:
+    """In half the epochs of the default run, after which that is past 0.9 (`tests/launcher/test_reference.py`)."""
     rows = read("train.csv")
     labels = [row["label"] for row in rows]
     random.Random(0).shuffle(labels)
@@ -57,8 +56,3 @@ def test_only_learning_explains_the_result(tmp_path: Path) -> None:
     result, _ = train_in(World(threads=1), tmp_path / "shuffled", train_file=str(file), epochs=2, log_with=())
     majority = sum(row["label"] == "1" for row in read("validation.csv")) / 408
     assert result["accuracy"] <= majority + 0.03
-    result, _ = train_in(World(threads=1), tmp_path / "real", log_with=())
-    assert result["accuracy"] >= 0.9
-    assert [line["eval"]["samples"] for line in read_lines(tmp_path / "real" / "metrics.jsonl") if "eval" in line] == [
-        408
-    ] * 4
