@@ -13,7 +13,7 @@ COMMANDS = {
     "logs": "what a run's ranks printed",
     "cancel": "stop a run at its next step, with a checkpoint",
     "resume": "take a run up again from its newest checkpoint",
-    "clusters": "the cluster profiles that were found, and where",
+    "clusters": "the cluster profiles that were found; `clusters new` writes one",
     "doctor": "whether this machine and its engines are in order",
 }
 """The commands besides launching, and what each is for."""
