@@ -118,6 +118,11 @@ class RunDir:
         return self.path / "ray-head.json"
 
     @property
+    def token_file(self) -> Path:
+        """What a Ray that lives inside the run's job wants to hear from all that connect to it; for this user alone."""
+        return self.path / ".ray-token"
+
+    @property
     def session_file(self) -> Path:
         return self.path / "session.json"
 

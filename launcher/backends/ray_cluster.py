@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import socket
 import threading
 import time
@@ -22,6 +23,10 @@ from launcher.tpu import Topology
 SHOWN = ("CPU", "GPU", "TPU")
 LEAVE_SECONDS = 20.0
 """How long a cluster may take to let a driver go; one that is gone never answers."""
+
+_TOKEN_HINT = (
+    ". If it wants a token, as those do that `ray start` made where a token lay in ~/.ray, set RAY_AUTH_MODE=token."
+)
 
 SLICE, WORKER, TOPOLOGY = "ray.io/tpu-slice-name", "ray.io/tpu-worker-id", "ray.io/tpu-topology"
 
@@ -155,9 +160,12 @@ def connect(plan: Plan) -> None:
         BadRequest: nobody answers there.
     """
     os.environ.update(settings(plan))
-    import ray
-
     address = plan.cluster.ray.address or os.environ.get("RAY_ADDRESS")  # the latter inside a job
+    if address is None and not any(name.startswith("RAY_AUTH_") for name in os.environ):
+        # By itself Ray makes one for all of this user's Rays, and of two that start at once one is not let in.
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    import ray  # which reads these only now
+
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if address is None:
         # Its CPUs are only numbers: CPU ranks are for debugging, and more of them than cores are allowed.
@@ -170,7 +178,8 @@ def connect(plan: Plan) -> None:
     try:
         ray.init(address=address, **common)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise BadRequest(f"Ray at {address} cannot be reached: {error}") from None
+        hint = "" if "RAY_AUTH_MODE" in os.environ else _TOKEN_HINT
+        raise BadRequest(f"Ray at {address} cannot be reached: {error}{hint}") from None
 
 
 async def join(plan: Plan) -> None:

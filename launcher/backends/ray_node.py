@@ -3,13 +3,15 @@
     node 0: ray head · the run's Ray driver        other nodes: a raylet each
 
 Node 0 says in ``ray-head.json`` of the run directory where its head is, and in the end that it is over. All ports are ones
-that the system finds free and all files lie in a folder of the node's own, so any number of such jobs share a node.
+that the system finds free and all files lie in a folder of the node's own, so any number of such jobs share a node. Each
+Ray has a token of its own: what connects to a Ray runs code, and others may be on these nodes, too.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -108,7 +110,7 @@ class RayNode:
         }
         arguments = [f"--{name}={value}" for name, value in options.items()]
         ray = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
-        environment = os.environ | {TOKEN: str(self.folder), "RAY_worker_niceness": "0"}
+        environment = self._environment() | {"RAY_worker_niceness": "0"}
         environment.pop("RAY_ADDRESS", None)
         with self.run_dir.agent_log(self.where.node).open("ab") as log:
             self.process = subprocess.Popen(
@@ -119,6 +121,11 @@ class RayNode:
                 env=environment,
                 preexec_fn=_unmoved,
             )
+
+    def _environment(self) -> dict[str, str]:
+        """That of all which this node starts."""
+        own = {TOKEN: str(self.folder), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.run_dir.token_file)}
+        return {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"} | own
 
     def _await_head(self) -> str:
         """The address of the head that this node has started, once it is there; empty where it ended."""
@@ -139,6 +146,9 @@ class RayNode:
             if result["state"] == State.SUCCEEDED:
                 return 0
             self.run_dir.result_file.unlink()
+        self.run_dir.token_file.unlink(missing_ok=True)
+        with open(os.open(self.run_dir.token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
         self._start(self.where.address, "--head", "--port=0", f"--temp-dir={self.folder}", "--include-dashboard=false")
         address = self._await_head()
         try:
@@ -148,12 +158,13 @@ class RayNode:
             return self._drive(address)
         finally:
             self._tell(over=True)
+            self.run_dir.token_file.unlink(missing_ok=True)
 
     def _tell(self, **what: Any) -> None:
         write_atomic(self.run_dir.head_file, json.dumps({"session": self.where.session, **what}))
 
     def _drive(self, address: str) -> int:
-        environment = os.environ | {"RAY_ADDRESS": address, TOKEN: str(self.folder)}
+        environment = self._environment() | {"RAY_ADDRESS": address}
         command = [sys.executable, "-P", "-m", "launcher.backends.ray_driver", str(self.run_dir.path)]
         with self.run_dir.agent_log(0).open("ab") as log:
             driver = subprocess.Popen(

@@ -66,4 +66,5 @@ def test_without_a_cluster_a_ray_is_started_here(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("RAY_TMPDIR", str(Path("/tmp") / f"r{os.getpid()}"))  # its sockets allow no long paths
     project = make_project(tmp_path, "ray")
     project.launch("--cpus", "3", "--name", "s", "torchrun_style.py", "--value", "1")
+    assert not (Path.home() / ".ray/auth_token").exists(), "its token is its own"
     assert [line.split(" master")[0] for line in project.logs("s")][2] == "[2] rank=2 local=2 world=3 sum=6"

@@ -32,8 +32,14 @@ def weights(run: Path) -> str:
 @pytest.mark.slurm
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_two_at_once_share_their_nodes(tmp_path: Path, on_slurm: SlurmCluster) -> None:
-    """One of them is told to leave half way, comes back, and ends in the weights of the other."""
+def test_two_at_once_share_their_nodes(tmp_path: Path, on_slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them is told to leave half way, comes back, and ends in the weights of the other.
+
+    Each has a token of its own, whatever an earlier Ray of this user has left in his home.
+    """
+    (tmp_path / "home/.ray").mkdir(parents=True)
+    (tmp_path / "home/.ray/auth_token").write_text("0" * 64)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     project = make_project(tmp_path, "ray")
     (tmp_path / "cluster_configs").mkdir()
     (tmp_path / "cluster_configs/both.toml").write_text(PROFILE)
@@ -42,6 +48,9 @@ def test_two_at_once_share_their_nodes(tmp_path: Path, on_slurm: SlurmCluster) -
         project.call(*request, "--name", name, "--", *JOB)
     runs = {name: tmp_path / "runs" / name for name in ("first", "second")}
     until(lambda: started(project, "first") and started(project, "second"), "both at once", 120)
+    tokens = [run / ".ray-token" for run in runs.values()]
+    assert {token.stat().st_mode & 0o777 for token in tokens} == {0o600}
+    assert len({token.read_text() for token in tokens}) == 2
     job = json.loads((runs["first"] / "job.json").read_text())["job_id"]
     until(lambda: (runs["first"] / "metrics.jsonl").exists(), "a step")
     on_slurm.run("scancel", "--signal=USR2", job)
@@ -54,6 +63,7 @@ def test_two_at_once_share_their_nodes(tmp_path: Path, on_slurm: SlurmCluster) -
     hosts = [event["hosts"] for event in project.events("second") if event["event"] == "started"]
     assert [len(each) for each in hosts] == [2], "a rank on each raylet"
     until(lambda: not keeper.processes_with(f"{TOKEN}="), "the end of all that they started", 20)
+    assert not [token for token in tokens if token.exists()]
 
 
 @pytest.mark.soak
