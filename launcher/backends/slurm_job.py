@@ -45,7 +45,7 @@ def seat(run_dir: RunDir, environment: Mapping[str, str]) -> Seat:
         address=environment["SLURM_LAUNCH_NODE_IPADDR"],
         session=f"{job}.{restarts}",
         requeue=lambda exclude: requeue(run_dir, job, restarts, exclude),
-        fate=lambda: fate(job, restarts),
+        fate=lambda: fate(run_dir, job, restarts),
     )
 
 
@@ -55,26 +55,30 @@ def requeue(run_dir: RunDir, job: str, restarts: int, exclude: Sequence[str] = (
 
     Where the site or the profile does not allow a requeue, the same script is submitted as a job that follows this one.
     """
-    away = _away(run_dir, exclude)
     # From the requeue on SLURM ends this job, and there is little time for anything else.
     done = _scontrol("requeue", job)
     if done is None or done.returncode:
         # One that SLURM has put back into the queue by itself is refused, too.
-        if done is not None and (fate(job, restarts) == "requeued" or _follow_up(run_dir, job, exclude)):
+        if done is not None and (fate(run_dir, job, restarts) == "requeued" or _follow_up(run_dir, job, exclude)):
             return True
         print(
             f"launch: SLURM does not requeue job {job}: {done.stderr.strip() if done else 'no answer'}", file=sys.stderr
         )
         return False
-    if away:
-        # Only a job that waits can be changed. SLURM sends SIGTERM now and SIGKILL after KillWait, which is time enough.
-        changed = _scontrol("update", f"JobId={job}", f"ExcNodeList={away}")
-        if changed is None or changed.returncode:
-            print(
-                f"launch: SLURM does not keep job {job} away from {away}: {changed and changed.stderr}",
-                file=sys.stderr,
-            )
+    _keep_away(run_dir, job, exclude)
     return True
+
+
+def _keep_away(run_dir: RunDir, job: str, exclude: Sequence[str] = ()) -> None:
+    """Have the next start of a job that waits on none of the hosts to stay away from; one that runs cannot be changed.
+
+    SLURM sends SIGTERM when it requeues a job, and SIGKILL after KillWait, which is time enough.
+    """
+    if not (away := _away(run_dir, exclude)):
+        return
+    changed = _scontrol("update", f"JobId={job}", f"ExcNodeList={away}")
+    if changed is None or changed.returncode:
+        print(f"launch: SLURM does not keep job {job} away from {away}: {changed and changed.stderr}", file=sys.stderr)
 
 
 def _away(run_dir: RunDir, exclude: Sequence[str]) -> str:
@@ -101,8 +105,8 @@ def _follow_up(run_dir: RunDir, job: str, exclude: Sequence[str]) -> bool:
     return True
 
 
-def fate(job: str, restarts: int) -> Fate:
-    """What SLURM has in mind for the job's start number `restarts`.
+def fate(run_dir: RunDir, job: str, restarts: int) -> Fate:
+    """What SLURM has in mind for the job's start number `restarts`; one that is to start again stays away from bad nodes.
 
     ``requeued``: it is in the queue again, by an operator's ``scontrol requeue``, a node that went down, or a preemption
     that is through. ``preempting``: SIGTERM was the word that its nodes are wanted; most sites send no other, and a job
@@ -110,6 +114,7 @@ def fate(job: str, restarts: int) -> Fate:
     """
     facts = _facts(job)
     if int(facts.get("Restarts", "0")) > restarts:
+        _keep_away(run_dir, job)
         return "requeued"
     preempted = facts.get("PreemptTime", "None")
     # Times are of one format, so their order is that of the letters; that of an earlier start is older than this start.
@@ -207,7 +212,7 @@ def after(run_dir: RunDir, status: int, environment: Mapping[str, str]) -> int:
     replaced = (run_dir.job() or {}).get("job_id", job) != job
     past = run_dir.events()
     told = next((e["event"] for e in reversed(past) if e["event"] in ("submitted", "started", "finished")), "")
-    if run_dir.result() is not None or told == "finished" or replaced or fate(job, restarts) == "requeued":
+    if run_dir.result() is not None or told == "finished" or replaced or fate(run_dir, job, restarts) == "requeued":
         return status
     plan, attempt = run_dir.plan(), run_dir.last_attempt()
     if run_dir.stop_file.exists():

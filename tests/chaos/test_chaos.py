@@ -97,32 +97,26 @@ def test_what_a_run_leaves_behind_is_seen(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_faults_on_this_machine(tmp_path: Path) -> None:
-    player = Player(tmp_path, "local", 7, None)
-    names = ("kill -9 rank", "SIGSTOP rank (hang)", "truncated newest checkpoint")
-    player.play(schedule("local", 7, 3, names), player.undisturbed())
-    unharmed(player, 3)
+    all_heal(tmp_path, "local", None, "kill -9 rank", "SIGSTOP rank (hang)", "truncated newest checkpoint")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_faults_on_slurm(tmp_path: Path, on_slurm: SlurmCluster) -> None:
-    player = Player(tmp_path, "slurm", 7, on_slurm)
     names = ("kill agent of node 1", "loader never returns", "kill forkserver", "scancel --signal=USR2")
-    player.play(schedule("slurm", 7, 4, names), player.undisturbed())
-    unharmed(player, 4)
+    all_heal(tmp_path, "slurm", on_slurm, *names)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_faults_on_ray(tmp_path: Path, on_ray: RayCluster) -> None:
-    player = Player(tmp_path, "ray", 7, on_ray)
-    names = ("segfault in a rank", "kill worker of Ray Train", "kill steward")
-    player.play(schedule("ray", 7, 3, names), player.undisturbed())
-    unharmed(player, 3)
+    all_heal(tmp_path, "ray", on_ray, "segfault in a rank", "kill worker of Ray Train", "kill steward")
 
 
-def unharmed(player: Player, faults: int) -> None:
-    """Every fault healed, the weights are those of an undisturbed run, and nothing is left."""
-    assert [finding.outcome for finding in player.findings] == ["healed"] * faults, player.findings
+def all_heal(folder: Path, engine: str, cluster: SlurmCluster | RayCluster | None, *names: str) -> None:
+    """Each fault heals, in an order that a seed decides; the weights are those of peace, and nothing is left."""
+    player = Player(folder, engine, 7, cluster)
+    player.play(schedule(engine, 7, len(names), names), player.undisturbed())
+    assert [finding.outcome for finding in player.findings] == ["healed"] * len(names), player.findings
     for ending in player.endings:
         assert (ending.state, ending.equal, ending.left) == ("succeeded", True, ())

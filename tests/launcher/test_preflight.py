@@ -284,7 +284,7 @@ def fast_clock(project: Project) -> str:
 @pytest.mark.slow
 @pytest.mark.slurm
 def test_a_spare_node_takes_the_place_of_one_whose_clock_is_off(slurm_project: Project, on_slurm: SlurmCluster) -> None:
-    """In the same job; and when that job is preempted later, it comes back on nodes without that one."""
+    """In the same job; and when an operator requeues that job later, it comes back on nodes without that one."""
     profile(slurm_project, "slurm", "[slurm]", f"node_setup = {json.dumps([fast_clock(slurm_project)])}")
     arguments = ("--cluster", "site", "--cpus", "2", "--nodes", "2", "--spare-nodes", "1", "--name", "p", "--detach")
     slurm_project.call(*arguments, "steps:main", "--steps", "100", "--seconds", "0.2")
@@ -298,7 +298,7 @@ def test_a_spare_node_takes_the_place_of_one_whose_clock_is_off(slurm_project: P
     assert told.startswith(f"{sick}: its clock is ")
     assert told.endswith(f" s ahead of {first}'s (have its time service seen to)")
     job = str(slurm_project.status("p")["job_id"])
-    on_slurm.run("scancel", "--signal=USR2", job)
+    on_slurm.run("scontrol", "requeue", job)
     until(lambda: slurm_project.status("p")["state"] == "succeeded", "the end", 120)
     _, again = started_on(slurm_project, "p")
     assert f"ExcNodeList={sick} " in on_slurm.run("scontrol", "show", "job", "--oneliner", job)
