@@ -30,105 +30,50 @@ RESERVE_BYTES = 256 * 1024
 """What a run holds of the disk to be able to tell its end; logs and the last events take their share of it."""
 
 
+class _In:
+    """A file or folder of the run directory by its name there."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run_dir: RunDir, _: object = None) -> Path:
+        return run_dir.path / self.name
+
+
 @dataclass(frozen=True)
 class RunDir:
     """The files of one run, by name."""
 
     path: Path
 
-    @property
-    def plan_file(self) -> Path:
-        return self.path / "plan.json"
-
-    @property
-    def job_file(self) -> Path:
-        return self.path / "job.json"
-
-    @property
-    def script_file(self) -> Path:
-        return self.path / "script.sh"
-
-    @property
-    def code(self) -> Path:
-        return self.path / "code"
-
-    @property
-    def snapshot_file(self) -> Path:
-        return self.path / "snapshot.json"
-
-    @property
-    def diff_file(self) -> Path:
-        return self.path / "code.diff"
-
-    @property
-    def target_pickle(self) -> Path:
-        return self.path / "target.pkl"
-
-    @property
-    def value_pickle(self) -> Path:
-        return self.path / "value.pkl"
-
-    @property
-    def value_file(self) -> Path:
-        """What the target returned, where that is a dict that JSON can hold."""
-        return self.path / "value.json"
-
-    @property
-    def stop_file(self) -> Path:
-        """Asks the run to stop at the next step boundary; `Context` looks for it too."""
-        return self.path / "stop"
-
-    @property
-    def events_file(self) -> Path:
-        return self.path / "events.jsonl"
-
-    @property
-    def metrics_file(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def result_file(self) -> Path:
-        return self.path / "result.json"
-
-    @property
-    def heartbeat_file(self) -> Path:
-        return self.path / "heartbeat"
-
-    @property
-    def rendezvous_file(self) -> Path:
-        return self.path / "rendezvous.json"
-
-    @property
-    def answer_file(self) -> Path:
-        """What the engine said when it was last asked for the job."""
-        return self.path / "poll.json"
-
-    @property
-    def imports_file(self) -> Path:
-        """What rank 0 imported on its way, for the forkservers of this start and of later ones."""
-        return self.path / "imports.json"
-
-    @property
-    def reserve_file(self) -> Path:
-        return self.path / ".reserve"
-
-    @property
-    def head_file(self) -> Path:
-        """Where the head of a Ray is that lives inside the run's job."""
-        return self.path / "ray-head.json"
-
-    @property
-    def token_file(self) -> Path:
-        """What a Ray that lives inside the run's job wants to hear from all that connect to it; for this user alone."""
-        return self.path / ".ray-token"
-
-    @property
-    def session_file(self) -> Path:
-        return self.path / "session.json"
-
-    @property
-    def logs(self) -> Path:
-        return self.path / "logs"
+    plan_file = _In("plan.json")
+    job_file = _In("job.json")
+    script_file = _In("script.sh")
+    code = _In("code")
+    snapshot_file = _In("snapshot.json")
+    diff_file = _In("code.diff")
+    target_pickle = _In("target.pkl")
+    value_pickle = _In("value.pkl")
+    value_file = _In("value.json")
+    """What the target returned, where that is a dict that JSON can hold."""
+    stop_file = _In("stop")
+    """Asks the run to stop at the next step boundary; `Context` looks for it too."""
+    events_file = _In("events.jsonl")
+    metrics_file = _In("metrics.jsonl")
+    result_file = _In("result.json")
+    heartbeat_file = _In("heartbeat")
+    rendezvous_file = _In("rendezvous.json")
+    answer_file = _In("poll.json")
+    """What the engine said when it was last asked for the job."""
+    imports_file = _In("imports.json")
+    """What rank 0 imported on its way, for the forkservers of this start and of later ones."""
+    reserve_file = _In(".reserve")
+    head_file = _In("ray-head.json")
+    """Where the head of a Ray is that lives inside the run's job."""
+    token_file = _In(".ray-token")
+    """What a Ray that lives inside the run's job wants to hear from all that connect to it; for this user alone."""
+    session_file = _In("session.json")
+    logs = _In("logs")
 
     def log(self, attempt: int, rank: int) -> Path:
         return self.logs / str(attempt) / f"{rank}.log"

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from launcher import history
-from launcher.backends import slurm_node, slurm_site
+from launcher.backends import slurm_limits, slurm_node, slurm_site
 from launcher.backends.slurm_job import AgentTask
 from launcher.cluster import Cluster, NodeKind
 from launcher.errors import BadRequest
@@ -99,7 +99,7 @@ def check(plan: Plan) -> str:
     """
     _check_paths(plan)
     try:
-        slurm_site.check_limits(plan, slurm_site.partitions())
+        slurm_limits.check_limits(plan, slurm_site.partitions())
         return slurm_site.verdict(_script(plan))
     except slurm_site.Unreachable:
         return ""  # a dry run may be made where there is no SLURM; submitting says so

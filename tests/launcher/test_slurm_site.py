@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from launcher.backends import slurm, slurm_site
+from launcher.backends.slurm_limits import check_limits
 from launcher.backends.slurm_site import (
     Partition,
-    check_limits,
     gpus_of,
     minutes,
     node_kinds,

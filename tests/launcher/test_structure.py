@@ -48,6 +48,7 @@ FLOORS = [
     "backends.local",
     "backends.process",
     "backends.slurm_job",
+    "backends.slurm_limits",
     "backends.slurm_site",
     "backends.slurm_node",
     "agent",
