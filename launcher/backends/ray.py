@@ -33,11 +33,13 @@ def survey(cluster: Cluster) -> Cluster:
     return cluster if where else local.survey(cluster)
 
 
-def trainer(plan: Plan, number: int = 1, ranks: int | None = None, away: Sequence[str] = ()) -> dict[str, Any]:
+def trainer(
+    plan: Plan, number: int = 1, ranks: int | None = None, away: Sequence[str] = (), marked: bool = True
+) -> dict[str, Any]:
     """The arguments of Ray's ScalingConfig and RunConfig, as plain data: what `render` prints is what the driver uses.
 
     `number` counts the requests of a run, `ranks` is how many it goes on with where the cluster has become smaller, `away`
-    are the ids of nodes that it stays away from.
+    are the ids of nodes that it stays away from, and `marked` says whether hosts have the resource of `whole_host`.
 
     Raises:
         BadRequest: several TPU chips without the shape of their slice, which Ray needs to reserve it.
@@ -58,7 +60,7 @@ def trainer(plan: Plan, number: int = 1, ranks: int | None = None, away: Sequenc
         generation = f"TPU-{(placement.accelerator or '').upper()}".replace("V5E", "V5LITEPOD")
         scaling |= {"use_tpu": True, "topology": placement.topology, "accelerator_type": generation}
         scaling.pop("placement_strategy")  # whole slices are reserved instead
-        resources |= _whole_host(placement)
+        resources |= whole_host(placement) if marked else {}
     scaling["resources_per_worker"] = resources
     if away:
         scaling["label_selector"] = {"ray.io/node-id": f"!in({','.join(away)})"}
@@ -78,11 +80,11 @@ def trainer(plan: Plan, number: int = 1, ranks: int | None = None, away: Sequenc
     }
 
 
-def _whole_host(placement: Placement) -> dict[str, float]:
-    """What a rank takes besides its chip, so that slices of one host are whole ones of the right shape.
+def whole_host(placement: Placement) -> dict[str, float]:
+    """What a rank takes besides its chip, so that slices of one host are whole ones of the right shape; empty for others.
 
-    Ray 2.60 sees to that where a slice has several hosts, and would else take the chips of any. The first host of a slice
-    has one of a resource with the slice's kind in its name; here every rank takes its share of it.
+    Ray 2.60 sees to that where a slice has several hosts, and would else take the chips of any. Where a slice has a name,
+    its first host has one of a resource that is called after its kind; here every rank takes its share of that.
     """
     if placement.topology is None or placement.accelerator not in SINGLE_HOST_CHIPS:
         return {}

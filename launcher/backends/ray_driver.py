@@ -128,9 +128,9 @@ class Driver:
             if isinstance(ranks, End):
                 return ranks
             number += 1
-            lease = Lease(self.plan, number, ranks, lost_before=len(self.room.lost), away=self.room.struck())
+            lease = Lease(self.plan, number, ranks, lost_before=len(self.room.lost))
             self.reports.begin()
-            lease.start()
+            lease.start(self.room.request(number, ranks))
             self.ranks = ranks
             end = await self._hold(lease)
             if end is not None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.backends.ray import trainer
 from launcher.backends.ray_cluster import SLICE, TOPOLOGY, WORKER, RayNode
 from launcher.spec import Plan
 from launcher.tpu import Topology, rank_environment
@@ -33,36 +31,33 @@ class Lease:
         broken: one of its workers is gone, so it cannot carry another attempt.
         error: why it ended, or what `fit` raised.
         lost_before: how many nodes the run had lost when it began.
-        away: ids of the nodes that Ray is not to place a worker on.
     """
 
-    def __init__(self, plan: Plan, number: int, ranks: int, lost_before: int = 0, away: Sequence[str] = ()) -> None:
+    def __init__(self, plan: Plan, number: int, ranks: int, lost_before: int = 0) -> None:
         self.plan, self.number, self.ranks, self.lost_before = plan, number, ranks, lost_before
-        self.away = away
         self.members: list[Member] = []
         self.broken = False
         self.error: BaseException | None = None
         self.done = asyncio.Event()
 
-    def start(self) -> None:
-        """Send the request to Ray."""
+    def start(self, asked: dict[str, Any]) -> None:
+        """Send the request to Ray; `asked` is what `launcher.backends.ray.trainer` returned."""
         loop = asyncio.get_running_loop()
 
         def run() -> None:
             try:
-                self._fit()
+                self._fit(asked)
             except BaseException as error:
                 self.error = self.error or error
             loop.call_soon_threadsafe(self.done.set)
 
         threading.Thread(target=run, name="fit", daemon=True).start()
 
-    def _fit(self) -> None:
+    def _fit(self, asked: dict[str, Any]) -> None:
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 
         from launcher.backends.ray_worker import LeanTrainer, RankConfig, hold_rank
 
-        asked = trainer(self.plan, self.number, self.ranks, self.away)
         run = asked["run_config"]
         run |= {
             "failure_config": FailureConfig(**run["failure_config"]),

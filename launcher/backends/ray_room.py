@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from launcher import history
-from launcher.backends.ray import trainer
+from launcher.backends.ray import trainer, whole_host
 from launcher.backends.ray_cluster import RayNode, fitting, look, room, shortage
 from launcher.backends.ray_stewards import Stewards
 from launcher.errors import BadRequest
@@ -41,10 +41,6 @@ class Room:
         """The nodes that are up, without the struck ones and those called as in `but`."""
         return [node for node in look() if str(node) not in (*self.away, *but)]
 
-    def struck(self) -> list[str]:
-        """Ray's ids of the struck nodes that are up."""
-        return [node.id for node in look() if str(node) in self.away]
-
     def strike(self, nodes: Sequence[str], attempt: int) -> None:
         """Stay away from `nodes` from now on."""
         self.run_dir.event("struck", attempt=attempt, exclude=list(nodes))
@@ -67,10 +63,20 @@ class Room:
                 " profile to a shared folder."
             )
 
+    def request(self, number: int, ranks: int) -> dict[str, Any]:
+        """What Ray Train is asked for, the run's `number`-th time: see `launcher.backends.ray.trainer`."""
+        away = [node.id for node in look() if str(node) in self.away]
+        return trainer(self.plan, number, ranks, away, self._marked())
+
     def scaling(self) -> dict[str, Any]:
-        """The arguments of Ray's ScalingConfig for what was asked."""
-        scaling: dict[str, Any] = trainer(self.plan)["scaling_config"]
+        """The arguments of Ray's ScalingConfig for what the run was sent for."""
+        scaling: dict[str, Any] = trainer(self.plan, marked=self._marked())["scaling_config"]
         return scaling
+
+    def _marked(self) -> bool:
+        """Whether hosts say by a resource which kind of slice they are; some clusters do so for slices of several only."""
+        names = whole_host(self.plan.placement).keys() if self.plan.placement.on_tpu else ()
+        return not names or any(names & node.resources.keys() for node in look())
 
     async def hire(self, nodes: list[RayNode]) -> list[RayNode]:
         """Have a steward on each node that can hold a rank; returns those that do not see the run directory."""

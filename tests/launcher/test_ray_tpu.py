@@ -9,8 +9,13 @@ from typing import Any
 
 import pytest
 
+from launcher.backends import ray_room
 from launcher.backends.ray_cluster import RayNode as Seen
 from launcher.backends.ray_lease import Lease, Member
+from launcher.backends.ray_stewards import Stewards
+from launcher.plan import make_plan
+from launcher.rundir import RunDir
+from launcher.spec import RunSpec
 from tests.launcher.engines import Project, make_project
 from tests.testbed.ray import RayCluster, RayNode
 
@@ -91,6 +96,26 @@ def test_a_slice_that_nobody_makes_is_refused_at_once(tmp_path: Path) -> None:
     project = make_project(tmp_path, "ray")
     done = project.launch("--tpus", "27", "--accelerator", "v4", "--topology", "3x3x3", "steps:main", status=2)
     assert "v4 has no slices of that shape; it has 2x2x1" in done.stderr
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_hosts_that_do_not_say_what_kind_of_slice_they_are(
+    marked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some clusters mark the hosts of several-host slices only; there, what Ray does by itself has to do."""
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.9:6379")
+    spec = RunSpec("launcher:launch", (), backend="ray", tpus=8, accelerator="v4", topology="2x2x1", name="m")
+    plan = make_plan(spec, tmp_path)
+    run_dir = RunDir(plan.run_dir)
+    run_dir.create()
+    run_dir.write_plan(plan)
+    resources = {"CPU": 8.0, "TPU": 4.0} | ({"TPU-v4-8-head": 1.0} if marked else {})
+    hosts = [Seen(name, resources=resources, labels={"ray.io/tpu-topology": "2x2x1"}) for name in ("left", "right")]
+    monkeypatch.setattr(ray_room, "look", lambda: hosts)
+    room = ray_room.Room(run_dir, Stewards(run_dir, lambda node, message: None))
+    each = room.request(1, 8)["scaling_config"]["resources_per_worker"]
+    assert each == {"CPU": 1, "TPU": 1} | ({"TPU-v4-8-head": 0.25} if marked else {})
+    assert room.ranks_for(room.nodes()) == 8
 
 
 class _Plan:
