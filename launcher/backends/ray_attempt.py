@@ -24,6 +24,9 @@ DRIVER = ""
 ANSWER_SECONDS = 5.0
 """How long, after a rank was killed, the nodes are waited for that may have gone with it."""
 
+DYING_SECONDS = 1.0
+"""How long a node that lost a worker of Ray's may still answer, should it be about to go."""
+
 BEFORE_DRAINED = 2.0
 """How many seconds before a drained node goes the ranks have to be gone; the next lease waits for nothing else."""
 
@@ -67,6 +70,8 @@ class RayAttempt:
             ended.cancel()
         if any(code < 0 for code in self.ranks.exits.values()):
             # A node that goes down ends its processes one by one, and may have told of a rank before its steward went.
+            if lease.broken:  # a worker went, too; the next lease takes longer than this
+                await asyncio.sleep(DYING_SECONDS)
             await self.stewards.settle([node.id for node in lease.nodes()], ANSWER_SECONDS)
             while not inbox.empty():
                 self._take_in(*inbox.get_nowait())
