@@ -77,6 +77,8 @@ def read(events: Iterable[Mapping[str, Any]]) -> History:
             case {"event": "struck", "exclude": hosts}:
                 excluded = tuple(dict.fromkeys((*history.excluded, *hosts)))
                 history = History(history.setbacks, history.preempted, excluded)
+            case {"event": "forgiven"}:
+                history = History(history.setbacks, history.preempted)
             case {"event": "requeued"}:
                 taken = event.get("step") if event.get("reason") == "preempted" else history.preempted
                 excluded = tuple(dict.fromkeys((*history.excluded, *event.get("exclude", ()))))

@@ -150,6 +150,8 @@ class Driver:
                 if not self.plan.cluster.ray.autoscales:  # there, only workers that come are an answer
                     self.room.lacking = None
                 return ranks
+            if self.room.forgive():
+                continue
             if failure := self.room.too_small(shortage(nodes, self.room.scaling())):
                 return End(State.FAILED, failure)
             await self._hear_idle()

@@ -46,8 +46,21 @@ class Room:
         self.run_dir.event("struck", attempt=attempt, exclude=list(nodes))
         self.away = tuple(dict.fromkeys((*self.away, *nodes)))
 
+    def forgive(self) -> bool:
+        """Take back the struck nodes where the others cannot hold the run; says whether that helps.
+
+        Not where a preflight has found them unfit: it would again.
+        """
+        if not self.away or self.plan.cluster.preflight or not self.ranks_for(look()):
+            return False
+        self.run_dir.event("forgiven", nodes=list(self.away))
+        self.away = ()
+        return True
+
     async def check(self) -> None:
         """Refuse what this cluster can never run, and a run directory that a node does not see. Raises BadRequest."""
+        if not self.ranks_for(self.nodes()):
+            self.forgive()
         nodes, scaling = self.nodes(), self.scaling()
         lacks = shortage(nodes, scaling)
         if lacks and not self.plan.cluster.ray.autoscales and not self.ranks_for(nodes):

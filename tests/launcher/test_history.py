@@ -28,6 +28,11 @@ def test_nodes_of_one_cluster_are_none_of_another() -> None:
     assert read([*events, {"event": "submitted", "cluster": "b"}]).excluded == ()
 
 
+def test_nodes_that_are_needed_are_forgiven() -> None:
+    events: list[dict[str, Any]] = [failed(3), {"event": "struck", "exclude": ["node7"]}, {"event": "forgiven"}]
+    assert read(events) == History((Setback("killed", 1, "node1", 3),))
+
+
 def test_the_same_failure_at_the_same_step_repeats() -> None:
     history = read([failed(3)])
     assert history.repeats("killed", 1, 3)
