@@ -183,17 +183,14 @@ class Coordinator:
 
     async def _preflight(self, number: int, agents: Sequence[int]) -> Outcome | None:
         """Ask the nodes of `agents` how they are; return what keeps the attempt from starting, None for nothing."""
-        asked = time.time()
-        answers: dict[int, Message] = {}
-        for agent in agents:
-            self._tell(agent, {"look": number})
-        with suppress(TimeoutError):
-            async with asyncio.timeout(preflight.ANSWER_SECONDS):
-                while not self.stop and any(a in self.peers.here() for a in agents if a not in answers):
-                    agent, message = await self.inbox.get()
-                    self._note_stop(message)
-                    if message.get("looked") == number:
-                        answers[agent] = message["facts"] | {"asked": asked, "answered": time.time()}
+        answers = await preflight.ask(
+            number,
+            agents,
+            lambda agent: self._tell(agent, {"look": number}),
+            self.inbox,
+            awaited=lambda agent: not self.stop and agent in self.peers.here(),
+            other=lambda _, message: self._note_stop(message),
+        )
         if self.stop:
             return Outcome({}, stop=self.reason)
         if gone := set(agents) - {*self.peers.here()}:

@@ -10,7 +10,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache, partial
 from typing import Any, TypeVar
 
@@ -28,6 +29,8 @@ RUN_FOLDER_BYTES, SCRATCH_BYTES = 2**30, 2**28
 
 Facts = Mapping[str, Any]
 T = TypeVar("T")
+Agent = TypeVar("Agent", int, str)
+"""What answers for a node: an agent by its number, a steward of Ray's by the id of its node."""
 
 
 async def look(run_dir: RunDir, attempt: int, node: int, device: str, visible: str | None) -> dict[str, Any]:
@@ -83,6 +86,36 @@ def scratch() -> dict[str, Any]:
 def versions() -> dict[str, Any]:
     """As `launcher.probe.versions`, found out once a process: what it has loaded does not change any more."""
     return probe.versions()
+
+
+async def ask(
+    attempt: int,
+    agents: Sequence[Agent],
+    tell: Callable[[Agent], None],
+    inbox: asyncio.Queue[tuple[Agent, dict[str, Any]]],
+    awaited: Callable[[Agent], bool],
+    other: Callable[[Agent, dict[str, Any]], None],
+) -> dict[Agent, Facts]:
+    """Ask all `agents` to look around for `attempt`; what each that answered in time said, and when by this clock.
+
+    Args:
+        tell: asks one of them.
+        awaited: whether an agent that has not answered yet is still waited for.
+        other: takes in whatever else comes into the `inbox`.
+    """
+    asked = time.time()
+    answers: dict[Agent, Facts] = {}
+    for agent in agents:
+        tell(agent)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(ANSWER_SECONDS):
+            while any(awaited(agent) for agent in agents if agent not in answers):
+                agent, message = await inbox.get()
+                if message.get("looked") == attempt:
+                    answers[agent] = message["facts"] | {"asked": asked, "answered": time.time()}
+                else:
+                    other(agent, message)
+    return answers
 
 
 # ---- what it means ------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import asyncio
 import signal
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict
 
 from launcher import preflight
@@ -96,22 +95,23 @@ class RayAttempt:
 
     async def _preflight(self, inbox: asyncio.Queue[tuple[str, Message]]) -> dict[str, str]:
         """Ask the nodes how they are; return what is wrong with each that is unfit."""
-        asked = time.time()
-        nodes = {node.id: str(node) for node in self.lease.nodes()}
-        answers: dict[str, Message] = {}
-        for node in nodes:
-            self.stewards.tell(node, {"look": self.number, "visible": self.lease.visible_on(node)})
-        with suppress(TimeoutError):
-            async with asyncio.timeout(preflight.ANSWER_SECONDS):
-                while len(answers) < len(nodes) and not self.stop and not self.lease.broken:
-                    node, message = await inbox.get()
-                    if message.get("looked") == self.number:
-                        answers[nodes[node]] = message["facts"] | {"asked": asked, "answered": time.time()}
-                    else:
-                        self._take_in(node, message)
-        if self.stop or self.lease.broken:
+        lease, nodes = self.lease, {node.id: str(node) for node in self.lease.nodes()}
+
+        def tell(node: str) -> None:
+            self.stewards.tell(node, {"look": self.number, "visible": lease.visible_on(node)})
+
+        answers = await preflight.ask(
+            self.number,
+            list(nodes),
+            tell,
+            inbox,
+            awaited=lambda _: not self.stop and not lease.broken,
+            other=self._take_in,
+        )
+        if self.stop or lease.broken:
             return {}
-        return preflight.judge(answers, {str(node): len(self.lease.ranks_on(node.id)) for node in self.lease.nodes()})
+        told = {nodes[node]: facts for node, facts in answers.items()}
+        return preflight.judge(told, {name: len(lease.ranks_on(node)) for node, name in nodes.items()})
 
     async def _start(self) -> None:
         from ray.exceptions import RayError

@@ -65,7 +65,7 @@ class Driver:
         self.started = time.monotonic()
         self.inbox: asyncio.Queue[tuple[str, Message]] = asyncio.Queue()
         self.stewards = Stewards(run_dir, lambda node, message: self.inbox.put_nowait((node, message)))
-        self.room = Room(run_dir, self.stewards)
+        self.room = Room(run_dir, self.plan, self.stewards)
         self.reports = Reports(run_dir)
         self.ranks = self.plan.placement.world_size  # of the newest lease
         self.stop = ""  # why the run was asked to stop

@@ -13,6 +13,7 @@ from launcher.backends.ray_stewards import Stewards
 from launcher.errors import BadRequest
 from launcher.policy import ADVICE, Failure
 from launcher.rundir import RunDir
+from launcher.spec import Plan
 from launcher.tpu import Topology
 
 
@@ -25,9 +26,8 @@ class Room:
         lacking: since when the cluster is too small, and what it lacks; None while it is not.
     """
 
-    def __init__(self, run_dir: RunDir, stewards: Stewards) -> None:
-        self.run_dir, self.stewards = run_dir, stewards
-        self.plan = run_dir.plan()
+    def __init__(self, run_dir: RunDir, plan: Plan, stewards: Stewards) -> None:
+        self.run_dir, self.plan, self.stewards = run_dir, plan, stewards
         self.away = history.read(run_dir.events()).excluded
         self.lost: list[str] = []
         self.lacking: tuple[float, str] | None = None
@@ -51,7 +51,9 @@ class Room:
 
         Not where a preflight has found them unfit: it would again.
         """
-        if not self.away or self.plan.cluster.preflight or not self.ranks_for(look()):
+        if not self.away or self.plan.cluster.preflight:
+            return False
+        if self.ranks_for(self.nodes()) or not self.ranks_for(look()):
             return False
         self.run_dir.event("forgiven", nodes=list(self.away))
         self.away = ()
@@ -59,8 +61,7 @@ class Room:
 
     async def check(self) -> None:
         """Refuse what this cluster can never run, and a run directory that a node does not see. Raises BadRequest."""
-        if not self.ranks_for(self.nodes()):
-            self.forgive()
+        self.forgive()
         nodes, scaling = self.nodes(), self.scaling()
         lacks = shortage(nodes, scaling)
         if lacks and not self.plan.cluster.ray.autoscales and not self.ranks_for(nodes):

@@ -45,7 +45,7 @@ def seat(run_dir: RunDir, environment: Mapping[str, str]) -> Seat:
         address=environment["SLURM_LAUNCH_NODE_IPADDR"],
         session=f"{job}.{restarts}",
         requeue=lambda exclude: requeue(run_dir, job, restarts, exclude),
-        fate=lambda: fate(run_dir, job, restarts),
+        fate=lambda: settled_fate(run_dir, job, restarts),
     )
 
 
@@ -59,7 +59,9 @@ def requeue(run_dir: RunDir, job: str, restarts: int, exclude: Sequence[str] = (
     done = _scontrol("requeue", job)
     if done is None or done.returncode:
         # One that SLURM has put back into the queue by itself is refused, too.
-        if done is not None and (fate(run_dir, job, restarts) == "requeued" or _follow_up(run_dir, job, exclude)):
+        if done is not None and (
+            settled_fate(run_dir, job, restarts) == "requeued" or _follow_up(run_dir, job, exclude)
+        ):
             return True
         print(
             f"launch: SLURM does not requeue job {job}: {done.stderr.strip() if done else 'no answer'}", file=sys.stderr
@@ -105,8 +107,16 @@ def _follow_up(run_dir: RunDir, job: str, exclude: Sequence[str]) -> bool:
     return True
 
 
-def fate(run_dir: RunDir, job: str, restarts: int) -> Fate:
-    """What SLURM has in mind for the job's start number `restarts`; one that is to start again stays away from bad nodes.
+def settled_fate(run_dir: RunDir, job: str, restarts: int) -> Fate:
+    """`fate`; and where the job is to start again, that is settled to be away from bad nodes."""
+    found = fate(job, restarts)
+    if found == "requeued":
+        _keep_away(run_dir, job)
+    return found
+
+
+def fate(job: str, restarts: int) -> Fate:
+    """What SLURM has in mind for the job's start number `restarts`.
 
     ``requeued``: it is in the queue again, by an operator's ``scontrol requeue``, a node that went down, or a preemption
     that is through. ``preempting``: SIGTERM was the word that its nodes are wanted; most sites send no other, and a job
@@ -114,7 +124,6 @@ def fate(run_dir: RunDir, job: str, restarts: int) -> Fate:
     """
     facts = _facts(job)
     if int(facts.get("Restarts", "0")) > restarts:
-        _keep_away(run_dir, job)
         return "requeued"
     preempted = facts.get("PreemptTime", "None")
     # Times are of one format, so their order is that of the letters; that of an earlier start is older than this start.
@@ -212,7 +221,9 @@ def after(run_dir: RunDir, status: int, environment: Mapping[str, str]) -> int:
     replaced = (run_dir.job() or {}).get("job_id", job) != job
     past = run_dir.events()
     told = next((e["event"] for e in reversed(past) if e["event"] in ("submitted", "started", "finished")), "")
-    if run_dir.result() is not None or told == "finished" or replaced or fate(run_dir, job, restarts) == "requeued":
+    if run_dir.result() is not None or told == "finished" or replaced:
+        return status
+    if settled_fate(run_dir, job, restarts) == "requeued":
         return status
     plan, attempt = run_dir.plan(), run_dir.last_attempt()
     if run_dir.stop_file.exists():

@@ -108,11 +108,10 @@ def test_hosts_that_do_not_say_what_kind_of_slice_they_are(
     plan = make_plan(spec, tmp_path)
     run_dir = RunDir(plan.run_dir)
     run_dir.create()
-    run_dir.write_plan(plan)
     resources = {"CPU": 8.0, "TPU": 4.0} | ({"TPU-v4-8-head": 1.0} if marked else {})
     hosts = [Seen(name, resources=resources, labels={"ray.io/tpu-topology": "2x2x1"}) for name in ("left", "right")]
     monkeypatch.setattr(ray_room, "look", lambda: hosts)
-    room = ray_room.Room(run_dir, Stewards(run_dir, lambda node, message: None))
+    room = ray_room.Room(run_dir, plan, Stewards(run_dir, lambda node, message: None))
     each = room.request(1, 8)["scaling_config"]["resources_per_worker"]
     assert each == {"CPU": 1, "TPU": 1} | ({"TPU-v4-8-head": 0.25} if marked else {})
     assert room.ranks_for(room.nodes()) == 8
