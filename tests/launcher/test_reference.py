@@ -12,6 +12,7 @@ import pytest
 
 import training
 from tests.launcher.engines import Project, make_project
+from training.files import read_lines
 
 pytestmark = pytest.mark.slow
 
@@ -38,6 +39,8 @@ def test_launch_alone_learns_the_bundled_pairs(local_project: Project) -> None:
     assert result["samples"] == 408
     assert result["accuracy"] > 0.9, "only learning explains this: the majority class is 0.68"
     assert result["f1"] > 0.9
+    records = read_lines(local_project.folder / "runs/first/metrics.jsonl")
+    assert [line["eval"]["samples"] for line in records if "eval" in line] == [408] * 4
 
 
 @pytest.mark.parametrize("cluster", [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("slurm", "ray")])
