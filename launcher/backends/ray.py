@@ -74,7 +74,6 @@ def trainer(
             # Restarts are decided by the driver (launcher.policy), which knows a user's error from a lost node. Two of
             # these would otherwise be tried for ever: a request that does not fit, and nodes that are taken away.
             "failure_config": {"max_failures": 0, "controller_failure_limit": 0, "max_preemption_failures": 0},
-            "checkpoint_config": {"num_to_keep": 2},
         },
         "settings": settings(plan),
     }

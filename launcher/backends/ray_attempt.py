@@ -11,7 +11,6 @@ from dataclasses import asdict
 from launcher import preflight
 from launcher.attempt import Attempt
 from launcher.backends.ray_lease import Lease
-from launcher.backends.ray_reports import Reports
 from launcher.backends.ray_stewards import Stewards
 from launcher.policy import Outcome
 from launcher.ranks import Message
@@ -41,10 +40,9 @@ class RayAttempt:
         run_dir: RunDir,
         lease: Lease,
         stewards: Stewards,
-        reports: Reports,
         note: Callable[[str, Message, Lease | None], None],
     ) -> None:
-        self.run_dir, self.lease, self.stewards, self.reports, self.note = run_dir, lease, stewards, reports, note
+        self.run_dir, self.lease, self.stewards, self.note = run_dir, lease, stewards, note
         self.cluster = lease.plan.cluster
         self.number = run_dir.claim_attempt()
         one_each = {rank: rank for rank in range(lease.ranks)}  # every rank is an agent of its own to `Attempt`
@@ -152,8 +150,6 @@ class RayAttempt:
                 self._ask_to_stop(reason, self.cluster.grace)
             case {"drained": going}:
                 self._check_drains(going)
-            case {"saved": _}:
-                self.report()
 
     def _lost(self, node: str) -> None:
         for rank in self.lease.ranks_on(node):
@@ -174,9 +170,3 @@ class RayAttempt:
         self.run_dir.event("stopping", reason=reason)
         self.ranks.kill_within(grace)
         self.stewards.tell_all({"signal": int(signal.SIGTERM)})
-
-    def report(self) -> None:
-        """Let the workers tell Ray Train of the checkpoints that are new."""
-        for metrics, path in self.reports.take():
-            for member in self.lease.members:
-                self.stewards.tell(member.node.id, {"order": member.worker, "report": metrics, "path": str(path)})

@@ -26,7 +26,6 @@ from launcher import history
 from launcher.backends.ray_attempt import DRIVER, RayAttempt
 from launcher.backends.ray_cluster import draining, join, leave, reservations, shortage
 from launcher.backends.ray_lease import Lease, Member
-from launcher.backends.ray_reports import Reports
 from launcher.backends.ray_room import Room
 from launcher.backends.ray_stewards import Stewards
 from launcher.ending import end_run, note_failure, until_writable
@@ -38,7 +37,7 @@ from launcher.rundir import BEAT_SECONDS, RunDir
 from launcher.spec import Plan, State
 
 LOOK_SECONDS = 0.5
-"""How often the driver looks for a request to stop, for drained and new nodes, and for new checkpoints."""
+"""How often the driver looks for a request to stop, and for drained and new nodes."""
 
 DEATH_SECONDS = 15.0
 """How long Ray may take to notice that a node is gone whose steward is; after that, only the steward is."""
@@ -66,7 +65,6 @@ class Driver:
         self.inbox: asyncio.Queue[tuple[str, Message]] = asyncio.Queue()
         self.stewards = Stewards(run_dir, lambda node, message: self.inbox.put_nowait((node, message)))
         self.room = Room(run_dir, self.plan, self.stewards)
-        self.reports = Reports(run_dir)
         self.ranks = self.plan.placement.world_size  # of the newest lease
         self.stop = ""  # why the run was asked to stop
         self.going: dict[str, float] = {}  # drained nodes, and when they go
@@ -115,8 +113,6 @@ class Driver:
             if new := going.keys() - self.going.keys():
                 self.going = going
                 self.inbox.put_nowait((DRIVER, {"drained": {node: going[node] for node in new}}))
-            if self.reports.new():
-                self.inbox.put_nowait((DRIVER, {"saved": True}))
             await asyncio.sleep(LOOK_SECONDS)
 
     # ---- leases ---------------------------------------------------------------------------------------------------
@@ -129,7 +125,6 @@ class Driver:
                 return ranks
             number += 1
             lease = Lease(self.plan, number, ranks, lost_before=len(self.room.lost))
-            self.reports.begin()
             lease.start(self.room.request(number, ranks))
             self.ranks = ranks
             end = await self._hold(lease)
@@ -171,10 +166,9 @@ class Driver:
             return await self._not_started(lease)
         self.room.lacking = None
         while not self.stop:
-            attempt = RayAttempt(self.run_dir, lease, self.stewards, self.reports, self._note)
+            attempt = RayAttempt(self.run_dir, lease, self.stewards, self._note)
             outcome = await attempt.run(self.inbox, self.going)
             await until_writable(self.run_dir)
-            attempt.report()
             past = history.read(self.run_dir.events())
             left = self.plan.spec.max_restarts - len(past.setbacks)
             action, failure, struck = self._decide(outcome, left, past)

@@ -54,15 +54,12 @@ class Lease:
         threading.Thread(target=run, name="fit", daemon=True).start()
 
     def _fit(self, asked: dict[str, Any]) -> None:
-        from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
 
         from launcher.backends.ray_worker import LeanTrainer, RankConfig, hold_rank
 
         run = asked["run_config"]
-        run |= {
-            "failure_config": FailureConfig(**run["failure_config"]),
-            "checkpoint_config": CheckpointConfig(**run["checkpoint_config"]),
-        }
+        run["failure_config"] = FailureConfig(**run["failure_config"])
         LeanTrainer(
             hold_rank,
             train_loop_config={"run_dir": str(self.plan.run_dir), "lease": self.number},

@@ -34,7 +34,6 @@ FLOORS = [
     "backends",
     "backends.ray_driver",
     "backends.ray_attempt",
-    "backends.ray_reports",
     "backends.ray_room",
     "backends.ray_stewards",
     "backends.ray_steward",
