@@ -97,6 +97,8 @@ class Outcome:
         step: the newest step that a rank had done; None where ranks do not say.
         hung: the rank that held the others up (None: no single one) and the sentence about it; None: nothing hung.
         unfit: what is wrong with each host that did not pass the preflight; then no rank has started.
+        not_started: why the engine could not start the ranks; empty if it could.
+        traceback: the last lines of a lost supervisor, the likeliest cause of its loss.
     """
 
     exits: Mapping[int, int]
@@ -107,6 +109,8 @@ class Outcome:
     step: int | None = None
     hung: tuple[int | None, str] | None = None
     unfit: Mapping[str, str] = field(default_factory=dict)
+    not_started: str = ""
+    traceback: str = ""
 
     @property
     def all_unfit(self) -> bool:
@@ -141,7 +145,7 @@ def decide(
     """
     history = history or History()
     bad = {rank: code for rank, code in outcome.exits.items() if code not in (FINISHED, STOPPED)}
-    if not bad and not outcome.lost and not outcome.unfit and outcome.hung is None:
+    if not (bad or outcome.lost or outcome.unfit or outcome.hung or outcome.not_started):
         if outcome.stop and not outcome.exits:
             return Action.STOP, None  # stopped before, or killed after, its ranks could say anything
         return (Action.STOP if STOPPED in outcome.exits.values() else Action.FINISH), None
@@ -200,7 +204,10 @@ def name_failure(outcome: Outcome, bad: Mapping[int, int]) -> Failure:
     if outcome.hung is not None:
         return failure("hung", outcome.hung[1], outcome.hung[0])
     if outcome.lost:
-        return failure("node lost", f"{outcome.lost[0]} stopped answering", None, host=outcome.lost[0])
+        text = f"{outcome.lost[0]} stopped answering"
+        return failure("node lost", text, None, outcome.traceback, outcome.lost[0])
+    if outcome.not_started:
+        return failure("not started", outcome.not_started, None)
     if outcome.unfit:
         told = "; ".join(f"{host}: {text}" for host, text in outcome.unfit.items())
         return failure("unfit node", told, None, host=next(iter(outcome.unfit)))

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from launcher import preflight, tpu
+from launcher.ending import Fate
 from launcher.network import interface_of, source_towards
 from launcher.resolve import imports_of
 from launcher.rundir import RunDir
@@ -32,9 +33,6 @@ STACK_SECONDS = 1.0
 """How long ranks get to write their stacks; it is done by a signal handler in C, which no stuck Python code holds up."""
 
 Message = dict[str, Any]
-
-Fate = Literal["", "preempting", "requeued"]
-"""What a scheduler does with a job whose ranks it asked to stop: nothing more, takes its nodes, or starts it again."""
 
 
 @dataclass(frozen=True)
