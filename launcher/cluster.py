@@ -149,7 +149,8 @@ class Cluster:
             counts as hung; ten times that while it evaluates or saves; 0 never looks.
         preflight: before each attempt every node looks at its run folder, disks, clock, versions and GPUs, and one that is
             unfit is left for another; not for a Ray inside a job.
-        start_method: ``forkserver`` (imports once a node) or ``spawn`` (for code that cannot fork).
+        start_method: ``auto`` (ranks of the reference job are forked from a process that has imported its libraries, all
+            others are fresh interpreters) or ``spawn`` (all are fresh interpreters).
         python: the Python command on the nodes; default: the one that submits.
         proxy: ``http://host:port`` through which the nodes reach the internet.
         hub_cache: folder of models and data sets of the Hugging Face Hub (``HF_HOME``) that all nodes see.
@@ -175,7 +176,7 @@ class Cluster:
     grace: float = 60.0
     hang_after: float = 300.0
     preflight: bool = False
-    start_method: Literal["forkserver", "spawn"] = "forkserver"
+    start_method: Literal["auto", "spawn"] = "auto"
     python: str | None = None
     proxy: str | None = None
     hub_cache: str | None = None

@@ -89,6 +89,7 @@ class Coordinator:
 
     @property
     def movable(self) -> bool:
+        """Whether a scheduler can start the job again on other nodes."""
         return self.seat.requeue is not None
 
     def spare(self, outcome: Outcome) -> bool:
@@ -97,6 +98,7 @@ class Coordinator:
         return len(self._fit()) >= self.plan.placement.nodes and not stuck
 
     async def attempt(self) -> tuple[int, Outcome]:
+        """Run the next attempt; return its number and its outcome."""
         number = self.run_dir.claim_attempt()
         return number, await self._attempt(number)
 
@@ -105,12 +107,14 @@ class Coordinator:
         self.run_dir.event("struck", attempt=attempt, exclude=list(hosts))
 
     def fate(self) -> Fate:
+        """Return what the scheduler does with this job; empty after a request to cancel."""
         if self.run_dir.stop_file.exists():
             return ""
         fate = self.seat.fate()
         return "preempting" if self.preempted and not fate else fate
 
     def start_elsewhere(self, attempt: int, hosts: tuple[str, ...]) -> Elsewhere:
+        """Ask the scheduler to start the job again away from `hosts`."""
         requeued = self.seat.requeue is not None and self.seat.requeue(hosts)
         return Elsewhere.LATER if requeued else Elsewhere.NOWHERE
 

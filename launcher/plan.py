@@ -76,6 +76,8 @@ def _environment(placement: Placement, site: Cluster) -> dict[str, str]:
     # OpenMP's threads otherwise spin while they wait, and on a core that somebody else needs that costs ten times the
     # work (measured: 1.4 against 17 steps a second of a small transformer, two threads on two busy cores).
     passive = {"OMP_WAIT_POLICY": "PASSIVE"} if placement.device == "cpu" else {}
+    # As under torchrun, the number of threads that the submitting shell sets is kept; ranks elsewhere do not inherit it.
+    passive |= {name: os.environ[name] for name in ("OMP_NUM_THREADS",) if os.environ.get(name)}
     if site.tpu_runtime == "torch_tpu":
         return passive
     # Where torch_xla is installed, accelerate takes its device, whatever it is asked for.

@@ -65,8 +65,6 @@ class RunDir:
     rendezvous_file = _In("rendezvous.json")
     answer_file = _In("poll.json")
     """What the engine said when it was last asked for the job."""
-    imports_file = _In("imports.json")
-    """What rank 0 imported on its way, for the forkservers of this start and of later ones."""
     reserve_file = _In(".reserve")
     head_file = _In("ray-head.json")
     """Where the head of a Ray is that lives inside the run's job."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib
 import importlib.util
 import inspect
 import runpy
 import sys
 import traceback
+import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +29,11 @@ def call(target: Target, pickle: Path, context: Callable[[], Context]) -> Any:
     with on_path(target.path):
         match target.kind:
             case "script":
-                with _argv([target.name, *target.args]), on_path([str(Path(target.name).parent)]):
-                    runpy.run_path(target.name, run_name="__main__")
+                run_script(Path(target.name), target.args)
                 return None
             case "module":
-                with _argv([target.name, *target.args]):
-                    runpy.run_module(target.name, run_name="__main__", alter_sys=True)
+                sys.argv = [target.name, *target.args]
+                runpy.run_module(target.name, run_name="__main__", alter_sys=True)
                 return None
             case "value":
                 import cloudpickle
@@ -40,6 +42,27 @@ def call(target: Target, pickle: Path, context: Callable[[], Context]) -> Any:
             case "function":
                 function = load(target.name)
         return function(*arguments(function, target.args, context))
+
+
+def run_script(script: Path, args: Sequence[str]) -> None:
+    """Run `script` as ``python script.py`` does: it is ``__main__`` until this process ends.
+
+    `runpy` would put the former ``__main__`` back, and the name that `multiprocessing` has for it would stay the former
+    one: objects of the script's classes could then not be sent between processes.
+    """
+    main = types.ModuleType("__main__")
+    main.__dict__.update(
+        __file__=str(script),
+        __builtins__=builtins,
+        __loader__=SourceFileLoader("__main__", str(script)),
+        __cached__=None,
+    )
+    sys.argv = [str(script), *args]
+    sys.path.insert(0, str(script.parent))
+    sys.modules["__main__"] = main
+    if "multiprocessing" in sys.modules:
+        sys.modules["__mp_main__"] = main
+    exec(compile(script.read_bytes(), str(script), "exec"), main.__dict__)
 
 
 def load(name: str) -> Callable[..., Any]:
@@ -163,13 +186,3 @@ def on_path(folders: Sequence[str]) -> Iterator[None]:
         for folder in added:
             if folder in sys.path:
                 sys.path.remove(folder)
-
-
-@contextmanager
-def _argv(argv: list[str]) -> Iterator[None]:
-    before = sys.argv
-    sys.argv = argv
-    try:
-        yield
-    finally:
-        sys.argv = before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import faulthandler
 import json
@@ -14,10 +15,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from launcher.binding import settle
 from launcher.errors import BadRequest
+from launcher.output import outlive_a_full_disk
 from launcher.records import from_data
 from launcher.rundir import RunDir
 from launcher.spec import Plan
@@ -33,9 +35,6 @@ FINISHED, RAISED, REFUSED, STOPPED = 0, 1, 2, 3
 
 FULL, UNHEARD = 4, 5
 """Exit statuses of a rank that raised and could not leave its error in the run directory, for want of room or otherwise."""
-
-SETTLED_SECONDS = 3.0
-"""How long a target must not have imported anything before what it imported is told."""
 
 STORAGE = (errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOTCONN, errno.EREMOTEIO)
 """What a file system says that has gone away under a process: a disk that fails, a mount that was lost or made read-only."""
@@ -101,14 +100,11 @@ def work(run_dir: RunDir, world: World, pulse: Pulse | None = None) -> int:
 
 
 def prepare(plan: Plan, world: World) -> None:
-    """Give this process the environment, the threads and the folder of its rank."""
-    os.environ.update(plan.environment)
-    os.environ.update(world.environment())
-    if world.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # scripts ask torch.cuda.is_available() rather than us
-    if world.threads and "torch" in sys.modules:
-        # OMP_NUM_THREADS is read when the library is loaded, which for a forked rank was before the fork.
-        sys.modules["torch"].set_num_threads(world.threads)
+    """Give this process the import path, for processes that it starts too, and the folder of its rank."""
+    # Only now: this module's own imports must not find the user's files, such as a `queue.py`.
+    path = [*plan.target.path, *filter(None, [os.environ.get("PYTHONPATH")])]
+    if path:
+        os.environ["PYTHONPATH"] = os.pathsep.join(path)
     if plan.cwd.is_dir():
         os.chdir(plan.cwd)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
@@ -219,40 +215,30 @@ def _leave_value(run_dir: RunDir, value: Any) -> None:
             write_atomic(run_dir.value_file, json.dumps(value))
 
 
-def _tell_imports(run_dir: RunDir, before: set[str]) -> None:
-    """Once the target has settled, leave the names of the modules that it imported only while it ran.
-
-    Libraries such as transformers import most of themselves on first use, which after a fork is once for each rank and
-    attempt. Only further modules of packages that the forkserver has are named: whether others stand a fork is not known.
-    """
-    packages = {name.partition(".")[0] for name in before}
-    found: list[str] = []
-    while True:
-        time.sleep(SETTLED_SECONDS)
-        # In the order in which they came, so that each finds what it needs in place.
-        new = [name for name in list(sys.modules) if name not in before and name.partition(".")[0] in packages]
-        if new == found:
-            break
-        found = new
-    with suppress(OSError):
-        write_atomic(
-            run_dir.imports_file, json.dumps([name for name in found if name.isascii() and name != "__mp_main__"])
-        )
-
-
 def main(run_dir: Path, world: dict[str, Any], pulses: int) -> int:
-    """Enter a rank's process: what the forkserver calls in a fork, and ``python -m launcher.worker`` after a spawn."""
+    """Run a rank in this process; return its exit status."""
     faulthandler.enable(2)  # a crash in native code leaves the Python stack in the log
     faulthandler.register(signal.SIGQUIT, 2)  # and the agent asks a rank that hangs for it
     rank = from_data(World, world, "world")
-    if rank.rank == 0 and not RunDir(run_dir).imports_file.exists():
-        threading.Thread(target=_tell_imports, args=(RunDir(run_dir), set(sys.modules)), daemon=True).start()
     return work(RunDir(run_dir), rank, Pulse.of(pulses, rank.local_rank))
 
 
-if __name__ == "__main__":
-    from launcher.forkserver import finish
-    from launcher.output import outlive_a_full_disk
-
+def enter() -> NoReturn:
+    """Run a rank in a fresh interpreter, whose arguments are the run directory, the world and a file descriptor."""
     outlive_a_full_disk()
     finish(main(Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])))
+
+
+def finish(status: int) -> NoReturn:
+    """End a rank: wait for its threads, run its exit handlers, flush, and exit without tearing down modules.
+
+    The interpreter's own teardown of a process with CUDA or gloo threads in it can hang or crash after the work is done.
+    """
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+    finally:
+        with suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)

@@ -12,6 +12,7 @@ from pathlib import Path
 from launcher.backends import process
 from launcher.cluster import Cluster
 from launcher.errors import BadRequest
+from launcher.rank_environment import rank_environment
 from launcher.ranks import NodeRanks, Seat
 from launcher.rundir import RunDir
 from launcher.spec import Plan, State
@@ -50,8 +51,8 @@ def render(plan: Plan) -> str:
     lines = [f"agent: python -m launcher.agent {plan.run_dir}"]
     here = Seat().address
     for world in ranks.worlds(attempt=1, address=here, port=1):
-        environment = {**plan.environment, **world.environment(), "MASTER_PORT": "<a free port>"}
-        environment |= ranks.environment(world, [here])
+        environment = rank_environment({}, plan, world, ranks.environment(world, [here]))
+        environment["MASTER_PORT"] = "<a free port>"
         lines.append(f"rank {world.rank}: {plan.target.kind} {plan.target.name} {json.dumps(plan.target.args)}")
         lines += [f"    {key}={value}" for key, value in sorted(environment.items())]
     return "\n".join(lines) + "\n"

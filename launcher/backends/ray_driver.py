@@ -112,6 +112,7 @@ class Driver:
 
     @property
     def movable(self) -> bool:
+        """Whether Ray Train can be kept from a node."""
         return self.room.steerable
 
     def spare(self, outcome: Outcome) -> bool:
@@ -119,6 +120,7 @@ class Driver:
         return self.room.steerable or not outcome.unfit
 
     async def attempt(self) -> tuple[int, Outcome] | End:
+        """Run the next attempt, with other workers if those at hand are lost or given up."""
         if self.lease is not None and (self.lease.broken or self.leaving):
             await self._finish(self.lease, "an attempt failed, and the run goes on with other workers")
             self.lease = None
@@ -131,10 +133,12 @@ class Driver:
         return attempt.number, await attempt.run(self.inbox, self.going)
 
     def exclude(self, attempt: int, hosts: tuple[str, ...]) -> None:
+        """Ask for other workers, away from `hosts`."""
         self.room.strike(hosts, attempt)
         self.leaving = True
 
     def fate(self) -> Fate:
+        """Return why the ranks were stopped: empty if a person asked for it, else Ray takes nodes away."""
         return "" if self.stop else "preempting"
 
     def start_elsewhere(self, attempt: int, hosts: tuple[str, ...]) -> Elsewhere:

@@ -251,12 +251,15 @@ class BatchScript:
         self._requeue = requeue
 
     def spare(self, outcome: Outcome) -> bool:
+        """Return that nothing can go on here without the agents."""
         return False
 
     def fate(self) -> Fate:
+        """Return that SLURM takes the nodes."""
         return "preempting"
 
     def start_elsewhere(self, attempt: int, hosts: tuple[str, ...]) -> Elsewhere:
+        """Ask SLURM to start the job again away from `hosts`."""
         return Elsewhere.LATER if self._requeue(hosts) else Elsewhere.NOWHERE
 
 

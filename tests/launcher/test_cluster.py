@@ -82,7 +82,7 @@ def test_what_is_commented_out_in_a_shipped_profile_can_be_used(path: Path, tmp_
         ("backend = 'ray'\n[ray]\nplacement_strategy = 'pack'", "'pack' is not one of PACK, SPREAD, STRICT_PACK"),
         ("backend = 'ray'\n[ray]\nwait = -1", "ray.wait = -1: seconds are needed, 0 or more"),
         ("backend = 'ray'\npreflight = true\n[ray]\ninside = 'slurm'", "preflight = true: a Ray inside a job has no other"),
-        ("backend = 'local'\nstart_method = 'fork'", "start_method: 'fork' is not one of forkserver, spawn"),
+        ("backend = 'local'\nstart_method = 'fork'", "start_method: 'fork' is not one of auto, spawn"),
         ("backend = 'local'\nnodes = -1", "numbers of nodes, GPUs and cores and memory are 0 or more"),
         ("backend = 'local'\nnode = {gpus = -1}", "numbers of nodes, GPUs and cores and memory are 0 or more"),
         ("backend = 'local'\ngrace = 0", "grace is more than 0 seconds"),

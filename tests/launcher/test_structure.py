@@ -54,12 +54,13 @@ FLOORS = [
     "coordinator",
     "peers",
     "attempt",
+    "ranks",
     "ending",
     "policy",
     "history",
-    "ranks",
     "watch",
     "forkserver",
+    "rank_environment",
     "worker",
     "resolve",
     "target",
@@ -87,9 +88,7 @@ FLOORS = [
 ]
 """A file imports only from those after it; imports inside of functions count."""
 
-UPWARDS = {
-    ("worker", "forkserver"),  # `python -m launcher.worker`, a spawned rank, ends as a forked one does
-}
+UPWARDS: set[tuple[str, str]] = set()
 
 HEAVY = ("torch", "ray", "submitit", "transformers", "datasets", "accelerate", "numpy")
 
