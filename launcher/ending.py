@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from launcher.policy import Failure
+from launcher.policy import Failure, Outcome, describe_interruption
 from launcher.rundir import RunDir, tail
 from launcher.spec import Plan, State
 from training.files import read_json
@@ -37,6 +37,15 @@ def note_failure(
     noted = run_dir.event("failed", **told)
     run_dir.event("restarted", **told, restarts_left=restarts_left)
     return noted
+
+
+def note_interruption(run_dir: RunDir, attempt: int, outcome: Outcome) -> None:
+    """Leave the event of what a program without a Context did when it was asked to stop; none for other attempts."""
+    if not outcome.interrupted:
+        return
+    lines = tail(run_dir.log(attempt, 0), 1)
+    told = {"message": describe_interruption(outcome), "last_line": lines[0] if lines else ""}
+    run_dir.event("interrupted", attempt=attempt, **told, lost_everything=outcome.lost_everything)
 
 
 def _told(attempt: int, failure: Failure, step: int | None) -> dict[str, Any]:

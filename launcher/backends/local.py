@@ -51,7 +51,7 @@ def render(plan: Plan) -> str:
     here = Seat().address
     for world in ranks.worlds(attempt=1, address=here, port=1):
         environment = {**plan.environment, **world.environment(), "MASTER_PORT": "<a free port>"}
-        environment |= ranks.environment(world, [here])
+        environment |= ranks.variables(world, [here])
         lines.append(f"rank {world.rank}: {plan.target.kind} {plan.target.name} {json.dumps(plan.target.args)}")
         lines += [f"    {key}={value}" for key, value in sorted(environment.items())]
     return "\n".join(lines) + "\n"

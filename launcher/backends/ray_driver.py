@@ -29,7 +29,7 @@ from launcher.backends.ray_lease import Lease, Member
 from launcher.backends.ray_reports import Reports
 from launcher.backends.ray_room import Room
 from launcher.backends.ray_stewards import Stewards
-from launcher.ending import end_run, note_failure, until_writable
+from launcher.ending import end_run, note_failure, note_interruption, until_writable
 from launcher.errors import BadRequest
 from launcher.output import outlive_a_full_disk
 from launcher.policy import ADVICE, Action, Failure, Outcome, back_off, decide, no_progress, unfit
@@ -191,7 +191,7 @@ class Driver:
             if action is Action.FINISH:
                 return End(State.SUCCEEDED)
             if action is Action.STOP:
-                return self._stopped(past, outcome)
+                return self._stopped(attempt.number, outcome)
             return End(State.FAILED, failure, outcome.step)
         await self._finish(lease, "")
         return End(State.STOPPED)
@@ -211,12 +211,14 @@ class Driver:
         struck = unfit(failure, past, outcome.step)
         return Action.RESTART, failure, struck if self.room.ranks_for(self.room.nodes(but=struck)) else ()
 
-    def _stopped(self, past: history.History, outcome: Outcome) -> End | None:
+    def _stopped(self, attempt: int, outcome: Outcome) -> End | None:
         """The ranks stopped because they were asked to: go on on other nodes where it was Ray that asked."""
+        note_interruption(self.run_dir, attempt, outcome)
         if self.stop:
             return End(State.STOPPED)
         step = outcome.step or self.run_dir.newest_step()
-        if failure := no_progress(past, step):
+        past = history.read(self.run_dir.events())
+        if failure := no_progress(past, step, self.plan.cluster.requeues_without_progress):
             return End(State.STOPPED, failure, step)
         self.run_dir.event("requeued", attempt=self.run_dir.last_attempt(), reason="preempted", step=step)
         return None

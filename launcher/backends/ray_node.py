@@ -186,7 +186,7 @@ class RayNode:
         self.run_dir.stop_file.unlink(missing_ok=True)
         past, attempt = history.read(self.run_dir.events()), self.run_dir.last_attempt()
         step = self.run_dir.newest_step()
-        failure = no_progress(past, step)
+        failure = no_progress(past, step, self.plan.cluster.requeues_without_progress)
         if failure is None:
             self.run_dir.result_file.unlink(missing_ok=True)
             self.run_dir.event("requeued", attempt=attempt, reason="preempted", step=step)
