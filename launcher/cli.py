@@ -209,13 +209,23 @@ def _follow(run: Any, out: Any) -> State | None:
                 file=sys.stderr,
             )
             return None
-    print("\nlaunch: stopping at the next step, with a checkpoint; Ctrl-C again ends at once", file=sys.stderr)
+    print(f"\nlaunch: {_how_it_stops(run)}; Ctrl-C again ends at once", file=sys.stderr)
     run.dir.request_stop("Ctrl-C")
     try:
         return follower.follow()
     except KeyboardInterrupt:
         killed: State = run.kill()
         return killed
+
+
+def _how_it_stops(run: Any) -> str:
+    """What a request to stop does to a run: only a program with a Context, which logs its steps, stops at a step."""
+    plan = run.dir.plan()
+    if run.dir.metrics_file.exists():
+        return "stopping at the next step, with a checkpoint if the program saves one"
+    return (
+        f"stopping: SIGTERM goes to every rank, {plan.cluster.grace:g} seconds before those that still run are killed"
+    )
 
 
 def _drop_refused(run: Any) -> None:
@@ -259,7 +269,9 @@ def summary(run: Any) -> str:
         shown = "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
         lines = [f"launch: succeeded in {result['seconds']:.1f} s", *([f"  {shown}"] if shown else [])]
     elif state is State.STOPPED:
-        lines = [f"launch: stopped before the end; `launch resume {run.name}` goes on from the newest checkpoint"]
+        lines = [f"launch: stopped before the end; {run.resumption()}"]
+        if result.get("failure"):
+            lines.append(f"  {run.explain(shown_rank=0)}")
     else:
         lines = [f"launch: failed: {run.explain(shown_rank=0)}"]
     return "\n".join(

@@ -145,6 +145,8 @@ class Cluster:
         oversubscribe: CPU ranks may outnumber the cores; for debugging on one machine.
         time: default time limit of a run, as in ``--time``.
         grace: seconds between the request to stop and the end, for the last checkpoint.
+        requeues_without_progress: how often in a row a preempted program is requeued that has neither a SIGTERM handler nor a
+            Context and logs no step, so that it is taken to start over each time; raise it for one that saves by itself.
         hang_after: seconds without a step, or three times the longest step so far where that is more, after which a run
             counts as hung; ten times that while it evaluates or saves; 0 never looks.
         preflight: before each attempt every node looks at its run folder, disks, clock, versions and GPUs, and one that is
@@ -174,6 +176,7 @@ class Cluster:
     oversubscribe: bool = False
     time: str | None = None
     grace: float = 60.0
+    requeues_without_progress: int = 2
     hang_after: float = 300.0
     preflight: bool = False
     start_method: Literal["auto", "spawn"] = "auto"

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from launcher import environment, preflight
 from launcher.attempt import Attempt
@@ -19,6 +20,9 @@ from launcher.policy import Outcome
 from launcher.ranks import Message, NodeRanks, Seat, on_signals
 from launcher.rundir import BEAT_SECONDS, RunDir
 from launcher.spec import Plan, State
+
+LOOP_SECONDS, SCHEDULER_SECONDS = 0.05, 0.5
+"""How long after the last rank's end a signal to this process may still arrive; under a scheduler also from other nodes."""
 
 
 class Coordinator:
@@ -69,7 +73,7 @@ class Coordinator:
         while True:
             # Not in this thread: a shared disk may take a minute to answer, and the other nodes would think us gone.
             if await asyncio.to_thread(self._look, session) and not self.stop:
-                self.inbox.put_nowait((self.seat.node, {"signal": int(signal.SIGTERM)}))
+                self.inbox.put_nowait((self.seat.node, {"signal": int(signal.SIGTERM), "file": True}))
             for _ in range(round(BEAT_SECONDS / PULSE_SECONDS)):
                 self.inbox.put_nowait((self.seat.node, {"beats": self.own.report()}))
                 await asyncio.sleep(PULSE_SECONDS)
@@ -152,14 +156,36 @@ class Coordinator:
                 self._tell(agent, start | {"node": node})
             while not attempt.over:
                 await self._listen(attempt)
+            if not attempt.joined and not self.stop:
+                await self._settle(attempt)
+            stop, finished = self.reason, self.run_dir.finished(number, 0).exists()
             host_of = self._host_of(agents)
             for agent in attempt.lost:
                 self.peers.drop(agent)
             errors = self.run_dir.errors(number)
             lost = [self._host(agent) for agent in attempt.lost]
-            return Outcome(attempt.exits, errors, self.reason, lost, host_of, attempt.progress, attempt.hung)
+            ends = Outcome(attempt.exits, errors, stop, lost, host_of, attempt.progress, attempt.hung)
+            return replace(ends, joined=attempt.joined, finished=finished)
         finally:
             holder.close()
+
+    async def _settle(self, attempt: Attempt) -> None:
+        """Take in a stop that ended the ranks before this process read it.
+
+        A scheduler sends SIGTERM to every process of a step, and the ranks' ends may be read first. A request by the file
+        `stop` does not count: it reaches the ranks through this process alone.
+        """
+        seconds = SCHEDULER_SECONDS if self.seat.requeue is not None else LOOP_SECONDS
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not self.stop:
+                    _, message = await self.inbox.get()
+                    if not message.get("file"):
+                        self._note_stop(message)
+        if not self.stop and -signal.SIGTERM in attempt.exits.values() and self.seat.fate():
+            self.stop = signal.SIGTERM
+        if self.stop:
+            self.run_dir.event("stopping", reason=self.reason)
 
     async def _preflight(self, number: int, agents: Sequence[int]) -> Outcome | None:
         """Ask the nodes of `agents` how they are; return what keeps the attempt from starting, None for nothing."""
@@ -206,9 +232,7 @@ class Coordinator:
             again = self.stop == message["signal"] == signal.SIGINT
             self._note_stop(message)
             if first:
-                self.run_dir.event("stopping", reason=self.reason)
-                attempt.kill_within(self.plan.cluster.grace)
-                self._tell_all({"signal": int(signal.SIGTERM)})
+                self.run_dir.event("stopping", reason=self.reason, **attempt.ask_to_stop(self.plan.cluster.grace))
             elif again:
                 attempt.kill_within(0.0)
 

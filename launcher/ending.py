@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any, Literal, Protocol
 
 from launcher import history
-from launcher.policy import Action, Failure, Outcome, back_off, decide, no_progress, unfit
+from launcher.policy import Action, Failure, Outcome, back_off, decide, describe_interruption, no_progress, unfit
 from launcher.rundir import RunDir, tail
 from launcher.spec import Plan, State
 from training.files import read_json
@@ -116,6 +116,7 @@ class Recovery:
             case Action.FAIL:
                 return End(State.FAILED, failure, step)
             case Action.STOP:
+                record_interruption(self.run_dir, attempt, outcome)
                 return self.stopped(relocation, attempt, step)
         assert failure is not None, "attempts are repeated after failures only"
         recorded = note_failure(self.run_dir, attempt, failure, left - 1, step)
@@ -139,7 +140,8 @@ class Recovery:
             return End(State.STOPPED, requeued=True)
         if fate == "preempting":
             step = step or self.run_dir.newest_step()
-            if failure := no_progress(history.read(self.run_dir.events()), step):
+            past, allowed = history.read(self.run_dir.events()), self.plan.cluster.requeues_without_progress
+            if failure := no_progress(past, step, allowed):
                 return End(State.STOPPED, failure, step)
             where = relocation.start_elsewhere(attempt, ())
             if where is not Elsewhere.NOWHERE:
@@ -174,6 +176,15 @@ def note_failure(run_dir: RunDir, attempt: int, failure: Failure, restarts_left:
     recorded = run_dir.event("failed", **fields)
     run_dir.event("restarted", **fields, restarts_left=restarts_left)
     return recorded
+
+
+def record_interruption(run_dir: RunDir, attempt: int, outcome: Outcome) -> None:
+    """Write the event of what a program without a Context did when it was asked to stop; none for other attempts."""
+    if not outcome.interrupted:
+        return
+    lines = tail(run_dir.log(attempt, 0), 1)
+    fields = {"message": describe_interruption(outcome), "last_line": lines[0] if lines else ""}
+    run_dir.event("interrupted", attempt=attempt, **fields, lost_everything=outcome.lost_everything)
 
 
 def _failure_fields(attempt: int, failure: Failure, step: int | None) -> dict[str, Any]:

@@ -128,8 +128,8 @@ class ForkServer:
         sys.stdout.flush()
         sys.stderr.flush()
         server = os.getpid()
-        # Held back until the rank has handlers of its own: this server ignores them, and a stop would be lost.
-        held = (signal.SIGTERM, signal.SIGUSR2)
+        # Held back until the rank's own dispositions hold: this server ignores SIGTERM, and a stop would be lost.
+        held = (signal.SIGTERM,)
         signal.pthread_sigmask(signal.SIG_BLOCK, held)
         pid = os.fork()
         if pid:
@@ -142,7 +142,8 @@ class ForkServer:
             os._exit(1)  # the server died between the fork and the line above
         os.setsid()
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        # SIGUSR2 stays ignored, also across exec: SLURM sends it to every process of a step, and it is for the agent.
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, held)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from signal import Signals
+from signal import SIGTERM, Signals
 from typing import Any
 
 from launcher.history import History
@@ -68,9 +68,11 @@ RULES: dict[str, Rule] = {
         "A node did not pass the profile's preflight; see to it (`launch doctor --on-nodes` looks closer), then"
         " `launch resume`.",
     ),
-    "node lost": Rule(Retry.ELSEWHERE, "A node stopped answering; `launch resume` goes on from the newest checkpoint."),
+    "node lost": Rule(Retry.ELSEWHERE, "A node stopped answering; check it, then `launch resume`."),
     "no progress": Rule(
-        Retry.NEVER, "Give the run more time between two stops, or save and log more often; then `launch resume`."
+        Retry.NEVER,
+        "Give the run more time between two stops, or save and log more often; a script saves in a SIGTERM handler of its"
+        " own, or raises requeues_without_progress in the profile if it saves by itself. Then `launch resume`.",
     ),
 }
 """Every way in which a run can fail. Source of truth for the policy, for the texts and for the README's table."""
@@ -99,6 +101,8 @@ class Outcome:
         unfit: what is wrong with each host that did not pass the preflight; then no rank has started.
         not_started: why the engine could not start the ranks; empty if it could.
         traceback: the last lines of a lost supervisor, the likeliest cause of its loss.
+        joined: False if a rank ended without having opened a Context: a script, or a function without one.
+        finished: rank 0 created the file LAUNCH_FINISHED, by which a program says that it is complete.
     """
 
     exits: Mapping[int, int]
@@ -111,6 +115,24 @@ class Outcome:
     unfit: Mapping[str, str] = field(default_factory=dict)
     not_started: str = ""
     traceback: str = ""
+    joined: bool = True
+    finished: bool = False
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a program without a Context was asked to stop and did not say that it had finished.
+
+        What it then did (exit status 0 included) is not its own end, so it is neither a success nor a failure.
+        """
+        return bool(self.stop) and not self.joined and not self.finished
+
+    @property
+    def lost_everything(self) -> bool:
+        """Whether an interrupted program saved nothing, as far as that can be known from outside.
+
+        Every rank died of SIGTERM, for which it had no handler, or was killed at the end of the grace; and it logged no step.
+        """
+        return self.interrupted and self.step is None and all(code == -SIGTERM for code in self.exits.values())
 
     @property
     def all_unfit(self) -> bool:
@@ -144,7 +166,12 @@ def decide(
     are nodes enough here to go on without the lost and the unfit ones.
     """
     history = history or History()
-    bad = {rank: code for rank, code in outcome.exits.items() if code not in (FINISHED, STOPPED)}
+    if outcome.stop and outcome.finished:
+        return Action.FINISH, None
+    if outcome.interrupted:
+        return Action.STOP, None
+    good = (FINISHED, STOPPED) if outcome.joined else (FINISHED,)
+    bad = {rank: code for rank, code in outcome.exits.items() if code not in good}
     if not (bad or outcome.lost or outcome.unfit or outcome.hung or outcome.not_started):
         if outcome.stop and not outcome.exits:
             return Action.STOP, None  # stopped before, or killed after, its ranks could say anything
@@ -177,11 +204,21 @@ def unfit(failure: Failure, history: History, step: int | None) -> tuple[str, ..
     return (failure.host,) if history.fruitless_on(failure.host, step) >= strikes - 1 else ()
 
 
-def no_progress(history: History, step: int | None) -> Failure | None:
-    """What ends a run whose nodes were taken away twice without a step in between, `step` being its newest; else None."""
-    if not history.stuck(step):
+def no_progress(history: History, step: int | None, allowed: int) -> Failure | None:
+    """The failure that ends a preempted run instead of another requeue; None if the run may be requeued.
+
+    A run that logs steps ends after two preemptions without a step between them; `step` is its newest. A program that
+    lost everything (`Outcome.lost_everything`) at each of the last preemptions ends after `allowed` requeues.
+    """
+    if history.losses > allowed:
+        text = (
+            f"the program was stopped {history.losses} times in a row and saved nothing (it had neither a SIGTERM handler"
+            " nor a Context), so it would start over each time"
+        )
+    elif history.stuck(step):
+        text = f"the nodes were taken away twice, and no step was done in between (the newest is {step})"
+    else:
         return None
-    text = f"the nodes were taken away twice, and no step was done in between (the newest is {step})"
     return Failure("no progress", text, advice=ADVICE["no progress"])
 
 
@@ -189,6 +226,29 @@ def back_off(history: History, step: int | None) -> float:
     """Seconds to wait before the next attempt: none while the run gets on, else 1, 2, 4, ... for each vain one."""
     vain = history.fruitless(step)
     return min(LONGEST_BACK_OFF, 2.0 ** (vain - 1)) if vain else 0.0
+
+
+def describe_interruption(outcome: Outcome) -> str:
+    """What the first four ranks of an interrupted program did, in one line."""
+    ranks = sorted(outcome.exits.keys() | outcome.hosts.keys())
+    errors = {error["rank"]: error for error in outcome.errors}
+    told = []
+    for rank in ranks[:4]:
+        code = outcome.exits.get(rank)
+        if rank in errors:
+            message = str(errors[rank]["message"])
+            exited = errors[rank]["type"] == "SystemExit"
+            text = message.removeprefix("the script ") if exited else f"raised {errors[rank]['type']}: {message}"
+        elif code is None:
+            text = "was killed"
+        else:
+            text = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with exit status {code}"
+        told.append(f"rank {rank} {text}")
+    return "; ".join(told + ["..."] * (len(ranks) > 4))
+
+
+def _signal_name(number: int) -> str:
+    return {each.value: each.name for each in Signals}.get(number, f"signal {number}")
 
 
 def name_failure(outcome: Outcome, bad: Mapping[int, int]) -> Failure:
@@ -216,9 +276,7 @@ def name_failure(outcome: Outcome, bad: Mapping[int, int]) -> Failure:
         text = cause["message"] if kind == "bad request" else f"{cause['type']}: {cause['message']}"
         return failure(kind, text, cause["rank"], cause.get("traceback", ""), cause["host"])
     if signalled is not None:
-        number = -bad[signalled]
-        name = {each.value: each.name for each in Signals}.get(number, f"signal {number}")
-        return failure("killed", f"rank {signalled} was ended by {name}", signalled)
+        return failure("killed", f"rank {signalled} was ended by {_signal_name(-bad[signalled])}", signalled)
     rank, code = next(iter(bad.items()))
     if code in (FULL, UNHEARD):
         kind = "disk full" if code == FULL else "storage"

@@ -73,6 +73,8 @@ class NodeRanks:
     ``{"beat": 0}``: the coordinator is alive                 ``{"beats": {rank: [step, phase, age, state]}}``, likewise
     ``{"end": exit status}``: close and leave
     ========================================================  ========================================================
+
+    The step of a rank that never opened a Context is -1.
     """
 
     def __init__(self, run_dir: RunDir, plan: Plan, seat: Seat, post: Callable[[Message], None]) -> None:
@@ -166,7 +168,7 @@ class NodeRanks:
                     self.pulses[world.rank].clear()
                     self.running.add(world.rank)
                     log = str(self.run_dir.log(attempt, world.rank))
-                    own = self.environment(world, more.get("hosts", ()))
+                    own = self.variables(world, more.get("hosts", ()))
                     environment = rank_environment(self._inherited(), self.plan, world, own)
                     self._tell(start=world.rank, log=log, world=asdict(world), environment=environment)
             case {"signal": number} if self.writer is not None:
@@ -238,6 +240,11 @@ class NodeRanks:
             )
             for local in range(per_node)
         ]
+
+    def variables(self, world: World, hosts: Sequence[str]) -> dict[str, str]:
+        """`environment`, and the file by which a program says that it has finished."""
+        finished = str(self.run_dir.finished(world.attempt, world.rank))
+        return self.environment(world, hosts) | {"LAUNCH_FINISHED": finished}
 
     def environment(self, world: World, hosts: Sequence[str]) -> dict[str, str]:
         """The variables of a rank beside those of its world; `hosts` are the addresses of the run's nodes."""

@@ -125,9 +125,15 @@ class Run:
         if failure and failure["kind"] == "bad request":
             raise BadRequest(failure["message"])
         if state is State.STOPPED:
-            raise RunStopped(f"run {self.name!r} stopped before its end. `launch resume {self.name}` goes on with it.")
+            raise RunStopped(f"run {self.name!r} stopped before its end; {self.resumption()}.")
         if state is not State.SUCCEEDED:
             raise RunFailed(self.explain())
+
+    def resumption(self) -> str:
+        """What ``launch resume`` does with this run, which has stopped."""
+        if any((self.path / "checkpoints").glob("step-*/manifest.json")):
+            return f"`launch resume {self.name}` goes on from the newest checkpoint"
+        return f"`launch resume {self.name}` starts the program again (it saved no checkpoint through launch)"
 
     def explain(self, shown_rank: int | None = None) -> str:
         """Say why the run failed, its first exception first, and what to do; `shown_rank`'s log was seen already."""
@@ -175,7 +181,7 @@ class Run:
                     yield from (prefix + line.rstrip("\n") for line in lines)
 
     def cancel(self) -> State:
-        """Stop the run at its next step boundary, with a checkpoint; kill it when its grace is over. Returns its state.
+        """Ask the run to stop, a program with a Context at its next step; kill it after its grace. Returns its state.
 
         Raises:
             LaunchError: it is supervised from another machine and did not stop by itself.
@@ -184,7 +190,8 @@ class Run:
         if state.done:
             return state
         self.dir.request_stop("cancelled")
-        deadline = time.monotonic() + (0 if state is State.QUEUED else self.dir.plan().cluster.grace)
+        # The grace begins once the supervisor has seen the request, which it looks for every BEAT_SECONDS.
+        deadline = time.monotonic() + (0 if state is State.QUEUED else self.dir.plan().cluster.grace + FRESH_SECONDS)
         while not self.state().done and time.monotonic() < deadline:
             time.sleep(0.2)
         return self.kill()

@@ -76,6 +76,10 @@ class RunDir:
     def log(self, attempt: int, rank: int) -> Path:
         return self.logs / str(attempt) / f"{rank}.log"
 
+    def finished(self, attempt: int, rank: int) -> Path:
+        """What a program creates to say that it is complete; its name is in the rank's LAUNCH_FINISHED."""
+        return self.logs / str(attempt) / f"{rank}.finished"
+
     def agent_log(self, node: int) -> Path:
         return self.logs / f"agent-{node}.log"
 

@@ -118,12 +118,21 @@ def describe(event: dict[str, Any]) -> str:
         case {"event": "started", "attempt": attempt, "world_size": size, "hosts": hosts}:
             again = f"attempt {attempt}: " if attempt > 1 else ""
             return f"{again}{size} rank{'s' * (size > 1)} on {', '.join(hosts)}"
-        case {"event": "stopping", "reason": reason}:
+        case {"event": "stopping", "reason": reason, "context": False, "ranks": ranks, "grace": grace}:
+            one = "it is" if ranks == 1 else "they are"
+            several = "s" * (ranks > 1)
+            return f"stopping: sent SIGTERM to {ranks} rank{several}, {grace:g} seconds until {one} killed ({reason})"
+        case {"event": "stopping", "reason": reason, "context": True}:
             return f"stopping at the next step ({reason})"
+        case {"event": "stopping", "reason": reason}:
+            return f"stopping ({reason})"
+        case {"event": "interrupted", "message": message, "last_line": line, "lost_everything": lost}:
+            lines = f"; its last line: {line}" if line else ""
+            return f"stopped: {message}{lines}" + ("; nothing was saved on SIGTERM" if lost else "")
         case {"event": "waiting", "message": message}:
             return f"waiting: {message}"
         case {"event": "preempted"}:
-            return "preempted: saving and leaving"
+            return "preempted: the scheduler wants the nodes"
         case {"event": "requeued"}:
             return "asked the scheduler to start the run again"
         case {"event": "restarted", "attempt": attempt, "kind": kind, "message": message, "restarts_left": left}:

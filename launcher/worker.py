@@ -12,7 +12,6 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -50,14 +49,11 @@ COMMUNICATION_SIGNS = (
 )
 
 
-class Stopping(BaseException):
-    """Raised in a target that cannot be asked to stop, when it is told to (SIGTERM)."""
-
-
 def work(run_dir: RunDir, world: World, pulse: Pulse | None = None) -> int:
     """Run the target as the rank that `world` describes; return the exit status. `pulse` is where it says how it gets on.
 
     What the target returned is left by rank 0 in ``value.pkl``; what it raised in ``errors/<attempt>/<rank>.json``.
+    SIGTERM sets the flag of a Context; a target without one keeps Python's default, or the handler that it installs.
     """
     plan = run_dir.plan()
     prepare(plan, world)
@@ -65,15 +61,13 @@ def work(run_dir: RunDir, world: World, pulse: Pulse | None = None) -> int:
 
     def context() -> Context:
         opened.append(Context(run_dir.path, world, args=plan.target.args, pulse=pulse))
+        _stop_on_sigterm(opened[0])
         return opened[0]
 
-    on_signal = _install_signal_handlers(opened)
     try:
         if world.device == "cuda":
             settle(world.local_rank, world.local_world_size)
         value = call(plan.target, run_dir.target_pickle, context)
-    except Stopping:
-        return STOPPED
     except SystemExit as error:
         if error.code in (None, 0):
             return FINISHED
@@ -85,7 +79,8 @@ def work(run_dir: RunDir, world: World, pulse: Pulse | None = None) -> int:
     except BaseException as error:
         return _leave_error(run_dir, world, error, classify(error))
     finally:
-        on_signal()
+        if opened:
+            _ignore_sigterm()
         with suppress(OSError):
             sys.stdout.flush()
     stopped = bool(opened and opened[0].stopped)
@@ -110,26 +105,20 @@ def prepare(plan: Plan, world: World) -> None:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
 
-def _install_signal_handlers(opened: list[Context]) -> Callable[[], None]:
-    """Turn signals into the Context's flag, or into `Stopping` for a target that has none. Returns the undoing."""
-    if threading.current_thread() is not threading.main_thread():
-        return lambda: None  # a Ray worker's thread: there the file `stop` says the same
+def _stop_on_sigterm(context: Context) -> None:
+    """Make SIGTERM ask `context` to stop."""
 
     def handle(number: int, _: object) -> None:
-        if opened:
-            opened[0].request_stop(signal.Signals(number).name)
-        else:
-            # What a script or a plain function would do on its own, but with its finally blocks run.
-            raise Stopping
+        context.request_stop(signal.Signals(number).name)
 
-    previous = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGUSR2)}
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handle)
 
-    def undo() -> None:
-        for number, handler in previous.items():
-            # The last word is said: from here on a polite signal must not interrupt what is being written.
-            signal.signal(number, signal.SIG_IGN if handler is signal.SIG_DFL else handler)
 
-    return undo
+def _ignore_sigterm() -> None:
+    """Keep SIGTERM from interrupting what is written after the target has ended."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 DEVICE_SIGNS = (

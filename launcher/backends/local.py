@@ -51,7 +51,7 @@ def render(plan: Plan) -> str:
     lines = [f"agent: python -m launcher.agent {plan.run_dir}"]
     here = Seat().address
     for world in ranks.worlds(attempt=1, address=here, port=1):
-        environment = rank_environment({}, plan, world, ranks.environment(world, [here]))
+        environment = rank_environment({}, plan, world, ranks.variables(world, [here]))
         environment["MASTER_PORT"] = "<a free port>"
         lines.append(f"rank {world.rank}: {plan.target.kind} {plan.target.name} {json.dumps(plan.target.args)}")
         lines += [f"    {key}={value}" for key, value in sorted(environment.items())]

@@ -6,7 +6,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from launcher import preflight
 from launcher.attempt import Attempt
@@ -65,6 +65,9 @@ class RayAttempt:
                 await self._watch(inbox)
         finally:
             ended.cancel()
+        if not self.ranks.joined:  # a stop may have ended the ranks before it was read
+            while not inbox.empty():
+                self._take_in(*inbox.get_nowait())
         if any(code < 0 for code in self.ranks.exits.values()):
             # A node that goes down ends its processes one by one, and may have told of a rank before its steward went.
             if lease.broken:  # a worker went, too; the next lease takes longer than this
@@ -78,7 +81,9 @@ class RayAttempt:
         if lease.broken and not exits and not lost:
             exits = {0: -signal.SIGKILL}  # Ray ended its workers, and we our ranks
         errors = self.run_dir.errors(self.number)
-        return Outcome(exits, errors, self.stop, lost, host_of, self.ranks.progress, self.ranks.hung, unfit)
+        ends = Outcome(exits, errors, self.stop, lost, host_of, self.ranks.progress, self.ranks.hung, unfit)
+        finished = self.run_dir.finished(self.number, 0).exists()
+        return replace(ends, joined=self.ranks.joined, finished=finished)
 
     async def _watch(self, inbox: asyncio.Queue[tuple[str, Message]]) -> None:
         """Take in what is said until the last rank has ended."""
@@ -167,6 +172,4 @@ class RayAttempt:
 
     def _ask_to_stop(self, reason: str, grace: float) -> None:
         self.stop = self.stop or reason
-        self.run_dir.event("stopping", reason=reason)
-        self.ranks.kill_within(grace)
-        self.stewards.tell_all({"signal": int(signal.SIGTERM)})
+        self.run_dir.event("stopping", reason=reason, **self.ranks.ask_to_stop(grace))
