@@ -27,6 +27,7 @@ class Runtime:
         by_itself: the device works while Python goes on, so that the next batches can be made meanwhile.
         group_first: the device can be used only once the process group is made; elsewhere the group needs the device.
         pins: copies to the device are fast from page-locked memory.
+        ddp: DDP averages the gradients; elsewhere the optimizer of accelerate does.
         shards: parameters can be sharded over the ranks (FSDP2).
         precisions: what forward and backward passes can be computed in.
     """
@@ -37,6 +38,7 @@ class Runtime:
     by_itself: ClassVar[bool] = False
     group_first: ClassVar[bool] = False
     pins: ClassVar[bool] = False
+    ddp: ClassVar[bool] = True
     shards: ClassVar[bool] = True
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16")
 
@@ -149,6 +151,7 @@ class TorchXla(Runtime):
     any_shape = False
     by_itself = True
     group_first = True
+    ddp = False
     shards = False
     precisions = ("fp32", "bf16")
 
