@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from launcher import environment, history, preflight
+from launcher import environment, exit_status, history, preflight
 from launcher.attempt import Attempt
 from launcher.ending import end_run, note_failure, until_writable
 from launcher.network import reserve_port
@@ -177,7 +177,10 @@ class Coordinator:
                 self.peers.drop(agent)
             errors = self.run_dir.errors(number)
             lost = [self._host(agent) for agent in attempt.lost]
-            return Outcome(attempt.exits, errors, self.reason, lost, host_of, attempt.progress, attempt.hung)
+            aborts = exit_status.causes(self.run_dir, number, attempt.exits)
+            return Outcome(
+                attempt.exits, errors, self.reason, lost, host_of, attempt.progress, attempt.hung, aborts=aborts
+            )
         finally:
             holder.close()
 

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launcher import preflight, tpu
+from launcher.exit_status import UNHEARD
 from launcher.network import interface_of, source_towards
 from launcher.resolve import imports_of
 from launcher.rundir import RunDir
 from launcher.spec import Plan
 from launcher.watch import Beat, place_of
-from launcher.worker import UNHEARD
 from training.files import read_json
 from training.pulse import SLOT, Pulse
 from training.world import World

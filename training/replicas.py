@@ -63,7 +63,7 @@ def _prints(model: torch.nn.Module) -> dict[str, str]:
         if not isinstance(parameter, DTensor):
             data = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             kind = f"{parameter.dtype} {tuple(parameter.shape)} "
-            prints[name] = kind + xxhash.xxh3_64_hexdigest(memoryview(data.numpy()))
+            prints[name] = kind + xxhash.xxh3_64_hexdigest(data.numpy().data)
     return prints
 
 

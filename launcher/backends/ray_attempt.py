@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
-from launcher import preflight
+from launcher import exit_status, preflight
 from launcher.attempt import Attempt
 from launcher.backends.ray_lease import Lease
 from launcher.backends.ray_reports import Reports
@@ -80,7 +80,8 @@ class RayAttempt:
         if lease.broken and not exits and not lost:
             exits = {0: -signal.SIGKILL}  # Ray ended its workers, and we our ranks
         errors = self.run_dir.errors(self.number)
-        return Outcome(exits, errors, self.stop, lost, host_of, self.ranks.progress, self.ranks.hung, unfit)
+        aborts = exit_status.causes(self.run_dir, self.number, exits)
+        return Outcome(exits, errors, self.stop, lost, host_of, self.ranks.progress, self.ranks.hung, unfit, aborts)
 
     async def _watch(self, inbox: asyncio.Queue[tuple[str, Message]]) -> None:
         """Take in what is said until the last rank has ended."""

@@ -164,8 +164,6 @@ def test_device_ids_are_those_of_the_ranks_own_device(tmp_path: Path, monkeypatc
     monkeypatch.setattr(
         torch.nn.parallel, "DistributedDataParallel", lambda model, device_ids: given.append(device_ids)
     )
-    for device in ("cuda:0", "cuda:3", "cuda", "tpu"):
-        if device == "tpu":
-            torch.utils.backend_registration.rename_privateuse1_backend("tpu")
+    for device in ("cuda:0", "cuda:3", "cuda", "xpu:1", "privateuseone", "cpu"):
         replicate(torch.nn.Linear(1, 1), torch.device(device))
-    assert given == [[0], [3], None, None]
+    assert given == [[0], [3], None, [1], None, None]
