@@ -22,6 +22,7 @@ from launcher.rundir import RunDir
 from launcher.spec import Plan
 from launcher.target import call, short_traceback
 from training.context import Context
+from training.errors import DeviceError, ReplicaError
 from training.files import write_atomic
 from training.pulse import Pulse
 from training.world import World
@@ -115,7 +116,8 @@ def _install_signal_handlers(opened: list[Context]) -> Callable[[], None]:
 
 def _leave_error(run_dir: RunDir, world: World, error: BaseException, kind: str) -> int:
     """Leave what the target raised, in the log and as a record; returns the rank's exit status."""
-    text = short_traceback(error) if kind != "bad request" else f"{error}\n"
+    plain = isinstance(error, DeviceError | ReplicaError)  # where our own code was says nothing about them
+    text = f"{error}\n" if plain or kind == "bad request" else short_traceback(error)
     if kind == "communication":
         # The echo of another rank's failure; in full it would drown the cause for whoever watches rank 0.
         line = headline(str(error))

@@ -61,3 +61,9 @@ def check(plan: Plan) -> str:
     """
     ask = getattr(get(plan.cluster.engine), "check", None)
     return str(ask(plan)) if ask else ""
+
+
+def unusable_gpus(cluster: Cluster) -> str:
+    """Why the GPUs that the engine lists cannot be used, where it can try them from here; empty if they can."""
+    ask = getattr(get(cluster.engine), "unusable_gpus", None)
+    return str(ask()) if ask else ""

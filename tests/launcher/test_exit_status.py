@@ -15,6 +15,7 @@ import pytest
 from launcher.exit_status import advice, cause_in, causes, classify, headline
 from launcher.policy import ADVICE, RULES, Action, Outcome, Retry, decide
 from launcher.rundir import RunDir
+from tests.launcher.engines import Project
 from tests.launcher.error_texts import NCCL, TEXTS
 from training.errors import ConfigError, DeviceError, ReplicaError
 
@@ -262,3 +263,45 @@ def test_a_real_abort_of_c_plus_plus(
     assert done.returncode == -signal.SIGABRT
     assert "Fatal Python error: Aborted" in run.log(1, 0).read_text()
     assert causes(run, 1, {0: done.returncode}) == ({0: cause} if cause else {})
+
+
+ABORTS_IN_A_RANK = """
+import ctypes
+import os
+
+if os.environ["RANK"] == "1":
+    ctypes.CDLL("libstdc++.so.6")._ZSt21__throw_runtime_errorPKc(b"CUDA error: out of memory")
+"""
+
+DIVERGES = """
+import torch
+
+from training.replicas import check_replicas
+
+
+def main(ctx):
+    torch.manual_seed(ctx.world.rank)
+    check_replicas(ctx.group, torch.nn.Linear(2, 2))
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_aborts_for_memory_is_not_started_again(local_project: Project) -> None:
+    (local_project.folder / "aborts.py").write_text(ABORTS_IN_A_RANK)
+    local_project.call("--cpus", "2", "--name", "a", "aborts.py", status=1)
+    status = local_project.status("a")
+    assert (status["failure"]["kind"], status["failure"]["rank"], status["attempt"]) == ("out of memory", 1, 1)
+    assert status["failure"]["message"] == "rank 1 was ended by SIGABRT: CUDA error: out of memory"
+
+
+@pytest.mark.slow
+def test_ranks_that_hold_different_weights_end_the_run(local_project: Project) -> None:
+    (local_project.folder / "diverges.py").write_text(DIVERGES)
+    done = local_project.call("--cpus", "2", "--name", "d", "diverges:main", status=1)
+    status = local_project.status("d")
+    assert (status["failure"]["kind"], status["attempt"]) == ("diverged", 1)
+    assert (
+        "rank 1 of 2 ranks hold other weights than the rest (2 of 2 parameters differ" in status["failure"]["message"]
+    )
+    assert "The ranks train different models." in done.stdout
+    assert "Traceback" not in done.stdout

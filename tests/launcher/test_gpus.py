@@ -78,3 +78,37 @@ def alive(group: int) -> bool:
 def test_without_nvidia_smi_nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert gpus.report(None) is None
+
+
+def test_gpus_are_counted_without_a_look_at_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's list, else nvidia-smi's; and what CUDA_VISIBLE_DEVICES leaves of them."""
+    fake(tmp_path, f"[ $1 = -L ] && cat '{tmp_path}/list'", monkeypatch)
+    (tmp_path / "list").write_text(
+        "GPU 0: NVIDIA H100 (UUID: GPU-a)\n  MIG 1g.10gb Device 0: (UUID: MIG-b)\nGPU 1: (UUID: c)\n"
+    )
+    for address in ("0000:01:00.0", "0000:81:00.0", "0000:c1:00.0"):
+        (tmp_path / "proc" / address).mkdir(parents=True)
+    nowhere = tmp_path / "nowhere"
+    assert gpus.count(None, proc=nowhere) == 2
+    assert gpus.count(None, proc=tmp_path / "proc") == 3
+    for visible, of_unknown, of_three in (
+        ("", 0, 0),
+        ("0,-1,1", 1, 1),
+        ("1,7,2", 3, 1),
+        ("2,2", 0, 0),
+        ("MIG-b", 1, 1),
+    ):
+        assert gpus.count(visible, proc=nowhere) == of_unknown
+        assert gpus.count(visible, proc=tmp_path / "proc") == of_three
+    monkeypatch.setenv("PATH", str(tmp_path / "proc"))
+    assert gpus.count(None, proc=nowhere) == 0
+
+
+def test_a_list_that_does_not_come_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake(tmp_path, f"echo $$ >> '{tmp_path}/pids'; sleep 60", monkeypatch)
+    assert gpus.count(None, 0.5, tmp_path / "nowhere") == 0
+    assert capsys.readouterr().err == "launch: nvidia-smi -L does not answer within 0.5 s; no GPU is used\n"
+    for pid in (tmp_path / "pids").read_text().split():
+        until(lambda group=int(pid): not alive(group), "the end of what it started")  # type: ignore[misc]
