@@ -36,7 +36,6 @@ NAMES = {
     "DistBackendError": "communication",  # torch/csrc/Exceptions.h, as the two below
     "DistNetworkError": "communication",
     "DistStoreError": "communication",
-    "QueueEmptyError": "communication",
 }
 """Kinds of exceptions by their class, where their text shows no sign."""
 
@@ -62,12 +61,17 @@ SIGNS = (
         "doesn't have NCCL built in",
         "doesn't have MPI built in",
         "NCCL support not built",
+        r"\b(NCCL|nccl)\b[^\n]*\b(not found|not available|not installed)\b",
+        r"\b[Rr]equires NCCL\b",
         advice="Use the build of torch for CUDA, or the backend that fits the device (gloo on CPUs).",
     ),
     _sign(
         "user error",
         "Detected mismatch between collectives on ranks",
+        "Error when verifying shape tensors for collective",
+        "Mismatch between collective operation types across ranks",
         r"op\.preamble\.length <= op\.nbytes",
+        "Is there a distributed collective mismatch in your code",
         "DDP expects same model across all ranks",
         "Expected to have finished reduction in the prior iteration",
         "appears not to match sizes of the same param in process 0",
@@ -79,6 +83,7 @@ SIGNS = (
         "ncclInvalidArgument",
         r"NCCL.*\binvalid (usage|argument)\b",
         "No backend type associated with device type",
+        r"(Backend|ProcessGroup)[^\n]{0,60} does not support",
         r"ProcessGroup(NCCL|Gloo|MPI)::\w+: ",
         "Tensors must be (CUDA and dense|contiguous)",
         "Tensor list must",
@@ -94,14 +99,23 @@ SIGNS = (
         "out of memory",
         "DefaultCPUAllocator: (can't allocate|not enough) memory",
         "DefaultCPUAllocator: .* Cannot allocate memory",
-        r"unable to (mmap|allocate shared memory|write to file </torch_|resize file)",
-        "out of shared memory",
+        r"unable to \w+ shared memory",
         "Cannot allocate memory",
         "Failed to CUDA host alloc",
         r"cudaHostAlloc.*out of memory",
+        "C10 Out of Memory",
         r"\bstd::bad_alloc\b",
         advice=_HOST,
     ),
+    _sign(
+        "out of memory",
+        r"</?(dev/shm/|torch_)[^\n]*No space left on device",
+        r"/dev/shm/nccl[^\n]*No space left on device",  # NCCL src/misc/shmutils.cc
+        "out of shared memory",
+        advice="The node's shared memory (/dev/shm) is too small: give it more (a container's --shm-size), or use fewer loader"
+        " workers.",
+    ),
+    _sign("disk full", "No space left on device", "Disk quota exceeded", r"kind: StorageFull\b"),  # safetensors, shutil
     _sign(
         "killed",
         r"DataLoader worker \(pid [^)]*\) is killed by signal: Killed",
@@ -120,7 +134,7 @@ SIGNS = (
         r"CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",  # its handle needs memory
         r"Cuda failure (\d+ )?'out of memory'",  # NCCL src/include/checks.h
         "Failed to CUDA (calloc|malloc)",  # NCCL src/include/alloc.h
-        "RESOURCE_EXHAUSTED",  # XLA, TPU
+        r"RESOURCE_EXHAUSTED:[^\n]*(memory|allocat)",  # XLA, TPU
         "Ran out of memory in memory space hbm",
         "Attempting to (allocate|reserve) .* That was not possible",  # TPU runtime
     ),
@@ -134,7 +148,9 @@ SIGNS = (
         "forward compatibility was attempted on non supported HW",
         "system has unsupported display driver / cuda driver combination",
         "no kernel image is available for execution on the device",
-        "Failed to initialize NVML: Driver/library version mismatch",
+        "the provided PTX was compiled with an unsupported toolchain",
+        "Driver/library version mismatch",
+        "NVML/RM version mismatch",
         advice=_NEW_GPU_BUILD,
         lasting=True,
     ),
@@ -152,7 +168,8 @@ SIGNS = (
     _sign(
         "device",
         "uncorrectable ECC error",
-        r"uncorrectable NVLink error",
+        "[Dd]ouble[- ][Bb]it ECC",
+        r"\bNV[Ll]ink\b[^\n]*\b(error|fatal)\b",
         r"\bCUDA_ERROR_(ECC_UNCORRECTABLE|NVLINK_UNCORRECTABLE|DEVICE_UNAVAILABLE|SYSTEM_NOT_READY|UNKNOWN|CONTAINED)\b",
         r"\bcudaError(ECCUncorrectable|NvlinkUncorrectable|DevicesUnavailable|SystemNotReady|Unknown|Contained)\b",
         "Invalid access of peer GPU memory over nvlink or a hardware error",
@@ -161,7 +178,7 @@ SIGNS = (
         r"NVRM: Xid|\bXid \(PCI:|\bXid error\b",
         "hardware stack error",
         "system not yet initialized",
-        r"CUDA-capable device\(s\) is/are busy or unavailable",
+        r"CUDA-capable (device\(s\) is/are|devices are) busy or unavailable",
         "exclusive-thread device already in use by a different thread",
         "OS call failed or operation not supported on this OS",
         r"(CUDA|cuda|HIP)[^\n]*: unknown error",
@@ -170,8 +187,10 @@ SIGNS = (
         "MPS server is not ready",
         "remote procedural call between the MPS server and the MPS client failed",
         "Unexpected error from cudaGetDeviceCount",
+        "CUDA unknown error - this may be due to an incorrectly set up environment",
         "Unable to determine the device handle for",
-        "Failed to initialize NVML",
+        "(Failed to|Can't) initialize NVML",
+        "^Driver Not Loaded",
         r"nvmlInit\w*\(?\)? failed",
         r"The TPU is already in use by",  # libtpu, as the ones below
         r"Couldn't open (iommu group|device)[^\n]*(/dev/vfio|/dev/accel)",

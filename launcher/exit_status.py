@@ -126,7 +126,8 @@ def causes(run_dir: RunDir, attempt: int, exits: Mapping[int, int]) -> dict[int,
 
 WHAT = re.compile(r"^\s*what\(\):\s*(.*)")
 TERMINATE = re.compile(r"terminate called after throwing an instance of '([^']+)'")
-WATCHDOG = re.compile(r"ProcessGroupNCCL\.(?:cpp|hpp):\d+\].*?((?:\[|Watchdog|NCCL|Process group).*)")
+WATCHDOG = re.compile(r"\[[EF][^\]]* ProcessGroupNCCL\.cpp:\d+\]\s*(.*)")
+"""What ProcessGroupNCCL logs as an error or as fatal."""
 BEFORE_STACK = re.compile(r"^(Exception raised from|frame #|Fatal Python error|\*\*\* )|Stack trace|^Current thread 0x")
 
 
@@ -154,8 +155,8 @@ def _until_stack(lines: Iterable[str]) -> list[str]:
     return kept[:20]
 
 
-def _verdict(text: str) -> tuple[str, str]:
-    if text.strip() == "std::bad_alloc":
-        return "out of memory", text.strip()
-    sign = sign_in(text)
-    return (sign.kind if sign is not None else "user error"), text.strip()
+def _verdict(text: str) -> tuple[str, str] | None:
+    if not (words := text.strip()):
+        return None
+    sign = sign_in(words)
+    return (sign.kind if sign is not None else "user error"), words

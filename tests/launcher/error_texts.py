@@ -157,6 +157,18 @@ TEXTS: list[tuple[str, str, str, str]] = [
         "killed",
         "torch/csrc/DataLoader.cpp, _error_if_any_worker_fails",
     ),
+    (
+        "RuntimeError",
+        "unable to resize file <checkpoint.bin> to the right size: No space left on device (28)",
+        "disk full",
+        "ATen/MapAllocator.cpp, of a file that is no memory",
+    ),
+    (
+        "SafetensorError",
+        'Error while serializing: I/O error: Os { code: 28, kind: StorageFull, message: "No space left on device" }',
+        "disk full",
+        "safetensors, serialize_file; the words are of Rust's std::io::Error",
+    ),
     # ---- NCCL ---------------------------------------------------------------------------------------------------------
     (
         "DistBackendError",
@@ -218,6 +230,15 @@ TEXTS: list[tuple[str, str, str, str]] = [
         nccl(*SYSTEM, "Call to ibv_reg_mr failed with error Cannot allocate memory"),
         "communication",
         "nccl src/misc/ibvwrap.cc: the limit on locked memory",
+    ),
+    (
+        "DistBackendError",
+        nccl(
+            *SYSTEM,
+            "Error while creating shared memory segment /dev/shm/nccl-x (size 9637888), error: No space left on device (28)",
+        ),
+        "out of memory",
+        "nccl src/misc/shmutils.cc, ncclShmOpen",
     ),
     ("DistBackendError", nccl(*INTERNAL, "NET/IB : No device found."), "communication", "nccl src/init.cc"),
     (
@@ -293,6 +314,21 @@ TEXTS: list[tuple[str, str, str, str]] = [
         "wait timeout after 1800000ms, keys: /default_pg/0//cuda//0",
         "communication",
         "c10d/TCPStore.cpp, doWait",
+    ),
+    (
+        "RuntimeError",
+        (
+            "Error when verifying shape tensors for collective ALLREDUCE on rank 0. This likely indicates that input shapes into"
+            " the collective are mismatched across ranks. Got shapes:  [4] [8]"
+        ),
+        "user error",
+        "c10d/ProcessGroupWrapper.cpp, verify_tensors",
+    ),
+    (
+        "RuntimeError",
+        "ProcessGroupNCCL does not support monitoredBarrier, only GLOO supports monitored barrier.",
+        "user error",
+        "c10d/Backend.hpp (also in the wheel)",
     ),
     # ---- no device for this software ----------------------------------------------------------------------------------
     ("AssertionError", "Torch not compiled with CUDA enabled", "device", "torch/cuda/__init__.py, _lazy_init"),
@@ -370,6 +406,21 @@ TEXTS: list[tuple[str, str, str, str]] = [
         "cudaErrorOperatingSystem (304)",
     ),
     ("RuntimeError", "CUDA error: MPS client failed to connect to the MPS control daemon", "device", "cudaError 805"),
+    (
+        "RuntimeError",
+        (
+            "CUDA unknown error - this may be due to an incorrectly set up environment, e.g. changing env variable"
+            " CUDA_VISIBLE_DEVICES after program start. Setting the available devices to be zero."
+        ),
+        "device",
+        "c10/cuda/CUDAFunctions.cpp, device_count_impl, cudaErrorUnknown",
+    ),
+    (
+        "NVMLError_LibRmVersionMismatch",
+        "RM has detected an NVML/RM version mismatch.",
+        "device",
+        "pynvml, NVML_ERROR_LIB_RM_VERSION_MISMATCH (18)",
+    ),
     ("NVMLError_GpuIsLost", "GPU is lost", "device", "pynvml, NVML_ERROR_GPU_IS_LOST (15)"),
     (
         "RuntimeError",
@@ -416,6 +467,12 @@ TEXTS: list[tuple[str, str, str, str]] = [
         "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!",
         "user error",
         "ATen/core/op_registration/adaption.cpp",
+    ),
+    (
+        "_InactiveRpcError",
+        'status = StatusCode.RESOURCE_EXHAUSTED details = "Received message larger than max"',
+        "user error",
+        "grpc, of a program that talks to a server of its own",
     ),
     ("ValueError", "the vocabulary ran out of memory cells", "user error", "a program's own words"),
     ("ValueError", "Broken pipe", "user error", "a program's own words"),
