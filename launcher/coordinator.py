@@ -177,7 +177,7 @@ class Coordinator:
                 self.peers.drop(agent)
             errors = self.run_dir.errors(number)
             lost = [self._host(agent) for agent in attempt.lost]
-            aborts = exit_status.causes(self.run_dir, number, attempt.exits)
+            aborts = await asyncio.to_thread(exit_status.causes, self.run_dir, number, attempt.exits)
             return Outcome(
                 attempt.exits, errors, self.reason, lost, host_of, attempt.progress, attempt.hung, aborts=aborts
             )

@@ -32,17 +32,19 @@ TAIL_LINES = 400
 def classify(error: BaseException, device: str = "cuda") -> str:
     """Name the kind of an exception, a key of `launcher.policy.RULES`.
 
-    An exception that says nothing by itself is of the kind of its explicit cause (``raise ... from cause``). `device` is
-    the type of the rank's device: a rank that was given no accelerator and looks for one has made a mistake of its own.
+    An exception that says nothing by itself is of the kind of its explicit cause (``raise ... from cause``), unless that is
+    a connection of the program's own, such as a download. `device` is the type of the rank's device: a rank that was given
+    no accelerator and looks for one has made a mistake of its own.
     """
     seen: BaseException | None = error
     for _ in range(8):  # causes can form a circle
         if seen is None:
             break
         kind = _kind(seen)
-        if (kind == "device" and device == "cpu") or (kind == "bad request" and seen is not error):
+        own = kind == "bad request" or (kind == "communication" and isinstance(seen, OSError))
+        if kind == "device" and device == "cpu":
             kind = "user error"
-        if kind != "user error":
+        if kind != "user error" and not (own and seen is not error):
             return kind
         seen = seen.__cause__
     return "user error"

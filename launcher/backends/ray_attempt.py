@@ -80,7 +80,7 @@ class RayAttempt:
         if lease.broken and not exits and not lost:
             exits = {0: -signal.SIGKILL}  # Ray ended its workers, and we our ranks
         errors = self.run_dir.errors(self.number)
-        aborts = exit_status.causes(self.run_dir, self.number, exits)
+        aborts = await asyncio.to_thread(exit_status.causes, self.run_dir, self.number, exits)
         return Outcome(exits, errors, self.stop, lost, host_of, self.ranks.progress, self.ranks.hung, unfit, aborts)
 
     async def _watch(self, inbox: asyncio.Queue[tuple[str, Message]]) -> None:

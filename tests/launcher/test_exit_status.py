@@ -94,6 +94,8 @@ def test_only_an_explicit_cause_counts() -> None:
     assert classify(outer) == "disk full"
     outer.__cause__ = ConfigError("--lr: no")
     assert classify(outer) == "user error", "its text is not for the person at the keyboard"
+    outer.__cause__ = ConnectionRefusedError("https://data.example")
+    assert classify(outer) == "user error", "a download that fails is no rank that was lost"
     circle = KeyError("a circle")
     circle.__cause__, outer.__cause__ = outer, circle
     assert classify(outer) == "user error"
