@@ -50,7 +50,7 @@ def report(visible: str | None, limit: float = DRIVER_SECONDS) -> dict[str, Any]
 
 
 def count(visible: str | None, limit: float = DRIVER_SECONDS, proc: Path = PROC) -> int:
-    """How many GPUs and MIG instances a process of this machine is shown, without a look at whether they work.
+    """Count the GPUs and MIG instances that are visible to a process of this machine; whether they work is not tested.
 
     Args:
         visible: ``CUDA_VISIBLE_DEVICES``; None: all.

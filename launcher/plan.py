@@ -90,7 +90,7 @@ def _backend_name(backend: str | None) -> str:
 
 
 def _without_unusable_gpus(spec: RunSpec, site: Cluster) -> tuple[Cluster, str]:
-    """The site as it is, and nothing; where nobody asked for GPUs and those there cannot be used, without them, and why."""
+    """Return the site without its GPUs, and the reason, if no device was asked for and torch cannot use them."""
     if spec.devices() is not None or spec.accelerator is not None or not site.node.gpus:
         return site, ""
     reason = backends.unusable_gpus(site)

@@ -1,4 +1,4 @@
-"""CUDA_VISIBLE_DEVICES, read as CUDA reads it. All of this project that needs to know what it says asks here."""
+"""Parse CUDA_VISIBLE_DEVICES as CUDA does. The one parser of this project, for both packages."""
 
 from __future__ import annotations
 

@@ -64,6 +64,6 @@ def check(plan: Plan) -> str:
 
 
 def unusable_gpus(cluster: Cluster) -> str:
-    """Why the GPUs that the engine lists cannot be used, where it can try them from here; empty if they can."""
+    """Say why torch cannot use the GPUs that the engine lists; empty if it can, or if the engine cannot try it from here."""
     ask = getattr(get(cluster.engine), "unusable_gpus", None)
     return str(ask()) if ask else ""

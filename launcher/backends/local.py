@@ -30,7 +30,7 @@ def survey(cluster: Cluster) -> Cluster:
 
 
 def unusable_gpus() -> str:
-    """Why torch cannot use the GPUs of this machine; empty if it can. Tried in a process of its own, since torch is large."""
+    """Say why torch cannot use the GPUs of this machine; empty if it can. Runs a process, since torch is slow to import."""
     command = [sys.executable, "-P", "-m", "training.missing"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TRY_SECONDS)
