@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from launcher import gpus
+from launcher.backends.ray_lease import Lease
 from tests.launcher.engines import until
 
 HEALTHY = "0, GPU-aa, 0, [N/A]\n1, GPU-ab, 0, [N/A]\n2, GPU-c, [N/A], No\n"
@@ -112,3 +114,18 @@ def test_a_list_that_does_not_come_is_given_up(
     assert capsys.readouterr().err == "launch: nvidia-smi -L does not answer within 0.5 s; no GPU is used\n"
     for pid in (tmp_path / "pids").read_text().split():
         until(lambda group=int(pid): not alive(group), "the end of what it started")  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("given", "visible"),
+    [(["0,1", "0,1"], "0,1"), (["3", "1"], "3,1"), (["", ""], None), ([None, "2"], "2"), (["MIG-a", "MIG-b"], "MIG-a,MIG-b")],
+)  # fmt: skip
+def test_what_ray_gave_the_workers_of_a_node_is_one_list(given: list[str | None], visible: str | None) -> None:
+    """A device that is named twice would make it empty."""
+    members = [
+        SimpleNamespace(
+            node=SimpleNamespace(id="n"), environment={"CUDA_VISIBLE_DEVICES": text} if text is not None else {}
+        )
+        for text in given
+    ]
+    assert Lease.visible_on(SimpleNamespace(members=members), "n") == visible  # type: ignore[arg-type]
