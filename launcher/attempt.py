@@ -7,9 +7,9 @@ import signal
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from launcher.exit_status import FULL, RAISED, REFUSED, UNHEARD
 from launcher.ranks import STACK_SECONDS, Message
 from launcher.watch import Beat, Place, Watch, accuse
-from launcher.worker import FULL, RAISED, REFUSED, UNHEARD
 
 LAST_WORDS_SECONDS = 0.5
 """How long other ranks get, after one raised, to leave their own errors before they are killed."""

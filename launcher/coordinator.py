@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from launcher import environment, preflight
+from launcher import environment, exit_status, preflight
 from launcher.attempt import Attempt
 from launcher.ending import Elsewhere, Fate, Recovery
 from launcher.network import reserve_port
@@ -165,7 +165,8 @@ class Coordinator:
             errors = self.run_dir.errors(number)
             lost = [self._host(agent) for agent in attempt.lost]
             ends = Outcome(attempt.exits, errors, stop, lost, host_of, attempt.progress, attempt.hung)
-            return replace(ends, joined=attempt.joined, finished=finished)
+            aborts = await asyncio.to_thread(exit_status.causes, self.run_dir, number, attempt.exits)
+            return replace(ends, joined=attempt.joined, finished=finished, aborts=aborts)
         finally:
             holder.close()
 

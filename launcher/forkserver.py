@@ -150,7 +150,7 @@ class ForkServer:
         try:
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
-            from launcher.worker import unheard
+            from launcher.exit_status import unheard
 
             print(f"launch: rank {rank}: {log}: {error.strerror}", file=sys.stderr)
             os._exit(unheard(error))

@@ -39,11 +39,12 @@ def make_plan(spec: RunSpec, cwd: Path, function: Callable[..., Any] | None = No
             f" {', '.join(backends.KEEPS_SPARE_NODES)}). Leave it out."
         )
     site = backends.get(site.engine).survey(site)
+    site, without = _without_unusable_gpus(spec, site)
     placement = place(spec.devices() or _default_devices(spec, site), site)
     if spec.devices() is None and placement.device == "cpu":
         # Nothing was asked for: one rank with the whole machine, the quickest way to see something.
         placement = replace(
-            placement, cpus_per_rank=site.node.cpus, threads=site.node.cpus, why="one CPU rank, all cores"
+            placement, cpus_per_rank=site.node.cpus, threads=site.node.cpus, why=f"one CPU rank, all cores{without}"
         )
     folder = Path(os.path.abspath(cwd / site.runs))
     run_dir = RunDir(folder / (spec.name or _new_name(spec, folder)))
@@ -88,6 +89,16 @@ def _backend_name(backend: str | None) -> str:
     if backend is not None:
         backends.get(backend)
     return backend or "local"
+
+
+def _without_unusable_gpus(spec: RunSpec, site: Cluster) -> tuple[Cluster, str]:
+    """Return the site without its GPUs, and the reason, if no device was asked for and torch cannot use them."""
+    if spec.devices() is not None or spec.accelerator is not None or not site.node.gpus:
+        return site, ""
+    reason = backends.unusable_gpus(site)
+    if not reason:
+        return site, ""
+    return replace(site, node=replace(site.node, gpus=0)), f"; no GPU is used: {reason}"
 
 
 def _default_devices(spec: RunSpec, site: Cluster) -> Devices:

@@ -8,8 +8,8 @@ from enum import StrEnum
 from signal import SIGTERM, Signals
 from typing import Any
 
+from launcher.exit_status import FINISHED, FULL, REFUSED, STOPPED, UNHEARD, advice, is_missing
 from launcher.history import History
-from launcher.worker import FINISHED, FULL, REFUSED, STOPPED, UNHEARD
 
 
 class Action(StrEnum):
@@ -44,6 +44,11 @@ RULES: dict[str, Rule] = {
     "out of memory": Rule(
         Retry.NEVER, "Use a smaller batch, gradient accumulation, a lower precision or more ranks."
     ),  # the same batch needs the same memory
+    "diverged": Rule(
+        Retry.NEVER,
+        "The ranks train different models. If the target is your own: wrap the model in DDP, give all ranks the same seed for"
+        " the order of the data, and change weights on all ranks alike.",
+    ),  # another attempt would train as many models again
     "disk full": Rule(Retry.NEVER, "Free space where the run directory lies, then `launch resume`."),
     "storage": Rule(
         Retry.ELSEWHERE,
@@ -61,7 +66,9 @@ RULES: dict[str, Rule] = {
     ),
     "hung": Rule(Retry.HERE, "The stacks of all ranks are in their logs; then `launch resume`."),
     "device": Rule(
-        Retry.ELSEWHERE, "A GPU or its driver is at fault, not the target; tell the cluster's keepers which node."
+        Retry.ELSEWHERE,
+        "A GPU, its driver or the build of torch for it is at fault, not the target; report the node to the cluster's"
+        " administrators if it is not yours.",
     ),
     "unfit node": Rule(
         Retry.ELSEWHERE,
@@ -103,6 +110,7 @@ class Outcome:
         traceback: the last lines of a lost supervisor, the likeliest cause of its loss.
         joined: False if a rank ended without having opened a Context: a script, or a function without one.
         finished: rank 0 created the file LAUNCH_FINISHED, by which a program says that it is complete.
+        aborts: the kind and the words of what made ranks abort, by rank, where their logs say it.
     """
 
     exits: Mapping[int, int]
@@ -117,6 +125,7 @@ class Outcome:
     traceback: str = ""
     joined: bool = True
     finished: bool = False
+    aborts: Mapping[int, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def interrupted(self) -> bool:
@@ -133,6 +142,12 @@ class Outcome:
         Every rank died of SIGTERM, for which it had no handler, or was killed at the end of the grace; and it logged no step.
         """
         return self.interrupted and self.step is None and all(code == -SIGTERM for code in self.exits.values())
+
+    @property
+    def missing_device(self) -> bool:
+        """Whether a rank found no device that its software can use: another attempt on the same nodes finds none either."""
+        cause = next(iter(self.errors), None)
+        return cause is not None and is_missing(cause["kind"], cause["type"], cause["message"])
 
     @property
     def all_unfit(self) -> bool:
@@ -185,6 +200,8 @@ def decide(
         return Action.FAIL, failure
     if history.repeats(failure.kind, failure.rank, outcome.step):
         return Action.FAIL, replace(failure, message=f"{failure.message}, again at step {outcome.step}")
+    if failure.kind == "device" and outcome.missing_device and not movable:
+        return Action.FAIL, failure
     missing = bool(outcome.lost or outcome.unfit)
     if missing and spare:
         return Action.RESTART, failure
@@ -253,13 +270,15 @@ def _signal_name(number: int) -> str:
 
 def name_failure(outcome: Outcome, bad: Mapping[int, int]) -> Failure:
     """Name the failure of an attempt with the bad exits `bad` (exit code by rank)."""
-    signalled = next((r for r, code in bad.items() if code < 0), None)
+    echoes = {rank for rank, (kind, _) in outcome.aborts.items() if kind == "communication"}
+    died = sorted((rank for rank, code in bad.items() if code < 0), key=lambda rank: rank in echoes)  # the cause first
+    signalled = died[0] if died else None
     cause = next(iter(outcome.errors), None)
 
     def failure(kind: str, message: str, rank: int | None, traceback: str = "", host: str | None = None) -> Failure:
         if rank is not None:  # the scheduler's name of a node goes before the one that the node has for itself
             host = outcome.hosts.get(rank, host)
-        return Failure(kind, message, rank, host, ADVICE[kind], traceback)
+        return Failure(kind, message, rank, host, advice(kind, message) or ADVICE[kind], traceback)
 
     if outcome.hung is not None:
         return failure("hung", outcome.hung[1], outcome.hung[0])
@@ -271,12 +290,16 @@ def name_failure(outcome: Outcome, bad: Mapping[int, int]) -> Failure:
     if outcome.unfit:
         told = "; ".join(f"{host}: {text}" for host, text in outcome.unfit.items())
         return failure("unfit node", told, None, host=next(iter(outcome.unfit)))
-    if cause is not None and (cause["kind"] != "communication" or signalled is None):
+    if cause is not None and (cause["kind"] != "communication" or signalled is None or signalled in echoes):
         kind = str(cause["kind"])
         text = cause["message"] if kind == "bad request" else f"{cause['type']}: {cause['message']}"
         return failure(kind, text, cause["rank"], cause.get("traceback", ""), cause["host"])
     if signalled is not None:
-        return failure("killed", f"rank {signalled} was ended by {_signal_name(-bad[signalled])}", signalled)
+        name = _signal_name(-bad[signalled])
+        if signalled in outcome.aborts:
+            kind, words = outcome.aborts[signalled]
+            return failure(kind, f"rank {signalled} was ended by {name}: {words}", signalled)
+        return failure("killed", f"rank {signalled} was ended by {name}", signalled)
     rank, code = next(iter(bad.items()))
     if code in (FULL, UNHEARD):
         kind = "disk full" if code == FULL else "storage"

@@ -16,12 +16,12 @@ from typing import Any
 
 from launcher import preflight, tpu
 from launcher.ending import Fate
+from launcher.exit_status import UNHEARD
 from launcher.network import interface_of, source_towards
 from launcher.rank_environment import rank_environment, shared_environment
 from launcher.rundir import RunDir
 from launcher.spec import Plan, RunSpec
 from launcher.watch import Beat, place_of
-from launcher.worker import UNHEARD
 from training.pulse import SLOT, Pulse
 from training.world import World
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import errno
 import faulthandler
 import json
 import os
@@ -17,36 +16,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from launcher.binding import settle
-from launcher.errors import BadRequest
+from launcher.exit_status import FINISHED, RAISED, REFUSED, STOPPED, classify, headline, unheard
 from launcher.output import outlive_a_full_disk
 from launcher.records import from_data
 from launcher.rundir import RunDir
 from launcher.spec import Plan
 from launcher.target import call, short_traceback
 from training.context import Context
-from training.errors import ConfigError
-from training.files import FULL_DISK, write_atomic
+from training.errors import DeviceError, ReplicaError
+from training.files import write_atomic
 from training.pulse import Pulse
 from training.world import World
-
-FINISHED, RAISED, REFUSED, STOPPED = 0, 1, 2, 3
-"""Exit statuses of a rank; the same numbers, with the same meanings, as those of the command."""
-
-FULL, UNHEARD = 4, 5
-"""Exit statuses of a rank that raised and could not leave its error in the run directory, for want of room or otherwise."""
-
-STORAGE = (errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOTCONN, errno.EREMOTEIO)
-"""What a file system says that has gone away under a process: a disk that fails, a mount that was lost or made read-only."""
-
-COMMUNICATION = ("DistBackendError", "DistNetworkError", "DistStoreError")
-COMMUNICATION_SIGNS = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "gloo",
-    "NCCL",
-    "Broken pipe",
-    "ProcessGroup",
-)
 
 
 def work(run_dir: RunDir, world: World, pulse: Pulse | None = None) -> int:
@@ -72,12 +52,10 @@ def work(run_dir: RunDir, world: World, pulse: Pulse | None = None) -> int:
         if error.code in (None, 0):
             return FINISHED
         return _leave_error(run_dir, world, error, "user error")
-    except (ConfigError, BadRequest) as error:
-        return _leave_error(run_dir, world, error, "bad request")
     except KeyboardInterrupt:
         return STOPPED
     except BaseException as error:
-        return _leave_error(run_dir, world, error, classify(error))
+        return _leave_error(run_dir, world, error, classify(error, world.device))
     finally:
         if opened:
             _ignore_sigterm()
@@ -121,42 +99,13 @@ def _ignore_sigterm() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-DEVICE_SIGNS = (
-    "uncorrectable ECC",
-    "fallen off the bus",
-    "hardware stack error",
-    "CUDA driver initialization failed",
-    "system not yet initialized",
-    "no CUDA-capable device is detected",
-)
-"""Texts of cudaError_t that speak of a sick GPU or driver rather than of the program. Source: CUDA runtime API, errors."""
-
-
-def classify(error: BaseException) -> str:
-    """Name the kind of an exception: ``out of memory``, ``communication``, ``disk full``, ``storage``, ``device`` or ``user
-    error``."""
-    name, text = type(error).__name__, str(error)
-    if isinstance(error, MemoryError) or name == "OutOfMemoryError":
-        return "out of memory"
-    if isinstance(error, OSError) and error.errno in FULL_DISK:
-        return "disk full"
-    if isinstance(error, OSError) and error.errno in STORAGE:
-        return "storage"
-    if isinstance(error, RuntimeError) and any(sign in text for sign in DEVICE_SIGNS):
-        return "device"
-    if name in COMMUNICATION or isinstance(error, ConnectionError):
-        return "communication"
-    if name == "RuntimeError" and any(sign in text for sign in COMMUNICATION_SIGNS):
-        return "communication"
-    return "user error"
-
-
 def _leave_error(run_dir: RunDir, world: World, error: BaseException, kind: str) -> int:
     """Leave what the target raised, in the log and as a record; returns the rank's exit status."""
-    text = short_traceback(error) if kind != "bad request" else f"{error}\n"
+    plain = isinstance(error, DeviceError | ReplicaError)  # where our own code was says nothing about them
+    text = f"{error}\n" if plain or kind == "bad request" else short_traceback(error)
     if kind == "communication":
         # The echo of another rank's failure; in full it would drown the cause for whoever watches rank 0.
-        line = str(error).splitlines()[0] if str(error) else ""
+        line = headline(str(error))
         sys.stderr.write(f"launch: rank {world.rank} lost its peers: {type(error).__name__}: {line}\n")
     else:
         with suppress(OSError):  # the log may lie on the disk that is full
@@ -181,11 +130,6 @@ def _leave_error(run_dir: RunDir, world: World, error: BaseException, kind: str)
             print(f"launch: the error of rank {world.rank} cannot be left in {path}: {problem}", file=sys.stderr)
         return unheard(problem)
     return REFUSED if kind == "bad request" else RAISED
-
-
-def unheard(problem: OSError) -> int:
-    """The exit status of a rank that cannot write into the run directory because of `problem`."""
-    return FULL if classify(problem) == "disk full" else UNHEARD
 
 
 def _leave_value(run_dir: RunDir, value: Any) -> None:

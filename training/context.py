@@ -60,7 +60,7 @@ class Context:
 
     @cached_property
     def device(self) -> torch.device:
-        """The device of this rank. Raises ConfigError where there is none."""
+        """The device of this rank. Raises DeviceError if there is none that can be used."""
         if self.runtime.group_first:
             _ = self.group
         return self.runtime.device(self.world)

@@ -36,11 +36,11 @@ def check_trackers(names: tuple[str, ...]) -> None:
 
 
 class Trackers:
-    """The trackers of a run, on rank 0; on other ranks nothing happens."""
+    """The trackers of a run, for rank 0; without `names` nothing happens."""
 
     def __init__(self, accelerator: Accelerator, names: tuple[str, ...], run_dir: Path, settings: Mapping[str, Any]):
         self._accelerator = accelerator
-        self._names = names if accelerator.is_main_process else ()
+        self._names = names
         self._run_dir = run_dir
         self._settings = {
             name: value if isinstance(value, int | float | str | bool) else str(value)

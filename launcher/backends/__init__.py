@@ -61,3 +61,9 @@ def check(plan: Plan) -> str:
     """
     ask = getattr(get(plan.cluster.engine), "check", None)
     return str(ask(plan)) if ask else ""
+
+
+def unusable_gpus(cluster: Cluster) -> str:
+    """Say why torch cannot use the GPUs that the engine lists; empty if it can, or if the engine cannot try it from here."""
+    ask = getattr(get(cluster.engine), "unusable_gpus", None)
+    return str(ask()) if ask else ""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
+import sys
 from dataclasses import replace
-from pathlib import Path
 
+from launcher import gpus
 from launcher.backends import process
 from launcher.cluster import Cluster
 from launcher.errors import BadRequest
@@ -16,32 +16,31 @@ from launcher.rank_environment import rank_environment
 from launcher.ranks import NodeRanks, Seat
 from launcher.rundir import RunDir
 from launcher.spec import Plan, State
+from training.missing import UNUSABLE
+
+TRY_SECONDS = 120.0
+"""How long the import of torch and a first computation on a GPU may take."""
 
 
 def survey(cluster: Cluster) -> Cluster:
     """Count the GPUs and cores of this machine, without importing torch."""
     node = cluster.node
-    found = replace(
-        node, gpus=_gpus() if node.gpus is None else node.gpus, cpus=node.cpus or len(os.sched_getaffinity(0))
-    )
+    shown = gpus.count(os.environ.get("CUDA_VISIBLE_DEVICES")) if node.gpus is None else node.gpus
+    found = replace(node, gpus=shown, cpus=node.cpus or len(os.sched_getaffinity(0)))
     return replace(cluster, node=found, nodes=1, oversubscribe=True)
 
 
-def _gpus() -> int:
-    visible = _visible_devices()
-    if visible is not None:
-        return len([d for d in visible.split(",") if d.strip() and d.strip() != "-1"])
-    proc = Path("/proc/driver/nvidia/gpus")
-    if proc.is_dir():
-        return len(list(proc.iterdir()))
-    if shutil.which("nvidia-smi"):
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-        return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
-    return 0
-
-
-def _visible_devices() -> str | None:
-    return os.environ.get("CUDA_VISIBLE_DEVICES")
+def unusable_gpus() -> str:
+    """Say why torch cannot use the GPUs of this machine; empty if it can. Runs a process, since torch is slow to import."""
+    command = [sys.executable, "-P", "-m", "training.missing"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TRY_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"the first of them does not answer within {TRY_SECONDS:g} s"
+    if done.returncode == 0:
+        return ""
+    lines = (done.stdout if done.returncode == UNUSABLE else done.stderr).strip().splitlines()
+    return lines[-1] if lines else f"torch ended with {done.returncode} when it tried the first of them"
 
 
 def render(plan: Plan) -> str:

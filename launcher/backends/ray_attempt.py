@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 
-from launcher import preflight
+from launcher import exit_status, preflight
 from launcher.attempt import Attempt
 from launcher.backends.ray_lease import Lease
 from launcher.backends.ray_stewards import Stewards
@@ -83,7 +83,8 @@ class RayAttempt:
         errors = self.run_dir.errors(self.number)
         ends = Outcome(exits, errors, self.stop, lost, host_of, self.ranks.progress, self.ranks.hung, unfit)
         finished = self.run_dir.finished(self.number, 0).exists()
-        return replace(ends, joined=self.ranks.joined, finished=finished)
+        aborts = await asyncio.to_thread(exit_status.causes, self.run_dir, self.number, exits)
+        return replace(ends, joined=self.ranks.joined, finished=finished, aborts=aborts)
 
     async def _watch(self, inbox: asyncio.Queue[tuple[str, Message]]) -> None:
         """Take in what is said until the last rank has ended."""

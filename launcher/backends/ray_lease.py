@@ -11,6 +11,7 @@ from typing import Any
 from launcher.backends.ray_cluster import SLICE, TOPOLOGY, WORKER, RayNode
 from launcher.spec import Plan
 from launcher.tpu import Topology, rank_environment
+from training.visible import visible_devices
 from training.world import World
 
 
@@ -109,7 +110,8 @@ class Lease:
     def visible_on(self, node: str) -> str | None:
         """The GPUs that Ray gave the ranks on a node, as CUDA_VISIBLE_DEVICES names them; None where it gave none."""
         given = [m.environment.get("CUDA_VISIBLE_DEVICES") for m in self.members if m.node.id == node]
-        return ",".join(filter(None, given)) or None
+        # Ray may show each worker those of all: named twice, none of them would count.
+        return ",".join(dict.fromkeys(device for text in given for device in visible_devices(text) or ())) or None
 
     def rank_of(self, worker: int) -> int:
         return next(rank for rank, member in enumerate(self.members) if member.worker == worker)

@@ -74,6 +74,7 @@ def test_ends_that_are_no_failures(outcome: Outcome, action: Action) -> None:
         ({}, [], {"unfit": {"node3": "slow"}, "lost": ["node1"]}, "node lost", None, "node1 stopped answering"),
         ({0: 1}, [error("user error")], {"stop": "SIGTERM"}, "user error", 0, "OSError: no"),
         ({1: 1}, [error("device", 1)], {}, "device", 1, "OSError: no"),
+        ({0: 1, 1: 1}, [error("diverged", 1)], {}, "diverged", 1, "OSError: no"),
         ({0: 1}, [error("communication")], {"hung": (1, "rank 1 is stopped")}, "hung", 1, "rank 1 is stopped"),
         ({}, [], {"hung": (None, "all ranks stand still")}, "hung", None, "all ranks stand still"),
     ],
@@ -110,6 +111,21 @@ def test_what_needs_another_node_waits_for_one_where_a_scheduler_has_them() -> N
     for outcome in (lost, struck):
         assert decide(outcome, 1, movable=True, spare=True)[0] is Action.RESTART, "the spare node is there already"
     assert decide(killed, 1, movable=True)[0] is Action.RESTART
+
+
+def test_a_device_that_is_not_there_is_looked_for_elsewhere_and_not_here() -> None:
+    """A sick one may be well again; one that is missing, or that this build of torch cannot use, does not come back."""
+    for name, message, here in (
+        ("DeviceError", "GPU 1 is not there", Action.FAIL),
+        ("AssertionError", "Torch not compiled with CUDA enabled", Action.FAIL),
+        ("RuntimeError", "Found no NVIDIA driver on your system.", Action.FAIL),
+        ("RuntimeError", "CUDA error: uncorrectable ECC error encountered", Action.RESTART),
+    ):
+        outcome = Outcome({0: 1}, [{**error("device", message=message), "type": name}])
+        assert decide(outcome, 3)[0] is here
+        assert decide(outcome, 3, spare=True)[0] is here
+        assert decide(outcome, 3, movable=True)[0] is Action.MOVE
+        assert decide(outcome, 0, movable=True)[0] is Action.FAIL
 
 
 def test_an_unfit_node_is_struck_off_at_once_but_not_where_all_are_unfit() -> None:

@@ -68,6 +68,7 @@ FLOORS = [
     "probe",
     "fabric",
     "output",
+    "exit_status",
     "rundir",
     "ledger",
     "snapshot",
@@ -84,6 +85,7 @@ FLOORS = [
     "devices",
     "cluster",
     "records",
+    "error_signs",
     "errors",
 ]
 """A file imports only from those after it; imports inside of functions count."""

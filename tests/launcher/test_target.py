@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import cloudpickle
 import pytest
 
-from launcher import resolve, target, worker
+from launcher import resolve, target
 from launcher.errors import BadRequest
 from launcher.spec import Target
 from training.errors import ConfigError
@@ -335,41 +335,3 @@ def test_the_project_on_the_path_is_the_snapshot(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(root)
     expected = [code / "pkg", code, code / "src", code / "lib"]
     assert resolve.python_path(root, code, root / "pkg") == tuple(map(str, expected))
-
-
-# ---- naming what it raised ------------------------------------------------------------------------------------------
-
-
-class OutOfMemoryError(RuntimeError): ...
-
-
-class DistBackendError(RuntimeError): ...
-
-
-@pytest.mark.parametrize(
-    ("error", "kind"),
-    [
-        (MemoryError(), "out of memory"),
-        (OutOfMemoryError("CUDA out of memory"), "out of memory"),  # torch.cuda's is known by its name
-        (OSError(28, "No space left on device"), "disk full"),
-        (OSError(122, "Disk quota exceeded"), "disk full"),
-        (OSError(2, "No such file"), "user error"),
-        (OSError(30, "Read-only file system"), "storage"),
-        (OSError(116, "Stale file handle"), "storage"),
-        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "device"),
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), "user error"),
-        (DistBackendError("NCCL error"), "communication"),
-        (ConnectionResetError(), "communication"),
-        (BrokenPipeError(), "communication"),
-        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), "communication"),
-        (RuntimeError("NCCL communicator was aborted"), "communication"),
-        (RuntimeError("shape mismatch"), "user error"),
-        (ValueError("Broken pipe"), "user error"),
-        (SystemExit(3), "user error"),
-    ],
-)
-def test_the_kind_of_an_exception(error: BaseException, kind: str) -> None:
-    from launcher.policy import RULES
-
-    assert worker.classify(error) == kind
-    assert kind in RULES
