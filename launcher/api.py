@@ -122,7 +122,8 @@ def _send(plan: Plan, run_dir: RunDir) -> Run:
     _check_target(plan, run_dir)
     told = {"backend": plan.backend, "cluster": plan.cluster.name, "world_size": plan.placement.world_size}
     run_dir.event("submitted", **told)
-    run_dir.write_job(plan.cluster.engine, backends.get(plan.cluster.engine).submit(plan))
+    backend = backends.of(plan.cluster)
+    run_dir.write_job(backend.name, backend.submit(plan))
     return Run(run_dir)
 
 
@@ -163,8 +164,8 @@ def _project_of(plan: Plan) -> tuple[Target, Path]:
 
 
 def _check_target(plan: Plan, run_dir: RunDir) -> None:
-    """Import the target here before it waits in a queue. On this machine the ranks say the same as soon."""
-    if plan.backend == "local" or plan.target.kind != "function":
+    """Import the target here before it waits in a queue; where its ranks start at once, they report the same."""
+    if not backends.of(plan.cluster).capabilities.precheck or plan.target.kind != "function":
         return
     command = [sys.executable, "-P", "-m", "launcher.check", str(run_dir.path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -148,7 +148,7 @@ def run_launch(argv: Sequence[str]) -> int:
 
     plan = make_plan(spec, Path.cwd())
     if options.dry_run:
-        sent = backends.get(plan.cluster.engine).render(plan)
+        sent = backends.of(plan.cluster).render(plan)
         if options.json:
             print(json.dumps({"plan": to_data(plan), "sent": sent}, indent=2))
         else:
@@ -196,13 +196,14 @@ def _follow(run: Any, out: Any) -> State | None:
 
     Here, the first Ctrl-C asks for a checkpoint and the second ends at once; on a cluster it only stops watching.
     """
+    from launcher import backends
     from launcher.view import Follower
 
     follower = Follower(run, out)
     try:
         return follower.follow()
     except KeyboardInterrupt:
-        if run.dir.plan().backend != "local":
+        if not backends.of(run.dir.plan().cluster).capabilities.interrupt_stops:
             print(
                 f"\nlaunch: no longer watching; {run.name} goes on. Come back with `launch logs -f {run.name}`, see"
                 f" `launch status {run.name}`, end it with `launch cancel {run.name}`.",
@@ -244,13 +245,16 @@ def _drop_refused(run: Any) -> None:
 
 def describe(plan: Any) -> str:
     """The plan in a few lines for a person."""
+    from launcher import backends
+
+    limited = backends.of(plan.cluster).capabilities.time_limit
     where = plan.backend if plan.cluster.name == plan.backend else f"{plan.backend} ({plan.cluster.name})"
     arguments = " ".join(plan.target.args)
     return (
         f"launch: {plan.spec.target} {arguments}".rstrip()
         + f"\n  on     {where}: {plan.placement.why}"
         + f"\n  run    {_short(plan.run_dir)}"
-        + (f"\n  limit  {plan.time_minutes} min" if plan.cluster.limits_time else "")
+        + (f"\n  limit  {plan.time_minutes} min" if limited else "")
         + (f"\n  start  {plan.start}" if plan.start else "")
     )
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-BACKENDS = ("local", "slurm", "ray")
+from launcher.errors import BadRequest, nearest
+
+BACKENDS = ["local", "slurm", "ray"]
+"""Backends that a profile and ``--backend`` can name, the default first; `launcher.backends.register` adds to them."""
+
+
+def no_such_backend(name: str) -> BadRequest:
+    """The error for a `name` that no backend has."""
+    return BadRequest(f"--backend {name!r}: no such backend{nearest(name, BACKENDS)}. Known: {', '.join(BACKENDS)}.")
 
 
 @dataclass(frozen=True)
@@ -165,7 +173,7 @@ class Cluster:
     """
 
     name: str
-    backend: Literal["local", "slurm", "ray"]
+    backend: str
     description: str = ""
     runs: str = "runs"
     shared: tuple[str, ...] = ()
@@ -190,13 +198,9 @@ class Cluster:
 
     @property
     def engine(self) -> str:
-        """The module of `launcher.backends` that runs it."""
-        return f"{self.backend}_on_{self.ray.inside}" if self.backend == "ray" and self.ray.inside else self.backend
-
-    @property
-    def limits_time(self) -> bool:
-        """Whether a run is a job that ends when its time is over."""
-        return "slurm" in (self.backend, self.ray.inside)
+        """The name of the backend that runs it: one that is started inside another is a backend of its own."""
+        inside = getattr(getattr(self, self.backend, None), "inside", None)
+        return f"{self.backend}_on_{inside}" if inside else self.backend
 
     def variables(self) -> dict[str, str]:
         """What every rank gets in its environment."""

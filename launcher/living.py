@@ -16,7 +16,7 @@ from launcher.options import Once, Parser, add_json, command, whole
 from launcher.spec import State
 
 if TYPE_CHECKING:
-    from launcher.doctor import Check
+    from launcher.config_check import Check
     from launcher.run import Run
 
 
@@ -207,11 +207,10 @@ def run_doctor(argv: Sequence[str]) -> int:
     from launcher.doctor import examine
     from launcher.records import to_data
 
-    if options.backend is not None:
-        backends.get(options.backend)
-    site = profiles.load(options.cluster or options.backend or "local", Path.cwd())
+    site = profiles.choose(options.cluster, options.backend, Path.cwd())
+    multi_node = backends.of(site).capabilities.multi_node
     checks = []
-    for check in itertools.chain(examine(site, Path.cwd()), _on_nodes(options, str(site.backend))):
+    for check in itertools.chain(examine(site, Path.cwd()), _on_nodes(options, multi_node)):
         checks.append(check)
         if not options.json:
             word = "FAIL" if not check.ok else "note" if check.note else "ok"
@@ -223,13 +222,13 @@ def run_doctor(argv: Sequence[str]) -> int:
     return 0 if all(check.ok for check in checks) else 1
 
 
-def _on_nodes(options: argparse.Namespace, backend: str) -> Iterator[Check]:
+def _on_nodes(options: argparse.Namespace, multi_node: bool) -> Iterator[Check]:
     if not options.on_nodes:
         return
     from launcher.on_nodes import examine
     from launcher.spec import RunSpec
 
-    nodes = options.nodes or (1 if backend == "local" else 2)
+    nodes = options.nodes or (2 if multi_node else 1)
     spec = RunSpec(
         "launcher.probe:main",
         backend=options.backend,

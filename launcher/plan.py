@@ -28,18 +28,15 @@ def make_plan(spec: RunSpec, cwd: Path, function: Callable[..., Any] | None = No
     Raises:
         BadRequest: the request cannot be met.
     """
-    site = profiles.load(spec.cluster or _backend_name(spec.backend), cwd)
-    if spec.backend is not None and spec.backend != site.backend:
-        raise BadRequest(
-            f"--backend {spec.backend} --cluster {spec.cluster}: that cluster's backend is {site.backend}."
-        )
-    if spec.spare_nodes and site.backend not in backends.KEEPS_SPARE_NODES:
+    site = profiles.choose(spec.cluster, spec.backend, cwd)
+    backend = backends.of(site)
+    if spec.spare_nodes and not backend.capabilities.spare_nodes:
+        known = [name for name in backends.names() if backends.get(name).capabilities.spare_nodes]
         raise BadRequest(
             f"--spare-nodes {spec.spare_nodes}: the {site.backend} backend has no allocation to keep them in (known:"
-            f" {', '.join(backends.KEEPS_SPARE_NODES)}). Leave it out."
+            f" {', '.join(known)}). Leave it out."
         )
-    site = backends.get(site.engine).survey(site)
-    site, without = _without_unusable_gpus(spec, site)
+    site, without = _without_unusable_gpus(spec, backend.survey(site))
     placement = place(spec.devices() or _default_devices(spec, site), site)
     if spec.devices() is None and placement.device == "cpu":
         # Nothing was asked for: one rank with the whole machine, the quickest way to see something.
@@ -69,7 +66,7 @@ def make_plan(spec: RunSpec, cwd: Path, function: Callable[..., Any] | None = No
         time_minutes=parse_minutes(text) if text else DEFAULT_MINUTES,
         environment=_environment(placement, site) | site.variables(),
     )
-    return replace(plan, start=backends.check(plan))
+    return replace(plan, start=backend.check(plan))
 
 
 def _environment(placement: Placement, site: Cluster) -> dict[str, str]:
@@ -85,17 +82,11 @@ def _environment(placement: Placement, site: Cluster) -> dict[str, str]:
     return passive | ({"PJRT_DEVICE": "TPU"} if placement.device == "xla" else {"USE_TORCH_XLA": "0"})
 
 
-def _backend_name(backend: str | None) -> str:
-    if backend is not None:
-        backends.get(backend)
-    return backend or "local"
-
-
 def _without_unusable_gpus(spec: RunSpec, site: Cluster) -> tuple[Cluster, str]:
     """Return the site without its GPUs, and the reason, if no device was asked for and torch cannot use them."""
     if spec.devices() is not None or spec.accelerator is not None or not site.node.gpus:
         return site, ""
-    reason = backends.unusable_gpus(site)
+    reason = backends.of(site).unusable_gpus()
     if not reason:
         return site, ""
     return replace(site, node=replace(site.node, gpus=0)), f"; no GPU is used: {reason}"

@@ -46,7 +46,7 @@ class Run:
             return State.UNKNOWN  # being submitted just now, or the submitting process died in the middle of it
         age = self.dir.heartbeat_age()
         alive = age is not None and abs(age) < FRESH_SECONDS
-        if alive and backends.POLL_SECONDS[job["backend"]]:
+        if alive and backends.get(job["backend"]).capabilities.poll_seconds:
             return self._phase()  # no need to ask
         hint = self._poll(job["backend"], job["job_id"])
         if hint is State.LOST and (result := self.dir.result()):
@@ -55,10 +55,11 @@ class Run:
 
     def _poll(self, backend: str, job_id: str) -> State:
         """What the engine says; an answer that somebody got moments ago is taken for one."""
-        lasts = backends.POLL_SECONDS[backend]
+        engine = backends.get(backend)
+        lasts = engine.capabilities.poll_seconds
         if lasts and (answer := self.dir.answer(job_id, lasts)):
             return State(answer)
-        hint = backends.get(backend).poll(job_id)
+        hint = engine.poll(job_id)
         if lasts:
             self.dir.keep_answer(job_id, hint)
         return hint

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from launcher import backends
 from launcher.ledger import Account, keep
 from launcher.run import Run
 from launcher.spec import State
@@ -50,7 +51,8 @@ class Follower:
     def __init__(self, run: Run, out: TextIO, rank: int = 0) -> None:
         self.run, self.out, self.rank = run, out, rank
         self.live = out.isatty()
-        self.backend = run.dir.plan().backend
+        plan = run.dir.plan()
+        self.backend, self.has_queue = plan.backend, backends.of(plan.cluster).capabilities.queue
         self.events = Tail(run.dir.events_file)
         # Ends of earlier submissions: what came before them was told then.
         self.ended = sum(e["event"] == "finished" for e in run.dir.events()) - (run.dir.result() is not None)
@@ -68,11 +70,11 @@ class Follower:
                 self.out.write("\r\x1b[K")
             self._tell_events()
             self._tell_log()
-            if state is State.QUEUED and not self.queued and self.backend != "local":
+            if state is State.QUEUED and not self.queued and self.has_queue:
                 self.queued = True
                 self.out.write(f"launch: waiting in the queue of {self.backend}\n")
             if self.live and not state.done:
-                word = "starting" if state is State.QUEUED and self.backend == "local" else state.value
+                word = "starting" if state is State.QUEUED and not self.has_queue else state.value
                 self.steps.extend(m for m in _records(self.metrics) if "loss" in m)
                 line = status_line(self.run.name, word, self.steps)
                 self.out.write(line[: shutil.get_terminal_size().columns - 1])

@@ -6,14 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from launcher import gpus
 from launcher.backends import process
+from launcher.backends.base import Backend, Capabilities
 from launcher.cluster import Cluster
+from launcher.config_check import Check
 from launcher.errors import BadRequest
-from launcher.rank_environment import rank_environment
-from launcher.ranks import NodeRanks, Seat
 from launcher.rundir import RunDir
 from launcher.spec import Plan, State
 from training.missing import UNUSABLE
@@ -43,30 +45,49 @@ def unusable_gpus() -> str:
     return lines[-1] if lines else f"torch ended with {done.returncode} when it tried the first of them"
 
 
-def render(plan: Plan) -> str:
-    """The processes that would start, and the environment of each."""
-    run_dir = RunDir(plan.run_dir)
-    ranks = NodeRanks(run_dir, plan, Seat(), lambda message: None)
-    lines = [f"agent: python -m launcher.agent {plan.run_dir}"]
-    here = Seat().address
-    for world in ranks.worlds(attempt=1, address=here, port=1):
-        environment = rank_environment({}, plan, world, ranks.variables(world, [here]))
-        environment["MASTER_PORT"] = "<a free port>"
-        lines.append(f"rank {world.rank}: {plan.target.kind} {plan.target.name} {json.dumps(plan.target.args)}")
-        lines += [f"    {key}={value}" for key, value in sorted(environment.items())]
-    return "\n".join(lines) + "\n"
+class LocalBackend(Backend):
+    """This machine: its ranks start at once, and report by themselves what is wrong with their target."""
 
+    name = "local"
+    capabilities = Capabilities(interrupt_stops=True, queue=False, precheck=False, multi_node=False)
 
-def submit(plan: Plan) -> str:
-    """Start the agent."""
-    if plan.placement.nodes != 1:
-        raise BadRequest("the local backend has one node: this machine. Use --backend slurm or ray for more.")
-    return process.start("launcher.agent", plan.run_dir, RunDir(plan.run_dir).agent_log(0))
+    def survey(self, cluster: Cluster) -> Cluster:
+        """See `survey`."""
+        return survey(cluster)
 
+    def render(self, plan: Plan) -> str:
+        """The processes that would start, and the environment of each."""
+        from launcher.rank_environment import rank_environment
+        from launcher.ranks import NodeRanks, Seat
 
-def poll(job_id: str) -> State:
-    return process.poll(job_id)
+        run_dir = RunDir(plan.run_dir)
+        ranks = NodeRanks(run_dir, plan, Seat(), lambda message: None)
+        lines = [f"agent: python -m launcher.agent {plan.run_dir}"]
+        here = Seat().address
+        for world in ranks.worlds(attempt=1, address=here, port=1):
+            environment = rank_environment({}, plan, world, ranks.variables(world, [here]))
+            environment["MASTER_PORT"] = "<a free port>"
+            lines.append(f"rank {world.rank}: {plan.target.kind} {plan.target.name} {json.dumps(plan.target.args)}")
+            lines += [f"    {key}={value}" for key, value in sorted(environment.items())]
+        return "\n".join(lines) + "\n"
 
+    def unusable_gpus(self) -> str:
+        """See `unusable_gpus`."""
+        return unusable_gpus()
 
-def cancel(job_id: str) -> None:
-    process.kill(job_id)
+    def submit(self, plan: Plan) -> str:
+        """Start the agent."""
+        if plan.placement.nodes != 1:
+            raise BadRequest("the local backend has one node: this machine. Use --backend slurm or ray for more.")
+        return process.start("launcher.agent", plan.run_dir, RunDir(plan.run_dir).agent_log(0))
+
+    def poll(self, job_id: str) -> State:
+        return process.poll(job_id)
+
+    def cancel(self, job_id: str) -> None:
+        process.kill(job_id)
+
+    def diagnose(self, cluster: Cluster, cwd: Path) -> Iterator[Check]:
+        """Count the devices."""
+        node = survey(cluster).node
+        yield Check("devices", True, f"{node.gpus or 'no'} GPUs, {node.cpus} cores")
