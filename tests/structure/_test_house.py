@@ -59,11 +59,13 @@ def entry_of(package: str, module: str) -> str:
 
 
 def upwards(package: str) -> set[tuple[str, str]]:
-    place = {entry: number for number, entry in enumerate(ORDER[package])}
+    """The imports against the order; those of modules without a place are left to the test of that."""
+    place = {"": len(ORDER[package]), **{entry: number for number, entry in enumerate(ORDER[package])}}
     return {
         (each.source, each.target)
         for each in SOURCES[package].imports()
-        if place[entry_of(package, each.source)] > place[entry_of(package, each.target)]
+        if entry_of(package, each.source)
+        and place[entry_of(package, each.source)] > place[entry_of(package, each.target)]
     }
 
 
