@@ -36,12 +36,13 @@ def tables_of_commit(repo: Path, revision: str) -> Table:
 def cells(figures: Figures | None) -> list[str]:
     """One column of the table."""
     if figures is None:
-        return ["-"] * 8
+        return ["-"] * len(ROWS)
     return [
         str(len(figures.top)),
         str(figures.depth),
         str(figures.pairs),
         circles(figures.circles),
+        circles(figures.typing_circles),
         circles(figures.folder_circles),
         first(figures.folders),
         first(figures.classes),
@@ -64,6 +65,7 @@ ROWS = (
     ("import depth", "depth"),
     ("imports between them", ""),
     ("circles of modules", "circles"),
+    ("with imports for type checkers", "typing circles"),
     ("circles of folders", "folder circles"),
     ("most files in a folder", "files"),
     ("longest class", "class"),

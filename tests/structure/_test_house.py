@@ -90,7 +90,7 @@ def test_imports_are_absolute(package: str) -> None:
 
 @both
 def test_no_circles(package: str) -> None:
-    assert (FIGURES[package].circles, FIGURES[package].folder_circles) == ((), ())
+    assert (FIGURES[package].typing_circles, FIGURES[package].folder_circles) == ((), ())
 
 
 @both

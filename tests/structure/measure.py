@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-LIMITS = {"top": 16, "depth": 12, "circles": 0, "folder circles": 0, "files": 9, "class": 170, "function": 50}
+LIMITS = {
+    "top": 16,
+    "depth": 12,
+    "circles": 0,
+    "typing circles": 0,
+    "folder circles": 0,
+    "files": 9,
+    "class": 170,
+    "function": 50,
+}
 
 NOT_COUNTED = ("__init__.py", "py.typed")
 
@@ -42,6 +51,7 @@ class Figures:
     chain: tuple[str, ...]
     pairs: int
     circles: tuple[tuple[str, ...], ...]
+    typing_circles: tuple[tuple[str, ...], ...]
     folder_circles: tuple[tuple[str, ...], ...]
     folders: tuple[Size, ...]
     classes: tuple[Size, ...]
@@ -226,6 +236,7 @@ def measure(path: Path) -> Figures:
         chain=chain,
         pairs=sum(map(len, graph(imports, top_of).values())),
         circles=circles(modules),
+        typing_circles=circles(graph(replace(each, typing_only=False) for each in imports)),
         folder_circles=folder_circles(package, imports),
         folders=tuple(files_by_folder(path)),
         classes=tuple(sizes(package, ast.ClassDef)),

@@ -44,6 +44,12 @@ def test_an_import_for_type_checkers_is_no_edge_but_is_listed(tmp_path: Path, te
     assert graph(found)["a"] == {"c"}
 
 
+def test_a_circle_through_an_import_for_type_checkers_is_counted_apart(tmp_path: Path) -> None:
+    files = {"a.py": "if TYPE_CHECKING:\n    from launcher.b import x", "b.py": "import launcher.a"}
+    figures = measure(package(tmp_path, files))
+    assert (figures.circles, figures.typing_circles) == ((), (("a", "b"),))
+
+
 def test_import_module_with_a_literal_name_counts(tmp_path: Path) -> None:
     files = {"a.py": 'import importlib\nimportlib.import_module("launcher.b")', "b.py": ""}
     assert [i.target for i in Package(package(tmp_path, files)).imports()] == ["b"]
