@@ -161,7 +161,7 @@ def test_ranks_start_from_what_was_imported_once_and_their_ends_are_told(run: Ru
     assert json.loads(run.error(1, 2).read_text())["message"] == "the script ended with exit status 2"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 3)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, -15)])
 def test_a_signal_reaches_its_rank_and_no_other(run: RunDir, server: Server, number: int, code: int) -> None:
     aim(run, "sleep")
     server.preload()
