@@ -112,6 +112,7 @@ def test_user_signal_2_does_not_end_a_rank(local_project: Project) -> None:
 
 FUNCTION = """
 import time
+from pathlib import Path
 
 def main():
     while True:
