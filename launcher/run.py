@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from launcher import backends, history, ledger, rundir
-from launcher.errors import BadRequest, RunFailed, RunStopped
+from launcher.errors import BadRequest, LaunchError, RunFailed, RunStopped
 from launcher.records import to_data
 from launcher.rundir import BEAT_SECONDS, RunDir
 from launcher.spec import State
-from training.files import read_json
+from launcher.trust import is_own
+from training.files import open_plain, read_json
 
 FRESH_SECONDS = 5 * BEAT_SECONDS
 """A heartbeat younger than this says that the run is alive without asking its engine."""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the block trips over in a damaged or foreign run directory into a BadRequest that names it."""
+    try:
+        yield
+    except (LaunchError, BrokenPipeError):
+        raise
+    except (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise BadRequest(
+            f"{path} cannot be read: a file in it is damaged ({type(error).__name__}: {error})."
+        ) from error
 
 
 class Run:
@@ -38,7 +54,15 @@ class Run:
         return self.dir.path
 
     def state(self) -> State:
-        """Where the run is: by its files first, by its engine where they are silent."""
+        """Where the run is: by its files first, by its engine where they are silent.
+
+        Raises:
+            BadRequest: the files are damaged.
+        """
+        with reading(self.path):
+            return self._state()
+
+    def _state(self) -> State:
         if result := self.dir.result():
             return State(result["state"])
         job = self.dir.job()
@@ -59,7 +83,7 @@ class Run:
         if lasts and (answer := self.dir.answer(job_id, lasts)):
             return State(answer)
         hint = backends.get(backend).poll(job_id)
-        if lasts:
+        if lasts and is_own(self.path):
             self.dir.keep_answer(job_id, hint)
         return hint
 
@@ -70,7 +94,15 @@ class Run:
         return State.RUNNING if last == "started" else State.QUEUED
 
     def status(self) -> dict[str, Any]:
-        """Everything a person or a program may want to know, as plain data."""
+        """Everything a person or a program may want to know, as plain data.
+
+        Raises:
+            BadRequest: the files are damaged.
+        """
+        with reading(self.path):
+            return self._status()
+
+    def _status(self) -> dict[str, Any]:
         plan, job, result = self.dir.plan(), self.dir.job() or {}, self.dir.result() or {}
         records = self.dir.metrics()
         steps = [m for m in records if "loss" in m]
@@ -159,27 +191,31 @@ class Run:
         self.wait().check()
         if not self.dir.value_pickle.exists():
             return None
+        self.dir.check_own()
         import pickle
 
         # The run's own value, written by the run's own rank 0 into the run's own directory.
-        return pickle.loads(self.dir.value_pickle.read_bytes())
+        with os.fdopen(open_plain(self.dir.value_pickle), "rb") as file:
+            return pickle.load(file)
 
     def logs(self, rank: int | None = None, attempt: int | None = None) -> Iterator[str]:
         """The lines of the logs of an attempt (default: the newest), of one rank or of all in turn."""
         folder = self.dir.logs / str(attempt or self.dir.last_attempt())
-        files = sorted(folder.glob("*.log"), key=lambda p: int(p.stem)) if folder.is_dir() else []
-        for file in files:
+        files = [p for p in folder.glob("*.log") if re.fullmatch("[0-9]{1,9}", p.stem)] if folder.is_dir() else []
+        for file in sorted(files, key=lambda p: int(p.stem)):
             if rank is None or file.stem == str(rank):
                 prefix = f"[{file.stem}] " if rank is None and len(files) > 1 else ""
-                with file.open(errors="replace") as lines:
+                with reading(self.path), os.fdopen(open_plain(file), errors="replace") as lines:
                     yield from (prefix + line.rstrip("\n") for line in lines)
 
     def cancel(self) -> State:
         """Stop the run at its next step boundary, with a checkpoint; kill it when its grace is over. Returns its state.
 
         Raises:
+            BadRequest: the run directory is not this user's alone, or names no job that could be cancelled.
             LaunchError: it is supervised from another machine and did not stop by itself.
         """
+        self.dir.check_own()
         state = self.state()
         if state.done:
             return state
@@ -190,12 +226,16 @@ class Run:
         return self.kill()
 
     def kill(self) -> State:
-        """End the run now, without a checkpoint. Returns its state."""
+        """End the run now, without a checkpoint. Returns its state. Raises as `cancel` does."""
+        self.dir.check_own()
         job = self.dir.job()
         if job is not None and not self.state().done:
             # For what outlives the others for a moment, such as a batch script, which would take this for a lost node.
             self.dir.request_stop("killed")
-            backends.get(job["backend"]).cancel(job["job_id"])
+            try:
+                backends.get(job["backend"]).cancel(job["job_id"])
+            except BadRequest as error:
+                raise BadRequest(f"{self.dir.job_file}: {error}") from None
         if self.dir.result() is None:
             self.dir.write_result(State.STOPPED, attempts=self.dir.last_attempt())
             self.dir.event("finished", state=State.STOPPED.value)

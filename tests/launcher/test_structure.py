@@ -69,6 +69,7 @@ FLOORS = [
     "fabric",
     "output",
     "rundir",
+    "trust",
     "ledger",
     "snapshot",
     "network",

@@ -17,6 +17,8 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     write_atomic(path, b"two")
     assert path.read_bytes() == b"two"
     assert os.listdir(tmp_path) == ["a file"]
+    assert path.stat().st_mode & 0o777 == 0o600
+    write_atomic(path, b"shared", 0o666)
     assert path.stat().st_mode & 0o777 == 0o666 & ~os.umask(os.umask(0o22))
 
 
