@@ -116,7 +116,7 @@ def test_only_plain_files_are_opened(tmp_path: Path, kind: str) -> None:
         path.symlink_to("/dev/zero" if kind == "zero" else target)
     for act in (read_json, read_lines, lambda path: append_line(path, {})):
         with pytest.raises(NotPlain, match="not a plain file"):
-            act(path)  # type: ignore[operator]
+            act(path)
     assert not target.exists() or target.read_text() == "{}"
 
 
