@@ -202,8 +202,11 @@ def end_run(
     step: int | None = None,
 ) -> State:
     """Write ``result.json`` and the last event; `started` is when this submission began, by `time.monotonic`."""
+    metrics: Any = {}
+    with suppress(ValueError):  # one of more than 16 MiB is left to the pickle beside it
+        metrics = (read_json(run_dir.value_file) or {}) if state is State.SUCCEEDED else {}
     fields: dict[str, Any] = {
-        "metrics": (read_json(run_dir.value_file) or {}) if state is State.SUCCEEDED else {},
+        "metrics": metrics,
         "steps": run_dir.newest_step() or 0,
         "world_size": plan.placement.world_size,
         "attempts": attempt,

@@ -42,7 +42,7 @@ def classify(error: BaseException, device: str = "cuda") -> str:
             break
         kind = _kind(seen)
         own = kind == "bad request" or (kind == "communication" and isinstance(seen, OSError))
-        if kind == "device" and device == "cpu":
+        if device == "cpu" and is_missing(kind, type(seen).__name__, str(seen)):
             kind = "user error"
         if kind != "user error" and not (own and seen is not error):
             return kind

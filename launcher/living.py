@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.errors import BadRequest
+from launcher.errors import BadRequest, LaunchError
 from launcher.options import Once, Parser, add_json, command, whole
 from launcher.spec import State
 
@@ -39,7 +39,7 @@ def run_list(argv: Sequence[str]) -> int:
         progress = status["progress"]
         step = f"{progress['step']}/{progress['total_steps']}" if "total_steps" in progress else ""
         shown = "  ".join(f"{k} {v:.4f}" for k, v in status["evaluation"].items() if isinstance(v, float))
-        started = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.dir.plan_file.stat().st_mtime))
+        started = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.dir.plan_file.lstat().st_mtime))
         print(f"{run.name:<32} {status['state']:<10} {status['backend']:<6} {started}  {step:<12} {shown}".rstrip())
     return 0
 
@@ -48,7 +48,7 @@ def _listed(run: Run) -> dict[str, Any]:
     """Its status; a run that cannot be read does not hide the others."""
     try:
         return run.status()
-    except BadRequest as error:
+    except LaunchError as error:
         return {"name": run.name, "state": State.UNKNOWN.value, "error": str(error)}
 
 
@@ -105,10 +105,12 @@ def run_logs(argv: Sequence[str]) -> int:
     if options.rank is not None and not 0 <= options.rank < size:
         raise BadRequest(f"--rank {options.rank}: the ranks of {run.name} are 0 to {size - 1}.")
     if options.follow:
+        from launcher.run import reading
         from launcher.view import follow
 
         try:
-            follow(run, sys.stdout, options.rank or 0)
+            with reading(run.path):
+                follow(run, sys.stdout, options.rank or 0)
         except KeyboardInterrupt:
             print(file=sys.stderr)
         return 0

@@ -120,6 +120,15 @@ def _check_folder(run_dir: Path, site: Cluster) -> None:
         raise BadRequest(
             f"the runs folder {run_dir.parent} cannot be written (`runs` in profile {site.name!r} sets it)."
         )
+    check_shared(run_dir, site)
+
+
+def check_shared(run_dir: Path, site: Cluster) -> None:
+    """Refuse a run directory that the nodes do not share, as far as the profile tells.
+
+    Raises:
+        BadRequest: it lies in none of the profile's shared folders.
+    """
     shared = [Path(os.path.expanduser(os.path.expandvars(s))).resolve() for s in site.shared]
     if shared and not any(s == p for s in shared for p in run_dir.resolve().parents):
         raise BadRequest(

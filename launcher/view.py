@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections import deque
@@ -15,6 +16,7 @@ from launcher import backends
 from launcher.ledger import Account, keep
 from launcher.run import Run
 from launcher.spec import State
+from training.files import open_plain
 
 LOOK_SECONDS = 0.2
 
@@ -30,7 +32,7 @@ class Tail:
     def read(self) -> list[str]:
         """The new lines; of one that a progress bar wrote over, what was left to see."""
         try:
-            with self.path.open("rb") as file:
+            with os.fdopen(open_plain(self.path), "rb") as file:
                 file.seek(self.offset)
                 data = file.read()
         except FileNotFoundError:

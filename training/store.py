@@ -42,6 +42,7 @@ class Store:
         ctx.checkpoints.on_failed = lambda step, error: ctx.event("save-failed", step=step, error=str(error))
         ctx.checkpoints.on_damaged = lambda error: ctx.event("checkpoint-damaged", error=str(error))
         if self._mirror is not None:
+            self._mirror.on_damaged = ctx.checkpoints.on_damaged
             self._mirror.on_mirrored = lambda step: ctx.event("mirrored", step=step)
             self._mirror.on_failed = lambda step, error: ctx.event("mirror-failed", step=step, error=str(error))
 

@@ -11,6 +11,7 @@ from launcher.cluster import Cluster
 from launcher.config_check import Check
 from launcher.errors import BadRequest
 from launcher.spec import Plan, State
+from launcher.trust import ANY_ID, check_id
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,14 @@ class Backend(ABC):
         Raises:
             BadRequest: the engine cannot be reached, or it refuses the request.
         """
+
+    def check_id(self, job_id: str) -> None:
+        """Check a job id that was read back from a file, before anything is done with it.
+
+        Raises:
+            BadRequest: it has not the form of this engine's job ids.
+        """
+        check_id(ANY_ID, job_id)
 
     @abstractmethod
     def poll(self, job_id: str) -> State:

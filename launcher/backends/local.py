@@ -18,6 +18,7 @@ from launcher.config_check import Check
 from launcher.errors import BadRequest
 from launcher.rundir import RunDir
 from launcher.spec import Plan, State
+from launcher.trust import PROCESS_ID, check_id
 from training.missing import UNUSABLE
 
 TRY_SECONDS = 120.0
@@ -80,6 +81,9 @@ class LocalBackend(Backend):
         if plan.placement.nodes != 1:
             raise BadRequest("the local backend has one node: this machine. Use --backend slurm or ray for more.")
         return process.start("launcher.agent", plan.run_dir, RunDir(plan.run_dir).agent_log(0))
+
+    def check_id(self, job_id: str) -> None:
+        check_id(PROCESS_ID, job_id)
 
     def poll(self, job_id: str) -> State:
         return process.poll(job_id)

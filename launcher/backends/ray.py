@@ -19,6 +19,7 @@ from launcher.errors import BadRequest
 from launcher.rundir import RunDir
 from launcher.spec import Plan, State
 from launcher.tpu import SINGLE_HOST_CHIPS, Topology, pod_type
+from launcher.trust import PROCESS_ID, check_id
 
 ACCEPT_SECONDS = 180.0
 """How long `submit` waits for the driver's word that the cluster can run this; starting a Ray of our own takes seconds."""
@@ -156,6 +157,9 @@ class RayBackend(Backend):
             process.kill(job_id)  # Ctrl-C while waiting included: what was not accepted was not sent
             raise
         return job_id
+
+    def check_id(self, job_id: str) -> None:
+        check_id(PROCESS_ID, job_id)
 
     def poll(self, job_id: str) -> State:
         return process.poll(job_id)

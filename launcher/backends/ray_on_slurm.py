@@ -16,6 +16,7 @@ from launcher.cluster import Cluster
 from launcher.config_check import Check
 from launcher.errors import BadRequest
 from launcher.spec import Plan, State
+from launcher.trust import SLURM_ID, check_id
 
 
 class RayOnSlurmBackend(Backend):
@@ -50,6 +51,9 @@ class RayOnSlurmBackend(Backend):
         if plan.placement.on_tpu:
             raise BadRequest(f"{plan.cluster.name}: TPU slices are Ray's to find, not SLURM's. Use the backend slurm.")
         return self.slurm.submit(plan, RayTask(plan.run_dir))
+
+    def check_id(self, job_id: str) -> None:
+        check_id(SLURM_ID, job_id)
 
     def poll(self, job_id: str) -> State:
         return self.slurm.poll(job_id)

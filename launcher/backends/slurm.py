@@ -21,6 +21,8 @@ from launcher.config_check import Check
 from launcher.errors import BadRequest
 from launcher.rundir import RunDir
 from launcher.spec import Plan, State
+from launcher.trust import SLURM_ID, check_id
+from training.files import write_atomic
 
 STATES: dict[str, State] = {
     **dict.fromkeys(
@@ -179,6 +181,7 @@ def _check_paths(plan: Plan) -> None:
 
 def poll(job_id: str) -> State:
     """Ask squeue, and sacct for a job that squeue has forgotten; where accounting is off, forgotten means ended."""
+    check_id(SLURM_ID, job_id)
     try:
         listed = slurm_site.ask("squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T")
     except BadRequest as error:
@@ -197,7 +200,7 @@ def poll(job_id: str) -> State:
 
 
 def cancel(job_id: str) -> None:
-    slurm_site.ask("scancel", job_id)
+    slurm_site.ask("scancel", check_id(SLURM_ID, job_id)[0])
 
 
 class SlurmBackend(Backend):
@@ -266,8 +269,11 @@ class SlurmBackend(Backend):
             raise BadRequest(
                 f"sbatch refused the job: {refusal}" if heard else slurm_site.UNREACHABLE.format(refusal)
             ) from None
-        RunDir(plan.run_dir).script_file.write_text(job.paths.submission_file.read_text())
+        write_atomic(RunDir(plan.run_dir).script_file, job.paths.submission_file.read_text())
         return str(job.job_id)
+
+    def check_id(self, job_id: str) -> None:
+        check_id(SLURM_ID, job_id)
 
     def poll(self, job_id: str) -> State:
         return poll(job_id)

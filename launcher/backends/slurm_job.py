@@ -25,6 +25,7 @@ from launcher.policy import Outcome
 from launcher.ranks import Seat
 from launcher.rundir import BEAT_SECONDS, RunDir, tail
 from launcher.spec import State
+from launcher.trust import SLURM_ID, check_id
 
 CONTROLLER_SECONDS = 60.0
 """How long to try again while slurmctld does not answer; it is restarted for upgrades, and fails over in minutes."""
@@ -99,7 +100,7 @@ def _follow_up(run_dir: RunDir, job: str, exclude: Sequence[str]) -> bool:
     done = subprocess.run(command, env=clean, capture_output=True, text=True, check=False)
     if done.returncode:
         return False
-    follower = done.stdout.split(";")[0].strip()
+    follower = check_id(SLURM_ID, done.stdout.split(";")[0].strip())[0]
     folder = run_dir.path / "submitit"
     shutil.copy(folder / f"{job}_submitted.pkl", folder / f"{follower}_submitted.pkl")
     run_dir.write_job(run_dir.plan().cluster.engine, follower)
@@ -195,7 +196,7 @@ def orphaned(run_dir: RunDir, status: int, environment: Mapping[str, str]) -> No
             after(run_dir, status, environment)
             break
     if _runs(job, restarts):  # one that is in the queue again, or began anew, is left there
-        subprocess.run(["scancel", "--state=RUNNING", job], check=False)
+        subprocess.run(["scancel", "--state=RUNNING", check_id(SLURM_ID, job)[0]], check=False)
 
 
 def _runs(job: str, restarts: int) -> bool:

@@ -74,6 +74,7 @@ FLOORS = [
     "output",
     "exit_status",
     "rundir",
+    "trust",
     "ledger",
     "snapshot",
     "network",
