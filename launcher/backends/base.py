@@ -49,7 +49,7 @@ class Backend(ABC):
 
     @abstractmethod
     def survey(self, cluster: Cluster) -> Cluster:
-        """Return `cluster` with what its profile leaves open and the engine can tell: nodes, and the devices of a node.
+        """Return `cluster` with what its profile leaves open and the engine reports: nodes, and the devices of a node.
 
         Raises:
             BadRequest: the engine cannot be reached and the profile does not say enough.
@@ -64,7 +64,7 @@ class Backend(ABC):
         """Return what `submit` would send, word for word. Sends nothing and works without the engine."""
 
     def check(self, plan: Plan) -> str:
-        """Return when and where the engine would start `plan`; empty if it cannot tell.
+        """Return when and where the engine would start `plan`; empty if unknown.
 
         Raises:
             BadRequest: the engine would refuse the plan, or would never start it.
@@ -100,7 +100,7 @@ class Backend(ABC):
         yield from ()
 
     def at_hand(self) -> bool:
-        """Whether this machine can submit to the engine, as far as can be told without asking it."""
+        """Whether this machine can submit to the engine, judged without a request to it."""
         return False
 
     def new_profile(self) -> str:

@@ -135,6 +135,36 @@ def test_no_exception_outlives_its_reason() -> None:
     assert all(upper in imports(FILES[lower], "launcher") for lower, upper in UPWARDS)
 
 
+ENGINES = {"local", "slurm", "ray", "ray_on_slurm"}
+
+
+def engine_names(tree: ast.AST) -> Iterator[str]:
+    """The names of engines that decide something: compared with, matched, or the keys of a table."""
+    for node in ast.walk(tree):
+        parts: list[ast.AST] = []
+        if isinstance(node, ast.Compare):
+            parts = [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            parts = [node.value]
+        elif isinstance(node, ast.Dict):
+            parts = [key for key in node.keys if key is not None]
+        for part in parts:
+            for each in part.elts if isinstance(part, ast.Tuple | ast.List | ast.Set) else [part]:
+                if isinstance(each, ast.Constant) and each.value in ENGINES:
+                    yield str(each.value)
+
+
+def test_no_engine_is_told_by_its_name_outside_of_the_backends() -> None:
+    files = {name: path for name, path in FILES.items() if not name.startswith("backends")}
+    found = {name: list(engine_names(ast.parse(path.read_bytes()))) for name, path in files.items()}
+    assert {name: names for name, names in found.items() if names} == {}
+
+
+def test_how_an_engine_would_be_told_by_its_name() -> None:
+    for text in ('x == "ray"', 'x not in ("a", "slurm")', '{"local": 1}', 'match x:\n    case "ray_on_slurm": pass'):
+        assert list(engine_names(ast.parse(text))), text
+
+
 def test_training_does_without_the_launcher() -> None:
     users = [path.name for path in (ROOT / "training").rglob("*.py") if list(imports(path, "launcher"))]
     assert users == []
