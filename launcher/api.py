@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
+import inspect
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from launcher import backends, snapshot
 from launcher.errors import BadRequest
@@ -18,11 +18,35 @@ from launcher.records import to_data
 from launcher.resolve import resolve
 from launcher.run import Run, find
 from launcher.rundir import RunDir, to_json
-from launcher.spec import Plan, RunSpec, State, Target
+from launcher.spec import NOT_RESUMED, Plan, RunSpec, State, Target, check_options, options
 from training.files import write_atomic
 
+F = TypeVar("F", bound=Callable[..., Any])
 
-def launch(target: str | Callable[..., Any] = RunSpec.target, *args: str, wait: bool = True, **options: Any) -> Run:
+
+def _with_options(*without: str) -> Callable[[F], F]:
+    """Give a function that takes ``**options`` the signature and the documentation of the options of `RunSpec`."""
+
+    def decorate(function: F) -> F:
+        known = options(without)
+        function.__doc__ = inspect.cleandoc(function.__doc__ or "").replace(
+            "{options}", "\n    ".join(f"{name}: {option.help.rstrip(chr(46))}." for name, option in known.items())
+        )
+        own = inspect.signature(function, eval_str=False)
+        keywords = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        keywords += [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+            for f in fields(RunSpec)
+            if f.name in known
+        ]
+        function.__signature__ = own.replace(parameters=keywords)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+@_with_options()
+def launch(target: str | Callable[..., Any] = RunSpec.target, *args: str, wait: bool = True, **given: Any) -> Run:
     """Send `target` to where the accelerators are.
 
     Args:
@@ -30,8 +54,7 @@ def launch(target: str | Callable[..., Any] = RunSpec.target, *args: str, wait: 
             importable name (a notebook's, a nested one) travels by value.
         args: command-line arguments of the target.
         wait: follow the run to its end, printing what rank 0 prints, and raise if it fails.
-        options: as on the command line: ``backend, cluster, gpus, tpus, cpus, nodes, accelerator, topology, name, time,
-            max_restarts``.
+        {options}
 
     Returns:
         The run; ``launch(...).result()`` is what the target returned on rank 0.
@@ -40,29 +63,30 @@ def launch(target: str | Callable[..., Any] = RunSpec.target, *args: str, wait: 
         BadRequest: nothing was sent.
         RunFailed, RunStopped: only with `wait`.
     """
-    known = [f.name for f in fields(RunSpec) if f.name not in ("target", "args")]
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise BadRequest(f"launch() has no option {name!r}{hint}. Options: {', '.join(known)}, wait.")
+    check_options("launch", given, options(), "wait")
     function = target if callable(target) else None
     named = name_of(target) if callable(target) else target
-    run = submit(make_plan(RunSpec(named, tuple(args), **options), Path.cwd(), function), function)
+    run = submit(make_plan(RunSpec(named, tuple(args), **given), Path.cwd(), function), function)
     return _attended(run) if wait else run
 
 
-def resume(name: str | Path, *, runs_folder: str | Path = "runs", wait: bool = True, **options: Any) -> Run:
+@_with_options(*NOT_RESUMED)
+def resume(name: str | Path, *, runs_folder: str | Path = "runs", wait: bool = True, **given: Any) -> Run:
     """Take a run that ended before its goal up again, from its newest checkpoint and with the code it was sent with.
 
     Args:
         name: the run's name or its directory.
-        options: as for `launch`, where something should differ this time (``gpus``, ``time``, ``cluster``, ...).
+        runs_folder: the folder in which a name is looked up.
+        wait: as for `launch`.
+        {options}
+
+    An option that is left out stays as it was when the run was sent.
 
     Raises:
         BadRequest: there is no such run, it is running, or it has succeeded.
     """
-    run = resubmit(find(name, Path(runs_folder)), **options)
+    check_options("resume", given, options(NOT_RESUMED), "runs_folder, wait")
+    run = resubmit(find(name, Path(runs_folder)), **given)
     return _attended(run) if wait else run
 
 
@@ -94,7 +118,7 @@ def submit(plan: Plan, function: Callable[..., Any] | None = None) -> Run:
         raise
 
 
-def resubmit(run: Run, **options: Any) -> Run:
+def resubmit(run: Run, **changes: Any) -> Run:
     """Send a run again; see `resume`."""
     state = run.state()
     if state is State.SUCCEEDED:
@@ -104,12 +128,12 @@ def resubmit(run: Run, **options: Any) -> Run:
     if not state.done:
         raise BadRequest(f"run {run.name!r} is {state.value}; `launch cancel {run.name}` stops it first.")
     plan = run.dir.plan()
-    options = {key: value for key, value in options.items() if value is not None}
-    if options:
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if changes:
         kinds = ("gpus", "tpus", "cpus")
-        if any(kind in options for kind in kinds):
-            options = dict.fromkeys((*kinds, "nodes")) | options
-        spec = replace(plan.spec, name=plan.name, **options)
+        if any(kind in changes for kind in kinds):
+            changes = dict.fromkeys((*kinds, "nodes")) | changes
+        spec = replace(plan.spec, name=plan.name, **changes)
         # Placed afresh as a run of another name; the code, the name and the directory stay.
         fresh = make_plan(replace(spec, target=RunSpec.target, args=(), name=None), plan.cwd)
         plan = replace(fresh, name=plan.name, run_dir=plan.run_dir, spec=spec, target=plan.target)

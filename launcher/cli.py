@@ -8,14 +8,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from launcher import living
 from launcher.errors import BadRequest, LaunchError, nearest
-from launcher.options import COMMANDS, Once, Parser, add_json, add_placement, command
-from launcher.spec import RunSpec, State
+from launcher.options import COMMANDS, Once, Parser, add_json, add_options, command, given
+from launcher.spec import NOT_RESUMED, RunSpec, State
 
 DESCRIPTION = """\
 Send one train/eval function, or a script, to where the accelerators are.
@@ -49,9 +48,7 @@ def launch_parser() -> Parser:
         description=DESCRIPTION,
         epilog=EPILOG,
     )
-    add_placement(parser)
-    more = parser.add_argument_group("how")
-    more.add_argument("--name", action=Once, metavar="NAME", help="the run's name (default: target and time)")
+    more = add_options(parser)["how"]
     more.add_argument("--dry-run", action="store_true", help="print all that would be sent, and send nothing")
     more.add_argument("--detach", action="store_true", help="return once it is submitted")
     add_json(more)  # type: ignore[arg-type]
@@ -107,8 +104,7 @@ def parse_request(argv: Sequence[str]) -> tuple[RunSpec, argparse.Namespace]:
             rest = rest[1:]
     else:
         target = RunSpec.target
-    given = {f.name: getattr(parsed, f.name, None) for f in fields(RunSpec) if f.name not in ("target", "args")}
-    return RunSpec(target, tuple(rest), **{k: v for k, v in given.items() if v is not None}), parsed
+    return RunSpec(target, tuple(rest), **given(parsed)), parsed
 
 
 def _split(parser: Parser, argv: Sequence[str]) -> tuple[list[str], list[str], bool]:
@@ -164,15 +160,13 @@ def run_resume(argv: Sequence[str]) -> int:
     parser = command(
         "resume", "With the code and arguments it was sent with; what is given here replaces its placement."
     )
-    add_placement(parser)
+    add_options(parser, NOT_RESUMED)
     parser.add_argument("--detach", action="store_true", help="return once it is submitted")
     options = parser.parse_args(list(argv))
     from launcher.api import resubmit
     from launcher.run import find
 
-    names = {f.name for f in fields(RunSpec)} - {"target", "args", "name"}
-    changes = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
-    return _attend(resubmit(find(options.run, Path(options.runs)), **changes), options)
+    return _attend(resubmit(find(options.run, Path(options.runs)), **given(options)), options)
 
 
 def _attend(run: Any, options: argparse.Namespace) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import enum
 import re
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from launcher.cluster import Cluster
-from launcher.errors import BadRequest
+from launcher.errors import BadRequest, nearest
 from launcher.placement import Devices, Placement
 
 DEFAULT_TARGET = "training.train:train"
@@ -37,39 +38,52 @@ class State(enum.StrEnum):
 
 
 @dataclass(frozen=True)
+class Option:
+    """How a field of `RunSpec` is written and documented; stored as its ``metadata["option"]``.
+
+    Attributes:
+        help: one line for ``launch --help`` and the documentation of `launcher.launch`.
+        metavar: the placeholder of the value.
+        group: the heading in ``launch --help``.
+        least, most: the bounds of a whole number; an option without them is text.
+    """
+
+    help: str
+    metavar: str
+    group: str = "where"
+    least: int | None = None
+    most: int = 1_000_000
+
+
+def _option(default: Any, text: str, metavar: str, *, kw_only: bool = False, **more: Any) -> Any:
+    return field(default=default, kw_only=kw_only, metadata={"option": Option(text, metavar, **more)})
+
+
+@dataclass(frozen=True)
 class RunSpec:
-    """What is asked, in the words of the command line. Field names are the options' and the Python keywords'."""
+    """What is asked. Its fields are the options of the command line and the keywords of `launcher.launch`."""
 
     target: str = DEFAULT_TARGET
     args: tuple[str, ...] = ()
-    backend: str | None = None
-    cluster: str | None = None
-    gpus: int | None = None
-    tpus: int | None = None
-    cpus: int | None = None
-    nodes: int | None = None
-    accelerator: str | None = None
-    topology: str | None = None
-    name: str | None = None
-    time: str | None = None
-    max_restarts: int = 3
-    spare_nodes: int = 0
+    backend: str | None = _option(None, "local (default), slurm or ray", "NAME")
+    cluster: str | None = _option(None, "a profile (see `launch clusters`)", "NAME|PATH")
+    gpus: int | None = _option(None, "GPUs in all, one rank each", "N", least=1)
+    tpus: int | None = _option(None, "TPU chips in all, one rank each", "N", least=1)
+    cpus: int | None = _option(None, "CPU ranks in all, one core each, to debug", "N", least=1)
+    nodes: int | None = _option(None, "spread them evenly over N nodes", "N", least=1, most=100_000)
+    spare_nodes: int = _option(
+        0, "N nodes more (SLURM), to take the place of lost ones", "N", least=0, most=100_000, kw_only=True
+    )
+    accelerator: str | None = _option(None, "h100, a100, ..., or a TPU generation: v5e, v5p, ...", "TYPE")
+    topology: str | None = _option(None, "the shape of a TPU slice", "4x4")
+    time: str | None = _option(None, "time limit", "2h", group="the run", kw_only=True)
+    max_restarts: int = _option(3, "restarts after crashes (default 3)", "N", group="the run", least=0, kw_only=True)
+    name: str | None = _option(None, "the run's name (default: target and time)", "NAME", group="how", kw_only=True)
 
     def __post_init__(self) -> None:
-        for option, least in (
-            ("gpus", 1),
-            ("tpus", 1),
-            ("cpus", 1),
-            ("nodes", 1),
-            ("max_restarts", 0),
-            ("spare_nodes", 0),
-        ):
-            value = getattr(self, option)
-            flag = f"--{option.replace('_', '-')} {value}"
-            if value is not None and type(value) is not int:  # from Python; a flag's text is a number by now
-                raise BadRequest(f"{flag}: a whole number is needed, not {value!r}.")
-            if value is not None and value < least:
-                raise BadRequest(f"{flag}: {'at least 1' if least else '0 or more'} is needed.")
+        for name, option in options().items():
+            if option.least is not None:
+                _check_number(f"--{name.replace('_', '-')}", getattr(self, name), option)
         asked = [f"--{k}" for k in ("gpus", "tpus", "cpus") if getattr(self, k) is not None]
         if len(asked) > 1:
             raise BadRequest(f"{' and '.join(asked)} together: a run uses one kind of device. Give one of them.")
@@ -86,6 +100,40 @@ class RunSpec:
         if self.cpus is not None:
             return Devices("cpu", self.cpus, *shape)
         return None
+
+
+NOT_RESUMED = ("name",)
+"""Options that `resume` does not take: a resumed run keeps them."""
+
+
+def options(without: Collection[str] = ()) -> dict[str, Option]:
+    """The options of a run by their field of `RunSpec`, in the order of ``launch --help``."""
+    return {f.name: f.metadata["option"] for f in fields(RunSpec) if "option" in f.metadata and f.name not in without}
+
+
+def check_options(call: str, given: Iterable[str], known: Collection[str], more: str) -> None:
+    """Refuse a keyword of the Python function `call` that is no option.
+
+    Raises:
+        BadRequest: with the nearest option, and all of them.
+    """
+    for name in given:
+        if name not in known:
+            raise BadRequest(
+                f"{call}() has no option {name!r}{nearest(name, known)}. Options: {', '.join(known)}, {more}."
+            )
+
+
+def _check_number(flag: str, value: Any, option: Option) -> None:
+    if value is None or option.least is None:
+        return
+    if type(value) is not int:  # from Python; a flag's text is a number by now
+        raise BadRequest(f"{flag} {value}: a whole number is needed, not {value!r}.")
+    shown = f"{flag} {value if abs(value) < 10**20 else '...'}"  # str() refuses a number of more than 4,300 digits
+    if value < option.least:
+        raise BadRequest(f"{shown}: {'at least 1' if option.least else '0 or more'} is needed.")
+    if value > option.most:
+        raise BadRequest(f"{shown}: at most {option.most} is allowed.")
 
 
 TargetKind = Literal["function", "script", "module", "value"]
