@@ -28,7 +28,7 @@ def test_help_documentation_and_signatures_have_each_option() -> None:
     text = launch_parser().format_help()
     for function, known in ((launcher.launch, options()), (launcher.resume, options(NOT_RESUMED))):
         signature = inspect.signature(function)
-        keywords = {n: p.default for n, p in signature.parameters.items() if n in FIELDS}
+        keywords = {n: p.default for n, p in signature.parameters.items() if n in known}
         assert keywords == {name: FIELDS[name].default for name in known}
         for name, option in known.items():
             assert re.search(rf"^    {name}: {re.escape(option.help.rstrip('.'))}\.$", function.__doc__ or "", re.M)
