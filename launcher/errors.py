@@ -14,8 +14,9 @@ run as a bad request.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
+
+from training.errors import did_you_mean
 
 
 class LaunchError(Exception):
@@ -36,5 +37,4 @@ class RunStopped(LaunchError):
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the closest of `known`, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    return did_you_mean(word, known, " (did you mean {!r}?)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,6 +13,7 @@ from launcher.errors import BadRequest, RunFailed, RunStopped
 from launcher.records import to_data
 from launcher.rundir import BEAT_SECONDS, RunDir
 from launcher.spec import State
+from training.errors import nearest
 from training.files import read_json
 
 FRESH_SECONDS = 5 * BEAT_SECONDS
@@ -218,6 +218,6 @@ def find(name: str | Path, folder: Path) -> Run:
             if (path / "plan.json").is_file():
                 return Run(RunDir(path.resolve()))
     known = [r.path.name for r in rundir.all_runs(folder)]
-    near = difflib.get_close_matches(str(name), known, n=3) or known[:3]
+    near = nearest(str(name), known, most=3) or known[:3]
     hint = f" Runs there: {', '.join(near)}." if near else ""
     raise BadRequest(f"there is no run {str(name)!r} in {folder.resolve()}.{hint} A path to a run directory works too.")
