@@ -116,7 +116,7 @@ class RunDir:
         """
         try:
             data = read_json(self.plan_file)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadRequest(f"{self.plan_file} cannot be read: {error}.") from None
         if data is None:
             raise BadRequest(f"{self.path} is not a run directory: it has no plan.json.")
