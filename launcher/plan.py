@@ -12,11 +12,12 @@ from typing import Any
 
 from launcher import backends, profiles, snapshot
 from launcher.cluster import Cluster
+from launcher.durations import parse_minutes
 from launcher.errors import BadRequest
 from launcher.placement import Devices, Placement, place
 from launcher.resolve import check_shadowing, python_path, resolve
 from launcher.rundir import RunDir
-from launcher.spec import Plan, RunSpec, Target, check_name, parse_minutes
+from launcher.spec import Plan, RunSpec, Target, check_name
 from launcher.target import signature
 
 DEFAULT_MINUTES = 60

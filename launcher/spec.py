@@ -185,19 +185,3 @@ def check_name(name: str) -> None:
             f"--name {name!r}: a run name is up to 100 letters, digits, '.', '_' and '-', and begins with a letter or a"
             " digit, such as 'mrpc-lr3e-5'."
         )
-
-
-def parse_minutes(text: str) -> int:
-    """Return whole minutes (rounded up) for ``90m``, ``2h``, ``1d12h``, ``45s`` or SLURM's ``[D-]HH:MM:SS``.
-
-    Raises:
-        BadRequest: anything else, or nothing at all.
-    """
-    slurm = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text)
-    units = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
-    match = slurm or units
-    days, hours, minutes, seconds = (int(g or 0) for g in match.groups()) if match else (0, 0, 0, 0)
-    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-    if not total:
-        raise BadRequest(f"--time {text!r}: write a duration such as 90m, 2h, 1d12h or 02:30:00.")
-    return -(-total // 60)

@@ -75,6 +75,7 @@ FLOORS = [
     "environment",
     "gpus",
     "binding",
+    "durations",
     "spec",
     "placement",
     "reference",
