@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from launcher import living
-from launcher.errors import BadRequest, LaunchError, nearest
+from launcher.errors import OURS, BadRequest, exit_status, nearest
 from launcher.options import COMMANDS, Once, Parser, add_json, add_options, command, given
 from launcher.spec import NOT_RESUMED, RunSpec, State
 
@@ -62,10 +63,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         status = _COMMANDS[argv[0]](argv[1:]) if argv and argv[0] in COMMANDS else run_launch(argv)
-    except BadRequest as error:
-        status = _complain(error, "bad request", 2, argv)
-    except LaunchError as error:
-        status = _complain(error, "failed", 1, argv)
+    except OURS as error:
+        status = _complain(error, exit_status(error), argv)
     except BrokenPipeError:
         # `launch logs | head`: nobody reads any more. Point stdout elsewhere, or its last flush would complain too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -73,14 +72,16 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     sys.exit(status)
 
 
-def _complain(error: LaunchError, kind: str, status: int, argv: Sequence[str]) -> int:
+def _complain(error: Exception, status: int, argv: Sequence[str]) -> int:
+    kind = {1: "failed", 2: "bad request", 3: "stopped"}[status]
     if argv[:1] and argv[0] not in COMMANDS:
         with suppress(BadRequest):  # --json after the target is the target's own
             argv, _, _ = _split(launch_parser(), argv)
+    text = re.sub(r"\S{500,}", lambda long: f"{long[0][:100]}...{long[0][-50:]}", str(error))
     if "--json" in argv:
-        print(json.dumps({"error": str(error), "kind": kind}))
+        print(json.dumps({"error": text, "kind": kind}))
     else:
-        print(f"launch: {error}", file=sys.stderr)
+        print(f"launch: {text}", file=sys.stderr)
     return status
 
 

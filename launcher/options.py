@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Any, NoReturn
 
 from launcher.errors import BadRequest
-from launcher.spec import options
+from launcher.spec import options, refuse_empty
 
 COMMANDS = {
     "list": "the runs of this folder",
@@ -71,8 +71,14 @@ def add_options(parser: Parser, without: Collection[str] = ()) -> dict[str, argp
 
 
 def given(parsed: argparse.Namespace) -> dict[str, Any]:
-    """The options of RunSpec that the command line has, by field."""
-    return {name: value for name in options() if (value := getattr(parsed, name, None)) is not None}
+    """The options of RunSpec that the command line has, by field.
+
+    Raises:
+        BadRequest: one is empty.
+    """
+    found = {name: value for name in options() if (value := getattr(parsed, name, None)) is not None}
+    refuse_empty(found)
+    return found
 
 
 def add_json(parser: Parser) -> None:

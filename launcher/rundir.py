@@ -265,8 +265,15 @@ def tail(path: Path, lines: int = 20) -> list[str]:
 
 
 def all_runs(folder: Path) -> Iterable[RunDir]:
-    """The runs in `folder`, newest first."""
-    found = [RunDir(p.parent) for p in folder.glob("*/plan.json")]
+    """The runs in `folder`, newest first.
+
+    Raises:
+        BadRequest: the folder cannot be read.
+    """
+    try:
+        found = [RunDir(p.parent) for p in folder.glob("*/plan.json")]
+    except OSError as error:  # such as a name that is too long for a folder
+        raise BadRequest(f"the runs folder {folder} cannot be read: {error.strerror or error}.") from None
     return sorted(found, key=lambda r: r.plan_file.stat().st_mtime, reverse=True)
 
 

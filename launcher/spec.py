@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -69,7 +69,7 @@ class RunSpec:
     cluster: str | None = _option(None, "a profile (see `launch clusters`)", "NAME|PATH")
     gpus: int | None = _option(None, "GPUs in all, one rank each", "N", least=1)
     tpus: int | None = _option(None, "TPU chips in all, one rank each", "N", least=1)
-    cpus: int | None = _option(None, "CPU ranks in all, one core each, to debug", "N", least=1)
+    cpus: int | None = _option(None, "CPU ranks in all, one core each, to debug", "N", least=1, most=100_000)
     nodes: int | None = _option(None, "spread them evenly over N nodes", "N", least=1, most=100_000)
     spare_nodes: int = _option(
         0, "N nodes more (SLURM), to take the place of lost ones", "N", least=0, most=100_000, kw_only=True
@@ -111,8 +111,19 @@ def options(without: Collection[str] = ()) -> dict[str, Option]:
     return {f.name: f.metadata["option"] for f in fields(RunSpec) if "option" in f.metadata and f.name not in without}
 
 
-def check_options(call: str, given: Iterable[str], known: Collection[str], more: str) -> None:
-    """Refuse a keyword of the Python function `call` that is no option.
+def refuse_empty(given: Mapping[str, Any]) -> None:
+    """Refuse an option that is given without a value, which would count as left out.
+
+    Raises:
+        BadRequest: for the first of them; `check_name` refuses an empty name.
+    """
+    for name, value in given.items():
+        if value == "" and name != "name":
+            raise BadRequest(f"--{name.replace('_', '-')} '': a value is needed, or leave the option out.")
+
+
+def check_options(call: str, given: Mapping[str, Any], known: Collection[str], more: str) -> None:
+    """Refuse a keyword of the Python function `call` that is no option, or has no value.
 
     Raises:
         BadRequest: with the nearest option, and all of them.
@@ -122,6 +133,7 @@ def check_options(call: str, given: Iterable[str], known: Collection[str], more:
             raise BadRequest(
                 f"{call}() has no option {name!r}{nearest(name, known)}. Options: {', '.join(known)}, {more}."
             )
+    refuse_empty(given)
 
 
 def _check_number(flag: str, value: Any, option: Option) -> None:
