@@ -17,7 +17,7 @@ from launcher.plan import make_plan, name_of
 from launcher.records import to_data
 from launcher.resolve import resolve
 from launcher.run import Run, find
-from launcher.rundir import RunDir, to_json
+from launcher.rundir import FORMAT, RunDir, to_json
 from launcher.spec import NOT_RESUMED, Plan, RunSpec, State, Target, check_options, options
 from training.files import write_atomic
 
@@ -145,7 +145,7 @@ def resubmit(run: Run, **changes: Any) -> Run:
 def _send(plan: Plan, run_dir: RunDir) -> Run:
     _check_target(plan, run_dir)
     told = {"backend": plan.backend, "cluster": plan.cluster.name, "world_size": plan.placement.world_size}
-    run_dir.event("submitted", **told)
+    run_dir.event("submitted", format=FORMAT, **told)
     run_dir.write_job(plan.cluster.engine, backends.get(plan.cluster.engine).submit(plan))
     return Run(run_dir)
 

@@ -25,9 +25,19 @@ class Run:
 
     def __init__(self, directory: RunDir) -> None:
         self.dir = directory
+        self._checked = False
 
     def __repr__(self) -> str:
-        return f"Run({self.name!r}, {self.state().value})"
+        try:
+            return f"Run({self.name!r}, {self.state().value})"
+        except BadRequest:
+            return f"Run({self.name!r}, unreadable)"
+
+    def check_format(self) -> None:
+        """Check once that this version can read the run; see `RunDir.check_format`."""
+        if not self._checked:
+            self.dir.check_format()
+            self._checked = True
 
     @property
     def name(self) -> str:
@@ -38,7 +48,12 @@ class Run:
         return self.dir.path
 
     def state(self) -> State:
-        """Where the run is: by its files first, by its engine where they are silent."""
+        """Where the run is: by its files first, by its engine where they are silent.
+
+        Raises:
+            BadRequest: the run directory has another format version.
+        """
+        self.check_format()
         if result := self.dir.result():
             return State(result["state"])
         job = self.dir.job()
@@ -71,6 +86,7 @@ class Run:
 
     def status(self) -> dict[str, Any]:
         """Everything a person or a program may want to know, as plain data."""
+        self.check_format()
         plan, job, result = self.dir.plan(), self.dir.job() or {}, self.dir.result() or {}
         records = self.dir.metrics()
         steps = [m for m in records if "loss" in m]
@@ -166,6 +182,7 @@ class Run:
 
     def logs(self, rank: int | None = None, attempt: int | None = None) -> Iterator[str]:
         """The lines of the logs of an attempt (default: the newest), of one rank or of all in turn."""
+        self.check_format()
         folder = self.dir.logs / str(attempt or self.dir.last_attempt())
         files = sorted(folder.glob("*.log"), key=lambda p: int(p.stem)) if folder.is_dir() else []
         for file in files:
@@ -191,6 +208,7 @@ class Run:
 
     def kill(self) -> State:
         """End the run now, without a checkpoint. Returns its state."""
+        self.check_format()
         job = self.dir.job()
         if job is not None and not self.state().done:
             # For what outlives the others for a moment, such as a batch script, which would take this for a lost node.
@@ -211,12 +229,14 @@ def find(name: str | Path, folder: Path) -> Run:
     """Return the run called `name` in `folder`, or the one whose directory `name` is.
 
     Raises:
-        BadRequest: there is none; near names are offered.
+        BadRequest: there is none; near names are offered. Or its format version is unknown.
     """
     with suppress(OSError):  # such as a name that is too long for a file
         for path in (folder / name, Path(name)):
             if (path / "plan.json").is_file():
-                return Run(RunDir(path.resolve()))
+                run = Run(RunDir(path.resolve()))
+                run.check_format()
+                return run
     known = [r.path.name for r in rundir.all_runs(folder)]
     near = nearest(str(name), known, most=3) or known[:3]
     hint = f" Runs there: {', '.join(near)}." if near else ""
