@@ -55,8 +55,8 @@ class Option:
     most: int = 1_000_000
 
 
-def _option(default: Any, text: str, metavar: str, *, kw_only: bool = False, **more: Any) -> Any:
-    return field(default=default, kw_only=kw_only, metadata={"option": Option(text, metavar, **more)})
+def _option(text: str, metavar: str, **more: Any) -> dict[str, Option]:
+    return {"option": Option(text, metavar, **more)}
 
 
 @dataclass(frozen=True)
@@ -65,20 +65,32 @@ class RunSpec:
 
     target: str = DEFAULT_TARGET
     args: tuple[str, ...] = ()
-    backend: str | None = _option(None, "local (default), slurm or ray", "NAME")
-    cluster: str | None = _option(None, "a profile (see `launch clusters`)", "NAME|PATH")
-    gpus: int | None = _option(None, "GPUs in all, one rank each", "N", least=1)
-    tpus: int | None = _option(None, "TPU chips in all, one rank each", "N", least=1)
-    cpus: int | None = _option(None, "CPU ranks in all, one core each, to debug", "N", least=1, most=100_000)
-    nodes: int | None = _option(None, "spread them evenly over N nodes", "N", least=1, most=100_000)
-    spare_nodes: int = _option(
-        0, "N nodes more (SLURM), to take the place of lost ones", "N", least=0, most=100_000, kw_only=True
+    backend: str | None = field(default=None, metadata=_option("local (default), slurm or ray", "NAME"))
+    cluster: str | None = field(default=None, metadata=_option("a profile (see `launch clusters`)", "NAME|PATH"))
+    gpus: int | None = field(default=None, metadata=_option("GPUs in all, one rank each", "N", least=1))
+    tpus: int | None = field(default=None, metadata=_option("TPU chips in all, one rank each", "N", least=1))
+    cpus: int | None = field(
+        default=None, metadata=_option("CPU ranks in all, one core each, to debug", "N", least=1, most=100_000)
     )
-    accelerator: str | None = _option(None, "h100, a100, ..., or a TPU generation: v5e, v5p, ...", "TYPE")
-    topology: str | None = _option(None, "the shape of a TPU slice", "4x4")
-    time: str | None = _option(None, "time limit", "2h", group="the run", kw_only=True)
-    max_restarts: int = _option(3, "restarts after crashes (default 3)", "N", group="the run", least=0, kw_only=True)
-    name: str | None = _option(None, "the run's name (default: target and time)", "NAME", group="how", kw_only=True)
+    nodes: int | None = field(
+        default=None, metadata=_option("spread them evenly over N nodes", "N", least=1, most=100_000)
+    )
+    spare_nodes: int = field(
+        default=0,
+        kw_only=True,
+        metadata=_option("N nodes more (SLURM), to take the place of lost ones", "N", least=0, most=100_000),
+    )
+    accelerator: str | None = field(
+        default=None, metadata=_option("h100, a100, ..., or a TPU generation: v5e, v5p, ...", "TYPE")
+    )
+    topology: str | None = field(default=None, metadata=_option("the shape of a TPU slice", "4x4"))
+    time: str | None = field(default=None, kw_only=True, metadata=_option("time limit", "2h", group="the run"))
+    max_restarts: int = field(
+        default=3, kw_only=True, metadata=_option("restarts after crashes (default 3)", "N", group="the run", least=0)
+    )
+    name: str | None = field(
+        default=None, kw_only=True, metadata=_option("the run's name (default: target and time)", "NAME", group="how")
+    )
 
     def __post_init__(self) -> None:
         for name, option in options().items():
