@@ -15,10 +15,9 @@ from launcher import backends, snapshot
 from launcher.errors import BadRequest
 from launcher.plan import make_plan, name_of
 from launcher.records import to_data
-from launcher.resolve import resolve
 from launcher.run import Run, find
 from launcher.rundir import FORMAT, RunDir, to_json
-from launcher.spec import NOT_RESUMED, Plan, RunSpec, State, Target, check_options, options
+from launcher.spec import NOT_RESUMED, Plan, RunSpec, State, check_options, options
 from training.files import write_atomic
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -136,7 +135,7 @@ def resubmit(run: Run, **changes: Any) -> Run:
         spec = replace(plan.spec, name=plan.name, **changes)
         # Placed afresh as a run of another name; the code, the name and the directory stay.
         fresh = make_plan(replace(spec, target=RunSpec.target, args=(), name=None), plan.cwd)
-        plan = replace(fresh, name=plan.name, run_dir=plan.run_dir, spec=spec, target=plan.target)
+        plan = replace(fresh, name=plan.name, run_dir=plan.run_dir, spec=spec, target=plan.target, project=plan.project)
     run.dir.reopen()
     run.dir.write_plan(plan)
     return _send(plan, run.dir)
@@ -163,8 +162,8 @@ def _pickle(function: Callable[..., Any] | None, path: Path) -> None:
 
 
 def _copy_code(plan: Plan, run_dir: RunDir) -> None:
-    _, project = _project_of(plan)
-    root, in_git = snapshot.project_root(project)
+    assert plan.project is not None, "a target with entries on the path has a project"
+    root, in_git = snapshot.project_root(plan.project)
     taken = snapshot.take(root, in_git, run_dir.code, exclude=run_dir.path.parent)
     for file in map(Path, plan.target.source):
         if run_dir.code in file.parents and not file.is_file():
@@ -176,14 +175,6 @@ def _copy_code(plan: Plan, run_dir: RunDir) -> None:
     write_atomic(run_dir.snapshot_file, to_json(to_data(record)))
     if taken.diff:
         write_atomic(run_dir.diff_file, taken.diff.encode("utf-8", "surrogateescape"))
-
-
-def _project_of(plan: Plan) -> tuple[Target, Path]:
-    if plan.target.kind == "value":
-        return plan.target, plan.cwd
-    found, project = resolve(plan.spec.target, plan.spec.args, plan.cwd)
-    assert project is not None, "a target with entries on the path has a project"
-    return found, project
 
 
 def _check_target(plan: Plan, run_dir: RunDir) -> None:

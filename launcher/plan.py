@@ -68,6 +68,7 @@ def make_plan(spec: RunSpec, cwd: Path, function: Callable[..., Any] | None = No
         cwd=cwd,
         time_minutes=parse_minutes(text) if text else DEFAULT_MINUTES,
         environment=_environment(placement, site) | site.variables(),
+        project=project,
     )
     return replace(plan, start=backends.check(plan))
 

@@ -195,6 +195,7 @@ class Plan:
     cwd: Path
     time_minutes: int
     environment: dict[str, str] = field(default_factory=dict)
+    project: Path | None = None  # the folder on the submitting machine whose code is copied; None: nothing is
     start: str = ""  # when and where the scheduler would start it, as it said when the plan was made
 
 

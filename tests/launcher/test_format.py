@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 
 import launcher
+from launcher.api import submit
 from launcher.cli import main
 from launcher.errors import BadRequest
+from launcher.plan import make_plan
 from launcher.rundir import FORMAT, RunDir
+from launcher.spec import RunSpec, State
 from tests.launcher.engines import COMMAND
 
 COMMANDS = [
@@ -127,3 +130,18 @@ def test_a_torn_log_of_events_does_not_hide_a_run(
     """Its first line may be torn where the disk was full; such a line tells no version."""
     run.events_file.write_bytes(content + b"\n")
     assert call(["status", "r"], capsys)[0] == 0
+
+
+def test_the_target_is_not_looked_up_again_when_the_plan_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan has the folder to copy; what the target's file holds by then is the rank's to judge."""
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "deeper" / "script.py"
+    script.parent.mkdir()
+    script.touch()
+    plan = make_plan(RunSpec("deeper/script.py", cpus=1, name="n", max_restarts=0), tmp_path)
+    assert plan.project == script.parent
+    script.write_text("def (")
+    assert submit(plan).wait(60).state() is State.FAILED
+    assert RunDir(tmp_path / "runs" / "n").plan() == plan
