@@ -81,6 +81,7 @@ FLOORS = [
     "environment",
     "gpus",
     "binding",
+    "durations",
     "spec",
     "placement",
     "reference",
