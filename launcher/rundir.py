@@ -144,7 +144,7 @@ class RunDir:
         """
         self.plan()
         first: object = None
-        with suppress(OSError, ValueError, RecursionError), self.events_file.open("rb") as file:
+        with suppress(OSError, ValueError, RecursionError), os.fdopen(open_plain(self.events_file), "rb") as file:
             first = json.loads(file.readline(64 * 1024))
         if isinstance(first, dict) and (first.get("event") == "submitted" or "format" in first):
             _check_format(self.events_file, first.get("format"))
