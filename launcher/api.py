@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from launcher import backends, snapshot
 from launcher.errors import BadRequest
-from launcher.plan import make_plan, name_of
+from launcher.plan import check_shared, make_plan, name_of
 from launcher.records import to_data
 from launcher.resolve import resolve
 from launcher.run import Run, find
 from launcher.rundir import RunDir, to_json
-from launcher.spec import Plan, RunSpec, State, Target
+from launcher.spec import Plan, RunSpec, State, Target, check_name
 from training.files import write_atomic
 
 
@@ -88,6 +90,7 @@ def submit(plan: Plan, function: Callable[..., Any] | None = None) -> Run:
         if plan.target.path:
             _copy_code(plan, run_dir)
         run_dir.write_plan(plan)
+        _check_target(plan)
         return _send(plan, run_dir)
     except BaseException:
         shutil.rmtree(run_dir.path, ignore_errors=True)
@@ -95,7 +98,8 @@ def submit(plan: Plan, function: Callable[..., Any] | None = None) -> Run:
 
 
 def resubmit(run: Run, **options: Any) -> Run:
-    """Send a run again; see `resume`."""
+    """Send a run again; see `resume`. After an error the run directory is what it was."""
+    run.dir.check_own()
     state = run.state()
     if state is State.SUCCEEDED:
         raise BadRequest(
@@ -103,7 +107,7 @@ def resubmit(run: Run, **options: Any) -> Run:
         )
     if not state.done:
         raise BadRequest(f"run {run.name!r} is {state.value}; `launch cancel {run.name}` stops it first.")
-    plan = run.dir.plan()
+    plan = _relocated(run.dir.plan(), run.dir)
     options = {key: value for key, value in options.items() if value is not None}
     if options:
         kinds = ("gpus", "tpus", "cpus")
@@ -113,16 +117,49 @@ def resubmit(run: Run, **options: Any) -> Run:
         # Placed afresh as a run of another name; the code, the name and the directory stay.
         fresh = make_plan(replace(spec, target=RunSpec.target, args=(), name=None), plan.cwd)
         plan = replace(fresh, name=plan.name, run_dir=plan.run_dir, spec=spec, target=plan.target)
-    run.dir.reopen()
-    run.dir.write_plan(plan)
-    return _send(plan, run.dir)
+    else:
+        backends.of(plan.cluster).check(plan)
+    check_shared(plan.run_dir, plan.cluster)
+    _check_target(plan)
+    with run.dir.reopened():
+        run.dir.write_plan(plan)
+        return _send(plan, run.dir)
+
+
+def _relocated(plan: Plan, run_dir: RunDir) -> Plan:
+    """The plan of the run in `run_dir`, which may have been moved or copied there since it was sent.
+
+    Raises:
+        BadRequest: the new name is none that a run can have, or a file of the target did not come along.
+    """
+    old, new = plan.run_dir, run_dir.path
+    with suppress(OSError):
+        if os.path.samefile(old, new):
+            return plan
+    check_name(new.name)
+
+    def move(text: str) -> str:
+        path = Path(os.path.normpath(text))
+        if not path.is_relative_to(old):
+            return text
+        moved = new / path.relative_to(old)
+        if not moved.exists():
+            raise BadRequest(
+                f"{new} was moved from {old} without {moved}. Move the whole directory, or `launch` afresh."
+            )
+        return str(moved)
+
+    target = plan.target
+    name = move(target.name) if target.kind == "script" else target.name
+    path, source = tuple(map(move, target.path)), tuple(map(move, target.source))
+    return replace(plan, name=new.name, run_dir=new, target=replace(target, name=name, path=path, source=source))
 
 
 def _send(plan: Plan, run_dir: RunDir) -> Run:
-    _check_target(plan, run_dir)
     told = {"backend": plan.backend, "cluster": plan.cluster.name, "world_size": plan.placement.world_size}
     run_dir.event("submitted", **told)
-    run_dir.write_job(plan.cluster.engine, backends.get(plan.cluster.engine).submit(plan))
+    backend = backends.of(plan.cluster)
+    run_dir.write_job(backend.name, backend.submit(plan))
     return Run(run_dir)
 
 
@@ -130,7 +167,7 @@ def _pickle(function: Callable[..., Any] | None, path: Path) -> None:
     import cloudpickle
 
     try:
-        path.write_bytes(cloudpickle.dumps(function))
+        write_atomic(path, cloudpickle.dumps(function))
     except Exception as error:
         raise BadRequest(
             f"the function cannot be sent: {error}. It, or a variable it uses, does not pickle (an open file, a lock, a"
@@ -162,11 +199,11 @@ def _project_of(plan: Plan) -> tuple[Target, Path]:
     return found, project
 
 
-def _check_target(plan: Plan, run_dir: RunDir) -> None:
-    """Import the target here before it waits in a queue. On this machine the ranks say the same as soon."""
-    if plan.backend == "local" or plan.target.kind != "function":
+def _check_target(plan: Plan) -> None:
+    """Import the target here before it waits in a queue; where its ranks start at once, they report the same."""
+    if not backends.of(plan.cluster).capabilities.precheck or plan.target.kind != "function":
         return
-    command = [sys.executable, "-P", "-m", "launcher.check", str(run_dir.path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-P", "-m", "launcher.check"]
+    done = subprocess.run(command, input=to_json(to_data(plan)), capture_output=True, text=True, check=False)
     if done.returncode:
         raise BadRequest(done.stderr.strip())

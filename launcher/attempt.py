@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Callable, Mapping
+from typing import Any
 
+from launcher.exit_status import FULL, RAISED, REFUSED, UNHEARD
 from launcher.ranks import STACK_SECONDS, Message
 from launcher.watch import Beat, Place, Watch, accuse
-from launcher.worker import FULL, RAISED, REFUSED, UNHEARD
 
 LAST_WORDS_SECONDS = 0.5
 """How long other ranks get, after one raised, to leave their own errors before they are killed."""
@@ -26,6 +27,7 @@ class Attempt:
         lost: agents that are gone.
         step: the newest step that a rank had done; -1 before the first.
         hung: the rank at fault and the sentence about it, once the attempt hung.
+        joined: False once a rank has ended that never opened a Context.
     """
 
     def __init__(
@@ -43,8 +45,9 @@ class Attempt:
         self.lost: list[int] = []
         self.step = -1
         self.hung: tuple[int | None, str] | None = None
+        self.joined = True
         self.kill_at: float | None = None  # seconds of the event loop's clock
-        self._killed = False
+        self._killed = self._stopping = False
         self._beats: dict[int, Beat] = {}
         self._watch = Watch(hang_after)
         self._suspects: dict[int, Beat] | None = None  # what the ranks said when they were found to hang
@@ -61,6 +64,25 @@ class Attempt:
     def progress(self) -> int | None:
         """The newest step for people and for the policy; None where ranks have not done, or do not say, any."""
         return self.step if self.step > 0 else None
+
+    @property
+    def all_with_context(self) -> bool:
+        """Whether every rank has said, by its pulse, that it has a Context."""
+        beats = self._beats.values()
+        return self.joined and len(beats) == len(self.alive) and all(beat.step >= 0 for beat in beats)
+
+    def ask_to_stop(self, grace: float) -> dict[str, Any]:
+        """Send SIGTERM to the ranks and kill them after `grace` seconds; returns the fields of the event about it.
+
+        A program without a Context has the whole grace on every rank, whatever has become of the others.
+        """
+        together = self.all_with_context
+        if not together and self._suspects is None and not self._killed:
+            self.kill_at = None
+        self._stopping = not together
+        self.kill_within(grace)
+        self.tell({"signal": int(signal.SIGTERM)})
+        return {"ranks": len(self.alive), "context": together, "grace": grace}
 
     def kill_within(self, seconds: float) -> None:
         """Kill what still runs `seconds` from now, or sooner where that was settled before."""
@@ -88,11 +110,15 @@ class Attempt:
                 self.alive.discard(rank)
                 self._beats.pop(rank, None)
                 self.step = max(self.step, step)
+                self.joined = self.joined and step >= 0
                 if not self._killed:
                     self.exits[rank] = code
-                    if code < 0:
+                    if self._stopping and step < 0:
+                        return
+                    # A scheduler's SIGTERM may reach a rank before it reaches the agent.
+                    if code < 0 and code != -signal.SIGTERM:
                         self.kill_within(0.0)
-                    elif code in (RAISED, REFUSED, FULL, UNHEARD):
+                    elif code < 0 or code in (RAISED, REFUSED, FULL, UNHEARD):
                         self.kill_within(LAST_WORDS_SECONDS)
             case {"lost": _} if (
                 agent in self.nodes

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.errors import BadRequest
+from training.errors import DeviceError
+from training.visible import visible_devices
 
 
 def own_devices(visible: str | None, local_rank: int, local_world_size: int) -> str | None:
@@ -21,16 +22,14 @@ def own_devices(visible: str | None, local_rank: int, local_world_size: int) -> 
             not set, and all devices are visible.
 
     Raises:
-        BadRequest: there are fewer devices than ranks, so that some would share one.
+        DeviceError: there are fewer devices than ranks, so that some would share one.
     """
-    if visible is None:
+    devices = visible_devices(visible)
+    if devices is None:
         return None
-    devices = [entry.strip() for entry in visible.split(",") if entry.strip()]
-    if "-1" in devices:
-        devices = devices[: devices.index("-1")]  # CUDA ignores what comes after an entry that is no device
-    if len(set(devices)) < local_world_size:
-        raise BadRequest(
-            f"this node has {local_world_size} ranks, but CUDA_VISIBLE_DEVICES={visible!r} shows {len(set(devices))} of its"
+    if len(devices) < local_world_size:
+        raise DeviceError(
+            f"this node has {local_world_size} ranks, but CUDA_VISIBLE_DEVICES={visible!r} shows {len(devices)} of its"
             " GPUs. Something narrows them: look for gpu-bind, gpus-per-task or CUDA_VISIBLE_DEVICES in the cluster's profile"
             " and in its prolog."
         )
@@ -62,7 +61,9 @@ def cores_near(
     the cores allowed there are fewer than the ranks.
     """
     order = list(machine.gpus)
-    names = [e.strip() for e in visible.split(",")] if visible else [str(n) for n in range(len(order))]
+    names = visible_devices(visible)
+    if names is None:
+        names = [str(n) for n in range(len(order))]
     if len(machine.cores) < 2 or len(names) < local_world_size:
         return set()
     nodes = [_numa_of(name, machine, order) for name in names[:local_world_size]]
@@ -126,7 +127,7 @@ def settle(local_rank: int, local_world_size: int) -> None:
     """Give this process, a rank with a GPU, its own device and the cores near it. Before CUDA is initialised.
 
     Raises:
-        BadRequest: there are fewer devices than ranks.
+        DeviceError: there are fewer devices than ranks.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     near = cores_near(this_machine(), visible, local_rank, local_world_size, os.sched_getaffinity(0))

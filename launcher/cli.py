@@ -150,7 +150,7 @@ def run_launch(argv: Sequence[str]) -> int:
 
     plan = make_plan(spec, Path.cwd())
     if options.dry_run:
-        sent = backends.get(plan.cluster.engine).render(plan)
+        sent = backends.of(plan.cluster).render(plan)
         if options.json:
             print(json.dumps({"plan": to_data(plan), "sent": sent}, indent=2))
         else:
@@ -223,26 +223,37 @@ def _follow(run: Any, out: Any) -> State | None:
 
     Here, the first Ctrl-C asks for a checkpoint and the second ends at once; on a cluster it only stops watching.
     """
+    from launcher import backends
     from launcher.view import Follower
 
     follower = Follower(run, out)
     try:
         return follower.follow()
     except KeyboardInterrupt:
-        if run.dir.plan().backend != "local":
+        if not backends.of(run.dir.plan().cluster).capabilities.interrupt_stops:
             print(
                 f"\nlaunch: no longer watching; {run.name} goes on. Come back with `launch logs -f {run.name}`, see"
                 f" `launch status {run.name}`, end it with `launch cancel {run.name}`.",
                 file=sys.stderr,
             )
             return None
-    print("\nlaunch: stopping at the next step, with a checkpoint; Ctrl-C again ends at once", file=sys.stderr)
+    print(f"\nlaunch: {_how_it_stops(run)}; Ctrl-C again ends at once", file=sys.stderr)
     run.dir.request_stop("Ctrl-C")
     try:
         return follower.follow()
     except KeyboardInterrupt:
         killed: State = run.kill()
         return killed
+
+
+def _how_it_stops(run: Any) -> str:
+    """What a request to stop does to a run: only a program with a Context, which logs its steps, stops at a step."""
+    plan = run.dir.plan()
+    if run.dir.metrics_file.exists():
+        return "stopping at the next step, with a checkpoint if the program saves one"
+    return (
+        f"stopping: SIGTERM goes to every rank, {plan.cluster.grace:g} seconds before those that still run are killed"
+    )
 
 
 def _drop_refused(run: Any) -> None:
@@ -261,13 +272,16 @@ def _drop_refused(run: Any) -> None:
 
 def describe(plan: Any) -> str:
     """The plan in a few lines for a person."""
+    from launcher import backends
+
+    limited = backends.of(plan.cluster).capabilities.time_limit
     where = plan.backend if plan.cluster.name == plan.backend else f"{plan.backend} ({plan.cluster.name})"
     arguments = " ".join(plan.target.args)
     return (
         f"launch: {plan.spec.target} {arguments}".rstrip()
         + f"\n  on     {where}: {plan.placement.why}"
         + f"\n  run    {_short(plan.run_dir)}"
-        + (f"\n  limit  {plan.time_minutes} min" if plan.cluster.limits_time else "")
+        + (f"\n  limit  {plan.time_minutes} min" if limited else "")
         + (f"\n  start  {plan.start}" if plan.start else "")
     )
 
@@ -286,7 +300,9 @@ def summary(run: Any) -> str:
         shown = "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
         lines = [f"launch: succeeded in {result['seconds']:.1f} s", *([f"  {shown}"] if shown else [])]
     elif state is State.STOPPED:
-        lines = [f"launch: stopped before the end; `launch resume {run.name}` goes on from the newest checkpoint"]
+        lines = [f"launch: stopped before the end; {run.resumption()}"]
+        if result.get("failure"):
+            lines.append(f"  {run.explain(shown_rank=0)}")
     else:
         lines = [f"launch: failed: {run.explain(shown_rank=0)}"]
     return "\n".join(

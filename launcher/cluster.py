@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-BACKENDS = ("local", "slurm", "ray")
+from launcher.errors import BadRequest, nearest
+
+BACKENDS = ["local", "slurm", "ray"]
+"""Backends that a profile and ``--backend`` can name, the default first; `launcher.backends.register` adds to them."""
+
+
+def no_such_backend(name: str) -> BadRequest:
+    """The error for a `name` that no backend has."""
+    return BadRequest(f"--backend {name!r}: no such backend{nearest(name, BACKENDS)}. Known: {', '.join(BACKENDS)}.")
 
 
 @dataclass(frozen=True)
@@ -145,11 +153,14 @@ class Cluster:
         oversubscribe: CPU ranks may outnumber the cores; for debugging on one machine.
         time: default time limit of a run, as in ``--time``.
         grace: seconds between the request to stop and the end, for the last checkpoint.
+        requeues_without_progress: how often in a row a preempted program is requeued that has neither a SIGTERM handler nor a
+            Context and logs no step, so that it is taken to start over each time; raise it for one that saves by itself.
         hang_after: seconds without a step, or three times the longest step so far where that is more, after which a run
             counts as hung; ten times that while it evaluates or saves; 0 never looks.
         preflight: before each attempt every node looks at its run folder, disks, clock, versions and GPUs, and one that is
             unfit is left for another; not for a Ray inside a job.
-        start_method: ``forkserver`` (imports once a node) or ``spawn`` (for code that cannot fork).
+        start_method: ``auto`` (ranks of the reference job are forked from a process that has imported its libraries, all
+            others are fresh interpreters) or ``spawn`` (all are fresh interpreters).
         python: the Python command on the nodes; default: the one that submits.
         proxy: ``http://host:port`` through which the nodes reach the internet.
         hub_cache: folder of models and data sets of the Hugging Face Hub (``HF_HOME``) that all nodes see.
@@ -162,7 +173,7 @@ class Cluster:
     """
 
     name: str
-    backend: Literal["local", "slurm", "ray"]
+    backend: str
     description: str = ""
     runs: str = "runs"
     shared: tuple[str, ...] = ()
@@ -173,9 +184,10 @@ class Cluster:
     oversubscribe: bool = False
     time: str | None = None
     grace: float = 60.0
+    requeues_without_progress: int = 2
     hang_after: float = 300.0
     preflight: bool = False
-    start_method: Literal["forkserver", "spawn"] = "forkserver"
+    start_method: Literal["auto", "spawn"] = "auto"
     python: str | None = None
     proxy: str | None = None
     hub_cache: str | None = None
@@ -186,13 +198,9 @@ class Cluster:
 
     @property
     def engine(self) -> str:
-        """The module of `launcher.backends` that runs it."""
-        return f"{self.backend}_on_{self.ray.inside}" if self.backend == "ray" and self.ray.inside else self.backend
-
-    @property
-    def limits_time(self) -> bool:
-        """Whether a run is a job that ends when its time is over."""
-        return "slurm" in (self.backend, self.ray.inside)
+        """The name of the backend that runs it: one that is started inside another is a backend of its own."""
+        inside = getattr(getattr(self, self.backend, None), "inside", None)
+        return f"{self.backend}_on_{inside}" if inside else self.backend
 
     def variables(self) -> dict[str, str]:
         """What every rank gets in its environment."""

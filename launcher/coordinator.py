@@ -9,16 +9,20 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 
-from launcher import environment, history, preflight
+from launcher import environment, exit_status, preflight
 from launcher.attempt import Attempt
-from launcher.ending import end_run, note_failure, until_writable
+from launcher.ending import Elsewhere, Fate, Recovery
 from launcher.network import reserve_port
 from launcher.peers import CONNECT_SECONDS, PULSE_SECONDS, Peers
-from launcher.policy import Action, Failure, Outcome, back_off, decide, no_progress, unfit
+from launcher.policy import Outcome
 from launcher.ranks import Message, NodeRanks, Seat, on_signals
 from launcher.rundir import BEAT_SECONDS, RunDir
 from launcher.spec import Plan, State
+
+LOOP_SECONDS, SCHEDULER_SECONDS = 0.05, 0.5
+"""How long after the last rank's end a signal to this process may still arrive; under a scheduler also from other nodes."""
 
 
 class Coordinator:
@@ -32,7 +36,7 @@ class Coordinator:
         self.stop: signal.Signals | None = None  # the first request to stop
         self.preempted = False
         self.struck: set[int] = set()  # agents of unfit nodes; they stay, since the job's exit status is theirs, too
-        self.started = time.monotonic()
+        self.recovery = Recovery(run_dir, plan)
 
     async def run(self) -> int:
         """Bring the run to an end and return its exit status."""
@@ -49,7 +53,7 @@ class Coordinator:
         state = State.FAILED
         try:
             await self._wait_for_peers()
-            state = await self._attempts()
+            state = self.recovery.finish(await self.recovery.run(self))
         finally:
             await self.own.close()
             await self.peers.close(state.exit_status)
@@ -69,7 +73,7 @@ class Coordinator:
         while True:
             # Not in this thread: a shared disk may take a minute to answer, and the other nodes would think us gone.
             if await asyncio.to_thread(self._look, session) and not self.stop:
-                self.inbox.put_nowait((self.seat.node, {"signal": int(signal.SIGTERM)}))
+                self.inbox.put_nowait((self.seat.node, {"signal": int(signal.SIGTERM), "file": True}))
             for _ in range(round(BEAT_SECONDS / PULSE_SECONDS)):
                 self.inbox.put_nowait((self.seat.node, {"beats": self.own.report()}))
                 await asyncio.sleep(PULSE_SECONDS)
@@ -85,68 +89,48 @@ class Coordinator:
             return self.run_dir.stop_file.exists()
         return False
 
-    # ---- attempts -------------------------------------------------------------------------------------------------
+    # ---- the engine of the recovery loop ----------------------------------------------------------------------------
 
-    async def _attempts(self) -> State:
-        while True:
-            past = history.read(self.run_dir.events())
-            left = self.plan.spec.max_restarts - len(past.setbacks)
-            attempt = self.run_dir.claim_attempt()
-            outcome = await self._attempt(attempt)
-            await until_writable(self.run_dir)
-            # Ranks of this very node cannot be killed, or should not start: it is always one of those that are used.
-            stuck = self._host(self.seat.node) in (*outcome.lost, *outcome.unfit)
-            spare = len(self._fit()) >= self.plan.placement.nodes and not stuck
-            action, failure = decide(outcome, left, past, self.seat.requeue is not None, spare)
-            match action:
-                case Action.FINISH:
-                    return self._end(State.SUCCEEDED, attempt)
-                case Action.FAIL:
-                    return self._end(State.FAILED, attempt, failure, outcome.step)
-                case Action.STOP:
-                    return self._stopped(attempt, past, outcome.step)
-                case Action.MOVE:
-                    assert failure is not None, "only a failure is a reason to leave"
-                    noted = note_failure(self.run_dir, attempt, failure, left - 1, outcome.step)
-                    away = tuple(outcome.unfit) or unfit(failure, past, outcome.step)
-                    if noted and self._requeue(attempt, failure.kind, outcome.step, away):
-                        return State.STOPPED
-                    return self._end(State.FAILED, attempt, failure, outcome.step)
-                case Action.RESTART:
-                    note_failure(self.run_dir, attempt, failure, left - 1, outcome.step)
-                    if outcome.unfit:  # others take their places, which need no time to recover
-                        self.run_dir.event("struck", attempt=attempt, exclude=list(outcome.unfit))
-                    else:
-                        await self._pause(back_off(past, outcome.step))
+    @property
+    def movable(self) -> bool:
+        """Whether a scheduler can start the job again on other nodes."""
+        return self.seat.requeue is not None
 
-    async def _pause(self, seconds: float) -> None:
-        """Wait, unless a stop comes; whatever else is said meanwhile is of the attempt that is over."""
+    def spare(self, outcome: Outcome) -> bool:
+        """Return whether nodes enough are left; the ranks of this very node are always among those that are used."""
+        stuck = self._host(self.seat.node) in (*outcome.lost, *outcome.unfit)
+        return len(self._fit()) >= self.plan.placement.nodes and not stuck
+
+    async def attempt(self) -> tuple[int, Outcome]:
+        """Run the next attempt; return its number and its outcome."""
+        number = self.run_dir.claim_attempt()
+        return number, await self._attempt(number)
+
+    def exclude(self, attempt: int, hosts: tuple[str, ...]) -> None:
+        """Record the excluded hosts; `_preflight` has taken their agents out already."""
+        self.run_dir.event("struck", attempt=attempt, exclude=list(hosts))
+
+    def fate(self) -> Fate:
+        """Return what the scheduler does with this job; empty after a request to cancel."""
+        if self.run_dir.stop_file.exists():
+            return ""
+        fate = self.seat.fate()
+        return "preempting" if self.preempted and not fate else fate
+
+    def start_elsewhere(self, attempt: int, hosts: tuple[str, ...]) -> Elsewhere:
+        """Ask the scheduler to start the job again away from `hosts`."""
+        requeued = self.seat.requeue is not None and self.seat.requeue(hosts)
+        return Elsewhere.LATER if requeued else Elsewhere.NOWHERE
+
+    async def pause(self, seconds: float) -> None:
+        """Wait, unless a stop comes; other messages that arrive meanwhile belong to the attempt that is over."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while not self.stop:
                     _, message = await self.inbox.get()
                     self._note_stop(message)
 
-    def _stopped(self, attempt: int, past: history.History, step: int | None) -> State:
-        """The ranks stopped because they were asked to: go on later if it was the scheduler, else that was the end."""
-        cancelled = self.run_dir.stop_file.exists()
-        fate = "" if cancelled else self.seat.fate()
-        if fate == "requeued":
-            self.run_dir.event("requeued", attempt=attempt, reason="scheduler", step=step)
-            return State.STOPPED
-        if (self.preempted or fate == "preempting") and not cancelled:
-            step = step or self.run_dir.newest_step()
-            if failure := no_progress(past, step):
-                return self._end(State.STOPPED, attempt, failure, step)
-            if self._requeue(attempt, "preempted", step):
-                return State.STOPPED
-        return self._end(State.STOPPED, attempt)
-
-    def _requeue(self, attempt: int, reason: str, step: int | None, exclude: tuple[str, ...] = ()) -> bool:
-        if self.seat.requeue is None or not self.seat.requeue(exclude):
-            return False
-        self.run_dir.event("requeued", attempt=attempt, reason=reason, step=step, exclude=list(exclude))
-        return True
+    # ---- one attempt ------------------------------------------------------------------------------------------------
 
     async def _attempt(self, number: int) -> Outcome:
         """Start all ranks and watch them to their end."""
@@ -172,14 +156,37 @@ class Coordinator:
                 self._tell(agent, start | {"node": node})
             while not attempt.over:
                 await self._listen(attempt)
+            if not attempt.joined and not self.stop:
+                await self._settle(attempt)
+            stop, finished = self.reason, self.run_dir.finished(number, 0).exists()
             host_of = self._host_of(agents)
             for agent in attempt.lost:
                 self.peers.drop(agent)
             errors = self.run_dir.errors(number)
             lost = [self._host(agent) for agent in attempt.lost]
-            return Outcome(attempt.exits, errors, self.reason, lost, host_of, attempt.progress, attempt.hung)
+            ends = Outcome(attempt.exits, errors, stop, lost, host_of, attempt.progress, attempt.hung)
+            aborts = await asyncio.to_thread(exit_status.causes, self.run_dir, number, attempt.exits)
+            return replace(ends, joined=attempt.joined, finished=finished, aborts=aborts)
         finally:
             holder.close()
+
+    async def _settle(self, attempt: Attempt) -> None:
+        """Take in a stop that ended the ranks before this process read it.
+
+        A scheduler sends SIGTERM to every process of a step, and the ranks' ends may be read first. A request by the file
+        `stop` does not count: it reaches the ranks through this process alone.
+        """
+        seconds = SCHEDULER_SECONDS if self.seat.requeue is not None else LOOP_SECONDS
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not self.stop:
+                    _, message = await self.inbox.get()
+                    if not message.get("file"):
+                        self._note_stop(message)
+        if not self.stop and -signal.SIGTERM in attempt.exits.values() and self.seat.fate():
+            self.stop = signal.SIGTERM
+        if self.stop:
+            self.run_dir.event("stopping", reason=self.reason)
 
     async def _preflight(self, number: int, agents: Sequence[int]) -> Outcome | None:
         """Ask the nodes of `agents` how they are; return what keeps the attempt from starting, None for nothing."""
@@ -226,9 +233,7 @@ class Coordinator:
             again = self.stop == message["signal"] == signal.SIGINT
             self._note_stop(message)
             if first:
-                self.run_dir.event("stopping", reason=self.reason)
-                attempt.kill_within(self.plan.cluster.grace)
-                self._tell_all({"signal": int(signal.SIGTERM)})
+                self.run_dir.event("stopping", reason=self.reason, **attempt.ask_to_stop(self.plan.cluster.grace))
             elif again:
                 attempt.kill_within(0.0)
 
@@ -254,11 +259,8 @@ class Coordinator:
     def _late(self) -> bool:
         """Whether the time limit is near; SLURM may send its signal a minute before it is due."""
         limit = self.plan.time_minutes * 60
-        return bool(limit) and time.monotonic() - self.started > limit - self.plan.cluster.grace - 60
+        return bool(limit) and time.monotonic() - self.recovery.started > limit - self.plan.cluster.grace - 60
 
     @property
     def reason(self) -> str:
         return self.stop.name if self.stop else ""
-
-    def _end(self, state: State, attempt: int, failure: Failure | None = None, step: int | None = None) -> State:
-        return end_run(self.run_dir, self.plan, state, attempt, self.started, failure, step)

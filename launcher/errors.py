@@ -31,7 +31,7 @@ class RunFailed(LaunchError):
 
 
 class RunStopped(LaunchError):
-    """The run was stopped before its end; ``launch resume`` takes it up from its newest checkpoint."""
+    """The run was stopped before its end; ``launch resume`` takes it up again."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -1,20 +1,20 @@
-"""Start the ranks of one node from a process that has already imported what they need.
+"""Start the ranks of one node and reap what they leave behind.
 
-``python -m launcher.forkserver`` imports once and forks a rank whenever its parent, the node agent, asks for it. It is a
-server of its own rather than `multiprocessing`'s because that one takes module names only, dies silently when a preloaded
-module raises, and gives no say over sessions, logs and orphans. Measured beside it in ``benchmarks/first_step.py``.
+``python -m launcher.forkserver`` starts a rank whenever its parent, the node agent, asks for it. Each rank is a fresh
+interpreter that begins with the environment of its rank. Only the reference job is forked from this process, which has
+imported its libraries by then: no module of a user is imported here. `multiprocessing`'s server has no control over
+sessions, logs and orphans.
 
 The protocol is one JSON object a line, over one socket (file descriptor 0):
 
 ======================================================  ===============================================================
 from the agent                                          back
 ======================================================  ===============================================================
-``{"preload": [...], "path": [...], "environment": {},``  ``{"ready": seconds}`` once the imports are done
-``"spawn": false}``
+``{"preload": [module, ...]}``; none: ranks are fresh     ``{"ready": seconds}`` once the imports are done
+interpreters
 ``{"start": rank, "log": path, "world": {...},``          ``{"started": rank, "pid": n}``, at its end ``{"exit": rank, "code": n}``
-``"environment": {...}}`` (optional)
+``"environment": {...}}``: all variables of the rank
 ``{"signal": n, "ranks": [...]}``                         nothing
-``{"learn": [...]}``: imports for a quiet moment          nothing
 ======================================================  ===============================================================
 
 End of file means that the agent is gone: every rank is killed and the server leaves. A rank's descendants die with it,
@@ -23,8 +23,8 @@ those that moved to a session of their own included, because the server is their
 
 from __future__ import annotations
 
-import atexit
 import ctypes
+import importlib
 import json
 import os
 import selectors
@@ -33,13 +33,15 @@ import socket
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from launcher.output import outlive_a_full_disk
+
+ENTER = "import sys; sys.path[:1] == [''] and sys.path.pop(0); from launcher.worker import enter; enter()"
+"""What a fresh interpreter runs. Its first entry of sys.path is the current folder, whose modules are the user's."""
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -58,8 +60,7 @@ class ForkServer:
         self.pulses = pulses  # the descriptor of the memory that the agent watches
         self.ranks: dict[int, int] = {}  # pid -> rank
         self.buffer = b""
-        self.spawn = False
-        self.lessons: deque[str] = deque()  # import statements for a quiet moment
+        self.forks = False  # ranks are forked; else each is a fresh interpreter
 
     def serve(self) -> int | None:
         """Serve until the agent is gone. Returns a rank's exit status in a forked child, None in the server."""
@@ -73,11 +74,7 @@ class ForkServer:
             selector.register(self.control, selectors.EVENT_READ)
             selector.register(wake, selectors.EVENT_READ)
             while True:
-                ready = selector.select(0 if self.lessons else None)
-                if not ready:
-                    # One at a time: a rank that dies meanwhile should be noticed at once.
-                    self.spawn = not do_imports([self.lessons.popleft()], ()) or self.spawn
-                for key, _ in ready:
+                for key, _ in selector.select():
                     if key.fileobj is not self.control:
                         with suppress(BlockingIOError):
                             os.read(wake, 4096)
@@ -110,19 +107,12 @@ class ForkServer:
     def handle(self, message: dict[str, Any]) -> int | None:
         """Do what the agent says. Returns a rank's exit status in a forked child, None in the server."""
         match message:
-            case {"preload": preload, "path": path, "environment": environment, "spawn": spawn}:
+            case {"preload": modules}:
                 started = time.monotonic()
-                os.environ.update(environment)
-                self.spawn = spawn
-                if not spawn and not do_imports(preload, path):
-                    print("launch: an import initialised CUDA, so ranks are spawned instead of forked", file=sys.stderr)
-                    self.spawn = True
+                self.forks = bool(modules) and preload(modules)
                 self.send(ready=round(time.monotonic() - started, 3))
-            case {"start": rank, "log": log, "world": world}:
-                os.environ.update(message.get("environment", {}))  # the next rank's own values take their place
-                return self.fork(rank, Path(log), world)
-            case {"learn": statements} if not self.spawn:
-                self.lessons.extend(statements)
+            case {"start": rank, "log": log, "world": world, "environment": environment}:
+                return self.fork(rank, Path(log), world, environment)
             case {"signal": number, "ranks": ranks}:
                 for pid, rank in list(self.ranks.items()):
                     if rank in ranks:
@@ -133,13 +123,13 @@ class ForkServer:
                             os.kill(pid, number)
         return None
 
-    def fork(self, rank: int, log: Path, world: dict[str, Any]) -> int | None:
+    def fork(self, rank: int, log: Path, world: dict[str, Any], environment: dict[str, str]) -> int | None:
         """Start a rank. Returns its exit status in the forked child, None in the server."""
         sys.stdout.flush()
         sys.stderr.flush()
         server = os.getpid()
-        # Held back until the rank has handlers of its own: this server ignores them, and a stop would be lost.
-        held = (signal.SIGTERM, signal.SIGUSR2)
+        # Held back until the rank's own dispositions hold: this server ignores SIGTERM, and a stop would be lost.
+        held = (signal.SIGTERM,)
         signal.pthread_sigmask(signal.SIG_BLOCK, held)
         pid = os.fork()
         if pid:
@@ -152,14 +142,15 @@ class ForkServer:
             os._exit(1)  # the server died between the fork and the line above
         os.setsid()
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        # SIGUSR2 stays ignored, also across exec: SLURM sends it to every process of a step, and it is for the agent.
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
         try:
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
-            from launcher.worker import unheard
+            from launcher.exit_status import unheard
 
             print(f"launch: rank {rank}: {log}: {error.strerror}", file=sys.stderr)
             os._exit(unheard(error))
@@ -171,9 +162,11 @@ class ForkServer:
         os.dup2(null, 0)
         os.close(null)
         self.control.detach()
-        if self.spawn:
+        if not self.forks or poisoned():
             arguments = [str(self.run_dir), json.dumps(world), str(self.pulses)]
-            os.execv(sys.executable, [sys.executable, "-P", "-m", "launcher.worker", *arguments])
+            os.execve(sys.executable, [sys.executable, "-c", ENTER, *arguments], environment)
+        os.environ.clear()
+        os.environ.update(environment)
         numpy = sys.modules.get("numpy")
         if numpy is not None:
             numpy.random.seed()  # it was seeded by its import, once for all ranks of the node
@@ -232,32 +225,24 @@ def kill_group(pid: int) -> None:
             kill(pid, signal.SIGKILL)
 
 
-def do_imports(statements: Sequence[str], path: Sequence[str]) -> bool:
-    """Run import statements, each on its own; one that fails is left for the rank to fail on, with its traceback.
-
-    Returns whether this process can still be forked: a CUDA context, which an import may make, does not survive that.
-    """
-    sys.path[:0] = [p for p in path if p not in sys.path]
-    for statement in ("import launcher.worker", *statements):
-        with suppress(Exception, SystemExit):
-            exec(statement, {})
-    torch = sys.modules.get("torch")
-    return torch is None or not torch.cuda.is_initialized()
-
-
-def finish(status: int) -> NoReturn:
-    """End a forked rank: wait for its threads, run its exit handlers, flush, and leave without tearing down modules.
-
-    The interpreter's own teardown of a process with CUDA or gloo threads in it can hang or crash after the work is done.
-    """
+def preload(modules: Sequence[str]) -> bool:
+    """Import `modules`; return whether ranks can be forked from this process afterwards."""
     try:
-        threading._shutdown()  # type: ignore[attr-defined]
-        atexit._run_exitfuncs()
-    finally:
-        with suppress(Exception):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(status)
+        for module in ("launcher.worker", *modules):
+            importlib.import_module(module)
+    except (Exception, SystemExit) as error:  # then each rank raises it again, and its log has the whole traceback
+        print(f"launch: {type(error).__name__}: {error}; ranks are not forked", file=sys.stderr)
+        return False
+    return not poisoned()
+
+
+def poisoned() -> bool:
+    """Whether CUDA cannot be used in this process, or in a fork of it.
+
+    A CUDA context does not survive a fork, and torch refuses CUDA in a fork of a process that only counted its devices.
+    """
+    torch = sys.modules.get("torch")
+    return torch is not None and (torch.cuda.is_initialized() or torch.cuda._is_in_bad_fork())
 
 
 def main() -> None:
@@ -266,6 +251,8 @@ def main() -> None:
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     status = ForkServer(socket.socket(fileno=0), Path(sys.argv[1]), int(sys.argv[2])).serve()
     if status is not None:
+        from launcher.worker import finish
+
         finish(status)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -6,13 +6,20 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
+
+from training.visible import visible_devices
 
 DRIVER_SECONDS = 12.0
 """How long the driver may take; without its persistence mode it first wakes every GPU, a second each."""
+
+PROC = Path("/proc/driver/nvidia/gpus")
+"""A folder for each GPU, made by the driver."""
 
 STATE = "index,uuid,ecc.errors.uncorrected.volatile.total,retired_pages.pending"
 ROWS = "gpu_uuid,remapped_rows.pending,remapped_rows.failure"
@@ -30,7 +37,8 @@ def report(visible: str | None, limit: float = DRIVER_SECONDS) -> dict[str, Any]
     if shutil.which("nvidia-smi") is None:
         return None
     deadline = time.monotonic() + limit
-    both = [_ask(f"--query-gpu={STATE}"), _ask(f"--query-remapped-rows={ROWS}")]
+    form = "--format=csv,noheader,nounits"
+    both = [_ask(f"--query-gpu={STATE}", form), _ask(f"--query-remapped-rows={ROWS}", form)]
     answers = [_answer(process, deadline) for process in both]
     if None in answers:
         return {"count": 0, "faults": [f"its GPU driver does not answer within {limit:g} s"]}
@@ -39,6 +47,28 @@ def report(visible: str | None, limit: float = DRIVER_SECONDS) -> dict[str, Any]
         last = next((line for line in reversed(listed.splitlines()) if line.strip()), "no word")
         return {"count": 0, "faults": [f"nvidia-smi ends with {status}: {last.strip()}"]}
     return read(listed, rows, visible)
+
+
+def count(visible: str | None, limit: float = DRIVER_SECONDS, proc: Path = PROC) -> int:
+    """Count the GPUs and MIG instances that are visible to a process of this machine; whether they work is not tested.
+
+    Args:
+        visible: ``CUDA_VISIBLE_DEVICES``; None: all.
+        limit: seconds for nvidia-smi to answer, where the kernel does not list the GPUs; after that there are none.
+    """
+    there = len(list(proc.iterdir())) if proc.is_dir() else None
+    devices = visible_devices(visible, there)
+    if devices is not None:
+        return len(devices)
+    if there is not None:
+        return there
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    answer = _answer(_ask("-L"), time.monotonic() + limit)
+    if answer is None:
+        print(f"launch: nvidia-smi -L does not answer within {limit:g} s; no GPU is used", file=sys.stderr)
+        return 0
+    return sum(line.startswith("GPU ") for line in answer[1].splitlines())
 
 
 def read(listed: str, rows: str, visible: str | None) -> dict[str, Any]:
@@ -61,14 +91,12 @@ def read(listed: str, rows: str, visible: str | None) -> dict[str, Any]:
 
 def _of_ours(gpus: Sequence[list[str]], visible: str | None) -> tuple[list[list[str]], int]:
     """The GPUs that `visible` names, and how many MIG instances it names, which do not tell their GPU."""
-    if visible is None:
+    entries = visible_devices(visible, len(gpus))
+    if entries is None:
         return list(gpus), 0
-    entries = [entry.strip() for entry in visible.split(",") if entry.strip()]
-    if "-1" in entries:
-        entries = entries[: entries.index("-1")]
     whole = tuple(entry for entry in entries if entry.startswith("GPU-"))  # may be cut short, as CUDA allows
     mine = [gpu for gpu in gpus if gpu[0] in entries or (whole and gpu[1].startswith(whole))]
-    return mine, sum(entry.startswith("MIG-") for entry in set(entries))
+    return mine, sum(entry.startswith("MIG-") for entry in entries)
 
 
 def _fields(line: str) -> list[str]:
@@ -79,9 +107,9 @@ def _yes(text: str) -> bool:
     return text.lower() in ("yes", "1")
 
 
-def _ask(query: str) -> subprocess.Popen[str]:
+def _ask(*words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        ["nvidia-smi", query, "--format=csv,noheader,nounits"],
+        ["nvidia-smi", *words],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

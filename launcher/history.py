@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -29,11 +29,13 @@ class History:
         preempted: the newest step at the last time the scheduler took the nodes away; None: it never did, or the target
             does not say its steps.
         excluded: hosts that the run stays away from, of the cluster that it was last sent to.
+        losses: how many of the newest stops in a row a program without a Context lost everything at.
     """
 
     setbacks: tuple[Setback, ...] = ()
     preempted: int | None = None
     excluded: tuple[str, ...] = ()
+    losses: int = 0
 
     def repeats(self, kind: str, rank: int | None, step: int | None) -> bool:
         """Whether the attempt before ended with the same failure of the same rank at the same step."""
@@ -73,14 +75,15 @@ def read(events: Iterable[Mapping[str, Any]]) -> History:
                 history = History(excluded=history.excluded if same else ())
             case {"event": "failed", "kind": kind}:
                 setback = Setback(kind, event.get("rank"), event.get("host"), event.get("step"))
-                history = History((*history.setbacks, setback), history.preempted, history.excluded)
+                history = replace(history, setbacks=(*history.setbacks, setback))
+            case {"event": "interrupted"}:
+                history = replace(history, losses=history.losses + 1 if event.get("lost_everything") else 0)
             case {"event": "struck", "exclude": hosts}:
-                excluded = tuple(dict.fromkeys((*history.excluded, *hosts)))
-                history = History(history.setbacks, history.preempted, excluded)
+                history = replace(history, excluded=tuple(dict.fromkeys((*history.excluded, *hosts))))
             case {"event": "forgiven"}:
-                history = History(history.setbacks, history.preempted)
+                history = replace(history, excluded=())
             case {"event": "requeued"}:
                 taken = event.get("step") if event.get("reason") == "preempted" else history.preempted
                 excluded = tuple(dict.fromkeys((*history.excluded, *event.get("exclude", ()))))
-                history = History(history.setbacks, taken, excluded)
+                history = replace(history, preempted=taken, excluded=excluded)
     return history

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.errors import BadRequest
+from launcher.errors import BadRequest, LaunchError
 from launcher.options import Once, Parser, add_json, command, whole
 from launcher.spec import State
 
 if TYPE_CHECKING:
-    from launcher.doctor import Check
+    from launcher.config_check import Check
     from launcher.run import Run
 
 
@@ -39,7 +39,7 @@ def run_list(argv: Sequence[str]) -> int:
         progress = status["progress"]
         step = f"{progress['step']}/{progress['total_steps']}" if "total_steps" in progress else ""
         shown = "  ".join(f"{k} {v:.4f}" for k, v in status["evaluation"].items() if isinstance(v, float))
-        started = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.dir.plan_file.stat().st_mtime))
+        started = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.dir.plan_file.lstat().st_mtime))
         print(f"{run.name:<32} {status['state']:<10} {status['backend']:<6} {started}  {step:<12} {shown}".rstrip())
     return 0
 
@@ -48,7 +48,7 @@ def _listed(run: Run) -> dict[str, Any]:
     """Its status; a run that cannot be read does not hide the others."""
     try:
         return run.status()
-    except BadRequest as error:
+    except LaunchError as error:
         return {"name": run.name, "state": State.UNKNOWN.value, "error": str(error)}
 
 
@@ -105,10 +105,12 @@ def run_logs(argv: Sequence[str]) -> int:
     if options.rank is not None and not 0 <= options.rank < size:
         raise BadRequest(f"--rank {options.rank}: the ranks of {run.name} are 0 to {size - 1}.")
     if options.follow:
+        from launcher.run import reading
         from launcher.view import follow
 
         try:
-            follow(run, sys.stdout, options.rank or 0)
+            with reading(run.path):
+                follow(run, sys.stdout, options.rank or 0)
         except KeyboardInterrupt:
             print(file=sys.stderr)
         return 0
@@ -207,11 +209,10 @@ def run_doctor(argv: Sequence[str]) -> int:
     from launcher.doctor import examine
     from launcher.records import to_data
 
-    if options.backend is not None:
-        backends.get(options.backend)
-    site = profiles.load(options.cluster or options.backend or "local", Path.cwd())
+    site = profiles.choose(options.cluster, options.backend, Path.cwd())
+    multi_node = backends.of(site).capabilities.multi_node
     checks = []
-    for check in itertools.chain(examine(site, Path.cwd()), _on_nodes(options, str(site.backend))):
+    for check in itertools.chain(examine(site, Path.cwd()), _on_nodes(options, multi_node)):
         checks.append(check)
         if not options.json:
             word = "FAIL" if not check.ok else "note" if check.note else "ok"
@@ -223,13 +224,13 @@ def run_doctor(argv: Sequence[str]) -> int:
     return 0 if all(check.ok for check in checks) else 1
 
 
-def _on_nodes(options: argparse.Namespace, backend: str) -> Iterator[Check]:
+def _on_nodes(options: argparse.Namespace, multi_node: bool) -> Iterator[Check]:
     if not options.on_nodes:
         return
     from launcher.on_nodes import examine
     from launcher.spec import RunSpec
 
-    nodes = options.nodes or (1 if backend == "local" else 2)
+    nodes = options.nodes or (2 if multi_node else 1)
     spec = RunSpec(
         "launcher.probe:main",
         backend=options.backend,

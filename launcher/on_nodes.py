@@ -11,8 +11,8 @@ from typing import Any
 
 from launcher import backends
 from launcher.api import submit
+from launcher.config_check import Check
 from launcher.devices import many
-from launcher.doctor import Check
 from launcher.errors import BadRequest, LaunchError
 from launcher.plan import make_plan
 from launcher.probe import SKEW_SECONDS, differences

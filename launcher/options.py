@@ -12,7 +12,7 @@ COMMANDS = {
     "status": "one run: state, progress, metrics, failure",
     "logs": "what a run's ranks printed",
     "cancel": "stop a run at its next step, with a checkpoint",
-    "resume": "take a run up again from its newest checkpoint",
+    "resume": "take a run up again, from its newest checkpoint if it has one",
     "clusters": "the cluster profiles that were found; `clusters new` writes one",
     "doctor": "whether this machine and its engines are in order",
     "completion": "print a completion script for bash, zsh or fish",

@@ -28,22 +28,20 @@ def make_plan(spec: RunSpec, cwd: Path, function: Callable[..., Any] | None = No
     Raises:
         BadRequest: the request cannot be met.
     """
-    site = profiles.load(spec.cluster or _backend_name(spec.backend), cwd)
-    if spec.backend is not None and spec.backend != site.backend:
-        raise BadRequest(
-            f"--backend {spec.backend} --cluster {spec.cluster}: that cluster's backend is {site.backend}."
-        )
-    if spec.spare_nodes and site.backend not in backends.KEEPS_SPARE_NODES:
+    site = profiles.choose(spec.cluster, spec.backend, cwd)
+    backend = backends.of(site)
+    if spec.spare_nodes and not backend.capabilities.spare_nodes:
+        known = [name for name in backends.names() if backends.get(name).capabilities.spare_nodes]
         raise BadRequest(
             f"--spare-nodes {spec.spare_nodes}: the {site.backend} backend has no allocation to keep them in (known:"
-            f" {', '.join(backends.KEEPS_SPARE_NODES)}). Leave it out."
+            f" {', '.join(known)}). Leave it out."
         )
-    site = backends.get(site.engine).survey(site)
+    site, without = _without_unusable_gpus(spec, backend.survey(site))
     placement = place(spec.devices() or _default_devices(spec, site), site)
     if spec.devices() is None and placement.device == "cpu":
         # Nothing was asked for: one rank with the whole machine, the quickest way to see something.
         placement = replace(
-            placement, cpus_per_rank=site.node.cpus, threads=site.node.cpus, why="one CPU rank, all cores"
+            placement, cpus_per_rank=site.node.cpus, threads=site.node.cpus, why=f"one CPU rank, all cores{without}"
         )
     folder = Path(os.path.abspath(cwd / site.runs))
     run_dir = RunDir(folder / (spec.name or _new_name(spec, folder)))
@@ -68,7 +66,7 @@ def make_plan(spec: RunSpec, cwd: Path, function: Callable[..., Any] | None = No
         time_minutes=parse_minutes(text) if text else DEFAULT_MINUTES,
         environment=_environment(placement, site) | site.variables(),
     )
-    return replace(plan, start=backends.check(plan))
+    return replace(plan, start=backend.check(plan))
 
 
 def _environment(placement: Placement, site: Cluster) -> dict[str, str]:
@@ -76,16 +74,22 @@ def _environment(placement: Placement, site: Cluster) -> dict[str, str]:
     # OpenMP's threads otherwise spin while they wait, and on a core that somebody else needs that costs ten times the
     # work (measured: 1.4 against 17 steps a second of a small transformer, two threads on two busy cores).
     passive = {"OMP_WAIT_POLICY": "PASSIVE"} if placement.device == "cpu" else {}
+    # As under torchrun, the number of threads that the submitting shell sets is kept; ranks elsewhere do not inherit it.
+    passive |= {name: os.environ[name] for name in ("OMP_NUM_THREADS",) if os.environ.get(name)}
     if site.tpu_runtime == "torch_tpu":
         return passive
     # Where torch_xla is installed, accelerate takes its device, whatever it is asked for.
     return passive | ({"PJRT_DEVICE": "TPU"} if placement.device == "xla" else {"USE_TORCH_XLA": "0"})
 
 
-def _backend_name(backend: str | None) -> str:
-    if backend is not None:
-        backends.get(backend)
-    return backend or "local"
+def _without_unusable_gpus(spec: RunSpec, site: Cluster) -> tuple[Cluster, str]:
+    """Return the site without its GPUs, and the reason, if no device was asked for and torch cannot use them."""
+    if spec.devices() is not None or spec.accelerator is not None or not site.node.gpus:
+        return site, ""
+    reason = backends.of(site).unusable_gpus()
+    if not reason:
+        return site, ""
+    return replace(site, node=replace(site.node, gpus=0)), f"; no GPU is used: {reason}"
 
 
 def _default_devices(spec: RunSpec, site: Cluster) -> Devices:
@@ -116,6 +120,15 @@ def _check_folder(run_dir: Path, site: Cluster) -> None:
         raise BadRequest(
             f"the runs folder {run_dir.parent} cannot be written (`runs` in profile {site.name!r} sets it)."
         )
+    check_shared(run_dir, site)
+
+
+def check_shared(run_dir: Path, site: Cluster) -> None:
+    """Refuse a run directory that the nodes do not share, as far as the profile tells.
+
+    Raises:
+        BadRequest: it lies in none of the profile's shared folders.
+    """
     shared = [Path(os.path.expanduser(os.path.expandvars(s))).resolve() for s in site.shared]
     if shared and not any(s == p for s in shared for p in run_dir.resolve().parents):
         raise BadRequest(

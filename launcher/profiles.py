@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from launcher.cluster import Cluster, Slurm
+from launcher.cluster import BACKENDS, Cluster, Slurm, no_such_backend
 from launcher.errors import BadRequest, nearest
 from launcher.records import from_data
 
@@ -49,6 +49,23 @@ def _all_profiles(cwd: Path) -> list[Profile]:
         for where, folder in folders(cwd)
         for path in sorted(folder.glob("*.toml")) + sorted(folder.glob("examples/*.toml"))
     ]
+
+
+def choose(cluster: str | None, backend: str | None, cwd: Path) -> Cluster:
+    """Return the cluster that ``--cluster`` and ``--backend`` ask for; without either, this machine.
+
+    Raises:
+        BadRequest: there is no such backend or profile, or the two contradict each other.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise no_such_backend(backend)
+    name = cluster or backend or BACKENDS[0]
+    if cluster is None and name not in {profile.name for profile in profiles(cwd)}:
+        return Cluster(name, name)  # a registered backend comes without a profile
+    site = load(name, cwd)
+    if backend is not None and backend != site.backend:
+        raise BadRequest(f"--backend {backend} --cluster {cluster}: that cluster's backend is {site.backend}.")
+    return site
 
 
 def load(name: str, cwd: Path) -> Cluster:
@@ -113,6 +130,8 @@ def parse(data: Mapping[str, Any], path: Path, cwd: Path) -> Cluster:
 
 def _check(cluster: Cluster, where: str) -> None:
     """Refuse values that no engine could do anything with."""
+    if cluster.backend not in BACKENDS:
+        raise BadRequest(f"{where}: backend: {cluster.backend!r} is not one of {', '.join(BACKENDS)}.")
     numbers = [cluster.nodes, cluster.node.gpus or 0, cluster.node.cpus, cluster.node.memory_gb]
     numbers += [n for kind in cluster.kinds for n in (kind.count, kind.gpus or 0, kind.cpus, kind.memory_gb, kind.down)]
     if min(numbers) < 0 or cluster.grace <= 0:

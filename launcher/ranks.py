@@ -12,16 +12,16 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from launcher import preflight, tpu
+from launcher.ending import Fate
+from launcher.exit_status import UNHEARD
 from launcher.network import interface_of, source_towards
-from launcher.resolve import imports_of
+from launcher.rank_environment import rank_environment, shared_environment
 from launcher.rundir import RunDir
-from launcher.spec import Plan
+from launcher.spec import Plan, RunSpec
 from launcher.watch import Beat, place_of
-from launcher.worker import UNHEARD
-from training.files import read_json
 from training.pulse import SLOT, Pulse
 from training.world import World
 
@@ -32,9 +32,6 @@ STACK_SECONDS = 1.0
 """How long ranks get to write their stacks; it is done by a signal handler in C, which no stuck Python code holds up."""
 
 Message = dict[str, Any]
-
-Fate = Literal["", "preempting", "requeued"]
-"""What a scheduler does with a job whose ranks it asked to stop: nothing more, takes its nodes, or starts it again."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +73,14 @@ class NodeRanks:
     ``{"beat": 0}``: the coordinator is alive                 ``{"beats": {rank: [step, phase, age, state]}}``, likewise
     ``{"end": exit status}``: close and leave
     ========================================================  ========================================================
+
+    The step of a rank that never opened a Context is -1.
     """
 
     def __init__(self, run_dir: RunDir, plan: Plan, seat: Seat, post: Callable[[Message], None]) -> None:
         self.run_dir, self.plan, self.seat, self.post = run_dir, plan, seat, post
         self.node = seat.node  # which node of the placement this is; a spare one learns it when it is needed
         self.running: set[int] = set()
-        self.taught = False
         self.pids: dict[int, int] = {}
         self.memory = -1  # of the pulses; anonymous, so that nothing is left of it whatever happens
         self.pulses: dict[int, Pulse] = {}
@@ -94,7 +92,6 @@ class NodeRanks:
     async def open(self) -> None:
         """Start the forkserver; it imports while the agents find each other."""
         ours, theirs = socket.socketpair()
-        self.taught = False
         if self.memory < 0:
             self.memory = os.memfd_create("pulses")
             os.ftruncate(self.memory, SLOT * self.plan.placement.ranks_per_node)
@@ -110,35 +107,25 @@ class NodeRanks:
             )
         theirs.close()
         reader, self.writer = await asyncio.open_connection(sock=ours)
-        self._tell(
-            preload=imports_of(self.plan.target.source) + self._target_import() + self._lessons(),
-            path=list(self.plan.target.path),
-            environment=self.plan.environment,
-            spawn=self.plan.cluster.start_method == "spawn",
-        )
+        self._tell(preload=["training.libraries"] if self._forks() else [])
         self.reading = asyncio.create_task(self._read(reader))
 
-    def _target_import(self) -> list[str]:
+    def _forks(self) -> bool:
+        """Whether ranks are forked from a server that imports ahead of them: only those of the reference job."""
         target = self.plan.target
-        return [f"import {target.name.partition(':')[0]}"] if target.kind == "function" else []
-
-    def _lessons(self) -> list[str]:
-        """What ranks were seen to import while they ran, as import statements; empty until that is known, and then once."""
-        if self.taught:
-            return []
-        with suppress(OSError, ValueError):
-            names = read_json(self.run_dir.imports_file)
-            self.taught = names is not None
-            return [f"import {name}" for name in names or ()]
-        return []
+        reference = target.kind == "function" and target.name == RunSpec.target
+        return reference and self.plan.cluster.start_method == "auto"
 
     def _server_environment(self) -> dict[str, str]:
-        environment = dict(os.environ)
-        # The snapshot comes first for every process of the rank, so that it also wins in processes the rank starts.
-        inherited = environment.get("PYTHONPATH")
-        path = [*self.plan.target.path, *([inherited] if inherited else [])]
-        if path:
+        environment = shared_environment(self._inherited(), self.plan)
+        if self._forks() and self.plan.target.path:  # it imports the code as it was submitted
+            path = [*self.plan.target.path, *filter(None, [environment.get("PYTHONPATH")])]
             environment["PYTHONPATH"] = os.pathsep.join(path)
+        return environment
+
+    def _inherited(self) -> dict[str, str]:
+        """The variables that this node adds to those of this process."""
+        environment = dict(os.environ)
         if self.seat.nodes > 1:
             # gloo and NCCL otherwise look the host's own name up, and fall back to loopback where it does not resolve.
             interface = interface_of(source_towards(self.seat.address))
@@ -181,8 +168,9 @@ class NodeRanks:
                     self.pulses[world.rank].clear()
                     self.running.add(world.rank)
                     log = str(self.run_dir.log(attempt, world.rank))
-                    variables = self.environment(world, more.get("hosts", ()))
-                    self._tell(start=world.rank, log=log, world=asdict(world), environment=variables)
+                    own = self.variables(world, more.get("hosts", ()))
+                    environment = rank_environment(self._inherited(), self.plan, world, own)
+                    self._tell(start=world.rank, log=log, world=asdict(world), environment=environment)
             case {"signal": number} if self.writer is not None:
                 if number == signal.SIGKILL and self.running - self.pids.keys() and self.process is not None:
                     self.process.kill()  # it is importing, and would hear of it only afterwards
@@ -206,8 +194,6 @@ class NodeRanks:
 
     def report(self) -> dict[int, tuple[Any, ...]]:
         """What the ranks that run last said of themselves: the fields of `launcher.watch.Beat` by rank."""
-        if self.running and self.writer is not None and (lessons := self._lessons()):
-            self._tell(learn=lessons)  # while the ranks are at work
         found = {}
         for rank in sorted(self.running):
             pulse = self.pulses[rank].read()
@@ -254,6 +240,11 @@ class NodeRanks:
             )
             for local in range(per_node)
         ]
+
+    def variables(self, world: World, hosts: Sequence[str]) -> dict[str, str]:
+        """`environment`, and the file by which a program says that it has finished."""
+        finished = str(self.run_dir.finished(world.attempt, world.rank))
+        return self.environment(world, hosts) | {"LAUNCH_FINISHED": finished}
 
     def environment(self, world: World, hosts: Sequence[str]) -> dict[str, str]:
         """The variables of a rank beside those of its world; `hosts` are the addresses of the run's nodes."""

@@ -35,6 +35,8 @@ def from_data(cls: type[T], data: Mapping[str, Any], where: str) -> T:
         BadRequest: an unknown key (the known ones are listed), a missing key or a value of the wrong type.
     """
     hints = typing.get_type_hints(cls)
+    if not isinstance(data, Mapping):
+        raise BadRequest(f"{where}: expected a table, got {str(data)[:80]!r}.")
     for key in data:
         if key not in hints:
             raise BadRequest(f"{where}: unknown key {key!r}{nearest(key, hints)}. Known keys: {', '.join(hints)}.")

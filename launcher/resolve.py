@@ -145,22 +145,6 @@ def check_shadowing(path: Sequence[str]) -> None:
                 )
 
 
-def imports_of(files: Sequence[str]) -> list[str]:
-    """The absolute import statements found anywhere in `files`, as source lines, each once, in order."""
-    found: dict[str, None] = {}
-    for file in files:
-        try:
-            tree = ast.parse(Path(file).read_bytes())
-        except (OSError, SyntaxError, ValueError):
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and not node.level):
-                if isinstance(node, ast.ImportFrom) and node.module == "__future__":
-                    continue
-                found[ast.unparse(node)] = None
-    return list(found)
-
-
 def python_path(root: Path, code: Path, first: Path) -> tuple[str, ...]:
     """Map `first` and the entries of sys.path that lie in the project `root` into its snapshot at `code`."""
     wanted = [str(first), *sys.path]

@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from launcher import backends, history, ledger, rundir
-from launcher.errors import BadRequest, RunFailed, RunStopped
+from launcher.errors import BadRequest, LaunchError, RunFailed, RunStopped
 from launcher.records import to_data
 from launcher.rundir import BEAT_SECONDS, RunDir
 from launcher.spec import State
-from training.files import read_json
+from launcher.trust import is_own
+from training.files import open_plain, read_json
 
 FRESH_SECONDS = 5 * BEAT_SECONDS
 """A heartbeat younger than this says that the run is alive without asking its engine."""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the block trips over in a damaged or foreign run directory into a BadRequest that names it."""
+    try:
+        yield
+    except (LaunchError, BrokenPipeError):
+        raise
+    except (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise BadRequest(
+            f"{path} cannot be read: a file in it is damaged ({type(error).__name__}: {error})."
+        ) from error
 
 
 class Run:
@@ -38,28 +54,51 @@ class Run:
         return self.dir.path
 
     def state(self) -> State:
-        """Where the run is: by its files first, by its engine where they are silent."""
+        """Where the run is: by its files first, by its engine where they are silent.
+
+        Raises:
+            BadRequest: the files are damaged.
+        """
+        with reading(self.path):
+            return self._state()
+
+    def _state(self) -> State:
         if result := self.dir.result():
             return State(result["state"])
-        job = self.dir.job()
+        job = self.job()
         if job is None:
             return State.UNKNOWN  # being submitted just now, or the submitting process died in the middle of it
         age = self.dir.heartbeat_age()
         alive = age is not None and abs(age) < FRESH_SECONDS
-        if alive and backends.POLL_SECONDS[job["backend"]]:
+        if alive and backends.get(job["backend"]).capabilities.poll_seconds:
             return self._phase()  # no need to ask
         hint = self._poll(job["backend"], job["job_id"])
         if hint is State.LOST and (result := self.dir.result()):
             return State(result["state"])  # it ended between the two looks
         return self._phase() if alive and not hint.done else hint
 
+    def job(self) -> dict[str, Any] | None:
+        """Return the engine and the id of the run's job; None before it was sent.
+
+        Raises:
+            BadRequest: the engine is unknown, or the id has not the form of its ids.
+        """
+        job = self.dir.job()
+        if job is not None:
+            try:
+                backends.get(job["backend"]).check_id(job["job_id"])
+            except BadRequest as error:
+                raise BadRequest(f"{self.dir.job_file}: {error}") from None
+        return job
+
     def _poll(self, backend: str, job_id: str) -> State:
         """What the engine says; an answer that somebody got moments ago is taken for one."""
-        lasts = backends.POLL_SECONDS[backend]
+        engine = backends.get(backend)
+        lasts = engine.capabilities.poll_seconds
         if lasts and (answer := self.dir.answer(job_id, lasts)):
             return State(answer)
-        hint = backends.get(backend).poll(job_id)
-        if lasts:
+        hint = engine.poll(job_id)
+        if lasts and is_own(self.path):
             self.dir.keep_answer(job_id, hint)
         return hint
 
@@ -70,8 +109,16 @@ class Run:
         return State.RUNNING if last == "started" else State.QUEUED
 
     def status(self) -> dict[str, Any]:
-        """Everything a person or a program may want to know, as plain data."""
-        plan, job, result = self.dir.plan(), self.dir.job() or {}, self.dir.result() or {}
+        """Everything a person or a program may want to know, as plain data.
+
+        Raises:
+            BadRequest: the files are damaged.
+        """
+        with reading(self.path):
+            return self._status()
+
+    def _status(self) -> dict[str, Any]:
+        plan, job, result = self.dir.plan(), self.job() or {}, self.dir.result() or {}
         records = self.dir.metrics()
         steps = [m for m in records if "loss" in m]
         evaluations = [m for m in records if "eval" in m]
@@ -125,15 +172,21 @@ class Run:
         if failure and failure["kind"] == "bad request":
             raise BadRequest(failure["message"])
         if state is State.STOPPED:
-            raise RunStopped(f"run {self.name!r} stopped before its end. `launch resume {self.name}` goes on with it.")
+            raise RunStopped(f"run {self.name!r} stopped before its end; {self.resumption()}.")
         if state is not State.SUCCEEDED:
             raise RunFailed(self.explain())
+
+    def resumption(self) -> str:
+        """What ``launch resume`` does with this run, which has stopped."""
+        if any((self.path / "checkpoints").glob("step-*/manifest.json")):
+            return f"`launch resume {self.name}` goes on from the newest checkpoint"
+        return f"`launch resume {self.name}` starts the program again (it saved no checkpoint through launch)"
 
     def explain(self, shown_rank: int | None = None) -> str:
         """Say why the run failed, its first exception first, and what to do; `shown_rank`'s log was seen already."""
         failure = (self.dir.result() or {}).get("failure")
         if not failure:
-            job = self.dir.job() or {}
+            job = self.job() or {}
             return (
                 f"run {self.name!r} ended and left no result (job {job.get('job_id')}, {job.get('backend')}). Either its"
                 f" supervisor was killed, or {self.path} is not the same folder on the nodes. Its own logs:"
@@ -159,43 +212,52 @@ class Run:
         self.wait().check()
         if not self.dir.value_pickle.exists():
             return None
+        self.dir.check_own()
         import pickle
 
         # The run's own value, written by the run's own rank 0 into the run's own directory.
-        return pickle.loads(self.dir.value_pickle.read_bytes())
+        with os.fdopen(open_plain(self.dir.value_pickle), "rb") as file:
+            return pickle.load(file)
 
     def logs(self, rank: int | None = None, attempt: int | None = None) -> Iterator[str]:
         """The lines of the logs of an attempt (default: the newest), of one rank or of all in turn."""
         folder = self.dir.logs / str(attempt or self.dir.last_attempt())
-        files = sorted(folder.glob("*.log"), key=lambda p: int(p.stem)) if folder.is_dir() else []
-        for file in files:
+        files = [p for p in folder.glob("*.log") if re.fullmatch("[0-9]{1,9}", p.stem)] if folder.is_dir() else []
+        for file in sorted(files, key=lambda p: int(p.stem)):
             if rank is None or file.stem == str(rank):
                 prefix = f"[{file.stem}] " if rank is None and len(files) > 1 else ""
-                with file.open(errors="replace") as lines:
+                with reading(self.path), os.fdopen(open_plain(file), errors="replace") as lines:
                     yield from (prefix + line.rstrip("\n") for line in lines)
 
     def cancel(self) -> State:
-        """Stop the run at its next step boundary, with a checkpoint; kill it when its grace is over. Returns its state.
+        """Ask the run to stop, a program with a Context at its next step; kill it after its grace. Returns its state.
 
         Raises:
+            BadRequest: the run directory is not this user's alone, or names no job that could be cancelled.
             LaunchError: it is supervised from another machine and did not stop by itself.
         """
+        self.dir.check_own()
         state = self.state()
         if state.done:
             return state
         self.dir.request_stop("cancelled")
-        deadline = time.monotonic() + (0 if state is State.QUEUED else self.dir.plan().cluster.grace)
+        # The grace begins once the supervisor has seen the request, which it looks for every BEAT_SECONDS.
+        deadline = time.monotonic() + (0 if state is State.QUEUED else self.dir.plan().cluster.grace + FRESH_SECONDS)
         while not self.state().done and time.monotonic() < deadline:
             time.sleep(0.2)
         return self.kill()
 
     def kill(self) -> State:
-        """End the run now, without a checkpoint. Returns its state."""
-        job = self.dir.job()
+        """End the run now, without a checkpoint. Returns its state. Raises as `cancel` does."""
+        self.dir.check_own()
+        job = self.job()
         if job is not None and not self.state().done:
             # For what outlives the others for a moment, such as a batch script, which would take this for a lost node.
             self.dir.request_stop("killed")
-            backends.get(job["backend"]).cancel(job["job_id"])
+            try:
+                backends.get(job["backend"]).cancel(job["job_id"])
+            except BadRequest as error:
+                raise BadRequest(f"{self.dir.job_file}: {error}") from None
         if self.dir.result() is None:
             self.dir.write_result(State.STOPPED, attempts=self.dir.last_attempt())
             self.dir.event("finished", state=State.STOPPED.value)

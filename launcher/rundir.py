@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
+import shutil
 import socket
+import stat
 import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +24,8 @@ from typing import Any
 from launcher.errors import BadRequest
 from launcher.records import from_data, to_data
 from launcher.spec import Plan, State
-from training.files import FULL_DISK, append_line, read_json, read_lines, write_atomic
+from launcher.trust import check_job, check_own
+from training.files import FULL_DISK, append_line, open_plain, read_json, read_lines, write_atomic
 
 BEAT_SECONDS = 2.0
 """How often whoever supervises a run touches its heartbeat."""
@@ -65,8 +69,6 @@ class RunDir:
     rendezvous_file = _In("rendezvous.json")
     answer_file = _In("poll.json")
     """What the engine said when it was last asked for the job."""
-    imports_file = _In("imports.json")
-    """What rank 0 imported on its way, for the forkservers of this start and of later ones."""
     reserve_file = _In(".reserve")
     head_file = _In("ray-head.json")
     """Where the head of a Ray is that lives inside the run's job."""
@@ -77,6 +79,10 @@ class RunDir:
 
     def log(self, attempt: int, rank: int) -> Path:
         return self.logs / str(attempt) / f"{rank}.log"
+
+    def finished(self, attempt: int, rank: int) -> Path:
+        """What a program creates to say that it is complete; its name is in the rank's LAUNCH_FINISHED."""
+        return self.logs / str(attempt) / f"{rank}.finished"
 
     def agent_log(self, node: int) -> Path:
         return self.logs / f"agent-{node}.log"
@@ -96,7 +102,9 @@ class RunDir:
             if not self.path.parent.exists():
                 self.path.parent.mkdir(parents=True, exist_ok=True)  # another run may be making it, too
                 (self.path.parent / ".gitignore").write_text("*\n")
-            self.path.mkdir()
+            self.path.mkdir(0o700)
+            # Whatever the umask took away; a set-group-id bit stays, by which some sites count quotas.
+            self.path.chmod(0o700 | (self.path.stat().st_mode & stat.S_ISGID))
         except FileExistsError:
             raise BadRequest(
                 f"run {self.path.name!r} exists already in {self.path.parent}. `launch resume {self.path.name}` goes on"
@@ -116,7 +124,7 @@ class RunDir:
         """
         try:
             data = read_json(self.plan_file)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise BadRequest(f"{self.plan_file} cannot be read: {error}.") from None
         if data is None:
             raise BadRequest(f"{self.path} is not a run directory: it has no plan.json.")
@@ -128,7 +136,31 @@ class RunDir:
         write_atomic(self.job_file, to_json(record))
 
     def job(self) -> dict[str, Any] | None:
-        return read_json(self.job_file)
+        """Read back what `write_job` left; None before.
+
+        Raises:
+            BadRequest: its engine is unknown, or its job id has not that engine's form.
+        """
+        record = self._record(self.job_file)
+        return None if record is None else check_job(record, self.job_file)
+
+    def _record(self, file: Path) -> dict[str, Any] | None:
+        try:
+            record = read_json(file)
+        except (OSError, ValueError) as error:
+            raise BadRequest(f"{file} cannot be read: {error}.") from None
+        if record is not None and not isinstance(record, dict):
+            raise BadRequest(f"{file} cannot be read: it is not a JSON object.")
+        return record
+
+    def check_own(self) -> None:
+        """Check that this user, and nobody else, can change the run directory. What acts on a run calls it first.
+
+        Raises:
+            BadRequest: others can, it belongs to another user, or one of its files is a symbolic link.
+        """
+        names = [value.name for value in vars(RunDir).values() if isinstance(value, _In)]
+        check_own(self.path, [*(name for name in names if name != "code"), "errors", "submitit", "environment.json"])
 
     # ---- while it runs --------------------------------------------------------------------------------------------
 
@@ -189,11 +221,15 @@ class RunDir:
         """The number of the newest attempt; 0 before the first."""
         if not self.logs.is_dir():
             return 0
-        return max((int(p.name) for p in self.logs.iterdir() if p.name.isdigit()), default=0)
+        return max((int(p.name) for p in self.logs.iterdir() if re.fullmatch("[0-9]{1,9}", p.name)), default=0)
 
     def beat(self) -> None:
         """Say that the run is supervised right now."""
-        self.heartbeat_file.touch()
+        handle = open_plain(self.heartbeat_file, os.O_WRONLY | os.O_CREAT)
+        try:
+            os.utime(handle)
+        finally:
+            os.close(handle)
 
     def claim_session(self, host: str) -> str:
         """Take the run over as its one supervisor and return what says so; an earlier one sees it and leaves."""
@@ -209,14 +245,17 @@ class RunDir:
     def heartbeat_age(self) -> float | None:
         """Seconds since the last beat, by this machine's clock; None when there was none."""
         with suppress(FileNotFoundError):
-            return time.time() - self.heartbeat_file.stat().st_mtime
+            return time.time() - self.heartbeat_file.lstat().st_mtime
         return None
 
     def answer(self, job_id: str, seconds: float) -> str | None:
         """What the engine said of the job in the last `seconds`, if anybody asked."""
-        answer = read_json(self.answer_file) or {}
-        fresh = 0 <= time.time() - answer.get("time", 0.0) < seconds
-        return str(answer["state"]) if fresh and answer["job_id"] == job_id else None
+        with suppress(OSError, ValueError, TypeError, KeyError):  # a damaged answer is none
+            answer = read_json(self.answer_file) or {}
+            fresh = 0 <= time.time() - answer.get("time", 0.0) < seconds
+            if fresh and answer["job_id"] == job_id:
+                return State(answer["state"]).value
+        return None
 
     def keep_answer(self, job_id: str, state: State) -> None:
         """Keep what the engine said for whoever asks next; a run directory that cannot be written keeps nothing."""
@@ -233,7 +272,10 @@ class RunDir:
         the clocks of their nodes say; among the rest the earliest is first.
         """
         folder = self.path / "errors" / str(attempt)
-        found = [read_json(p) for p in folder.glob("*.json")] if folder.is_dir() else []
+        found = []
+        for path in folder.glob("*.json") if folder.is_dir() else ():
+            with suppress(OSError, ValueError):
+                found.append(read_json(path))
         return sorted((e for e in found if e), key=lambda e: (e.get("kind") == "communication", e.get("time", 0.0)))
 
     # ---- the end --------------------------------------------------------------------------------------------------
@@ -245,19 +287,49 @@ class RunDir:
         self.reserve_file.unlink(missing_ok=True)
 
     def result(self) -> dict[str, Any] | None:
-        return read_json(self.result_file)
+        return self._record(self.result_file)
+
+    def _end(self) -> tuple[Path, ...]:
+        ended = (self.result_file, self.value_file, self.value_pickle)
+        return (*ended, self.stop_file, self.heartbeat_file, self.rendezvous_file, self.answer_file)
 
     def reopen(self) -> None:
         """Forget the end of the last submission so that the run can be submitted again; its history stays in events."""
-        ended = (self.result_file, self.value_file, self.value_pickle)
-        for path in (*ended, self.stop_file, self.heartbeat_file, self.rendezvous_file, self.answer_file):
+        for path in self._end():
             path.unlink(missing_ok=True)
+
+    @contextmanager
+    def reopened(self) -> Iterator[None]:
+        """As `reopen`; where the block raises, the end, the plan, the job and the events are again what they were."""
+        kept = self.path / f".end-{secrets.token_hex(8)}"
+        kept.mkdir(0o700)
+        changed = (self.plan_file, self.job_file, self.script_file)
+        size = self.events_file.stat().st_size if self.events_file.exists() else 0
+        begun = False
+        try:
+            for path in (path for path in changed if path.exists()):
+                shutil.copy2(path, kept / path.name, follow_symlinks=False)
+            for path in self._end():
+                with suppress(FileNotFoundError):
+                    os.rename(path, kept / path.name)
+            begun = True
+            yield
+        except BaseException:
+            if begun:
+                self.reopen()
+            for path in kept.iterdir():
+                os.replace(path, self.path / path.name)
+            with suppress(FileNotFoundError):
+                os.truncate(self.events_file, size)
+            raise
+        finally:
+            shutil.rmtree(kept, ignore_errors=True)
 
 
 def tail(path: Path, lines: int = 20) -> list[str]:
     """Return the last `lines` lines of a log, reading its end only; an absent file has none."""
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_plain(path), "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 64 * 1024))
             return file.read().decode(errors="replace").splitlines()[-lines:]
     except FileNotFoundError:
@@ -266,8 +338,11 @@ def tail(path: Path, lines: int = 20) -> list[str]:
 
 def all_runs(folder: Path) -> Iterable[RunDir]:
     """The runs in `folder`, newest first."""
-    found = [RunDir(p.parent) for p in folder.glob("*/plan.json")]
-    return sorted(found, key=lambda r: r.plan_file.stat().st_mtime, reverse=True)
+    found = []
+    for path in folder.glob("*/plan.json"):
+        with suppress(OSError):  # removed just now, or not to be read by this user
+            found.append((path.lstat().st_mtime, RunDir(path.parent)))
+    return [run for _, run in sorted(found, key=lambda each: each[0], reverse=True)]
 
 
 def to_json(data: Any) -> str:

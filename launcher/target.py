@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib
 import importlib.util
 import inspect
 import runpy
 import sys
 import traceback
+import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,16 +26,16 @@ if TYPE_CHECKING:
 
 def call(target: Target, pickle: Path, context: Callable[[], Context]) -> Any:
     """Run `target` in this process and return what it returns; `context` makes the Context where one is asked for."""
+    match target.kind:
+        case "script":
+            sys.path[:0] = [folder for folder in target.path if folder not in sys.path]
+            run_script(Path(target.name), target.args)
+            return None
+        case "module":
+            run_module(target.name, target.args, target.path)
+            return None
     with on_path(target.path):
         match target.kind:
-            case "script":
-                with _argv([target.name, *target.args]), on_path([str(Path(target.name).parent)]):
-                    runpy.run_path(target.name, run_name="__main__")
-                return None
-            case "module":
-                with _argv([target.name, *target.args]):
-                    runpy.run_module(target.name, run_name="__main__", alter_sys=True)
-                return None
             case "value":
                 import cloudpickle
 
@@ -40,6 +43,41 @@ def call(target: Target, pickle: Path, context: Callable[[], Context]) -> Any:
             case "function":
                 function = load(target.name)
         return function(*arguments(function, target.args, context))
+
+
+def run_script(script: Path, args: Sequence[str]) -> None:
+    """Run `script` as ``python script.py`` does. `sys` keeps what that changes until this process ends."""
+    if sys.path[:1] != [str(script.parent)]:
+        sys.path.insert(0, str(script.parent))
+    main = types.ModuleType("__main__")
+    main.__dict__.update(__file__=str(script), __cached__=None, __loader__=SourceFileLoader("__main__", str(script)))
+    _run_main(main, compile(script.read_bytes(), str(script), "exec", dont_inherit=True), [str(script), *args])
+
+
+def run_module(name: str, args: Sequence[str], path: Sequence[str]) -> None:
+    """Run a module as ``python -m name`` does, `path` first on sys.path."""
+    sys.path[:0] = [folder for folder in path if folder not in sys.path]
+    sys.argv = ["-m", *args]  # as a package sees it that is imported on the way to the module
+    _, spec, code = runpy._get_module_details(name)  # type: ignore[attr-defined]
+    main = types.ModuleType("__main__")
+    main.__dict__.update(
+        __file__=spec.origin, __cached__=spec.cached, __loader__=spec.loader, __package__=spec.parent, __spec__=spec
+    )
+    _run_main(main, code, [spec.origin, *args])
+
+
+def _run_main(main: types.ModuleType, code: types.CodeType, argv: list[str]) -> None:
+    """Run `code` as the module ``__main__``.
+
+    `runpy` would put the former ``__main__`` back. Exit handlers, threads and `multiprocessing`, which has a name of its
+    own for it, look the program's classes up in it.
+    """
+    main.__dict__["__builtins__"] = builtins
+    sys.argv = argv
+    sys.modules["__main__"] = main
+    if "multiprocessing" in sys.modules:
+        sys.modules["__mp_main__"] = main
+    exec(code, main.__dict__)
 
 
 def load(name: str) -> Callable[..., Any]:
@@ -69,7 +107,7 @@ def short_traceback(error: BaseException) -> str:
     frames = list(report.stack)
     while len(frames) > 1 and frames[0].filename.startswith(ours):
         del frames[0]
-    if isinstance(error, ImportError) and frames and frames[0].filename.startswith(ours):
+    if isinstance(error, ImportError | SyntaxError) and frames and frames[0].filename.startswith(ours):
         report.stack = traceback.StackSummary()  # the target itself is not there
     elif frames and not frames[0].filename.startswith(ours):
         report.stack = traceback.StackSummary.from_list(frames)
@@ -163,13 +201,3 @@ def on_path(folders: Sequence[str]) -> Iterator[None]:
         for folder in added:
             if folder in sys.path:
                 sys.path.remove(folder)
-
-
-@contextmanager
-def _argv(argv: list[str]) -> Iterator[None]:
-    before = sys.argv
-    sys.argv = argv
-    try:
-        yield
-    finally:
-        sys.argv = before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections import deque
@@ -11,9 +12,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from launcher import backends
 from launcher.ledger import Account, keep
 from launcher.run import Run
 from launcher.spec import State
+from training.files import open_plain
 
 LOOK_SECONDS = 0.2
 
@@ -29,7 +32,7 @@ class Tail:
     def read(self) -> list[str]:
         """The new lines; of one that a progress bar wrote over, what was left to see."""
         try:
-            with self.path.open("rb") as file:
+            with os.fdopen(open_plain(self.path), "rb") as file:
                 file.seek(self.offset)
                 data = file.read()
         except FileNotFoundError:
@@ -50,7 +53,8 @@ class Follower:
     def __init__(self, run: Run, out: TextIO, rank: int = 0) -> None:
         self.run, self.out, self.rank = run, out, rank
         self.live = out.isatty()
-        self.backend = run.dir.plan().backend
+        plan = run.dir.plan()
+        self.backend, self.has_queue = plan.backend, backends.of(plan.cluster).capabilities.queue
         self.events = Tail(run.dir.events_file)
         # Ends of earlier submissions: what came before them was told then.
         self.ended = sum(e["event"] == "finished" for e in run.dir.events()) - (run.dir.result() is not None)
@@ -68,11 +72,11 @@ class Follower:
                 self.out.write("\r\x1b[K")
             self._tell_events()
             self._tell_log()
-            if state is State.QUEUED and not self.queued and self.backend != "local":
+            if state is State.QUEUED and not self.queued and self.has_queue:
                 self.queued = True
                 self.out.write(f"launch: waiting in the queue of {self.backend}\n")
             if self.live and not state.done:
-                word = "starting" if state is State.QUEUED and self.backend == "local" else state.value
+                word = "starting" if state is State.QUEUED and not self.has_queue else state.value
                 self.steps.extend(m for m in _records(self.metrics) if "loss" in m)
                 line = status_line(self.run.name, word, self.steps)
                 self.out.write(line[: shutil.get_terminal_size().columns - 1])
@@ -118,12 +122,21 @@ def describe(event: dict[str, Any]) -> str:
         case {"event": "started", "attempt": attempt, "world_size": size, "hosts": hosts}:
             again = f"attempt {attempt}: " if attempt > 1 else ""
             return f"{again}{size} rank{'s' * (size > 1)} on {', '.join(hosts)}"
-        case {"event": "stopping", "reason": reason}:
+        case {"event": "stopping", "reason": reason, "context": False, "ranks": ranks, "grace": grace}:
+            one = "it is" if ranks == 1 else "they are"
+            several = "s" * (ranks > 1)
+            return f"stopping: sent SIGTERM to {ranks} rank{several}, {grace:g} seconds until {one} killed ({reason})"
+        case {"event": "stopping", "reason": reason, "context": True}:
             return f"stopping at the next step ({reason})"
+        case {"event": "stopping", "reason": reason}:
+            return f"stopping ({reason})"
+        case {"event": "interrupted", "message": message, "last_line": line, "lost_everything": lost}:
+            lines = f"; its last line: {line}" if line else ""
+            return f"stopped: {message}{lines}" + ("; nothing was saved on SIGTERM" if lost else "")
         case {"event": "waiting", "message": message}:
             return f"waiting: {message}"
         case {"event": "preempted"}:
-            return "preempted: saving and leaving"
+            return "preempted: the scheduler wants the nodes"
         case {"event": "requeued"}:
             return "asked the scheduler to start the run again"
         case {"event": "restarted", "attempt": attempt, "kind": kind, "message": message, "restarts_left": left}:

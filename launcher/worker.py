@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import atexit
 import faulthandler
 import json
 import os
@@ -11,54 +11,29 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from launcher.binding import settle
-from launcher.errors import BadRequest
+from launcher.exit_status import FINISHED, RAISED, REFUSED, STOPPED, classify, headline, unheard
+from launcher.output import outlive_a_full_disk
 from launcher.records import from_data
 from launcher.rundir import RunDir
 from launcher.spec import Plan
 from launcher.target import call, short_traceback
 from training.context import Context
-from training.errors import ConfigError
-from training.files import FULL_DISK, write_atomic
+from training.errors import DeviceError, ReplicaError
+from training.files import write_atomic
 from training.pulse import Pulse
 from training.world import World
-
-FINISHED, RAISED, REFUSED, STOPPED = 0, 1, 2, 3
-"""Exit statuses of a rank; the same numbers, with the same meanings, as those of the command."""
-
-FULL, UNHEARD = 4, 5
-"""Exit statuses of a rank that raised and could not leave its error in the run directory, for want of room or otherwise."""
-
-SETTLED_SECONDS = 3.0
-"""How long a target must not have imported anything before what it imported is told."""
-
-STORAGE = (errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOTCONN, errno.EREMOTEIO)
-"""What a file system says that has gone away under a process: a disk that fails, a mount that was lost or made read-only."""
-
-COMMUNICATION = ("DistBackendError", "DistNetworkError", "DistStoreError")
-COMMUNICATION_SIGNS = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "gloo",
-    "NCCL",
-    "Broken pipe",
-    "ProcessGroup",
-)
-
-
-class Stopping(BaseException):
-    """Raised in a target that cannot be asked to stop, when it is told to (SIGTERM)."""
 
 
 def work(run_dir: RunDir, world: World, pulse: Pulse | None = None) -> int:
     """Run the target as the rank that `world` describes; return the exit status. `pulse` is where it says how it gets on.
 
     What the target returned is left by rank 0 in ``value.pkl``; what it raised in ``errors/<attempt>/<rank>.json``.
+    SIGTERM sets the flag of a Context; a target without one keeps Python's default, or the handler that it installs.
     """
     plan = run_dir.plan()
     prepare(plan, world)
@@ -66,27 +41,24 @@ def work(run_dir: RunDir, world: World, pulse: Pulse | None = None) -> int:
 
     def context() -> Context:
         opened.append(Context(run_dir.path, world, args=plan.target.args, pulse=pulse))
+        _stop_on_sigterm(opened[0])
         return opened[0]
 
-    on_signal = _install_signal_handlers(opened)
     try:
         if world.device == "cuda":
             settle(world.local_rank, world.local_world_size)
         value = call(plan.target, run_dir.target_pickle, context)
-    except Stopping:
-        return STOPPED
     except SystemExit as error:
         if error.code in (None, 0):
             return FINISHED
         return _leave_error(run_dir, world, error, "user error")
-    except (ConfigError, BadRequest) as error:
-        return _leave_error(run_dir, world, error, "bad request")
     except KeyboardInterrupt:
         return STOPPED
     except BaseException as error:
-        return _leave_error(run_dir, world, error, classify(error))
+        return _leave_error(run_dir, world, error, classify(error, world.device))
     finally:
-        on_signal()
+        if opened:
+            _ignore_sigterm()
         with suppress(OSError):
             sys.stdout.flush()
     stopped = bool(opened and opened[0].stopped)
@@ -101,77 +73,39 @@ def work(run_dir: RunDir, world: World, pulse: Pulse | None = None) -> int:
 
 
 def prepare(plan: Plan, world: World) -> None:
-    """Give this process the environment, the threads and the folder of its rank."""
-    os.environ.update(plan.environment)
-    os.environ.update(world.environment())
-    if world.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # scripts ask torch.cuda.is_available() rather than us
-    if world.threads and "torch" in sys.modules:
-        # OMP_NUM_THREADS is read when the library is loaded, which for a forked rank was before the fork.
-        sys.modules["torch"].set_num_threads(world.threads)
+    """Give this process the import path, for processes that it starts too, and the folder of its rank."""
+    # Only now: this module's own imports must not find the user's files, such as a `queue.py`.
+    path = [*plan.target.path, *filter(None, [os.environ.get("PYTHONPATH")])]
+    if path:
+        os.environ["PYTHONPATH"] = os.pathsep.join(path)
     if plan.cwd.is_dir():
         os.chdir(plan.cwd)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
 
-def _install_signal_handlers(opened: list[Context]) -> Callable[[], None]:
-    """Turn signals into the Context's flag, or into `Stopping` for a target that has none. Returns the undoing."""
-    if threading.current_thread() is not threading.main_thread():
-        return lambda: None  # a Ray worker's thread: there the file `stop` says the same
+def _stop_on_sigterm(context: Context) -> None:
+    """Make SIGTERM ask `context` to stop."""
 
     def handle(number: int, _: object) -> None:
-        if opened:
-            opened[0].request_stop(signal.Signals(number).name)
-        else:
-            # What a script or a plain function would do on its own, but with its finally blocks run.
-            raise Stopping
+        context.request_stop(signal.Signals(number).name)
 
-    previous = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGUSR2)}
-
-    def undo() -> None:
-        for number, handler in previous.items():
-            # The last word is said: from here on a polite signal must not interrupt what is being written.
-            signal.signal(number, signal.SIG_IGN if handler is signal.SIG_DFL else handler)
-
-    return undo
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handle)
 
 
-DEVICE_SIGNS = (
-    "uncorrectable ECC",
-    "fallen off the bus",
-    "hardware stack error",
-    "CUDA driver initialization failed",
-    "system not yet initialized",
-    "no CUDA-capable device is detected",
-)
-"""Texts of cudaError_t that speak of a sick GPU or driver rather than of the program. Source: CUDA runtime API, errors."""
-
-
-def classify(error: BaseException) -> str:
-    """Name the kind of an exception: ``out of memory``, ``communication``, ``disk full``, ``storage``, ``device`` or ``user
-    error``."""
-    name, text = type(error).__name__, str(error)
-    if isinstance(error, MemoryError) or name == "OutOfMemoryError":
-        return "out of memory"
-    if isinstance(error, OSError) and error.errno in FULL_DISK:
-        return "disk full"
-    if isinstance(error, OSError) and error.errno in STORAGE:
-        return "storage"
-    if isinstance(error, RuntimeError) and any(sign in text for sign in DEVICE_SIGNS):
-        return "device"
-    if name in COMMUNICATION or isinstance(error, ConnectionError):
-        return "communication"
-    if name == "RuntimeError" and any(sign in text for sign in COMMUNICATION_SIGNS):
-        return "communication"
-    return "user error"
+def _ignore_sigterm() -> None:
+    """Keep SIGTERM from interrupting what is written after the target has ended."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _leave_error(run_dir: RunDir, world: World, error: BaseException, kind: str) -> int:
     """Leave what the target raised, in the log and as a record; returns the rank's exit status."""
-    text = short_traceback(error) if kind != "bad request" else f"{error}\n"
+    plain = isinstance(error, DeviceError | ReplicaError)  # where our own code was says nothing about them
+    text = f"{error}\n" if plain or kind == "bad request" else short_traceback(error)
     if kind == "communication":
         # The echo of another rank's failure; in full it would drown the cause for whoever watches rank 0.
-        line = str(error).splitlines()[0] if str(error) else ""
+        line = headline(str(error))
         sys.stderr.write(f"launch: rank {world.rank} lost its peers: {type(error).__name__}: {line}\n")
     else:
         with suppress(OSError):  # the log may lie on the disk that is full
@@ -198,11 +132,6 @@ def _leave_error(run_dir: RunDir, world: World, error: BaseException, kind: str)
     return REFUSED if kind == "bad request" else RAISED
 
 
-def unheard(problem: OSError) -> int:
-    """The exit status of a rank that cannot write into the run directory because of `problem`."""
-    return FULL if classify(problem) == "disk full" else UNHEARD
-
-
 def _leave_value(run_dir: RunDir, value: Any) -> None:
     if value is None:
         return
@@ -219,40 +148,30 @@ def _leave_value(run_dir: RunDir, value: Any) -> None:
             write_atomic(run_dir.value_file, json.dumps(value))
 
 
-def _tell_imports(run_dir: RunDir, before: set[str]) -> None:
-    """Once the target has settled, leave the names of the modules that it imported only while it ran.
-
-    Libraries such as transformers import most of themselves on first use, which after a fork is once for each rank and
-    attempt. Only further modules of packages that the forkserver has are named: whether others stand a fork is not known.
-    """
-    packages = {name.partition(".")[0] for name in before}
-    found: list[str] = []
-    while True:
-        time.sleep(SETTLED_SECONDS)
-        # In the order in which they came, so that each finds what it needs in place.
-        new = [name for name in list(sys.modules) if name not in before and name.partition(".")[0] in packages]
-        if new == found:
-            break
-        found = new
-    with suppress(OSError):
-        write_atomic(
-            run_dir.imports_file, json.dumps([name for name in found if name.isascii() and name != "__mp_main__"])
-        )
-
-
 def main(run_dir: Path, world: dict[str, Any], pulses: int) -> int:
-    """Enter a rank's process: what the forkserver calls in a fork, and ``python -m launcher.worker`` after a spawn."""
+    """Run a rank in this process; return its exit status."""
     faulthandler.enable(2)  # a crash in native code leaves the Python stack in the log
     faulthandler.register(signal.SIGQUIT, 2)  # and the agent asks a rank that hangs for it
     rank = from_data(World, world, "world")
-    if rank.rank == 0 and not RunDir(run_dir).imports_file.exists():
-        threading.Thread(target=_tell_imports, args=(RunDir(run_dir), set(sys.modules)), daemon=True).start()
     return work(RunDir(run_dir), rank, Pulse.of(pulses, rank.local_rank))
 
 
-if __name__ == "__main__":
-    from launcher.forkserver import finish
-    from launcher.output import outlive_a_full_disk
-
+def enter() -> NoReturn:
+    """Run a rank in a fresh interpreter, whose arguments are the run directory, the world and a file descriptor."""
     outlive_a_full_disk()
     finish(main(Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])))
+
+
+def finish(status: int) -> NoReturn:
+    """End a rank: wait for its threads, run its exit handlers, flush, and exit without tearing down modules.
+
+    The interpreter's own teardown of a process with CUDA or gloo threads in it can hang or crash after the work is done.
+    """
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+    finally:
+        with suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 import time
 import warnings
@@ -28,12 +27,11 @@ from typing import TYPE_CHECKING, Any
 from training.errors import CheckpointError
 from training.files import read_json, sync_folder, write_atomic
 from training.hostcopy import Copy
-from training.manifest import FORMAT, read_manifest, verify, write_file, write_manifest
+from training.manifest import FORMAT, rankable, read_manifest, step_of, verify, write_file, write_manifest
 
 if TYPE_CHECKING:
     from training.hostcopy import Buffers
 
-_NAME = re.compile(r"step-(\d{9,})")
 PATIENCE = 600.0  # seconds that ranks wait for one another's parts
 POLL_SECONDS = 0.02
 Part = tuple[int, int]  # rank, ranks
@@ -142,7 +140,7 @@ class Checkpoints:
                 manifest = None
                 with contextlib.suppress(CheckpointError):
                     manifest = read_manifest(path)
-                found.append(Checkpoint(step, path, manifest["score"] if manifest else None))
+                found.append(Checkpoint(step, path, rankable(manifest["score"]) if manifest else None))
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
     def latest(self) -> Checkpoint | None:
@@ -184,6 +182,8 @@ class Checkpoints:
                 if ranks == 1:
                     shutil.rmtree(staging, ignore_errors=True)
                 self._check_given_up(staging)
+                if staging.is_symlink():
+                    raise CheckpointError(f"{staging} is a symbolic link, which is not followed; remove it")
                 staging.mkdir(exist_ok=ranks > 1)
                 files = {name: write_file(staging / name, content) for name, content in parts.items()}
                 if rank:
@@ -269,12 +269,6 @@ def _report(rank: int) -> str:
 def _given_up(staging: Path) -> Path:
     """What a rank leaves that cannot write its part, so that none waits for it, also one that has yet to begin."""
     return staging.with_suffix(".given-up")
-
-
-def step_of(name: str) -> int | None:
-    """The step of a committed checkpoint's folder name; None for any other name."""
-    match = _NAME.fullmatch(name)
-    return int(match[1]) if match else None
 
 
 def kept(committed: list[Checkpoint], keep: int) -> list[Checkpoint]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
@@ -35,9 +34,6 @@ class Context:
         self.pulse.beat()
         self.stopped = False  # True once should_stop has said so
         self.stop_reason = ""  # what this rank was told; empty on ranks that only heard of it from others
-        # Told of each checkpoint once it is committed, on every rank at the same step: (step, newest evaluation, its
-        # folder, which only rank 0 knows and which is None where the save failed). Other engines book it through this.
-        self.on_checkpoint: list[Callable[[int, dict[str, Any], Path | None], None]] = []
         self._vote: Vote | None = None
         self._next_stat = 0.0
         self._lines = Lines()
@@ -64,7 +60,7 @@ class Context:
 
     @cached_property
     def device(self) -> torch.device:
-        """The device of this rank. Raises ConfigError where there is none."""
+        """The device of this rank. Raises DeviceError if there is none that can be used."""
         if self.runtime.group_first:
             _ = self.group
         return self.runtime.device(self.world)

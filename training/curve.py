@@ -27,7 +27,7 @@ def draw_curve(run_dir: Path, title: str = "") -> Path:
                 metrics.setdefault(name, {})[line["step"]] = value
     curves = {name: sorted(values.items()) for name, values in metrics.items()}
     path = run_dir / "learning_curve.svg"
-    write_atomic(path, svg(sorted(loss.items()), curves, title))
+    write_atomic(path, svg(sorted(loss.items()), curves, title), 0o666)
     return path
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from training.ahead import ahead
 from training.group import environment
 from training.metrics import Metric, combine, evaluation_batches
+from training.replicas import check_replicas, replicate
 from training.sampler import Step
 from training.sharding import like, load_model_state, local_parts, part_name, shard, whole
 from training.state import join_optimizer, split_optimizer
@@ -76,8 +77,12 @@ class Engine:
         )
         # A runtime that compiles for each shape does so by itself.
         forward = torch.compile(model, dynamic=False) if config.compile and self.runtime.any_shape else model
-        # `evaluation_mode` leaves a sharded model without the wrapper of DDP.
-        self.wrapped = self.accelerator.prepare_model(forward, device_placement=False, evaluation_mode=self.sharded)
+        # `evaluation_mode` leaves DDP to us: accelerate wraps only on devices that it knows, and by the local rank.
+        self.wrapped = self.accelerator.prepare_model(forward, device_placement=False, evaluation_mode=True)
+        self.replicated = self.world_size > 1 and not self.sharded
+        self.unchecked = self.replicated  # until the weights of all ranks were compared once
+        if self.replicated and self.runtime.ddp:
+            self.wrapped = replicate(self.wrapped, ctx.device)
         self.prepared = self.accelerator.prepare_optimizer(self.optimizer, device_placement=False)
         self.scheduler = get_scheduler(config.schedule, self.optimizer, config.warmup_steps, steps)
         # Compiled code is made for each shape, so lengths are rounded up to a handful of them.
@@ -94,7 +99,7 @@ class Engine:
         DDP regroups gradients after its first backward pass. With more than two ranks the grouping decides the order in
         which numbers are added, so a resumed run would round otherwise than one that never stopped.
         """
-        if self.world_size > 2 and not self.sharded:
+        if self.world_size > 2 and self.replicated:
             self.accelerator.backward(self.wrapped(**self._send(self.batch(data, (0,)))).loss * 0)
             self.prepared.zero_grad()
 
@@ -137,12 +142,17 @@ class Engine:
         self.loss_sum += total
         self.loss_steps += 1
         self.runtime.submit()
+        if self.unchecked:
+            check_replicas(self.ctx.group, self.model, step.after)
+            # fp16: a step that was skipped has changed no weights, so the next one is compared, too.
+            self.unchecked = self.ctx.group.any(self.prepared.step_was_skipped)
 
     def _syncing(self, last: bool) -> AbstractContextManager[Any]:
         if self.sharded:
             self.model.set_requires_gradient_sync(last)
-            return nullcontext()
-        return nullcontext() if last else self.accelerator.no_sync(self.wrapped)
+        elif self.replicated and self.runtime.ddp and not last:
+            return self.wrapped.no_sync()  # type: ignore[no-any-return]
+        return nullcontext()
 
     def mean_loss(self) -> float:
         """The mean loss over all samples of the steps since the last call, over all ranks. A collective."""

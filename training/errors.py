@@ -3,7 +3,9 @@
 ValueError
 └── ConfigError        the user asked for something that cannot be; the message says what to type instead
 RuntimeError
-└── CheckpointError    a checkpoint cannot be written, found, verified or used
+├── CheckpointError    a checkpoint cannot be written, found, verified or used
+├── DeviceError        the accelerator that the rank was promised is not there, or cannot be used
+└── ReplicaError       ranks that should hold the same weights do not
 """
 
 from __future__ import annotations
@@ -18,6 +20,14 @@ class ConfigError(ValueError):
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, found, verified or used; the message names the file."""
+
+
+class DeviceError(RuntimeError):
+    """The accelerator of this rank is not there or cannot be used; the message says why. Another node may have one."""
+
+
+class ReplicaError(RuntimeError):
+    """Ranks that should hold the same weights hold different ones. Never worth a retry."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -20,10 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from training.checkpoints import Checkpoint, kept, step_of
+from training.checkpoints import Checkpoint, kept
 from training.errors import CheckpointError, ConfigError
-from training.files import sync_folder
-from training.manifest import MANIFEST, parse_manifest, verify
+from training.files import MAX_JSON_BYTES, read_plain, sync_folder
+from training.manifest import MANIFEST, check_file, parse_manifest, rankable, step_of, verify
 
 T = TypeVar("T")
 RETRIES = 5  # tries of one operation
@@ -41,6 +41,7 @@ class Mirror:
         self.keep = keep
         self.on_mirrored: Callable[[int], None] = lambda step: None
         self.on_failed: Callable[[int, Exception], None] = lambda step, error: None
+        self.on_damaged: Callable[[CheckpointError], None] = lambda error: None
         self._queue: queue.Queue[Path | None] = queue.Queue()
         self._thread: threading.Thread | None = None
 
@@ -84,7 +85,7 @@ class Mirror:
         for name in self._patiently(self._names):
             manifest = self._manifest(name)
             if manifest is not None:
-                found.append(Checkpoint(manifest["step"], Path(name), manifest["score"]))
+                found.append(Checkpoint(manifest["step"], Path(name), rankable(manifest["score"])))
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
     def pull(self, name: str, folder: Path) -> Path:
@@ -92,19 +93,25 @@ class Mirror:
 
         Raises CheckpointError where it does not arrive as it was written; nothing is left then.
         """
+        if step_of(name) is None:
+            raise CheckpointError(f"{name!r} is not the name of a checkpoint")
         target, staging = folder / name, folder / f".{name}.pull-{os.getpid()}"
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
         try:
-            raw = self._patiently(lambda: self._fs.cat_file(f"{self._root}/{name}/{MANIFEST}"))
-            for file in parse_manifest(raw, f"{self._root}/{name}/{MANIFEST}")["files"]:
+            staging.mkdir()
+            raw = self._read_manifest(name)
+            where = f"{self._root}/{name}"
+            for file, entry in parse_manifest(raw, f"{where}/{MANIFEST}", name)["files"].items():
+                self._check_object(f"{where}/{file}", entry["bytes"], entry["bytes"])
                 self._patiently(
-                    lambda file=file: self._fs.get_file(f"{self._root}/{name}/{file}", str(staging / file))  # type: ignore[misc]
+                    lambda file=file: self._fs.get_file(f"{where}/{file}", str(staging / file))  # type: ignore[misc]
                 )
             (staging / MANIFEST).write_bytes(raw)
             verify(staging)
-            if target.exists():  # a damaged one, or the caller would not ask
+            if target.is_symlink():
+                target.unlink()
+            elif target.exists():  # a damaged one, or the caller would not ask
                 shutil.rmtree(target)
             os.rename(staging, target)
             sync_folder(folder)
@@ -133,11 +140,12 @@ class Mirror:
 
     def _upload(self, path: Path) -> None:
         there = f"{self._root}/{path.name}"
-        raw = (path / MANIFEST).read_bytes()
-        manifest = parse_manifest(raw, str(path / MANIFEST))
+        raw = read_plain(path / MANIFEST)
+        manifest = parse_manifest(raw, str(path / MANIFEST), path.name)
+        files = {file: check_file(path, file, entry) for file, entry in manifest["files"].items()}
         self._patiently(lambda: self._fs.makedirs(there, exist_ok=True))
-        for file in manifest["files"]:
-            self._patiently(lambda file=file: self._fs.put_file(str(path / file), f"{there}/{file}"))  # type: ignore[misc]
+        for file, source in files.items():
+            self._patiently(lambda file=file, source=source: self._fs.put_file(str(source), f"{there}/{file}"))  # type: ignore[misc]
         self._patiently(lambda: self._fs.pipe_file(f"{there}/{MANIFEST}", raw))
         back = self._patiently(lambda: self._fs.cat_file(f"{there}/{MANIFEST}"))
         if hashlib.sha256(back).digest() != hashlib.sha256(raw).digest():
@@ -166,9 +174,26 @@ class Mirror:
     def _manifest(self, name: str) -> dict[str, Any] | None:
         path = f"{self._root}/{name}/{MANIFEST}"
         try:
-            return parse_manifest(self._patiently(lambda: self._fs.cat_file(path)), path)
-        except (FileNotFoundError, CheckpointError):
+            return parse_manifest(self._read_manifest(name), path, name)
+        except FileNotFoundError:  # not uploaded to its end
             return None
+        except CheckpointError as error:
+            self.on_damaged(error)
+            return None
+
+    def _read_manifest(self, name: str) -> bytes:
+        path = f"{self._root}/{name}/{MANIFEST}"
+        self._check_object(path, 0, MAX_JSON_BYTES)
+        return bytes(self._patiently(lambda: self._fs.cat_file(path)))
+
+    def _check_object(self, path: str, least: int, most: int) -> None:
+        """Raise CheckpointError unless the store has a plain object of `least` to `most` bytes under `path`."""
+        found = self._patiently(lambda: self._fs.info(path))
+        size = found.get("size")
+        if found.get("type") != "file" or found.get("islink"):
+            raise CheckpointError(f"{path} cannot be read: it is a link, a folder, a pipe or a device")
+        if not isinstance(size, int) or not least <= size <= most:
+            raise CheckpointError(f"{path} is not what was written: it has {size} bytes, and not {least} to {most}")
 
     def _patiently(self, operation: Callable[[], T]) -> T:
         """`operation`, tried again after errors that may pass."""

@@ -5,11 +5,13 @@ All in which they differ is here, a class each, so that nobody else has to ask w
 
 from __future__ import annotations
 
+import os
 import socket
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from training.errors import ConfigError
+from training.errors import ConfigError, DeviceError
+from training.missing import driver_fault, why_no_gpu
 from training.state import rng_state, seed_all, set_rng_state
 from training.world import World
 
@@ -27,6 +29,7 @@ class Runtime:
         by_itself: the device works while Python goes on, so that the next batches can be made meanwhile.
         group_first: the device can be used only once the process group is made; elsewhere the group needs the device.
         pins: copies to the device are fast from page-locked memory.
+        ddp: DDP averages the gradients; elsewhere the optimizer of accelerate does.
         shards: parameters can be sharded over the ranks (FSDP2).
         precisions: what forward and backward passes can be computed in.
     """
@@ -37,11 +40,12 @@ class Runtime:
     by_itself: ClassVar[bool] = False
     group_first: ClassVar[bool] = False
     pins: ClassVar[bool] = False
+    ddp: ClassVar[bool] = True
     shards: ClassVar[bool] = True
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16")
 
     def device(self, world: World) -> torch.device:
-        """The device of the rank that `world` describes. Raises ConfigError where there is none."""
+        """The device of the rank that `world` describes. Raises DeviceError if there is none that can be used."""
         import torch
 
         return torch.device("cpu")
@@ -115,13 +119,27 @@ class Cuda(Accelerator):
         import torch
 
         visible = torch.cuda.device_count()
-        index = 0 if visible == 1 else world.local_rank
+        # Ranks that see one GPU each were given it by the variable; without it, all see the same one.
+        own = visible == 1 and (world.local_world_size == 1 or "CUDA_VISIBLE_DEVICES" in os.environ)
+        index = 0 if own else world.local_rank
+        needs = f"local rank {world.local_rank} on {socket.gethostname()} needs GPU {index}"
         if index >= visible:
-            raise ConfigError(
-                f"local rank {world.local_rank} on {socket.gethostname()} needs GPU {index}, but {visible} are "
-                "visible; ask for fewer GPUs a node, or for CPU ranks"
+            raise DeviceError(
+                f"{needs}, but {visible} are visible: {why_no_gpu(index, visible)}; or ask for fewer GPUs a node, or for"
+                " CPU ranks"
             )
-        torch.cuda.set_device(index)
+        if visible == 1 and not own:
+            raise DeviceError(
+                f"{world.local_world_size} ranks on {socket.gethostname()} need a GPU each, but 1 is visible to all of them:"
+                f" {why_no_gpu(1, 1)}; ask for fewer GPUs a node, or for CPU ranks"
+            )
+        try:
+            torch.cuda.set_device(index)
+        except (RuntimeError, AssertionError) as error:
+            fault = driver_fault(str(error))
+            if not fault:
+                raise
+            raise DeviceError(f"{needs}, but {fault}; or ask for CPU ranks") from error
         return torch.device("cuda", index)
 
 
@@ -149,6 +167,7 @@ class TorchXla(Runtime):
     any_shape = False
     by_itself = True
     group_first = True
+    ddp = False
     shards = False
     precisions = ("fp32", "bf16")
 
@@ -189,15 +208,27 @@ RUNTIMES: dict[str, Runtime] = {"cpu": Runtime(), "cuda": Cuda(), "tpu": TorchTp
 
 
 def _need(module: str) -> Any:
-    """Import a TPU runtime. Raises ConfigError where it is not installed, and tells of the other one."""
+    """Import a TPU runtime.
+
+    Raises:
+        ConfigError: it is not installed, so the profile names a runtime that this environment does not have.
+        DeviceError: it is, and cannot be loaded on this machine.
+    """
     import importlib
 
+    package = module.partition(".")[0]
+    other = {"torch_tpu": "torch_xla", "torch_xla": "torch_tpu"}[package]
+    host = socket.gethostname()
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        other = {"torch_tpu": "torch_xla", "torch_xla": "torch_tpu"}[package]
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise DeviceError(
+                f"{package} on {host} lacks a part: {error}; install it again where the ranks run"
+            ) from error
         raise ConfigError(
-            f"{socket.gethostname()} has no {package} ({error}); install it where the ranks run, or set "
+            f"{host} has no {package} ({error}); install it where the ranks run, or set "
             f'tpu_runtime = "{other}" in the profile of the cluster'
         ) from None
+    except (ImportError, OSError) as error:
+        raise DeviceError(f"{package} cannot be loaded on {host}: {error}") from error

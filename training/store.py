@@ -35,7 +35,6 @@ class Store:
 
     def __init__(self, ctx: Context, config: TrainConfig) -> None:
         self._ctx = ctx
-        self._untold: tuple[int, dict[str, Any]] | None = None
         self._one_disk = True  # whether all nodes see the same folder of checkpoints; `find` looks
         self._mirror = Mirror(config.mirror, ctx.run_dir.name, keep=config.keep) if config.mirror else None
         ctx.checkpoints.keep = config.keep
@@ -43,6 +42,7 @@ class Store:
         ctx.checkpoints.on_failed = lambda step, error: ctx.event("save-failed", step=step, error=str(error))
         ctx.checkpoints.on_damaged = lambda error: ctx.event("checkpoint-damaged", error=str(error))
         if self._mirror is not None:
+            self._mirror.on_damaged = ctx.checkpoints.on_damaged
             self._mirror.on_mirrored = lambda step: ctx.event("mirrored", step=step)
             self._mirror.on_failed = lambda step, error: ctx.event("mirror-failed", step=step, error=str(error))
 
@@ -123,7 +123,6 @@ class Store:
     def save(self, engine: Engine, step: int, state: dict[str, Any], score: float | None) -> None:
         """Save a checkpoint in the background. The engine waits with its next update until all is copied. A collective."""
         since = time.monotonic()
-        self._tell()
         world = self._ctx.world
         in_parts = engine.sharded and self._one_disk
         parts = engine.capture(in_parts=in_parts)
@@ -132,12 +131,10 @@ class Store:
         if world.rank == 0 or in_parts:
             part = (world.rank, world.world_size if in_parts else 1)
             self._ctx.checkpoints.save(step, parts, score=score, part=part, since=since, later=True)
-        self._untold = (step, (state["evaluations"] or [{}])[-1])
 
     def finish(self) -> None:
         """Wait until the last checkpoint is committed, so that no rank leaves before. A collective."""
         self._ctx.checkpoints.wait()
-        self._tell()
         self._ctx.group.barrier()
 
     def publish(self, engine: Engine, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -174,18 +171,6 @@ class Store:
         finally:
             if self._mirror is not None:
                 self._mirror.close()
-
-    def _tell(self) -> None:
-        """Tell of the checkpoint before: the next may begin, so it must be finished now anyway."""
-        untold, self._untold = self._untold, None
-        if untold is None or not self._ctx.on_checkpoint:
-            return
-        step, evaluation = untold
-        self._ctx.checkpoints.wait()
-        there = {saved.step: saved.path for saved in self._ctx.checkpoints.committed()}
-        path = there.get(step) if self._ctx.world.rank == 0 else None
-        for tell in self._ctx.on_checkpoint:
-            tell(step, evaluation, path)
 
     def _newest(self) -> Checkpoint | None:
         self._ctx.checkpoints.clean()

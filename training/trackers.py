@@ -14,39 +14,33 @@ from training.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# What accelerate 1.15 knows, and the package that each needs.
-PACKAGES = {
-    "tensorboard": ("tensorboard", "tensorboardX"),
-    "wandb": ("wandb",),
-    "mlflow": ("mlflow",),
-    "comet_ml": ("comet_ml",),
-    "aim": ("aim",),
-    "clearml": ("clearml",),
-    "dvclive": ("dvclive",),
-    "swanlab": ("swanlab",),
-    "trackio": ("trackio",),
-}
-
 
 def check_trackers(names: tuple[str, ...]) -> None:
-    """Raise ConfigError for a tracker that does not exist, or whose package is not installed here."""
+    """Check that accelerate knows each tracker and that its package is installed here.
+
+    Raises:
+        ConfigError: one is unknown, or its package is missing.
+    """
+    if set(names) <= {"tensorboard"} and importlib.util.find_spec("tensorboard"):
+        return  # the default; importing accelerate takes seconds
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known, installed = list(LOGGER_TYPE_TO_CLASS), [str(name) for name in get_available_trackers()]
     for name in names:
-        if name not in PACKAGES:
+        if name not in known:
             raise ConfigError(
-                f"--log-with {name}: no such tracker{did_you_mean(name, PACKAGES)}; known are {', '.join(PACKAGES)}"
+                f"--log-with {name}: no such tracker{did_you_mean(name, known)}; known are {', '.join(known)}"
             )
-        if not any(importlib.util.find_spec(package) for package in PACKAGES[name]):
-            raise ConfigError(
-                f"--log-with {name} needs a package: pip install {PACKAGES[name][0]}, or give --log-with="
-            )
+        if name not in installed:
+            raise ConfigError(f"--log-with {name} needs a package: pip install {name}, or give --log-with=")
 
 
 class Trackers:
-    """The trackers of a run, on rank 0; on other ranks nothing happens."""
+    """The trackers of a run, for rank 0; without `names` nothing happens."""
 
     def __init__(self, accelerator: Accelerator, names: tuple[str, ...], run_dir: Path, settings: Mapping[str, Any]):
         self._accelerator = accelerator
-        self._names = names if accelerator.is_main_process else ()
+        self._names = names
         self._run_dir = run_dir
         self._settings = {
             name: value if isinstance(value, int | float | str | bool) else str(value)

@@ -125,7 +125,9 @@ def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
         ctx.event("resumed", step=state.step)
     metric = find_metric(config.metric, config.num_labels, config.dataset)
     progress = Progress(total, state, enabled=ctx.world.rank == 0)
-    trackers = Trackers(engine.accelerator, config.log_with, ctx.run_dir, asdict(config))
+    # accelerate takes every rank for the main one on a device that it does not know, so our own rank decides.
+    names = config.log_with if ctx.world.rank == 0 else ()
+    trackers = Trackers(engine.accelerator, names, ctx.run_dir, asdict(config))
 
     with closing(store), closing(trackers), closing(progress):
         while state.step < total and not ctx.stopped:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from training.errors import ConfigError
+from training.visible import visible_devices
 
 DeviceType = Literal["cpu", "cuda", "tpu", "xla"]
 """A kind of device, as torch calls it. TPUs have two: of torch_tpu and of torch_xla."""
@@ -104,7 +105,7 @@ class World:
             num_nodes=number(max(1, world_size // max(1, local_world_size)), "GROUP_WORLD_SIZE"),
             master_addr=env.get("MASTER_ADDR", "127.0.0.1"),
             master_port=number(0, "MASTER_PORT"),
-            device="cpu" if on_cpu or not env.get("CUDA_VISIBLE_DEVICES") else "cuda",
+            device="cpu" if on_cpu or not visible_devices(env.get("CUDA_VISIBLE_DEVICES")) else "cuda",
             threads=number(0, "OMP_NUM_THREADS"),
             attempt=number(0, "TORCHELASTIC_RESTART_COUNT") + 1,
             run_id=env.get("TORCHELASTIC_RUN_ID", ""),

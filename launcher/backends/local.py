@@ -4,69 +4,94 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from launcher import gpus
 from launcher.backends import process
+from launcher.backends.base import Backend, Capabilities
 from launcher.cluster import Cluster
+from launcher.config_check import Check
 from launcher.errors import BadRequest
-from launcher.ranks import NodeRanks, Seat
 from launcher.rundir import RunDir
 from launcher.spec import Plan, State
+from launcher.trust import PROCESS_ID, check_id
+from training.missing import UNUSABLE
+
+TRY_SECONDS = 120.0
+"""How long the import of torch and a first computation on a GPU may take."""
 
 
 def survey(cluster: Cluster) -> Cluster:
     """Count the GPUs and cores of this machine, without importing torch."""
     node = cluster.node
-    found = replace(
-        node, gpus=_gpus() if node.gpus is None else node.gpus, cpus=node.cpus or len(os.sched_getaffinity(0))
-    )
+    shown = gpus.count(os.environ.get("CUDA_VISIBLE_DEVICES")) if node.gpus is None else node.gpus
+    found = replace(node, gpus=shown, cpus=node.cpus or len(os.sched_getaffinity(0)))
     return replace(cluster, node=found, nodes=1, oversubscribe=True)
 
 
-def _gpus() -> int:
-    visible = _visible_devices()
-    if visible is not None:
-        return len([d for d in visible.split(",") if d.strip() and d.strip() != "-1"])
-    proc = Path("/proc/driver/nvidia/gpus")
-    if proc.is_dir():
-        return len(list(proc.iterdir()))
-    if shutil.which("nvidia-smi"):
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-        return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
-    return 0
+def unusable_gpus() -> str:
+    """Say why torch cannot use the GPUs of this machine; empty if it can. Runs a process, since torch is slow to import."""
+    command = [sys.executable, "-P", "-m", "training.missing"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TRY_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"the first of them does not answer within {TRY_SECONDS:g} s"
+    if done.returncode == 0:
+        return ""
+    lines = (done.stdout if done.returncode == UNUSABLE else done.stderr).strip().splitlines()
+    return lines[-1] if lines else f"torch ended with {done.returncode} when it tried the first of them"
 
 
-def _visible_devices() -> str | None:
-    return os.environ.get("CUDA_VISIBLE_DEVICES")
+class LocalBackend(Backend):
+    """This machine: its ranks start at once, and report by themselves what is wrong with their target."""
 
+    name = "local"
+    capabilities = Capabilities(interrupt_stops=True, queue=False, precheck=False, multi_node=False)
 
-def render(plan: Plan) -> str:
-    """The processes that would start, and the environment of each."""
-    run_dir = RunDir(plan.run_dir)
-    ranks = NodeRanks(run_dir, plan, Seat(), lambda message: None)
-    lines = [f"agent: python -m launcher.agent {plan.run_dir}"]
-    here = Seat().address
-    for world in ranks.worlds(attempt=1, address=here, port=1):
-        environment = {**plan.environment, **world.environment(), "MASTER_PORT": "<a free port>"}
-        environment |= ranks.environment(world, [here])
-        lines.append(f"rank {world.rank}: {plan.target.kind} {plan.target.name} {json.dumps(plan.target.args)}")
-        lines += [f"    {key}={value}" for key, value in sorted(environment.items())]
-    return "\n".join(lines) + "\n"
+    def survey(self, cluster: Cluster) -> Cluster:
+        """See `survey`."""
+        return survey(cluster)
 
+    def render(self, plan: Plan) -> str:
+        """The processes that would start, and the environment of each."""
+        from launcher.rank_environment import rank_environment
+        from launcher.ranks import NodeRanks, Seat
 
-def submit(plan: Plan) -> str:
-    """Start the agent."""
-    if plan.placement.nodes != 1:
-        raise BadRequest("the local backend has one node: this machine. Use --backend slurm or ray for more.")
-    return process.start("launcher.agent", plan.run_dir, RunDir(plan.run_dir).agent_log(0))
+        run_dir = RunDir(plan.run_dir)
+        ranks = NodeRanks(run_dir, plan, Seat(), lambda message: None)
+        lines = [f"agent: python -m launcher.agent {plan.run_dir}"]
+        here = Seat().address
+        for world in ranks.worlds(attempt=1, address=here, port=1):
+            environment = rank_environment({}, plan, world, ranks.variables(world, [here]))
+            environment["MASTER_PORT"] = "<a free port>"
+            lines.append(f"rank {world.rank}: {plan.target.kind} {plan.target.name} {json.dumps(plan.target.args)}")
+            lines += [f"    {key}={value}" for key, value in sorted(environment.items())]
+        return "\n".join(lines) + "\n"
 
+    def unusable_gpus(self) -> str:
+        """See `unusable_gpus`."""
+        return unusable_gpus()
 
-def poll(job_id: str) -> State:
-    return process.poll(job_id)
+    def submit(self, plan: Plan) -> str:
+        """Start the agent."""
+        if plan.placement.nodes != 1:
+            raise BadRequest("the local backend has one node: this machine. Use --backend slurm or ray for more.")
+        return process.start("launcher.agent", plan.run_dir, RunDir(plan.run_dir).agent_log(0))
 
+    def check_id(self, job_id: str) -> None:
+        check_id(PROCESS_ID, job_id)
 
-def cancel(job_id: str) -> None:
-    process.kill(job_id)
+    def poll(self, job_id: str) -> State:
+        return process.poll(job_id)
+
+    def cancel(self, job_id: str) -> None:
+        process.kill(job_id)
+
+    def diagnose(self, cluster: Cluster, cwd: Path) -> Iterator[Check]:
+        """Count the devices."""
+        node = survey(cluster).node
+        yield Check("devices", True, f"{node.gpus or 'no'} GPUs, {node.cpus} cores")

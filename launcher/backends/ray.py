@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from launcher.backends import local, process
+from launcher.backends.base import Backend, Capabilities
 from launcher.cluster import Cluster
+from launcher.config_check import Check
 from launcher.devices import Placement
 from launcher.errors import BadRequest
 from launcher.rundir import RunDir
 from launcher.spec import Plan, State
 from launcher.tpu import SINGLE_HOST_CHIPS, Topology, pod_type
+from launcher.trust import PROCESS_ID, check_id
 
 ACCEPT_SECONDS = 180.0
 """How long `submit` waits for the driver's word that the cluster can run this; starting a Ray of our own takes seconds."""
@@ -24,13 +28,6 @@ ACCEPT_SECONDS = 180.0
 def address(cluster: Cluster) -> str | None:
     """Where the cluster is; None for a Ray that the run starts on this machine. The only place that reads RAY_ADDRESS."""
     return cluster.ray.address or os.environ.get("RAY_ADDRESS") or None
-
-
-def survey(cluster: Cluster) -> Cluster:
-    """Without a cluster this machine is it; a real one is looked at by the driver, which has to connect anyway."""
-    where = address(cluster)
-    cluster = replace(cluster, ray=replace(cluster.ray, address=where))
-    return cluster if where else local.survey(cluster)
 
 
 def trainer(
@@ -74,7 +71,6 @@ def trainer(
             # Restarts are decided by the driver (launcher.policy), which knows a user's error from a lost node. Two of
             # these would otherwise be tried for ever: a request that does not fit, and nodes that are taken away.
             "failure_config": {"max_failures": 0, "controller_failure_limit": 0, "max_preemption_failures": 0},
-            "checkpoint_config": {"num_to_keep": 2},
         },
         "settings": settings(plan),
     }
@@ -116,24 +112,6 @@ def _strategy(plan: Plan) -> str:
     return plan.cluster.ray.placement_strategy
 
 
-def render(plan: Plan) -> str:
-    """The arguments of TorchTrainer, and where the cluster is."""
-    return json.dumps(trainer(plan), indent=2) + "\n"
-
-
-def submit(plan: Plan) -> str:
-    """Start the driver and wait until it has the cluster's word that the request can be met."""
-    run_dir = RunDir(plan.run_dir)
-    trainer(plan)  # refuses before anything starts
-    job_id = process.start("launcher.backends.ray_driver", plan.run_dir, run_dir.agent_log(0))
-    try:
-        _await_acceptance(plan, job_id)
-    except BaseException:
-        process.kill(job_id)  # Ctrl-C while waiting included: what was not accepted was not sent
-        raise
-    return job_id
-
-
 def _await_acceptance(plan: Plan, job_id: str) -> None:
     run_dir = RunDir(plan.run_dir)
     deadline = time.monotonic() + ACCEPT_SECONDS
@@ -152,10 +130,56 @@ def _await_acceptance(plan: Plan, job_id: str) -> None:
     raise BadRequest(f"Ray at {plan.cluster.ray.address} did not answer within {ACCEPT_SECONDS:.0f} s.")
 
 
-def poll(job_id: str) -> State:
-    return process.poll(job_id)
+class RayBackend(Backend):
+    """Ray: each run is a driver process on this machine, which asks the cluster for workers."""
 
+    name = "ray"
+    capabilities = Capabilities(elastic=True)
 
-def cancel(job_id: str) -> None:
-    """Kill the driver: Ray ends the job of a driver that is gone, with its controller and workers."""
-    process.kill(job_id)
+    def survey(self, cluster: Cluster) -> Cluster:
+        """Without a cluster this machine is it; a real one is looked at by the driver, which has to connect anyway."""
+        where = address(cluster)
+        cluster = replace(cluster, ray=replace(cluster.ray, address=where))
+        return cluster if where else local.survey(cluster)
+
+    def render(self, plan: Plan) -> str:
+        """The arguments of TorchTrainer, and where the cluster is."""
+        return json.dumps(trainer(plan), indent=2) + "\n"
+
+    def submit(self, plan: Plan) -> str:
+        """Start the driver and wait until it has the cluster's word that the request can be met."""
+        run_dir = RunDir(plan.run_dir)
+        trainer(plan)  # refuses before anything starts
+        job_id = process.start("launcher.backends.ray_driver", plan.run_dir, run_dir.agent_log(0))
+        try:
+            _await_acceptance(plan, job_id)
+        except BaseException:
+            process.kill(job_id)  # Ctrl-C while waiting included: what was not accepted was not sent
+            raise
+        return job_id
+
+    def check_id(self, job_id: str) -> None:
+        check_id(PROCESS_ID, job_id)
+
+    def poll(self, job_id: str) -> State:
+        return process.poll(job_id)
+
+    def cancel(self, job_id: str) -> None:
+        """Kill the driver: Ray ends the job of a driver that is gone, with its controller and workers."""
+        process.kill(job_id)
+
+    def diagnose(self, cluster: Cluster, cwd: Path) -> Iterator[Check]:
+        """Connect to the head."""
+        from launcher.backends import ray_doctor
+
+        yield ray_doctor.reachable(address(cluster))
+
+    def at_hand(self) -> bool:
+        return address(Cluster("new", self.name)) is not None
+
+    def new_profile(self) -> str:
+        """Ask the Ray at RAY_ADDRESS, or the one of this machine, for its nodes."""
+        from launcher.backends import ray_doctor
+
+        where = address(Cluster("new", self.name)) or "auto"
+        return ray_doctor.profile_text(where, ray_doctor.nodes_at(where))

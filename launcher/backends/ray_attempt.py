@@ -6,12 +6,11 @@ import asyncio
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
-from launcher import preflight
+from launcher import exit_status, preflight
 from launcher.attempt import Attempt
 from launcher.backends.ray_lease import Lease
-from launcher.backends.ray_reports import Reports
 from launcher.backends.ray_stewards import Stewards
 from launcher.policy import Outcome
 from launcher.ranks import Message
@@ -41,10 +40,9 @@ class RayAttempt:
         run_dir: RunDir,
         lease: Lease,
         stewards: Stewards,
-        reports: Reports,
         note: Callable[[str, Message, Lease | None], None],
     ) -> None:
-        self.run_dir, self.lease, self.stewards, self.reports, self.note = run_dir, lease, stewards, reports, note
+        self.run_dir, self.lease, self.stewards, self.note = run_dir, lease, stewards, note
         self.cluster = lease.plan.cluster
         self.number = run_dir.claim_attempt()
         one_each = {rank: rank for rank in range(lease.ranks)}  # every rank is an agent of its own to `Attempt`
@@ -67,6 +65,9 @@ class RayAttempt:
                 await self._watch(inbox)
         finally:
             ended.cancel()
+        if not self.ranks.joined:  # a stop may have ended the ranks before it was read
+            while not inbox.empty():
+                self._take_in(*inbox.get_nowait())
         if any(code < 0 for code in self.ranks.exits.values()):
             # A node that goes down ends its processes one by one, and may have told of a rank before its steward went.
             if lease.broken:  # a worker went, too; the next lease takes longer than this
@@ -80,7 +81,10 @@ class RayAttempt:
         if lease.broken and not exits and not lost:
             exits = {0: -signal.SIGKILL}  # Ray ended its workers, and we our ranks
         errors = self.run_dir.errors(self.number)
-        return Outcome(exits, errors, self.stop, lost, host_of, self.ranks.progress, self.ranks.hung, unfit)
+        ends = Outcome(exits, errors, self.stop, lost, host_of, self.ranks.progress, self.ranks.hung, unfit)
+        finished = self.run_dir.finished(self.number, 0).exists()
+        aborts = await asyncio.to_thread(exit_status.causes, self.run_dir, self.number, exits)
+        return replace(ends, joined=self.ranks.joined, finished=finished, aborts=aborts)
 
     async def _watch(self, inbox: asyncio.Queue[tuple[str, Message]]) -> None:
         """Take in what is said until the last rank has ended."""
@@ -152,8 +156,6 @@ class RayAttempt:
                 self._ask_to_stop(reason, self.cluster.grace)
             case {"drained": going}:
                 self._check_drains(going)
-            case {"saved": _}:
-                self.report()
 
     def _lost(self, node: str) -> None:
         for rank in self.lease.ranks_on(node):
@@ -171,12 +173,4 @@ class RayAttempt:
 
     def _ask_to_stop(self, reason: str, grace: float) -> None:
         self.stop = self.stop or reason
-        self.run_dir.event("stopping", reason=reason)
-        self.ranks.kill_within(grace)
-        self.stewards.tell_all({"signal": int(signal.SIGTERM)})
-
-    def report(self) -> None:
-        """Let the workers tell Ray Train of the checkpoints that are new."""
-        for metrics, path in self.reports.take():
-            for member in self.lease.members:
-                self.stewards.tell(member.node.id, {"order": member.worker, "report": metrics, "path": str(path)})
+        self.run_dir.event("stopping", reason=reason, **self.ranks.ask_to_stop(grace))

@@ -14,31 +14,28 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import sys
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from launcher import history
 from launcher.backends.ray_attempt import DRIVER, RayAttempt
 from launcher.backends.ray_cluster import draining, join, leave, reservations, shortage
 from launcher.backends.ray_lease import Lease, Member
-from launcher.backends.ray_reports import Reports
 from launcher.backends.ray_room import Room
 from launcher.backends.ray_stewards import Stewards
-from launcher.ending import end_run, note_failure, until_writable
+from launcher.ending import Elsewhere, End, Fate, Recovery
 from launcher.errors import BadRequest
 from launcher.output import outlive_a_full_disk
-from launcher.policy import ADVICE, Action, Failure, Outcome, back_off, decide, no_progress, unfit
+from launcher.policy import ADVICE, Failure, Outcome
 from launcher.ranks import Message
 from launcher.rundir import BEAT_SECONDS, RunDir
 from launcher.spec import Plan, State
 
 LOOK_SECONDS = 0.5
-"""How often the driver looks for a request to stop, for drained and new nodes, and for new checkpoints."""
+"""How often the driver looks for a request to stop, and for drained and new nodes."""
 
 DEATH_SECONDS = 15.0
 """How long Ray may take to notice that a node is gone whose steward is; after that, only the steward is."""
@@ -47,29 +44,22 @@ FAREWELL_SECONDS = 10.0
 """How long Ray Train gets to end a lease; workers that are still there are then killed, and it gets as long again."""
 
 
-@dataclass(frozen=True)
-class End:
-    """How the run ended: its state, what failed, and after which step."""
-
-    state: State
-    failure: Failure | None = None
-    step: int | None = None
-
-
 class Driver:
     """Brings one submission of a run to its end."""
 
     def __init__(self, run_dir: RunDir) -> None:
         self.run_dir = run_dir
         self.plan = run_dir.plan()
-        self.started = time.monotonic()
+        self.recovery = Recovery(run_dir, self.plan)
         self.inbox: asyncio.Queue[tuple[str, Message]] = asyncio.Queue()
         self.stewards = Stewards(run_dir, lambda node, message: self.inbox.put_nowait((node, message)))
         self.room = Room(run_dir, self.plan, self.stewards)
-        self.reports = Reports(run_dir)
         self.ranks = self.plan.placement.world_size  # of the newest lease
         self.stop = ""  # why the run was asked to stop
         self.going: dict[str, float] = {}  # drained nodes, and when they go
+        self.lease: Lease | None = None  # the workers that the run has now
+        self.leaving = False  # these workers are given up before the next attempt
+        self.asked = run_dir.last_attempt()  # counts the requests for workers
         self.suspects: dict[str, float] = {}  # when each was found silent; Ray may list it for a while
 
     async def run(self) -> State:
@@ -84,12 +74,13 @@ class Driver:
         else:
             self.run_dir.event("accepted")
             looking = asyncio.create_task(self._look())
-            end = await self._leases()
+            end = await self.recovery.run(self)
             looking.cancel()
+        if self.lease is not None:
+            await self._finish(self.lease, f"{end.failure.kind}: {end.failure.message}" if end.failure else "")
         self.stewards.close()
         await leave()
-        attempt = self.run_dir.last_attempt()
-        return end_run(self.run_dir, self._as_it_went(), end.state, attempt, self.started, end.failure, end.step)
+        return self.recovery.finish(end, self._as_it_went())
 
     def _as_it_went(self) -> Plan:
         """The plan with the number of ranks that there were in the end."""
@@ -115,26 +106,75 @@ class Driver:
             if new := going.keys() - self.going.keys():
                 self.going = going
                 self.inbox.put_nowait((DRIVER, {"drained": {node: going[node] for node in new}}))
-            if self.reports.new():
-                self.inbox.put_nowait((DRIVER, {"saved": True}))
             await asyncio.sleep(LOOK_SECONDS)
+
+    # ---- the engine of the recovery loop ----------------------------------------------------------------------------
+
+    @property
+    def movable(self) -> bool:
+        """Whether Ray Train can be kept from a node."""
+        return self.room.steerable
+
+    def spare(self, outcome: Outcome) -> bool:
+        """Return whether other workers can be asked for: always after a loss; not away from TPU hosts that are unfit."""
+        return self.room.steerable or not outcome.unfit
+
+    async def attempt(self) -> tuple[int, Outcome] | End:
+        """Run the next attempt, with other workers if those at hand are lost or given up."""
+        if self.lease is not None and (self.lease.broken or self.leaving):
+            await self._finish(self.lease, "an attempt failed, and the run goes on with other workers")
+            self.lease = None
+        while self.lease is None:
+            if (found := await self._next_lease()) is not None:
+                return found
+        if self.stop:
+            return End(State.STOPPED)
+        attempt = RayAttempt(self.run_dir, self.lease, self.stewards, self._note)
+        return attempt.number, await attempt.run(self.inbox, self.going)
+
+    def exclude(self, attempt: int, hosts: tuple[str, ...]) -> None:
+        """Ask for other workers, away from `hosts`."""
+        self.room.strike(hosts, attempt)
+        self.leaving = True
+
+    def fate(self) -> Fate:
+        """Return why the ranks were stopped: empty if a person asked for it, else Ray takes nodes away."""
+        return "" if self.stop else "preempting"
+
+    def start_elsewhere(self, attempt: int, hosts: tuple[str, ...]) -> Elsewhere:
+        """Ask for other workers; `hosts` are excluded if the other nodes can hold the run."""
+        if not hosts:
+            self.leaving = True
+        elif self.room.ranks_for(self.room.nodes(but=hosts)):
+            self.exclude(attempt, hosts)
+        return Elsewhere.NOW
+
+    async def pause(self, seconds: float) -> None:
+        """Wait, unless the workers are given up, which takes time enough."""
+        if self.lease is None or not (self.lease.broken or self.leaving):
+            await asyncio.sleep(seconds)
 
     # ---- leases ---------------------------------------------------------------------------------------------------
 
-    async def _leases(self) -> End:
-        number = self.run_dir.last_attempt()
-        while True:
-            ranks = await self._room()
-            if isinstance(ranks, End):
-                return ranks
-            number += 1
-            lease = Lease(self.plan, number, ranks, lost_before=len(self.room.lost))
-            self.reports.begin()
-            lease.start(self.room.request(number, ranks))
-            self.ranks = ranks
-            end = await self._hold(lease)
-            if end is not None:
-                return end
+    async def _next_lease(self) -> tuple[int, Outcome] | End | None:
+        """Ask for workers and wait for them: the outcome of an attempt that they did not start, the end, or None.
+
+        None says to look again: `lease` has its workers, or the cluster did not give them.
+        """
+        ranks = await self._room()
+        if isinstance(ranks, End):
+            return ranks
+        self.asked += 1
+        lease = Lease(self.plan, self.asked, ranks, lost_before=len(self.room.lost))
+        lease.start(self.room.request(self.asked, ranks))
+        self.ranks = ranks
+        if await self._gather(lease):
+            self.room.lacking, self.lease, self.leaving = None, lease, False
+            return None
+        if self.stop:
+            return End(State.STOPPED)  # leaving ends what is being started
+        await self._finish(lease, "the workers did not start")
+        return self._not_started(lease)
 
     async def _room(self) -> int | End:
         """Wait until the cluster can hold the run, for a bounded time; returns the number of ranks, or how it ended."""
@@ -161,65 +201,6 @@ class Driver:
             async with asyncio.timeout(LOOK_SECONDS):
                 node, message = await self.inbox.get()
                 self._note(node, message, None)
-
-    async def _hold(self, lease: Lease) -> End | None:
-        """Run attempts until the run or the lease is over; returns the state of the run, None for another lease."""
-        if not await self._gather(lease):
-            if self.stop:
-                return End(State.STOPPED)  # leaving ends what is being started
-            await self._finish(lease, "the workers did not start")
-            return await self._not_started(lease)
-        self.room.lacking = None
-        while not self.stop:
-            attempt = RayAttempt(self.run_dir, lease, self.stewards, self.reports, self._note)
-            outcome = await attempt.run(self.inbox, self.going)
-            await until_writable(self.run_dir)
-            attempt.report()
-            past = history.read(self.run_dir.events())
-            left = self.plan.spec.max_restarts - len(past.setbacks)
-            action, failure, struck = self._decide(outcome, left, past)
-            if action is Action.RESTART:
-                note_failure(self.run_dir, attempt.number, failure, left - 1, outcome.step)
-                if struck:
-                    self.room.strike(struck, attempt.number)
-                if lease.broken or struck:
-                    await self._finish(lease, str(failure and failure.message))
-                    return None
-                await asyncio.sleep(back_off(past, outcome.step))
-                continue
-            await self._finish(lease, f"{failure.kind}: {failure.message}" if failure is not None else "")
-            if action is Action.FINISH:
-                return End(State.SUCCEEDED)
-            if action is Action.STOP:
-                return self._stopped(past, outcome)
-            return End(State.FAILED, failure, outcome.step)
-        await self._finish(lease, "")
-        return End(State.STOPPED)
-
-    def _decide(
-        self, outcome: Outcome, left: int, past: history.History
-    ) -> tuple[Action, Failure | None, tuple[str, ...]]:
-        """What follows from an attempt, the failure if it was one, and the nodes to stay away from.
-
-        A node that failed is left where the others can hold the run; one that is unfit also where they cannot yet.
-        """
-        spare = self.room.steerable or not outcome.unfit
-        action, failure = decide(outcome, left, past, movable=self.room.steerable, spare=spare)
-        if action is not Action.MOVE:
-            return action, failure, tuple(outcome.unfit) if action is Action.RESTART else ()
-        assert failure is not None, "only a failure is a reason to leave"
-        struck = unfit(failure, past, outcome.step)
-        return Action.RESTART, failure, struck if self.room.ranks_for(self.room.nodes(but=struck)) else ()
-
-    def _stopped(self, past: history.History, outcome: Outcome) -> End | None:
-        """The ranks stopped because they were asked to: go on on other nodes where it was Ray that asked."""
-        if self.stop:
-            return End(State.STOPPED)
-        step = outcome.step or self.run_dir.newest_step()
-        if failure := no_progress(past, step):
-            return End(State.STOPPED, failure, step)
-        self.run_dir.event("requeued", attempt=self.run_dir.last_attempt(), reason="preempted", step=step)
-        return None
 
     async def _gather(self, lease: Lease) -> bool:
         """Wait until all workers of the lease are ready; False where they will not be."""
@@ -256,27 +237,18 @@ class Driver:
                 if lease and any(member.node.id == node for member in lease.members):
                     lease.broken = True
 
-    async def _not_started(self, lease: Lease) -> End | None:
+    def _not_started(self, lease: Lease) -> tuple[int, Outcome] | End | None:
         """Workers that never came: what the cluster lacks is waited for, anything else counts as a failed attempt."""
         if type(lease.cause).__name__ == "WorkerGroupStartupTimeoutError":
-            if self.plan.cluster.ray.autoscales:
-                failure = self.room.too_small("the workers that Ray was asked for did not come")
-                return End(State.FAILED, failure) if failure else None
-            return None
-        attempt, past = self.run_dir.claim_attempt(), history.read(self.run_dir.events())
-        left = self.plan.spec.max_restarts - len(past.setbacks)
-        gone = self.room.lost[lease.lost_before :]
-        action, failure = decide(Outcome({} if gone else {0: -signal.SIGKILL}, lost=gone), left, past, spare=True)
-        assert failure is not None
-        if not gone:
-            said = str(lease.cause or "one of them ended").strip().splitlines()[-1]
-            text = f"Ray Train could not start the workers: {said}"
-            failure = replace(failure, kind="not started", message=text, advice=ADVICE["not started"])
-        if action is Action.RESTART:
-            note_failure(self.run_dir, attempt, failure, left - 1)
-            await asyncio.sleep(back_off(past, None))
-            return None
-        return End(State.FAILED, failure)
+            if not self.plan.cluster.ray.autoscales:
+                return None
+            failure = self.room.too_small("the workers that Ray was asked for did not come")
+            return End(State.FAILED, failure) if failure else None
+        if gone := self.room.lost[lease.lost_before :]:
+            return self.run_dir.claim_attempt(), Outcome({}, lost=gone)
+        cause = str(lease.cause or "one of them ended").strip().splitlines()[-1]
+        text = f"Ray Train could not start the workers: {cause}"
+        return self.run_dir.claim_attempt(), Outcome({}, not_started=text)
 
     async def _finish(self, lease: Lease, text: str) -> None:
         """End the lease, whatever state it is in; `text` says why the run failed, for Ray Train's record of it."""

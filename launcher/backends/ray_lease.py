@@ -11,6 +11,7 @@ from typing import Any
 from launcher.backends.ray_cluster import SLICE, TOPOLOGY, WORKER, RayNode
 from launcher.spec import Plan
 from launcher.tpu import Topology, rank_environment
+from training.visible import visible_devices
 from training.world import World
 
 
@@ -54,15 +55,12 @@ class Lease:
         threading.Thread(target=run, name="fit", daemon=True).start()
 
     def _fit(self, asked: dict[str, Any]) -> None:
-        from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
 
         from launcher.backends.ray_worker import LeanTrainer, RankConfig, hold_rank
 
         run = asked["run_config"]
-        run |= {
-            "failure_config": FailureConfig(**run["failure_config"]),
-            "checkpoint_config": CheckpointConfig(**run["checkpoint_config"]),
-        }
+        run["failure_config"] = FailureConfig(**run["failure_config"])
         LeanTrainer(
             hold_rank,
             train_loop_config={"run_dir": str(self.plan.run_dir), "lease": self.number},
@@ -112,7 +110,8 @@ class Lease:
     def visible_on(self, node: str) -> str | None:
         """The GPUs that Ray gave the ranks on a node, as CUDA_VISIBLE_DEVICES names them; None where it gave none."""
         given = [m.environment.get("CUDA_VISIBLE_DEVICES") for m in self.members if m.node.id == node]
-        return ",".join(filter(None, given)) or None
+        # Ray may show each worker those of all: named twice, none of them would count.
+        return ",".join(dict.fromkeys(device for text in given for device in visible_devices(text) or ())) or None
 
     def rank_of(self, worker: int) -> int:
         return next(rank for rank, member in enumerate(self.members) if member.worker == worker)

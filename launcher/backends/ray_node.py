@@ -22,13 +22,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launcher import history
 from launcher.backends.ray import trainer
-from launcher.backends.slurm_job import as_task
-from launcher.ending import end_run
+from launcher.backends.slurm_job import BatchScript, as_task
+from launcher.ending import End, Recovery
 from launcher.network import source_towards
 from launcher.peers import CONNECT_SECONDS
-from launcher.policy import no_progress
 from launcher.ranks import Seat
 from launcher.rundir import RunDir
 from launcher.spec import State
@@ -184,16 +182,12 @@ class RayNode:
     def _go_on_later(self) -> int:
         """The ranks stopped since SLURM wants the nodes: have the job start again."""
         self.run_dir.stop_file.unlink(missing_ok=True)
-        past, attempt = history.read(self.run_dir.events()), self.run_dir.last_attempt()
-        step = self.run_dir.newest_step()
-        failure = no_progress(past, step)
-        if failure is None:
-            self.run_dir.result_file.unlink(missing_ok=True)
-            self.run_dir.event("requeued", attempt=attempt, reason="preempted", step=step)
-            assert self.where.requeue is not None
-            if self.where.requeue(()):
-                return 0
-        return end_run(self.run_dir, self.plan, State.STOPPED, attempt, time.monotonic(), failure, step).exit_status
+        assert self.where.requeue is not None
+        recovery, attempt = Recovery(self.run_dir, self.plan), self.run_dir.last_attempt()
+        self.run_dir.result_file.unlink(missing_ok=True)  # first: from the requeue on SLURM ends this job
+        end = recovery.stopped(BatchScript(self.where.requeue), attempt, self.run_dir.newest_step())
+        assert isinstance(end, End), "the next attempt is another job's"
+        return 0 if end.requeued else recovery.finish(end).exit_status
 
     # ---- the others
 

@@ -5,34 +5,61 @@ The job is one that the backend `slurm` would send. What its tasks do is in `ray
 
 from __future__ import annotations
 
-from launcher.backends import ray, slurm
-from launcher.backends.ray_node import RayTask
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from launcher.backends.base import Backend
+from launcher.backends.ray import RayBackend
+from launcher.backends.slurm import SlurmBackend
 from launcher.cluster import Cluster
+from launcher.config_check import Check
 from launcher.errors import BadRequest
-from launcher.spec import Plan
-
-check = slurm.check
-poll = slurm.poll
-cancel = slurm.cancel
+from launcher.spec import Plan, State
+from launcher.trust import SLURM_ID, check_id
 
 
-def survey(cluster: Cluster) -> Cluster:
-    """Ask SLURM; where another Ray is, is none of this run's business."""
-    if cluster.ray.address is not None:
-        raise BadRequest(
-            f"ray.address = {cluster.ray.address!r} and ray.inside = {cluster.ray.inside!r}: a Ray that is started inside"
-            " a job has no address before. Leave one of them out of the profile."
-        )
-    return slurm.survey(cluster)
+class RayOnSlurmBackend(Backend):
+    """A SLURM job in which a Ray runs: scheduled by the one, described by both."""
 
+    name = "ray_on_slurm"
+    slurm, ray = SlurmBackend(), RayBackend()
+    # The nodes are SLURM's to give, and what they do is Ray's: it has no use for a node that waits.
+    capabilities = replace(slurm.capabilities, spare_nodes=False, elastic=ray.capabilities.elastic)
 
-def render(plan: Plan) -> str:
-    """The sbatch script, and the arguments of the TorchTrainer inside."""
-    return f"{slurm.render(plan)}\n# inside, on a Ray of {plan.placement.nodes} nodes\n{ray.render(plan)}"
+    def survey(self, cluster: Cluster) -> Cluster:
+        """Ask SLURM; where another Ray is, is none of this run's business."""
+        if cluster.ray.address is not None:
+            raise BadRequest(
+                f"ray.address = {cluster.ray.address!r} and ray.inside = {cluster.ray.inside!r}: a Ray that is started"
+                " inside a job has no address before. Leave one of them out of the profile."
+            )
+        return self.slurm.survey(cluster)
 
+    def render(self, plan: Plan) -> str:
+        """The sbatch script, and the arguments of the TorchTrainer inside."""
+        inside = f"# inside, on a Ray of {plan.placement.nodes} nodes\n{self.ray.render(plan)}"
+        return f"{self.slurm.render(plan)}\n{inside}"
 
-def submit(plan: Plan) -> str:
-    """Hand the job to sbatch."""
-    if plan.placement.on_tpu:
-        raise BadRequest(f"{plan.cluster.name}: TPU slices are Ray's to find, not SLURM's. Use the backend slurm.")
-    return slurm.submit(plan, RayTask(plan.run_dir))
+    def check(self, plan: Plan) -> str:
+        return self.slurm.check(plan)
+
+    def submit(self, plan: Plan) -> str:
+        """Hand the job to sbatch."""
+        from launcher.backends.ray_node import RayTask
+
+        if plan.placement.on_tpu:
+            raise BadRequest(f"{plan.cluster.name}: TPU slices are Ray's to find, not SLURM's. Use the backend slurm.")
+        return self.slurm.submit(plan, RayTask(plan.run_dir))
+
+    def check_id(self, job_id: str) -> None:
+        check_id(SLURM_ID, job_id)
+
+    def poll(self, job_id: str) -> State:
+        return self.slurm.poll(job_id)
+
+    def cancel(self, job_id: str) -> None:
+        self.slurm.cancel(job_id)
+
+    def diagnose(self, cluster: Cluster, cwd: Path) -> Iterator[Check]:
+        return self.slurm.diagnose(cluster, cwd)

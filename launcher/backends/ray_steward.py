@@ -49,8 +49,8 @@ class RayRanks(NodeRanks):
     def environment(self, world: World, hosts: Sequence[str]) -> dict[str, str]:
         return self.environments[world.rank]
 
-    def _server_environment(self) -> dict[str, str]:
-        environment = super()._server_environment()
+    def _inherited(self) -> dict[str, str]:
+        environment = super()._inherited()
         if not environment.get("CUDA_VISIBLE_DEVICES", "-"):
             del environment["CUDA_VISIBLE_DEVICES"]  # Ray hides the devices from this actor; ranks are given theirs
         return environment

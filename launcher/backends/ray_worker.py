@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
-from ray.train import CheckpointUploadMode
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
@@ -72,8 +68,6 @@ def hold_rank(config: dict[str, Any]) -> None:
     ray.get(steward.enrol.remote(config["lease"], worker, os.getpid(), dict(os.environ)))
     while True:
         match ray.get(steward.orders.remote(worker)):
-            case {"report": metrics, "path": path}:
-                report(metrics, Path(path) if worker == 0 else None)
             case {"end": ""}:
                 return
             case {"end": text}:
@@ -89,35 +83,3 @@ def _find(name: str) -> Any:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
-
-
-def report(metrics: dict[str, Any], path: Path | None) -> None:
-    """Tell Ray Train of a checkpoint; a barrier of all workers. `path` is None on all but worker 0.
-
-    Ray takes only checkpoints in its own folder and prunes those, so it is given hard links to ours: they cost no space,
-    and neither side's pruning touches the other's.
-    """
-    linked = _link(path) if path is not None else None
-    ray.train.report(
-        metrics,
-        checkpoint=ray.train.Checkpoint.from_directory(linked) if linked else None,
-        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
-    )
-
-
-def _link(path: Path) -> Path | None:
-    """Link the checkpoint into Ray's folder; None where it was pruned in the meantime."""
-    folder = Path(ray.train.get_context().get_storage().experiment_fs_path) / path.name
-    try:
-        shutil.copytree(path, folder, copy_function=_link_or_copy)
-    except (OSError, shutil.Error):
-        shutil.rmtree(folder, ignore_errors=True)
-        return None
-    return folder
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    with suppress(OSError):  # a file system without hard links
-        os.link(source, target)
-        return
-    shutil.copy2(source, target)

@@ -8,17 +8,21 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from launcher import history
 from launcher.backends import slurm_limits, slurm_node, slurm_site
-from launcher.backends.slurm_job import AgentTask
+from launcher.backends.base import Backend, Capabilities
 from launcher.cluster import Cluster, NodeKind
+from launcher.config_check import Check
 from launcher.errors import BadRequest
 from launcher.rundir import RunDir
 from launcher.spec import Plan, State
+from launcher.trust import SLURM_ID, check_id
+from training.files import write_atomic
 
 STATES: dict[str, State] = {
     **dict.fromkeys(
@@ -47,27 +51,6 @@ STATES: dict[str, State] = {
 """SLURM's job states. Source: "JOB STATE CODES" of squeue(1). One that is missing here is UNKNOWN, never an end."""
 
 
-def survey(cluster: Cluster) -> Cluster:
-    """Ask SLURM for what the profile leaves open: the kinds of its nodes, and how many there are of each.
-
-    Raises:
-        BadRequest: it cannot be reached, and the profile does not say what a node has.
-    """
-    node = cluster.node
-    if cluster.kinds or (cluster.nodes and node.cpus and node.gpus is not None):
-        return cluster
-    try:
-        found = slurm_site.kinds(cluster)
-    except slurm_site.Unreachable as error:
-        if node.gpus is not None:
-            return cluster
-        raise BadRequest(
-            f"{error} Or say in a profile what its nodes have (nodes = 4, [node] gpus = 8, cpus = 96), and plan with"
-            " --dry-run."
-        ) from None
-    return _completed(cluster, found)
-
-
 def _completed(cluster: Cluster, found: Sequence[NodeKind]) -> Cluster:
     """`cluster` with what was `found`, as far as its profile leaves it open."""
     node = cluster.node
@@ -89,20 +72,6 @@ def _completed(cluster: Cluster, found: Sequence[NodeKind]) -> Cluster:
     # The fields of one node stand for the largest; `place` looks at the kinds.
     node = replace(node, gpus=first.gpus, cpus=first.cpus, memory_gb=first.memory_gb)
     return replace(cluster, nodes=cluster.nodes or sum(kind.count for kind in kinds), node=node, kinds=kinds)
-
-
-def check(plan: Plan) -> str:
-    """Hold the plan against the limits of its partition, and ask SLURM when it would start; empty where it cannot say.
-
-    Raises:
-        BadRequest: it cannot be met.
-    """
-    _check_paths(plan)
-    try:
-        slurm_limits.check_limits(plan, slurm_site.partitions())
-        return slurm_site.verdict(_script(plan))
-    except slurm_site.Unreachable:
-        return ""  # a dry run may be made where there is no SLURM; submitting says so
 
 
 def parameters(plan: Plan) -> dict[str, Any]:
@@ -200,39 +169,9 @@ def _executor(plan: Plan, offline: bool) -> Any:
     return executor
 
 
-def render(plan: Plan) -> str:
-    """The submitit parameters, and the sbatch script that comes of them, word for word."""
-    shown = json.dumps(parameters(plan), indent=4)
-    return f"# submitit.SlurmExecutor(...).update_parameters(**{shown})\n\n{_script(plan)}"
-
-
 def _script(plan: Plan) -> str:
     executor = _executor(plan, offline=True)
     return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
-
-
-def submit(plan: Plan, task: Callable[[], None] | None = None) -> str:
-    """Hand the job to sbatch and keep what it got in ``script.sh``. `task` runs on each node; by itself an agent."""
-    import submitit
-
-    if shutil.which("srun") is None or shutil.which("sbatch") is None:
-        raise BadRequest(slurm_site.UNREACHABLE.format("the command srun or sbatch is missing."))
-    _check_paths(plan)
-    executor = _executor(plan, offline=False)
-    try:
-        with (
-            slurm_site.outside_of_a_job(),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):  # submitit repeats what sbatch said
-            job = executor.submit(task or AgentTask(plan.run_dir))
-    except submitit.core.utils.FailedJobError as error:
-        refusal = slurm_site.refusal_text(str(error))
-        heard = "Batch job submission failed" in refusal and "Unable to contact" not in refusal
-        raise BadRequest(
-            f"sbatch refused the job: {refusal}" if heard else slurm_site.UNREACHABLE.format(refusal)
-        ) from None
-    RunDir(plan.run_dir).script_file.write_text(job.paths.submission_file.read_text())
-    return str(job.job_id)
 
 
 def _check_paths(plan: Plan) -> None:
@@ -242,6 +181,7 @@ def _check_paths(plan: Plan) -> None:
 
 def poll(job_id: str) -> State:
     """Ask squeue, and sacct for a job that squeue has forgotten; where accounting is off, forgotten means ended."""
+    check_id(SLURM_ID, job_id)
     try:
         listed = slurm_site.ask("squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T")
     except BadRequest as error:
@@ -260,4 +200,98 @@ def poll(job_id: str) -> State:
 
 
 def cancel(job_id: str) -> None:
-    slurm_site.ask("scancel", job_id)
+    slurm_site.ask("scancel", check_id(SLURM_ID, job_id)[0])
+
+
+class SlurmBackend(Backend):
+    """SLURM: each run is one job. An answer of slurmctld is shared by all who watch the run."""
+
+    name = "slurm"
+    capabilities = Capabilities(poll_seconds=5.0, spare_nodes=True, time_limit=True, requeue=True)
+
+    def survey(self, cluster: Cluster) -> Cluster:
+        """Ask SLURM for what the profile leaves open: the kinds of its nodes, and how many there are of each.
+
+        Raises:
+            BadRequest: it cannot be reached, and the profile does not say what a node has.
+        """
+        node = cluster.node
+        if cluster.kinds or (cluster.nodes and node.cpus and node.gpus is not None):
+            return cluster
+        try:
+            found = slurm_site.kinds(cluster)
+        except slurm_site.Unreachable as error:
+            if node.gpus is not None:
+                return cluster
+            raise BadRequest(
+                f"{error} Or say in a profile what its nodes have (nodes = 4, [node] gpus = 8, cpus = 96), and plan with"
+                " --dry-run."
+            ) from None
+        return _completed(cluster, found)
+
+    def render(self, plan: Plan) -> str:
+        """The submitit parameters, and the sbatch script that comes of them, word for word."""
+        shown = json.dumps(parameters(plan), indent=4)
+        return f"# submitit.SlurmExecutor(...).update_parameters(**{shown})\n\n{_script(plan)}"
+
+    def check(self, plan: Plan) -> str:
+        """Hold the plan against the limits of its partition, and ask SLURM when it would start; empty where it cannot say.
+
+        Raises:
+            BadRequest: it cannot be met.
+        """
+        _check_paths(plan)
+        try:
+            slurm_limits.check_limits(plan, slurm_site.partitions())
+            return slurm_site.verdict(_script(plan))
+        except slurm_site.Unreachable:
+            return ""  # a dry run may be made where there is no SLURM; submitting says so
+
+    def submit(self, plan: Plan, task: Callable[[], None] | None = None) -> str:
+        """Hand the job to sbatch and keep what it got in ``script.sh``. `task` runs on each node; by itself an agent."""
+        import submitit
+
+        from launcher.backends.slurm_job import AgentTask
+
+        if shutil.which("srun") is None or shutil.which("sbatch") is None:
+            raise BadRequest(slurm_site.UNREACHABLE.format("the command srun or sbatch is missing."))
+        _check_paths(plan)
+        executor = _executor(plan, offline=False)
+        try:
+            with (
+                slurm_site.outside_of_a_job(),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):  # submitit repeats what sbatch said
+                job = executor.submit(task or AgentTask(plan.run_dir))
+        except submitit.core.utils.FailedJobError as error:
+            refusal = slurm_site.refusal_text(str(error))
+            heard = "Batch job submission failed" in refusal and "Unable to contact" not in refusal
+            raise BadRequest(
+                f"sbatch refused the job: {refusal}" if heard else slurm_site.UNREACHABLE.format(refusal)
+            ) from None
+        write_atomic(RunDir(plan.run_dir).script_file, job.paths.submission_file.read_text())
+        return str(job.job_id)
+
+    def check_id(self, job_id: str) -> None:
+        check_id(SLURM_ID, job_id)
+
+    def poll(self, job_id: str) -> State:
+        return poll(job_id)
+
+    def cancel(self, job_id: str) -> None:
+        cancel(job_id)
+
+    def diagnose(self, cluster: Cluster, cwd: Path) -> Iterator[Check]:
+        """Examine commands, controller, partitions, nodes and accounting."""
+        from launcher.backends import slurm_doctor
+
+        yield from slurm_doctor.diagnose(cluster)
+
+    def at_hand(self) -> bool:
+        return shutil.which("sinfo") is not None
+
+    def new_profile(self) -> str:
+        """Ask SLURM for its partitions and nodes."""
+        from launcher.backends import slurm_doctor
+
+        return slurm_doctor.profile_text(slurm_site.partitions(), slurm_site.kinds(Cluster("new", self.name)))

@@ -16,16 +16,16 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 from launcher import history
-from launcher.ending import end_run, note_failure
+from launcher.ending import Elsewhere, End, Fate, Recovery
 from launcher.output import outlive_a_full_disk
-from launcher.policy import Action, Outcome, decide
-from launcher.ranks import Fate, Seat
+from launcher.policy import Outcome
+from launcher.ranks import Seat
 from launcher.rundir import BEAT_SECONDS, RunDir, tail
 from launcher.spec import State
+from launcher.trust import SLURM_ID, check_id
 
 CONTROLLER_SECONDS = 60.0
 """How long to try again while slurmctld does not answer; it is restarted for upgrades, and fails over in minutes."""
@@ -100,7 +100,7 @@ def _follow_up(run_dir: RunDir, job: str, exclude: Sequence[str]) -> bool:
     done = subprocess.run(command, env=clean, capture_output=True, text=True, check=False)
     if done.returncode:
         return False
-    follower = done.stdout.split(";")[0].strip()
+    follower = check_id(SLURM_ID, done.stdout.split(";")[0].strip())[0]
     folder = run_dir.path / "submitit"
     shutil.copy(folder / f"{job}_submitted.pkl", folder / f"{follower}_submitted.pkl")
     run_dir.write_job(run_dir.plan().cluster.engine, follower)
@@ -196,7 +196,7 @@ def orphaned(run_dir: RunDir, status: int, environment: Mapping[str, str]) -> No
             after(run_dir, status, environment)
             break
     if _runs(job, restarts):  # one that is in the queue again, or began anew, is left there
-        subprocess.run(["scancel", "--state=RUNNING", job], check=False)
+        subprocess.run(["scancel", "--state=RUNNING", check_id(SLURM_ID, job)[0]], check=False)
 
 
 def _runs(job: str, restarts: int) -> bool:
@@ -219,29 +219,49 @@ def after(run_dir: RunDir, status: int, environment: Mapping[str, str]) -> int:
     """
     job, restarts = environment["SLURM_JOB_ID"], int(environment.get("SLURM_RESTART_COUNT", "0"))
     replaced = (run_dir.job() or {}).get("job_id", job) != job
-    past = run_dir.events()
-    told = next((e["event"] for e in reversed(past) if e["event"] in ("submitted", "started", "finished")), "")
+    told = next(
+        (e["event"] for e in reversed(run_dir.events()) if e["event"] in ("submitted", "started", "finished")), ""
+    )
     if run_dir.result() is not None or told == "finished" or replaced:
         return status
     if settled_fate(run_dir, job, restarts) == "requeued":
         return status
-    plan, attempt = run_dir.plan(), run_dir.last_attempt()
+    recovery, attempt = Recovery(run_dir, run_dir.plan()), run_dir.last_attempt()
     if run_dir.stop_file.exists():
-        return end_run(run_dir, plan, State.STOPPED, attempt, time.monotonic()).exit_status
-    setbacks = history.read(past)
-    left = plan.spec.max_restarts - len(setbacks.setbacks) if told == "started" else 0
-    step = run_dir.newest_step()
-    outcome = Outcome({}, lost=[f"the agent on {environment.get('SLURMD_NODENAME', 'node 0')}"], step=step)
-    action, failure = decide(outcome, left, setbacks, movable=True)
-    said = sorted((run_dir.path / "submitit").glob(f"{job}_*_log.err"), key=lambda path: path.stat().st_mtime)
-    if failure is not None and said:  # what srun, or Python before our first line, had to say is the likeliest cause
-        failure = replace(failure, traceback="\n".join(tail(said[-1])))
-    # What cannot be noted would not be counted either, and the run go round for ever.
-    noted = action is Action.MOVE and note_failure(run_dir, attempt, failure, left - 1, step)
-    if noted and requeue(run_dir, job, restarts):
-        run_dir.event("requeued", attempt=attempt, reason="node lost", step=step, exclude=[])
-        return status
-    return end_run(run_dir, plan, State.FAILED, attempt, time.monotonic(), failure, step).exit_status
+        return recovery.finish(End(State.STOPPED)).exit_status
+    # What srun, or Python before our first line, printed last is the likeliest cause.
+    logs = sorted((run_dir.path / "submitit").glob(f"{job}_*_log.err"), key=lambda path: path.stat().st_mtime)
+    outcome = Outcome(
+        {},
+        lost=[f"the agent on {environment.get('SLURMD_NODENAME', 'node 0')}"],
+        step=run_dir.newest_step(),
+        traceback="\n".join(tail(logs[-1])) if logs else "",
+    )
+    script = BatchScript(lambda hosts: requeue(run_dir, job, restarts, hosts))
+    end = recovery.after(script, attempt, outcome, may_restart=told == "started")
+    assert isinstance(end, End), "a batch script starts no attempt itself"
+    return status if end.requeued else recovery.finish(end).exit_status
+
+
+class BatchScript:
+    """How a job whose agents are gone goes on: it can be requeued, and has no nodes to spare."""
+
+    movable = True
+
+    def __init__(self, requeue: Callable[[Sequence[str]], bool]) -> None:
+        self._requeue = requeue
+
+    def spare(self, outcome: Outcome) -> bool:
+        """Return that nothing can go on here without the agents."""
+        return False
+
+    def fate(self) -> Fate:
+        """Return that SLURM takes the nodes."""
+        return "preempting"
+
+    def start_elsewhere(self, attempt: int, hosts: tuple[str, ...]) -> Elsewhere:
+        """Ask SLURM to start the job again away from `hosts`."""
+        return Elsewhere.LATER if self._requeue(hosts) else Elsewhere.NOWHERE
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launcher.binding import Machine, cores_near, cpus_in, own_devices, this_machine
-from launcher.errors import BadRequest
+from training.errors import DeviceError
 
 UUIDS = "GPU-11111111-aaaa,GPU-22222222-bbbb"
 MIGS = "MIG-0c757cd7-1, MIG-5af9a1ee-2,MIG-77b04b2c-3"
@@ -34,9 +34,9 @@ def test_the_device_of_a_rank(visible: str | None, local_rank: int, ranks: int, 
     assert own_devices(visible, local_rank, ranks) == own
 
 
-@pytest.mark.parametrize(("visible", "shown"), [("3", 1), ("", 0), ("0,-1,2,3", 1), ("0,0,0,0", 1), (UUIDS, 2)])
+@pytest.mark.parametrize(("visible", "shown"), [("3", 1), ("", 0), ("0,-1,2,3", 1), ("0,0,0,0", 0), (UUIDS, 2)])
 def test_ranks_do_not_share_a_device(visible: str, shown: int) -> None:
-    with pytest.raises(BadRequest, match=f"4 ranks, but CUDA_VISIBLE_DEVICES='{visible}' shows {shown} of its GPUs"):
+    with pytest.raises(DeviceError, match=f"4 ranks, but CUDA_VISIBLE_DEVICES='{visible}' shows {shown} of its GPUs"):
         own_devices(visible, 0, 4)
 
 

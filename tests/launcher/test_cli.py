@@ -70,7 +70,7 @@ def leave_run(folder: Path, name: str, state: State | None = None) -> RunDir:
     run.write_plan(
         Plan(name, run.path, RunSpec("script.py"), "local", site, Placement(1, 2, "cpu", why="2"), target, folder, 60)
     )
-    run.write_job("local", "elsewhere:1:2")
+    run.write_job("local", "elsewhere:12:2")
     if state is not None:
         run.write_result(state, seconds=1.0, metrics={"accuracy": 0.5})
     return run

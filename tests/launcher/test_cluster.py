@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from launcher import profiles, reference
+from launcher.backends import ray_doctor, slurm_doctor
 from launcher.backends.slurm_site import Partition
 from launcher.cluster import BACKENDS, NodeKind
 from launcher.errors import BadRequest
-from launcher.first_profile import create, ray_text, slurm_text
+from launcher.first_profile import create
 from launcher.profiles import load, parse
 
 SHIPPED = Path(__file__).parents[2] / "cluster_configs"
@@ -82,7 +83,7 @@ def test_what_is_commented_out_in_a_shipped_profile_can_be_used(path: Path, tmp_
         ("backend = 'ray'\n[ray]\nplacement_strategy = 'pack'", "'pack' is not one of PACK, SPREAD, STRICT_PACK"),
         ("backend = 'ray'\n[ray]\nwait = -1", "ray.wait = -1: seconds are needed, 0 or more"),
         ("backend = 'ray'\npreflight = true\n[ray]\ninside = 'slurm'", "preflight = true: a Ray inside a job has no other"),
-        ("backend = 'local'\nstart_method = 'fork'", "start_method: 'fork' is not one of forkserver, spawn"),
+        ("backend = 'local'\nstart_method = 'fork'", "start_method: 'fork' is not one of auto, spawn"),
         ("backend = 'local'\nnodes = -1", "numbers of nodes, GPUs and cores and memory are 0 or more"),
         ("backend = 'local'\nnode = {gpus = -1}", "numbers of nodes, GPUs and cores and memory are 0 or more"),
         ("backend = 'local'\ngrace = 0", "grace is more than 0 seconds"),
@@ -245,17 +246,19 @@ def test_every_field_of_a_profile_is_explained(cls: type) -> None:
 
 def test_a_first_profile_of_slurm_can_be_read(tmp_path: Path) -> None:
     found = [Partition("a 'b'", True, max_minutes=90, max_nodes=2, accounts=("ml",)), Partition("down", state="DOWN")]
-    text = slurm_text(found, [NodeKind(2, 8, 96, 1000.0, "h100", ("ib",), "n1,n2", 1), NodeKind(1, 0, 4)])
+    text = slurm_doctor.profile_text(
+        found, [NodeKind(2, 8, 96, 1000.0, "h100", ("ib",), "n1,n2", 1), NodeKind(1, 0, 4)]
+    )
     site = load(str(write(tmp_path / "site.toml", text)), tmp_path)
     assert (site.backend, site.slurm.partition, site.time) == ("slurm", "a 'b'", "90m")
     assert "#   2 x 96 cores, 1000 GB, 8 h100 GPUs (n1,n2; 1 more down or drained; features ib)\n" in text
     assert "#   a 'b': 90 min, the default, 2 nodes a job, accounts ml\n#   down: no time limit, DOWN\n" in text
-    assert load(str(write(tmp_path / "none.toml", slurm_text([], []))), tmp_path).slurm.partition is None
+    assert load(str(write(tmp_path / "none.toml", slurm_doctor.profile_text([], []))), tmp_path).slurm.partition is None
 
 
 def test_a_first_profile_of_ray_can_be_read(tmp_path: Path) -> None:
     nodes = [{"CPU": 4.0}, {"CPU": 48.0, "GPU": 4.0, "accelerator_type:A100": 1.0}, {"CPU": 32.0, "GPU": 4.0}]
-    text = ray_text("10.0.0.1:6379", nodes)
+    text = ray_doctor.profile_text("10.0.0.1:6379", nodes)
     site = load(str(write(tmp_path / "site.toml", text)), tmp_path)
     assert (site.nodes, site.node.gpus, site.node.cpus, site.node.accelerator) == (2, 4, 32, "A100")
     assert site.ray.address == "10.0.0.1:6379"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launcher.doctor import Check
+from launcher.config_check import Check
 from launcher.on_nodes import missing, of_each, verdicts
 from launcher.probe import within
 from launcher.rundir import RunDir

@@ -19,6 +19,7 @@ import pytest
 
 from launcher.cluster import Cluster
 from launcher.placement import Placement
+from launcher.rank_environment import rank_environment
 from launcher.rundir import RunDir
 from launcher.spec import Plan, RunSpec, Target
 from training.pulse import SLOT
@@ -57,6 +58,7 @@ class Server:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "launcher.forkserver", str(run.path), str(pulses)],
                 stdin=theirs.fileno(), stdout=output, stderr=output, start_new_session=True, pass_fds=[pulses],
+                env=os.environ | {"PYTHONPATH": str(run.path)},
             )  # fmt: skip
         os.close(pulses)
 
@@ -71,13 +73,14 @@ class Server:
         line, _, self.buffer = self.buffer.partition(b"\n")
         return dict(json.loads(line))
 
-    def preload(self, *statements: str, spawn: bool = False) -> None:
-        self.tell(preload=list(statements), path=[str(self.run.path)], environment={"FROM_PLAN": "1"}, spawn=spawn)
+    def preload(self, *modules: str) -> None:
+        self.tell(preload=list(modules))
         assert "ready" in self.hear()
 
     def start(self, rank: int, world_size: int = 1) -> int:
         world = World(rank, rank, 0, world_size, world_size, 1, master_port=1)
-        self.tell(start=rank, log=str(self.run.path / f"{rank}.log"), world=asdict(world))
+        environment = rank_environment(os.environ, self.run.plan(), world, {})
+        self.tell(start=rank, log=str(self.run.path / f"{rank}.log"), world=asdict(world), environment=environment)
         told = self.hear()
         assert told["started"] == rank
         return int(told["pid"])
@@ -108,16 +111,6 @@ def server(run: RunDir) -> Iterator[Server]:
     assert "Traceback" not in (run.path / "server.log").read_text()
 
 
-def test_it_learns_what_ranks_imported_on_their_way(run: RunDir, server: Server) -> None:
-    aim(run, "exit")
-    server.preload()
-    server.tell(learn=["import nothing_of_the_kind", "import fs_preloaded"])
-    until(lambda: (run.path / "server.log").read_text() == "imported once\n")
-    server.start(0)
-    assert server.hear() == {"exit": 0, "code": 0}
-    assert "preloaded: True" in server.log(0)
-
-
 def aim(run: RunDir, *args: str) -> None:
     """Make the plan of a run of the target with `args`."""
     target = Target("script", str(run.path / "target.py"), args, path=(str(run.path),))
@@ -145,7 +138,7 @@ def daemon(run: RunDir) -> list[int]:
 
 def test_ranks_start_from_what_was_imported_once_and_their_ends_are_told(run: RunDir, server: Server) -> None:
     aim(run, "exit", "a 'b' $(c)\n")
-    server.preload("import fs_preloaded")
+    server.preload("fs_preloaded")
     for rank in range(3):
         server.start(rank, world_size=3)
     told = [server.hear() for _ in range(3)]
@@ -161,7 +154,7 @@ def test_ranks_start_from_what_was_imported_once_and_their_ends_are_told(run: Ru
     assert json.loads(run.error(1, 2).read_text())["message"] == "the script ended with exit status 2"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 3)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, -15)])
 def test_a_signal_reaches_its_rank_and_no_other(run: RunDir, server: Server, number: int, code: int) -> None:
     aim(run, "sleep")
     server.preload()
@@ -214,19 +207,43 @@ def test_without_its_agent_nothing_stays(run: RunDir, server: Server, how: str) 
     until(lambda: not any(map(alive, pids)), seconds=5)
 
 
-def test_imports_that_fail_are_left_to_the_ranks(run: RunDir, server: Server) -> None:
+def test_after_an_import_that_fails_ranks_are_fresh_interpreters(run: RunDir, server: Server) -> None:
     aim(run, "exit")
-    server.preload(
-        "import fs_raises", "import fs_exits", "import no_such", "from no.such import x", "import fs_preloaded"
-    )
+    server.preload("fs_preloaded", "fs_raises")
     server.start(0)
     assert server.hear() == {"exit": 0, "code": 0}
-    assert "preloaded: True" in server.log(0)
+    assert "preloaded: False" in server.log(0)
+    assert "RuntimeError" in (run.path / "server.log").read_text()
 
 
-def test_spawned_ranks_import_for_themselves(run: RunDir, server: Server) -> None:
+POISON = """
+import os, sys, types
+
+torch = sys.modules["torch"] = types.ModuleType("torch")
+torch.cuda = types.SimpleNamespace(is_initialized=lambda: False, _is_in_bad_fork=lambda: bad)
+bad = False
+
+def poison():
+    global bad
+    bad = True
+
+os.register_at_fork(after_in_child=poison)
+"""
+
+
+def test_a_fork_in_which_cuda_would_fail_becomes_a_fresh_interpreter(run: RunDir, server: Server) -> None:
+    """As torch has it once CUDA's devices were counted in the parent: only the fork is marked, and later."""
+    (run.path / "fs_poison.py").write_text(POISON)
+    aim(run, "exit")
+    server.preload("fs_preloaded", "fs_poison")
+    server.start(0)
+    assert server.hear() == {"exit": 0, "code": 0}
+    assert "preloaded: False" in server.log(0)
+
+
+def test_without_imports_ranks_are_fresh_interpreters(run: RunDir, server: Server) -> None:
     aim(run, "exit", "two words")
-    server.preload("import fs_preloaded", spawn=True)
+    server.preload()
     server.start(1, world_size=2)
     assert server.hear() == {"exit": 1, "code": 1}
     assert "preloaded: False" in server.log(1)

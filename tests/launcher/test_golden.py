@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launcher.backends import slurm
+from launcher.backends.slurm import SlurmBackend
 from launcher.cluster import Cluster
 from launcher.errors import BadRequest
 from launcher.placement import Devices, place
@@ -50,7 +50,7 @@ def make_plan(site: Cluster, folder: Path) -> Plan:
 
 
 def script(plan: Plan) -> list[str]:
-    rendered = slurm.render(plan)
+    rendered = SlurmBackend().render(plan)
     return rendered[rendered.index("#!/bin/bash") :].split("\n")
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from launcher import gpus
+from launcher.backends.ray_lease import Lease
 from tests.launcher.engines import until
 
 HEALTHY = "0, GPU-aa, 0, [N/A]\n1, GPU-ab, 0, [N/A]\n2, GPU-c, [N/A], No\n"
@@ -78,3 +80,52 @@ def alive(group: int) -> bool:
 def test_without_nvidia_smi_nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert gpus.report(None) is None
+
+
+def test_gpus_are_counted_without_a_look_at_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's list, else nvidia-smi's; and what CUDA_VISIBLE_DEVICES leaves of them."""
+    fake(tmp_path, f"[ $1 = -L ] && cat '{tmp_path}/list'", monkeypatch)
+    (tmp_path / "list").write_text(
+        "GPU 0: NVIDIA H100 (UUID: GPU-a)\n  MIG 1g.10gb Device 0: (UUID: MIG-b)\nGPU 1: (UUID: c)\n"
+    )
+    for address in ("0000:01:00.0", "0000:81:00.0", "0000:c1:00.0"):
+        (tmp_path / "proc" / address).mkdir(parents=True)
+    nowhere = tmp_path / "nowhere"
+    assert gpus.count(None, proc=nowhere) == 2
+    assert gpus.count(None, proc=tmp_path / "proc") == 3
+    for visible, of_unknown, of_three in (
+        ("", 0, 0),
+        ("0,-1,1", 1, 1),
+        ("1,7,2", 3, 1),
+        ("2,2", 0, 0),
+        ("MIG-b", 1, 1),
+    ):
+        assert gpus.count(visible, proc=nowhere) == of_unknown
+        assert gpus.count(visible, proc=tmp_path / "proc") == of_three
+    monkeypatch.setenv("PATH", str(tmp_path / "proc"))
+    assert gpus.count(None, proc=nowhere) == 0
+
+
+def test_a_list_that_does_not_come_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake(tmp_path, f"echo $$ >> '{tmp_path}/pids'; sleep 60", monkeypatch)
+    assert gpus.count(None, 0.5, tmp_path / "nowhere") == 0
+    assert capsys.readouterr().err == "launch: nvidia-smi -L does not answer within 0.5 s; no GPU is used\n"
+    for pid in (tmp_path / "pids").read_text().split():
+        until(lambda group=int(pid): not alive(group), "the end of what it started")  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("given", "visible"),
+    [(["0,1", "0,1"], "0,1"), (["3", "1"], "3,1"), (["", ""], None), ([None, "2"], "2"), (["MIG-a", "MIG-b"], "MIG-a,MIG-b")],
+)  # fmt: skip
+def test_what_ray_gave_the_workers_of_a_node_is_one_list(given: list[str | None], visible: str | None) -> None:
+    """A device that is named twice would make it empty."""
+    members = [
+        SimpleNamespace(
+            node=SimpleNamespace(id="n"), environment={"CUDA_VISIBLE_DEVICES": text} if text is not None else {}
+        )
+        for text in given
+    ]
+    assert Lease.visible_on(SimpleNamespace(members=members), "n") == visible  # type: ignore[arg-type]

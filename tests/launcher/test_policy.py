@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from launcher.history import History, Setback
-from launcher.policy import ADVICE, LONGEST_BACK_OFF, RULES, Action, Outcome, Retry, back_off, decide, unfit
+from launcher.policy import (
+    ADVICE,
+    LONGEST_BACK_OFF,
+    RULES,
+    Action,
+    Outcome,
+    Retry,
+    back_off,
+    decide,
+    no_progress,
+    unfit,
+)
 
 Errors = list[dict[str, Any]]
 
@@ -74,6 +86,7 @@ def test_ends_that_are_no_failures(outcome: Outcome, action: Action) -> None:
         ({}, [], {"unfit": {"node3": "slow"}, "lost": ["node1"]}, "node lost", None, "node1 stopped answering"),
         ({0: 1}, [error("user error")], {"stop": "SIGTERM"}, "user error", 0, "OSError: no"),
         ({1: 1}, [error("device", 1)], {}, "device", 1, "OSError: no"),
+        ({0: 1, 1: 1}, [error("diverged", 1)], {}, "diverged", 1, "OSError: no"),
         ({0: 1}, [error("communication")], {"hung": (1, "rank 1 is stopped")}, "hung", 1, "rank 1 is stopped"),
         ({}, [], {"hung": (None, "all ranks stand still")}, "hung", None, "all ranks stand still"),
     ],
@@ -87,6 +100,38 @@ def test_failures_are_named(
     again = RULES[kind].retry is not Retry.NEVER and not {"lost", "unfit"} & more.keys()
     assert action is (Action.RESTART if again else Action.FAIL)
     assert decide(Outcome(exits, errors, **more), restarts_left=0) == (Action.FAIL, failure)
+
+
+@pytest.mark.parametrize("code", [0, 1, 130, 143, -15, -9, 3])
+@pytest.mark.parametrize("movable", [False, True])
+def test_a_stop_is_an_end_of_its_own_only_for_a_program_without_a_context(code: int, movable: bool) -> None:
+    """Every row: joined or not x asked to stop or not; `movable`: a requeue is possible."""
+    errors = [error("user error")] if code == 1 else []
+
+    def action(joined: bool, stop: str, finished: bool = False) -> Action:
+        outcome = Outcome({0: code, 1: 0}, errors, stop, joined=joined, finished=finished)
+        return decide(outcome, 1, movable=movable)[0]
+
+    killed = code in (-15, -9)
+    failed = Action.RESTART if killed else Action.FAIL
+    assert action(joined=False, stop="SIGTERM") is Action.STOP
+    assert action(joined=False, stop="SIGTERM", finished=True) is Action.FINISH
+    assert action(joined=False, stop="") is (Action.FINISH if code == 0 else failed)
+    assert action(joined=True, stop="") is {0: Action.FINISH, 3: Action.STOP}.get(code, failed)
+    with_context = {0: Action.FINISH, 3: Action.STOP, -15: Action.STOP, -9: Action.STOP}
+    assert action(joined=True, stop="SIGTERM") is with_context.get(code, Action.FAIL)
+
+
+def test_only_a_program_without_handler_and_steps_loses_everything() -> None:
+    for exits, lost in (({0: -15, 1: -15}, True), ({}, True), ({0: 0, 1: -15}, False), ({0: 143}, False)):
+        outcome = Outcome(exits, stop="SIGTERM", joined=False)
+        assert outcome.lost_everything is lost
+        assert not replace(outcome, step=4).lost_everything
+        assert not replace(outcome, joined=True).lost_everything
+    assert no_progress(History(losses=2), None, 2) is None
+    failure = no_progress(History(losses=3), None, 2)
+    assert failure is not None
+    assert (failure.kind, failure.advice) == ("no progress", ADVICE["no progress"])
 
 
 def test_the_table_of_failures_covers_every_kind() -> None:
@@ -110,6 +155,21 @@ def test_what_needs_another_node_waits_for_one_where_a_scheduler_has_them() -> N
     for outcome in (lost, struck):
         assert decide(outcome, 1, movable=True, spare=True)[0] is Action.RESTART, "the spare node is there already"
     assert decide(killed, 1, movable=True)[0] is Action.RESTART
+
+
+def test_a_device_that_is_not_there_is_looked_for_elsewhere_and_not_here() -> None:
+    """A sick one may be well again; one that is missing, or that this build of torch cannot use, does not come back."""
+    for name, message, here in (
+        ("DeviceError", "GPU 1 is not there", Action.FAIL),
+        ("AssertionError", "Torch not compiled with CUDA enabled", Action.FAIL),
+        ("RuntimeError", "Found no NVIDIA driver on your system.", Action.FAIL),
+        ("RuntimeError", "CUDA error: uncorrectable ECC error encountered", Action.RESTART),
+    ):
+        outcome = Outcome({0: 1}, [{**error("device", message=message), "type": name}])
+        assert decide(outcome, 3)[0] is here
+        assert decide(outcome, 3, spare=True)[0] is here
+        assert decide(outcome, 3, movable=True)[0] is Action.MOVE
+        assert decide(outcome, 0, movable=True)[0] is Action.FAIL
 
 
 def test_an_unfit_node_is_struck_off_at_once_but_not_where_all_are_unfit() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.launcher.engines import Project, make_project, until
+from tests.launcher.engines import Project, make_project, ranks_of, until
 from tests.testbed.ray import RayCluster, RayNode
 
 pytestmark = [pytest.mark.soak, pytest.mark.slow, pytest.mark.ray]
@@ -49,10 +49,10 @@ def steps_of(project: Project, run: str, attempt: int, more: int = 25) -> None:
     until(lambda: newest(project, run)["step"] >= first + more, f"steps of attempt {attempt}", PATIENCE)
 
 
-def rank_process(cluster: RayCluster, project: Project, run: str) -> int:
-    """A process in which a rank of the run trains: the child of a forkserver that is one by name, too."""
-    servers = cluster.processes(f"launcher.forkserver {project.folder}/runs/{run}")
-    return next(pid for pid, parent in servers.items() if parent in servers)
+def rank_process(project: Project, run: str) -> int:
+    """A process in which a rank of the run trains."""
+    attempt = attempts(project, run)[-1]["attempt"]
+    return next(iter(ranks_of(project.folder / "runs" / run / f"logs/{attempt}").values()))
 
 
 def in_use(cluster: RayCluster, project: Project, run: str) -> list[str]:
@@ -93,7 +93,7 @@ def test_a_run_outlives_its_ranks_workers_and_nodes(
         project.call("--cluster", "site", "--cpus", "2", "--detach", "--name", "r", "--", *JOB)
         steps_of(project, "r", 1)
         workers = set(cluster.processes("ray::RayTrainWorker"))
-        os.kill(rank_process(cluster, project, "r"), signal.SIGKILL)
+        os.kill(rank_process(project, "r"), signal.SIGKILL)
         steps_of(project, "r", 2)
         assert set(cluster.processes("ray::RayTrainWorker")) == workers, "Ray did not notice"
 
@@ -125,15 +125,6 @@ def test_a_run_outlives_its_ranks_workers_and_nodes(
     assert weights(project, "r") == weights(peace, "p")
     until(lambda: nothing_left(cluster, project, "r"), "a clean cluster", 20)
 
-    from ray.train import Result
-
-    folder = max((project.folder / "runs/r/ray").iterdir(), key=lambda p: int(p.name.rpartition("-")[2]))
-    told_ray = Result.from_path(folder)
-    assert told_ray.metrics["step"] == STEPS
-    assert 0 <= told_ray.metrics["accuracy"] <= 1
-    assert (Path(told_ray.checkpoint.path) / "manifest.json").is_file()
-    assert Path(told_ray.checkpoint.path).name == f"step-{STEPS:09}"
-
 
 @pytest.mark.timeout(900)
 def test_hung_then_left_by_its_driver_then_on_fewer_nodes(
@@ -143,7 +134,7 @@ def test_hung_then_left_by_its_driver_then_on_fewer_nodes(
     project = ray_project(tmp_path, cluster, monkeypatch, "elastic = true\n")
     project.call("--cluster", "site", "--cpus", "2", "--detach", "--name", "e", "steps:main", "--steps", "4000")
     steps_of(project, "e", 1)
-    os.kill(rank_process(cluster, project, "e"), signal.SIGSTOP)
+    os.kill(rank_process(project, "e"), signal.SIGSTOP)
     steps_of(project, "e", 2)
     restarted = next(e for e in project.events("e") if e["event"] == "restarted")
     assert restarted["kind"] == "hung"

@@ -142,7 +142,7 @@ def test_a_plan_comes_back_and_what_is_no_run_says_so(run: RunDir) -> None:
 
 def test_reopening_forgets_the_end_and_keeps_the_history(run: RunDir) -> None:
     run.write_plan(make_plan(run))
-    run.write_job("local", "host:1:2")
+    run.write_job("local", "host:12:2")
     run.claim_attempt()
     run.event("finished", state="failed")
     leave_error(run, 0, "user error", 1.0)
@@ -158,7 +158,7 @@ def test_reopening_forgets_the_end_and_keeps_the_history(run: RunDir) -> None:
     assert run.result() is None
     assert run.heartbeat_age() is None
     assert sorted(p.name for p in run.path.iterdir()) == ["errors", "events.jsonl", "job.json", "logs", "plan.json"]
-    assert (run.last_attempt(), run.events()[0]["event"], (run.job() or {})["job_id"]) == (1, "finished", "host:1:2")
+    assert (run.last_attempt(), run.events()[0]["event"], (run.job() or {})["job_id"]) == (1, "finished", "host:12:2")
 
 
 def test_runs_are_listed_newest_first(tmp_path: Path) -> None:

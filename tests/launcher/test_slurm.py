@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launcher.api import submit
-from launcher.backends import slurm
+from launcher.backends.slurm import SlurmBackend
 from launcher.plan import make_plan
 from launcher.spec import RunSpec, State
 from tests.launcher.engines import Project, until
@@ -42,7 +42,7 @@ def test_what_is_rendered_is_what_sbatch_gets(slurm_project: Project, monkeypatc
         RunSpec("torchrun_style.py", ("--value", "1"), backend="slurm", cpus=4, nodes=2, name="w"), Path.cwd()
     )
     run = submit(plan)
-    assert slurm.render(plan).endswith((run.path / "script.sh").read_text())
+    assert SlurmBackend().render(plan).endswith((run.path / "script.sh").read_text())
     assert run.wait(120).state() is State.SUCCEEDED
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 from collections import Counter
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.launcher.engines import Project, until
+from tests.launcher.engines import Project, ranks_of, until
 from tests.testbed.slurm import SlurmCluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(900)]
@@ -62,11 +61,8 @@ class Week:
     # ---- what happens -----------------------------------------------------------------------------------------------
 
     def rank_killed(self) -> None:
-        servers = processes(f"launcher.forkserver {self.path} ")
-        parents = {
-            pid: int(re.findall(r"PPid:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[0]) for pid in servers
-        }
-        os.kill(next(pid for pid, parent in parents.items() if parent in parents), signal.SIGKILL)
+        attempt = max(m["attempt"] for m in self.metrics())
+        os.kill(next(iter(ranks_of(self.path / f"logs/{attempt}").values())), signal.SIGKILL)
 
     def preempted(self) -> None:
         self.cluster.run("sbatch", "-p", "urgent", "-N4", "--exclusive", "-o", os.devnull, "--wrap", "sleep 1")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.backends import slurm, slurm_site
+from launcher.backends import slurm_site
+from launcher.backends.slurm import SlurmBackend
 from launcher.backends.slurm_limits import check_limits
 from launcher.backends.slurm_site import (
     Partition,
@@ -250,7 +251,7 @@ def test_what_a_profile_says_wins_over_what_was_found(
     profile: Cluster, nodes: int, kinds: tuple[NodeKind, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slurm_site, "kinds", lambda _: FOUND)
-    site = slurm.survey(profile)
+    site = SlurmBackend().survey(profile)
     assert (site.nodes, site.kinds) == (nodes, kinds)
     assert site.node.gpus == (profile.node.gpus if profile.node.gpus is not None else 8)
 
@@ -258,8 +259,8 @@ def test_what_a_profile_says_wins_over_what_was_found(
 def test_a_profile_that_says_all_is_not_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     for said in (Cluster("x", "slurm", nodes=2, node=Node(8, 96)), Cluster("x", "slurm", kinds=FOUND)):
-        assert slurm.survey(said) is said
+        assert SlurmBackend().survey(said) is said
     some = Cluster("x", "slurm", node=Node(gpus=8))
-    assert slurm.survey(some) is some, "enough for a dry run"
+    assert SlurmBackend().survey(some) is some, "enough for a dry run"
     with pytest.raises(BadRequest, match=r"the command scontrol is missing.*plan with --dry-run"):
-        slurm.survey(Cluster("x", "slurm"))
+        SlurmBackend().survey(Cluster("x", "slurm"))

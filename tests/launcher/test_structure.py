@@ -34,35 +34,39 @@ FLOORS = [
     "run",
     "check",
     "backends",
+    "backends.ray_on_slurm",
+    "backends.fake",
     "backends.ray_driver",
     "backends.ray_attempt",
-    "backends.ray_reports",
     "backends.ray_room",
     "backends.ray_stewards",
     "backends.ray_steward",
     "backends.ray_lease",
     "backends.ray_worker",
     "backends.ray_cluster",
-    "backends.ray_on_slurm",
     "backends.ray_node",
     "backends.slurm",
     "backends.ray",
     "backends.local",
     "backends.process",
+    "backends.slurm_doctor",
+    "backends.ray_doctor",
     "backends.slurm_job",
     "backends.slurm_limits",
     "backends.slurm_site",
     "backends.slurm_node",
+    "backends.base",
     "agent",
     "coordinator",
     "peers",
     "attempt",
+    "ranks",
     "ending",
     "policy",
     "history",
-    "ranks",
     "watch",
     "forkserver",
+    "rank_environment",
     "worker",
     "resolve",
     "target",
@@ -70,7 +74,9 @@ FLOORS = [
     "probe",
     "fabric",
     "output",
+    "exit_status",
     "rundir",
+    "trust",
     "ledger",
     "snapshot",
     "network",
@@ -85,14 +91,14 @@ FLOORS = [
     "tpu",
     "devices",
     "cluster",
+    "config_check",
     "records",
+    "error_signs",
     "errors",
 ]
 """A file imports only from those after it; imports inside of functions count."""
 
-UPWARDS = {
-    ("worker", "forkserver"),  # `python -m launcher.worker`, a spawned rank, ends as a forked one does
-}
+UPWARDS: set[tuple[str, str]] = set()
 
 HEAVY = ("torch", "ray", "submitit", "transformers", "datasets", "accelerate", "numpy")
 
@@ -129,6 +135,36 @@ def test_imports_run_downwards(name: str) -> None:
 
 def test_no_exception_outlives_its_reason() -> None:
     assert all(upper in imports(FILES[lower], "launcher") for lower, upper in UPWARDS)
+
+
+ENGINES = {"local", "slurm", "ray", "ray_on_slurm"}
+
+
+def engine_names(tree: ast.AST) -> Iterator[str]:
+    """The names of engines that decide something: compared with, matched, or the keys of a table."""
+    for node in ast.walk(tree):
+        parts: list[ast.AST] = []
+        if isinstance(node, ast.Compare):
+            parts = [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            parts = [node.value]
+        elif isinstance(node, ast.Dict):
+            parts = [key for key in node.keys if key is not None]
+        for part in parts:
+            for each in part.elts if isinstance(part, ast.Tuple | ast.List | ast.Set) else [part]:
+                if isinstance(each, ast.Constant) and each.value in ENGINES:
+                    yield str(each.value)
+
+
+def test_no_engine_is_told_by_its_name_outside_of_the_backends() -> None:
+    files = {name: path for name, path in FILES.items() if not name.startswith("backends")}
+    found = {name: list(engine_names(ast.parse(path.read_bytes()))) for name, path in files.items()}
+    assert {name: names for name, names in found.items() if names} == {}
+
+
+def test_how_an_engine_would_be_told_by_its_name() -> None:
+    for text in ('x == "ray"', 'x not in ("a", "slurm")', '{"local": 1}', 'match x:\n    case "ray_on_slurm": pass'):
+        assert list(engine_names(ast.parse(text))), text
 
 
 def test_training_does_without_the_launcher() -> None:

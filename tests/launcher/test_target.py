@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import cloudpickle
 import pytest
 
-from launcher import resolve, target, worker
+from launcher import resolve, target
 from launcher.errors import BadRequest
 from launcher.spec import Target
 from training.errors import ConfigError
@@ -164,17 +164,6 @@ def test_a_folder_of_our_name_that_holds_no_code_is_fine(tmp_path: Path) -> None
     resolve.check_shadowing([str(tmp_path)])
 
 
-def test_the_imports_of_a_file_each_once_in_order(tmp_path: Path) -> None:
-    source = tmp_path / "a.py"
-    source.write_text(
-        "from __future__ import annotations\nimport torch, os.path as p\nfrom a.b import (c,\n  d as e)\n"
-        "from . import near\nfrom .x import y\ntry:\n    import inner\nexcept ImportError: pass\n"
-        "def f():\n    import torch, os.path as p\n"
-    )
-    found = resolve.imports_of([str(source), str(tmp_path / "absent.py"), __file__ + "c"])
-    assert found == ["import torch, os.path as p", "from a.b import c, d as e", "import inner"]
-
-
 # ---- what a function takes ------------------------------------------------------------------------------------------
 
 
@@ -266,13 +255,18 @@ def test_arguments_that_it_does_not_take() -> None:
 
 
 def call(target_: Target, pickle: Path = Path("none")) -> Any:
-    before = list(sys.argv), list(sys.path)
+    """A script and a module are ``__main__`` until their process ends; here this process has to go on."""
+    argv, path, main = list(sys.argv), list(sys.path), {name: sys.modules.get(name) for name in MAIN}
     try:
         return target.call(target_, pickle, lambda: cast("Context", "ctx"))
     finally:
-        assert (list(sys.argv), list(sys.path)) == before, "put back"
+        if target_.kind in ("function", "value"):
+            assert (sys.argv, sys.path) == (argv, path), "put back"
+        sys.argv, sys.path[:] = argv, path
+        sys.modules.update({name: module for name, module in main.items() if module is not None})
 
 
+MAIN = ("__main__", "__mp_main__")
 ECHO = "import sys, tt_beside\nprint(repr((__name__, sys.argv, sys.path[0], tt_beside.VALUE)))\n"
 
 
@@ -341,41 +335,3 @@ def test_the_project_on_the_path_is_the_snapshot(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(root)
     expected = [code / "pkg", code, code / "src", code / "lib"]
     assert resolve.python_path(root, code, root / "pkg") == tuple(map(str, expected))
-
-
-# ---- naming what it raised ------------------------------------------------------------------------------------------
-
-
-class OutOfMemoryError(RuntimeError): ...
-
-
-class DistBackendError(RuntimeError): ...
-
-
-@pytest.mark.parametrize(
-    ("error", "kind"),
-    [
-        (MemoryError(), "out of memory"),
-        (OutOfMemoryError("CUDA out of memory"), "out of memory"),  # torch.cuda's is known by its name
-        (OSError(28, "No space left on device"), "disk full"),
-        (OSError(122, "Disk quota exceeded"), "disk full"),
-        (OSError(2, "No such file"), "user error"),
-        (OSError(30, "Read-only file system"), "storage"),
-        (OSError(116, "Stale file handle"), "storage"),
-        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "device"),
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), "user error"),
-        (DistBackendError("NCCL error"), "communication"),
-        (ConnectionResetError(), "communication"),
-        (BrokenPipeError(), "communication"),
-        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), "communication"),
-        (RuntimeError("NCCL communicator was aborted"), "communication"),
-        (RuntimeError("shape mismatch"), "user error"),
-        (ValueError("Broken pipe"), "user error"),
-        (SystemExit(3), "user error"),
-    ],
-)
-def test_the_kind_of_an_exception(error: BaseException, kind: str) -> None:
-    from launcher.policy import RULES
-
-    assert worker.classify(error) == kind
-    assert kind in RULES

@@ -230,7 +230,7 @@ def test_a_checkpoint_of_the_format_before_is_read_still(tmp_path: Path) -> None
 
 def test_a_file_that_cannot_be_parsed_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"no")
-    entry = {"bytes": 2, "xxh3_128": ""}
+    entry = {"bytes": 2, "xxh3_128": "0" * 32}
     write_manifest(tmp_path, {"format": FORMAT, "step": 1, "score": None, "files": {"model.safetensors": entry}})
     with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
         load(tmp_path)

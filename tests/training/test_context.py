@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.training.ranks import free_port, spawn
 from training import context as module
 from training.context import Context
-from training.errors import ConfigError
+from training.errors import ConfigError, DeviceError
 from training.files import read_lines
 from training.group import Group, TorchGroup, make_group
 from training.world import World
@@ -110,14 +112,111 @@ def test_a_notebook_needs_no_more_than_a_folder(tmp_path: Path) -> None:
         assert ctx.checkpoints.latest() is None
 
 
-def test_a_gpu_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def gpus(monkeypatch: pytest.MonkeyPatch, count: int, visible: str | None = None, problem: str = "") -> None:
+    """A build of torch for CUDA 13.0 that counts so many GPUs; `problem` is what CUDA says when it is used."""
     import torch
 
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
-    worlds = [World(rank, rank, 0, 3, 3, 1, master_port=free_port(), device="cuda") for rank in range(3)]
-    assert Context(tmp_path, worlds[1]).device == torch.device("cuda", 1)
-    with pytest.raises(ConfigError, match="needs GPU 2, but 2 are visible"):
-        _ = Context(tmp_path, worlds[2]).device
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert Context(tmp_path, worlds[2]).device == torch.device("cuda", 0)
+    def use(*_: object) -> None:
+        if problem:
+            raise RuntimeError(problem)
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", use)
+    monkeypatch.setattr(torch.cuda, "init", use)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+
+def device_of(folder: Path, rank: int, ranks: int) -> Any:
+    world = World(rank, rank, 0, ranks, ranks, 1, master_port=free_port(), device="cuda")
+    return Context(folder, world).device
+
+
+TOO_OLD = "The NVIDIA driver on your system is too old (found version 12020). Please update your GPU driver"
+NO_DRIVER = "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU"
+
+
+@pytest.mark.parametrize(
+    ("count", "visible", "problem", "rank", "words"),
+    [
+        (2, None, "", 2, "needs GPU 2, but 2 are visible: this machine has no more than 2"),
+        (2, "4,5", "", 2, "needs GPU 2, but 2 are visible: CUDA_VISIBLE_DEVICES='4,5' shows 2, and hides the others"),
+        (0, "", "", 0, "needs GPU 0, but 0 are visible: CUDA_VISIBLE_DEVICES='' shows 0, and hides the others"),
+        (0, "-1,0", "No CUDA GPUs are available", 0, "CUDA_VISIBLE_DEVICES='-1,0' shows 0, and hides the others"),
+        (0, "7", "No CUDA GPUs are available", 0, "CUDA_VISIBLE_DEVICES='7' names no GPU that this machine has"),
+        (0, None, "No CUDA GPUs are available", 0, r"the driver shows no GPU \(No CUDA GPUs are available\)"),
+        (0, None, NO_DRIVER, 0, "needs GPU 0, but 0 are visible: there is no NVIDIA driver"),
+        (0, "0", TOO_OLD, 0, "it supports CUDA 12.2, and torch .* was built for CUDA 13.0"),
+        (3, None, TOO_OLD, 1, "needs GPU 1, but the NVIDIA driver is too old: it supports CUDA 12.2, and torch"),
+        (3, None, "CUDA driver version is insufficient for CUDA runtime version", 1, "its version is in nvidia-smi"),
+        (
+            1,
+            None,
+            "",
+            0,
+            "3 ranks on .* need a GPU each, but 1 is visible to all of them: this machine has no more than 1",
+        ),
+        (1, None, "", 1, "needs GPU 1, but 1 are visible: this machine has no more than 1"),
+    ],
+)
+def test_a_gpu_that_is_not_there(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+    visible: str | None,
+    problem: str,
+    rank: int,
+    words: str,
+) -> None:
+    gpus(monkeypatch, count, visible, problem)
+    with pytest.raises(DeviceError, match=words):
+        device_of(tmp_path, rank, 3)
+
+
+def test_a_gpu_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    gpus(monkeypatch, 2)
+    assert device_of(tmp_path, 1, 2) == torch.device("cuda", 1)
+    gpus(monkeypatch, 1, "MIG-11")  # each rank was given its own
+    assert device_of(tmp_path, 2, 3) == torch.device("cuda", 0)
+    gpus(monkeypatch, 1)
+    assert device_of(tmp_path, 0, 1) == torch.device("cuda", 0)
+
+
+def test_what_is_not_about_the_driver_is_raised_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(monkeypatch, 1, problem="CUDA error: out of memory")
+    with pytest.raises(RuntimeError, match=r"^CUDA error: out of memory$"):
+        device_of(tmp_path, 0, 1)
+
+
+def test_a_build_of_torch_for_cpus_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(DeviceError, match=r"torch is a CPU build \(.*\); install its build for CUDA"):
+        device_of(tmp_path, 0, 1)
+
+
+def test_a_tpu_runtime_that_is_not_there_or_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that this environment does not have is the profile's mistake; one that fails here is this machine's."""
+    monkeypatch.syspath_prepend(tmp_path)
+    world = World(device="tpu")
+    with pytest.raises(ConfigError, match=r"has no torch_tpu .*tpu_runtime = \"torch_xla\""):
+        _ = Context(tmp_path, world).device
+    for text, words in (
+        ("import torch_tpu_part_that_is_not_there", "lacks a part: No module named 'torch_tpu_part_that_is_not_there'"),
+        (
+            "raise ImportError('libtpu.so: cannot open shared object file')",
+            "cannot be loaded on .*: libtpu.so: cannot open",
+        ),
+        ("raise OSError('/dev/accel0: no such device')", "cannot be loaded on .*: /dev/accel0"),
+    ):
+        (tmp_path / "torch_tpu.py").write_text(f"{text}  # {len(text)}\n")
+        with pytest.raises(DeviceError, match=words):
+            _ = Context(tmp_path, world).device
+        (tmp_path / "torch_tpu.py").unlink()
+        importlib.invalidate_caches()

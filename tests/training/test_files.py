@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from training.files import Lines, append_line, read_json, read_lines, write_atomic
+from training import files as module
+from training.files import Lines, NotPlain, append_line, read_json, read_lines, write_atomic
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -17,6 +18,8 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     write_atomic(path, b"two")
     assert path.read_bytes() == b"two"
     assert os.listdir(tmp_path) == ["a file"]
+    assert path.stat().st_mode & 0o777 == 0o600
+    write_atomic(path, b"shared", 0o666)
     assert path.stat().st_mode & 0o777 == 0o666 & ~os.umask(os.umask(0o22))
 
 
@@ -98,3 +101,42 @@ def test_lines_wait_for_room_and_keep_their_order(disk: Path, monkeypatch: pytes
             lines.append(path, {"more": 1})
     with pytest.raises(OSError, match="No space"):
         lines.append(path, {"more": 1})
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder", "zero", "dangling"])
+def test_only_plain_files_are_opened(tmp_path: Path, kind: str) -> None:
+    path, target = tmp_path / "file", tmp_path / "target"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        if kind == "link":
+            target.write_text("{}")
+        path.symlink_to("/dev/zero" if kind == "zero" else target)
+    for act in (read_json, read_lines, lambda path: append_line(path, {})):
+        with pytest.raises(NotPlain, match="not a plain file"):
+            act(path)
+    assert not target.exists() or target.read_text() == "{}"
+
+
+def test_reading_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"[" * 100_000)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        read_json(path)
+    path.write_bytes(b"[" * 100_000 + b'\n{"a": 1}\n')
+    assert read_lines(path) == [{"a": 1}]
+    with path.open("r+b") as file:
+        file.truncate(8 << 30)  # sparse
+    with pytest.raises(NotPlain, match="larger than"):
+        read_json(path)
+    monkeypatch.setattr(module, "MAX_LINES_BYTES", 1 << 20)
+    assert read_lines(path) == []
+
+
+def test_the_umask_of_the_process_is_never_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "umask", lambda _: pytest.fail("other threads would see it"))
+    write_atomic(tmp_path / "file", "x")
+    append_line(tmp_path / "lines", {})
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}

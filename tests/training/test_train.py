@@ -15,7 +15,6 @@ from torch._dynamo.backends.debugging import aot_eager
 from tests.training.ranks import losses, spawn, train_in, train_in_world
 from tests.training.test_files import fill
 from training import train as module
-from training.context import Context
 from training.data import encode
 from training.errors import ConfigError
 from training.files import read_lines
@@ -24,7 +23,7 @@ from training.sampler import Position, steps
 from training.sources import find_source
 from training.state import seed_all
 from training.trackers import Trackers
-from training.train import TrainConfig, check, train
+from training.train import TrainConfig, check
 from training.world import World
 
 ONE = World(threads=1)
@@ -188,24 +187,6 @@ def test_trackers_that_cannot_write_do_not_end_training(disk: Path) -> None:
 
     with pytest.warns(UserWarning, match="record nothing more in this attempt: .*No space"):
         go_on()
-
-
-def _tells(world: World, run_dir: Path, options: Options) -> list[tuple[int, bool, bool]]:
-    run_dir.mkdir(exist_ok=True)
-    told: list[tuple[int, bool, bool]] = []
-    with Context(run_dir, world) as ctx:
-        ctx.on_checkpoint.append(lambda step, evaluation, path: told.append((step, bool(evaluation), path is not None)))
-        train(ctx, TrainConfig(**options))
-    return told
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("rank_server")
-def test_every_checkpoint_is_told_once_it_is_committed(tmp_path: Path, options: Options) -> None:
-    """On all ranks at the same steps; rank 0 knows the folder, and from the first epoch on there is an evaluation."""
-    first, second = spawn(_tells, 2, tmp_path / "run", {**options, "batch_size": 4})
-    assert first == [(step, step >= 7, True) for step in (2, 4, 6, 7, 8, 10, 12, 14)]
-    assert second == [(step, evaluated, False) for step, evaluated, _ in first]
 
 
 @pytest.mark.parametrize(

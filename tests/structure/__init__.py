@@ -1,0 +1,1 @@
+"""Figures, limits and wording of the two packages, read from their sources without importing them."""
