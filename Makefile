@@ -1,7 +1,8 @@
-# `make run` starts it, `make test` tests it, `make check` takes under a minute, `make soak` for a quiet evening.
+# `make run` starts it, `make test` runs all tests, `make check` the fast ones, `make soak` the long fault tests, `make docs`
+# builds the documentation.
 SYSTEM_PACKAGES = slurm-wlm slurm-wlm-basic-plugins munge slurmdbd mariadb-server-core
 
-.PHONY: run test soak check format setup
+.PHONY: run test soak check docs format setup
 .DEFAULT_GOAL := check
 
 run: setup
@@ -19,6 +20,9 @@ soak: setup
 
 check: setup
 	scripts/check
+
+docs: setup
+	scripts/docs
 
 format: setup
 	.venv/bin/ruff format

