@@ -32,14 +32,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.paired import Case, measure, table
+from training.bert.checkpointing import Store
+from training.bert.engine import Engine
+from training.bert.model import TINY, load_tokenizer
+from training.checkpoints.state import seed_all
 from training.context import Context
-from training.engine import Engine
-from training.model import TINY, load_tokenizer
-from training.sampler import Position, Step
-from training.state import seed_all
-from training.store import Store
+from training.data.sampler import Position, Step
+from training.distributed.world import World
 from training.train import State, TrainConfig, quiet
-from training.world import World
 
 if TYPE_CHECKING:
     import torch

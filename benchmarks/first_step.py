@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from benchmarks.paired import Case, measure, rounds, table
-from launcher.network import reserve_port
+from launcher.agent.network import reserve_port
 
 SCRIPT = """
 import os, sys, time

@@ -35,13 +35,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.paired import rounds
-from launcher.network import reserve_port
+from launcher.agent.network import reserve_port
+from training.bert.engine import make_accelerator
+from training.bert.metric_lookup import GLUE
 from training.context import Context
-from training.definitions import GLUE
-from training.engine import make_accelerator
-from training.group import Group, TorchGroup
+from training.distributed.group import Group, TorchGroup
+from training.distributed.world import World
 from training.metrics import accuracy_and_f1, combine, evaluation_batches
-from training.world import World
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset

@@ -32,8 +32,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from training.bert.sources import CORPUS
 from training.flags import parse
-from training.sources import CORPUS
 
 PLAIN, OURS, BUCKETS = "plain loop", "ours", "ours, length buckets"
 LR = 5e-5
@@ -144,10 +144,10 @@ def ours(setup: Setup) -> Result:
     """The reference job, with a clock at its engine."""
     import torch
 
+    from training.bert.engine import Engine
     from training.context import Context
-    from training.engine import Engine
+    from training.distributed.world import World
     from training.train import TrainConfig, train
-    from training.world import World
 
     began: list[float] = []
     ended = 0.0

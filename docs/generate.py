@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from launcher.cli import parsers
-from launcher.options import COMMANDS
-from launcher.policy import RULES, Retry
-from launcher.spec import State
+from launcher.cli.main import parsers
+from launcher.cli.parser import COMMANDS
+from launcher.lifecycle.policy import RULES, Retry
+from launcher.request.spec import State
 from training.flags import usage
 from training.train import TrainConfig
 

@@ -12,10 +12,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from launcher.api import launch, resume
+    from launcher.client.api import launch, resume
+    from launcher.client.run import Run, runs
     from launcher.errors import BadRequest, LaunchError, RunFailed, RunStopped
-    from launcher.run import Run, runs
-    from launcher.spec import State
+    from launcher.request.spec import State
 
 __all__ = ["BadRequest", "LaunchError", "Run", "RunFailed", "RunStopped", "State", "launch", "resume", "runs"]
 

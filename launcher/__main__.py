@@ -1,5 +1,5 @@
 """``python -m launcher``: the same as the command ``launch``."""
 
-from launcher.cli import main
+from launcher.cli.main import main
 
 main()

@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from training.context import Context
+from training.distributed.world import World
 from training.errors import CheckpointError, ConfigError
 from training.flags import parse, usage
 from training.train import TrainConfig, check, train
-from training.world import World
 
 STOPPED = 3  # exit status of a run that was stopped and can go on
 

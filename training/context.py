@@ -9,16 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from training.distributed.devices import RUNTIMES, Runtime
+from training.distributed.group import Group, Vote, make_group
+from training.distributed.heartbeat import Pulse
+from training.distributed.world import World
 from training.files import Lines
-from training.group import Group, Vote, make_group
-from training.pulse import Pulse
-from training.runtimes import RUNTIMES, Runtime
-from training.world import World
 
 if TYPE_CHECKING:
     import torch
 
-    from training.checkpoints import Checkpoints
+    from training.checkpoints.store import Checkpoints
 
 STAT_SECONDS = 0.25  # how often at most rank 0 looks for the file `stop`; a shared disk may take long to answer
 
@@ -75,7 +75,7 @@ class Context:
     @cached_property
     def checkpoints(self) -> Checkpoints:
         """The checkpoints of this run, in `run_dir/checkpoints`."""
-        from training.checkpoints import Checkpoints
+        from training.checkpoints.store import Checkpoints
 
         return Checkpoints(self.run_dir / "checkpoints")
 

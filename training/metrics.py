@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from training.group import Group
+    from training.distributed.group import Group
 
 # (predictions, references), float64 arrays of shape (samples,) in the order of the ids -> name -> value
 Metric = Callable[["npt.NDArray[np.float64]", "npt.NDArray[np.float64]"], dict[str, float]]

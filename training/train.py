@@ -10,19 +10,19 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from training.definitions import check_metric, find_metric
+from training.bert.metric_lookup import check_metric, find_metric
+from training.bert.model import TINY, check_model
+from training.bert.sources import PAIRS, check_source, find_source
+from training.data.sampler import Position, Step, steps, steps_per_epoch
 from training.errors import ConfigError
-from training.model import TINY, check_model
-from training.progress import Progress
-from training.sampler import Position, Step, steps, steps_per_epoch
-from training.sources import PAIRS, check_source, find_source
-from training.trackers import Trackers, check_trackers
+from training.reporting.progress import Progress
+from training.reporting.trackers import Trackers, check_trackers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from training.bert.tokens import Encoded
     from training.context import Context
-    from training.data import Encoded
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def check(config: TrainConfig) -> None:
     check_trackers(config.log_with)
     check_metric(config.metric)
     if config.mirror:
-        from training.mirror import open_store
+        from training.checkpoints.mirror import open_store
 
         open_store(config.mirror)
     check_model(config.model)
@@ -98,10 +98,10 @@ def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
     Goes on from the newest good checkpoint of the run by itself. When the run is asked to stop, saves and returns with
     `ctx.stopped` true. Raises ConfigError for unusable input and CheckpointError for an unusable checkpoint.
     """
-    from training.curve import draw_curve
-    from training.engine import Engine
-    from training.model import load_model
-    from training.store import Store
+    from training.bert.checkpointing import Store
+    from training.bert.engine import Engine
+    from training.bert.model import load_model
+    from training.reporting.curve import draw_curve
 
     check(config)
     asked, config = config, config.resolved()
@@ -231,8 +231,8 @@ def load_data(ctx: Context, config: TrainConfig) -> tuple[PreTrainedTokenizerBas
 
     Raises ConfigError, on all ranks, for unusable data and for data that are not the same everywhere.
     """
-    from training.data import encode
-    from training.model import load_tokenizer
+    from training.bert.model import load_tokenizer
+    from training.bert.tokens import encode
 
     def load() -> tuple[PreTrainedTokenizerBase, Encoded, Encoded]:
         tokenizer = load_tokenizer(config.model)

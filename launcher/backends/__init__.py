@@ -5,17 +5,17 @@ from __future__ import annotations
 import importlib
 
 from launcher.backends.base import Backend, Capabilities
-from launcher.cluster import BACKENDS, Cluster, no_such_backend
+from launcher.config.cluster import BACKENDS, Cluster, no_such_backend
 
 __all__ = ["Backend", "Capabilities", "get", "names", "of", "register", "unregister"]
 
 _CLASSES = {
     "local": ("launcher.backends.local", "LocalBackend"),
-    "slurm": ("launcher.backends.slurm", "SlurmBackend"),
-    "ray": ("launcher.backends.ray", "RayBackend"),
-    "ray_on_slurm": ("launcher.backends.ray_on_slurm", "RayOnSlurmBackend"),
+    "slurm": ("launcher.backends.slurm.backend", "SlurmBackend"),
+    "ray": ("launcher.backends.ray.backend", "RayBackend"),
+    "ray_on_slurm": ("launcher.backends.ray.on_slurm", "RayOnSlurmBackend"),
 }
-"""Where the class of each backend is. `launcher.cluster.BACKENDS` has those that ``--backend`` can name."""
+"""Where the class of each backend is. `launcher.config.cluster.BACKENDS` has those that ``--backend`` can name."""
 
 _SHIPPED = tuple(BACKENDS)
 _registered: dict[str, Backend] = {}

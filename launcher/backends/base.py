@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.cluster import Cluster
-from launcher.config_check import Check
+from launcher.config.check import Check
+from launcher.config.cluster import Cluster
 from launcher.errors import BadRequest
-from launcher.spec import Plan, State
-from launcher.trust import ANY_ID, check_id
+from launcher.lifecycle.trust import ANY_ID, check_id
+from launcher.request.spec import Plan, State
 
 
 @dataclass(frozen=True)

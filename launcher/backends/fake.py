@@ -23,12 +23,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from launcher.backends.base import Backend, Capabilities
-from launcher.cluster import Cluster, Node
-from launcher.ending import end_run
+from launcher.config.cluster import Cluster, Node
 from launcher.errors import BadRequest
-from launcher.policy import Failure
-from launcher.rundir import RunDir
-from launcher.spec import Plan, State
+from launcher.lifecycle.policy import Failure
+from launcher.lifecycle.recovery import end_run
+from launcher.lifecycle.run_dir import RunDir
+from launcher.request.spec import Plan, State
 from training.files import write_atomic
 
 

@@ -10,16 +10,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from launcher import gpus
-from launcher.backends import process
+from launcher.agent.health import gpus
+from launcher.backends import detached
 from launcher.backends.base import Backend, Capabilities
-from launcher.cluster import Cluster
-from launcher.config_check import Check
+from launcher.config.check import Check
+from launcher.config.cluster import Cluster
 from launcher.errors import BadRequest
-from launcher.rundir import RunDir
-from launcher.spec import Plan, State
-from launcher.trust import PROCESS_ID, check_id
-from training.missing import UNUSABLE
+from launcher.lifecycle.run_dir import RunDir
+from launcher.lifecycle.trust import PROCESS_ID, check_id
+from launcher.request.spec import Plan, State
+from training.distributed.missing import UNUSABLE
 
 TRY_SECONDS = 120.0
 """How long the import of torch and a first computation on a GPU may take."""
@@ -34,8 +34,8 @@ def survey(cluster: Cluster) -> Cluster:
 
 
 def unusable_gpus() -> str:
-    """Say why torch cannot use the GPUs of this machine; empty if it can. Runs a process, since torch is slow to import."""
-    command = [sys.executable, "-P", "-m", "training.missing"]
+    """Say why torch cannot use the GPUs of this machine; empty if it can. Runs a detached, since torch is slow to import."""
+    command = [sys.executable, "-P", "-m", "training.distributed.missing"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TRY_SECONDS)
     except subprocess.TimeoutExpired:
@@ -58,12 +58,12 @@ class LocalBackend(Backend):
 
     def render(self, plan: Plan) -> str:
         """The processes that would start, and the environment of each."""
-        from launcher.rank_environment import rank_environment
-        from launcher.ranks import NodeRanks, Seat
+        from launcher.agent.node_ranks import NodeRanks, Seat
+        from launcher.rank.environment import rank_environment
 
         run_dir = RunDir(plan.run_dir)
         ranks = NodeRanks(run_dir, plan, Seat(), lambda message: None)
-        lines = [f"agent: python -m launcher.agent {plan.run_dir}"]
+        lines = [f"agent: python -m launcher.agent.main {plan.run_dir}"]
         here = Seat().address
         for world in ranks.worlds(attempt=1, address=here, port=1):
             environment = rank_environment({}, plan, world, ranks.variables(world, [here]))
@@ -80,16 +80,16 @@ class LocalBackend(Backend):
         """Start the agent."""
         if plan.placement.nodes != 1:
             raise BadRequest("the local backend has one node: this machine. Use --backend slurm or ray for more.")
-        return process.start("launcher.agent", plan.run_dir, RunDir(plan.run_dir).agent_log(0))
+        return detached.start("launcher.agent.main", plan.run_dir, RunDir(plan.run_dir).agent_log(0))
 
     def check_id(self, job_id: str) -> None:
         check_id(PROCESS_ID, job_id)
 
     def poll(self, job_id: str) -> State:
-        return process.poll(job_id)
+        return detached.poll(job_id)
 
     def cancel(self, job_id: str) -> None:
-        process.kill(job_id)
+        detached.kill(job_id)
 
     def diagnose(self, cluster: Cluster, cwd: Path) -> Iterator[Check]:
         """Count the devices."""

@@ -104,7 +104,7 @@ def kill_supervisor(scene: Scene) -> None:
 
 def kill_forkserver(scene: Scene) -> None:
     ranks = set(scene.subject.ranks().values())
-    servers = [pid for pid in scene.subject.commands("launcher.forkserver") if pid not in ranks]
+    servers = [pid for pid in scene.subject.commands("launcher.rank.forkserver") if pid not in ranks]
     os.kill(scene.chance.choice(sorted(servers)), signal.SIGKILL)
 
 

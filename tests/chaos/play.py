@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.spec import State
+from launcher.request.spec import State
 from tests.chaos.faults import FAULTS, Fault, Scene, Undo
 from tests.chaos.subject import STEPS, Mark, Subject
 from tests.launcher.engines import make_project

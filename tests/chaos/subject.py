@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.client.run import Run, find
 from launcher.errors import BadRequest
-from launcher.run import Run, find
-from launcher.spec import State
+from launcher.request.spec import State
 from tests.launcher.engines import Project, ranks_of
 from tests.testbed import keeper
-from training.group import environment
+from training.distributed.group import environment
 
 STEPS = 160
 CACHES = ("torchinductor_",)  # where torch keeps them, an import is enough

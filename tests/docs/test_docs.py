@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher import profiles
-from launcher.cli import parse_request, parsers
+from launcher.cli.main import parse_request, parsers
+from launcher.cli.parser import COMMANDS
+from launcher.config import profiles
 from launcher.errors import BadRequest
-from launcher.options import COMMANDS
-from launcher.spec import DEFAULT_TARGET
+from launcher.request.spec import DEFAULT_TARGET
 from tests.docs.pages import LANGUAGES, NEEDS, PAGES, ROOT, Block, Command, anchors, blocks, inline_commands, links
 from tests.launcher.engines import COMMAND
 from training.flags import parse

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import launcher
-from launcher.cli import launch_parser
-from launcher.options import COMMANDS
+from launcher.cli.main import launch_parser
+from launcher.cli.parser import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -179,7 +179,7 @@ def test_training_does_without_the_launcher() -> None:
 def test_a_command_loads_nothing_heavy(tmp_path: Path, argv: list[str] | None) -> None:
     program = f"""
 import sys
-import launcher, launcher.cli
+import launcher, launcher.cli.main
 try:
     {argv!r} is None or launcher.cli.main({argv!r})
 except SystemExit:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.training.ranks import PRELOAD, free_port
-from training.sources import CORPUS
+from training.bert.sources import CORPUS
 
 
 @pytest.fixture(autouse=True)

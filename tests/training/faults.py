@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from training.checkpoints import PATIENCE, Checkpoint, Checkpoints, Part
+from training.checkpoints.store import PATIENCE, Checkpoint, Checkpoints, Part
 
 CHANGING = ("rename", "replace", "fsync", "mkdir", "rmdir", "unlink")
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from training.checkpoints.manifest import load
 from training.context import Context
+from training.distributed.world import World
 from training.files import read_lines
-from training.manifest import load
-from training.world import World
 
 PRELOAD = ["tests.training.preload"]
 SECONDS = 240.0

@@ -8,9 +8,9 @@ import pytest
 
 from tests.training.conftest import write_csv
 from tests.training.ranks import train_in
+from training.bert.sources import CORPUS
 from training.corpus.generate import pairs, render
-from training.sources import CORPUS
-from training.world import World
+from training.distributed.world import World
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -45,7 +45,7 @@ def test_one_sentence_alone_says_nothing_about_the_label() -> None:
 
 @pytest.mark.slow
 def test_labels_from_a_hat_are_not_learnt(tmp_path: Path) -> None:
-    """In half the epochs of the default run, after which that is past 0.9 (`tests/launcher/test_reference.py`)."""
+    """In half the epochs of the default run, after which that is past 0.9 (`tests/launcher/config/test_profile_reference.py`)."""
     rows = read("train.csv")
     labels = [row["label"] for row in rows]
     random.Random(0).shuffle(labels)

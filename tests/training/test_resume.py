@@ -18,15 +18,15 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training.ranks import assert_same_end, losses, spawn, train_in, train_in_world
+from training.bert.engine import Engine
+from training.bert.model import load_model, load_tokenizer
+from training.checkpoints.manifest import write_file
 from training.context import Context
-from training.engine import Engine
+from training.data.sampler import Position, Step, steps
+from training.distributed.world import World
 from training.errors import CheckpointError, ConfigError
 from training.files import append_line, read_lines
-from training.manifest import write_file
-from training.model import load_model, load_tokenizer
-from training.sampler import Position, Step, steps
 from training.train import TrainConfig, train
-from training.world import World
 
 ONE = World(threads=1)
 Options = dict[str, Any]
@@ -49,7 +49,7 @@ def train_and_die(world: World, run_dir: Path, options: Options, victim: int, ki
     Engine.step = lambda self, *args: (die("step"), step(self, *args))[1]  # type: ignore[method-assign,func-returns-value]
     Engine.evaluate = lambda self, *args: (die("evaluate"), evaluate(self, *args))[1]  # type: ignore[method-assign,func-returns-value]
     patch = pytest.MonkeyPatch()  # never undone: the process is the test's own
-    patch.setattr("training.checkpoints.write_file", lambda *args: (die("write"), write_file(*args))[1])  # type: ignore[func-returns-value]
+    patch.setattr("training.checkpoints.store.write_file", lambda *args: (die("write"), write_file(*args))[1])  # type: ignore[func-returns-value]
     with dying_of_loneliness():
         train_in_world(world, run_dir, options)
 

@@ -15,16 +15,16 @@ from torch._dynamo.backends.debugging import aot_eager
 from tests.training.ranks import losses, spawn, train_in, train_in_world
 from tests.training.test_files import fill
 from training import train as module
-from training.data import encode
+from training.bert.model import load_model, load_tokenizer
+from training.bert.sources import find_source
+from training.bert.tokens import encode
+from training.checkpoints.state import seed_all
+from training.data.sampler import Position, steps
+from training.distributed.world import World
 from training.errors import ConfigError
 from training.files import read_lines
-from training.model import load_model, load_tokenizer
-from training.sampler import Position, steps
-from training.sources import find_source
-from training.state import seed_all
-from training.trackers import Trackers
+from training.reporting.trackers import Trackers
 from training.train import TrainConfig, check
-from training.world import World
 
 ONE = World(threads=1)
 Options = dict[str, Any]

@@ -1,0 +1,1 @@
+"""The agents of a run, one on each node, and their coordinator."""

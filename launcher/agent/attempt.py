@@ -1,0 +1,145 @@
+"""One attempt: all ranks from their start to the end of the last of them, whatever that end is."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from launcher.agent.hang_detection import Beat, Place, Watch, accuse
+from launcher.agent.node_ranks import STACK_SECONDS, Message
+from launcher.lifecycle.exit_status import FULL, RAISED, REFUSED, UNHEARD
+
+LAST_WORDS_SECONDS = 0.5
+"""How long other ranks get, after one raised, to leave their own errors before they are killed."""
+
+DEATH_SECONDS = 30.0
+"""How long a killed rank may take to be gone. One that hangs in a driver or a file system (the D state) never is."""
+
+
+class Attempt:
+    """Hears what happens to the ranks of one attempt and says what to tell the agents about it.
+
+    Attributes:
+        nodes: which agent is which node of the placement.
+        exits: exit code by rank, in the order in which they were seen; ranks that we killed are left out.
+        lost: agents that are gone.
+        step: the newest step that a rank had done; -1 before the first.
+        hung: the rank at fault and the sentence about it, once the attempt hung.
+        joined: False once a rank has ended that never opened a Context.
+    """
+
+    def __init__(
+        self,
+        attempt: int,
+        nodes: Mapping[int, int],
+        ranks_per_node: int,
+        hang_after: float,
+        tell: Callable[[Message], None],
+    ) -> None:
+        self.attempt, self.nodes, self.ranks_per_node = attempt, nodes, ranks_per_node
+        self.tell = tell
+        self.alive = {rank for node in nodes.values() for rank in self._ranks_of(node)}
+        self.exits: dict[int, int] = {}
+        self.lost: list[int] = []
+        self.step = -1
+        self.hung: tuple[int | None, str] | None = None
+        self.joined = True
+        self.kill_at: float | None = None  # seconds of the event loop's clock
+        self._killed = self._stopping = False
+        self._beats: dict[int, Beat] = {}
+        self._watch = Watch(hang_after)
+        self._suspects: dict[int, Beat] | None = None  # what the ranks said when they were found to hang
+        self._places: dict[int, Place] = {}
+
+    def _ranks_of(self, node: int) -> range:
+        return range(node * self.ranks_per_node, (node + 1) * self.ranks_per_node)
+
+    @property
+    def over(self) -> bool:
+        return not self.alive
+
+    @property
+    def progress(self) -> int | None:
+        """The newest step for people and for the policy; None where ranks have not done, or do not say, any."""
+        return self.step if self.step > 0 else None
+
+    @property
+    def all_with_context(self) -> bool:
+        """Whether every rank has said, by its pulse, that it has a Context."""
+        beats = self._beats.values()
+        return self.joined and len(beats) == len(self.alive) and all(beat.step >= 0 for beat in beats)
+
+    def ask_to_stop(self, grace: float) -> dict[str, Any]:
+        """Send SIGTERM to the ranks and kill them after `grace` seconds; returns the fields of the event about it.
+
+        A program without a Context has the whole grace on every rank, whatever has become of the others.
+        """
+        together = self.all_with_context
+        if not together and self._suspects is None and not self._killed:
+            self.kill_at = None
+        self._stopping = not together
+        self.kill_within(grace)
+        self.tell({"signal": int(signal.SIGTERM)})
+        return {"ranks": len(self.alive), "context": together, "grace": grace}
+
+    def kill_within(self, seconds: float) -> None:
+        """Kill what still runs `seconds` from now, or sooner where that was settled before."""
+        if self._killed:
+            return
+        wanted = asyncio.get_running_loop().time() + seconds
+        self.kill_at = wanted if self.kill_at is None else min(self.kill_at, wanted)
+
+    def times_up(self) -> None:
+        """The time of `kill_at` has come: kill; and where that was done before, give up the nodes that are not rid of them."""
+        if self._killed:
+            stuck = {agent for agent, node in self.nodes.items() if self.alive & set(self._ranks_of(node))}
+            self.lost += sorted(stuck - {*self.lost})
+            self.alive.clear()
+            return
+        if self._suspects is not None and self.hung is None:
+            self.hung = accuse(self._suspects, self._places)
+        self.tell({"signal": int(signal.SIGKILL)})
+        self._killed, self.kill_at = True, asyncio.get_running_loop().time() + DEATH_SECONDS
+
+    def hear(self, agent: int, message: Message) -> None:
+        """Take in what an agent says."""
+        match message:
+            case {"exit": rank, "code": code, "step": step}:
+                self.alive.discard(rank)
+                self._beats.pop(rank, None)
+                self.step = max(self.step, step)
+                self.joined = self.joined and step >= 0
+                if not self._killed:
+                    self.exits[rank] = code
+                    if self._stopping and step < 0:
+                        return
+                    # A scheduler's SIGTERM may reach a rank before it reaches the agent.
+                    if code < 0 and code != -signal.SIGTERM:
+                        self.kill_within(0.0)
+                    elif code < 0 or code in (RAISED, REFUSED, FULL, UNHEARD):
+                        self.kill_within(LAST_WORDS_SECONDS)
+            case {"lost": _} if (
+                agent in self.nodes
+            ):  # a spare one, or one that went before this attempt, is none of ours
+                self.lost.append(agent)
+                gone = set(self._ranks_of(self.nodes[agent]))
+                self.alive -= gone
+                self._beats = {rank: beat for rank, beat in self._beats.items() if rank not in gone}
+                self.kill_within(0.0)
+            case {"beats": beats}:
+                self._hear_beats({int(rank): Beat(*fields) for rank, fields in beats.items()})
+            case {"stacks": places}:
+                self._places |= {int(rank): Place(*fields) for rank, fields in places.items()}
+
+    def _hear_beats(self, beats: Mapping[int, Beat]) -> None:
+        self._beats |= {rank: beat for rank, beat in beats.items() if rank in self.alive}
+        self.step = max([self.step, *(beat.step for beat in self._beats.values())])
+        ending = self.kill_at is not None or self._killed
+        if ending or len(self._beats) < len(self.alive):
+            return
+        if self._watch.see(self._beats, asyncio.get_running_loop().time()):
+            self._suspects = dict(self._beats)
+            self.tell({"stacks": self.attempt})
+            self.kill_within(STACK_SECONDS + 2.0)  # the messages need a moment, too

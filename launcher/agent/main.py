@@ -1,0 +1,123 @@
+"""The node agent: one on every node. Node 0's also coordinates (`launcher.agent.coordinator`).
+
+The agents of a run speak JSON lines over TCP. Node 0 listens and leaves its address in ``rendezvous.json``; the others
+connect to it and do as they are told. When a connection ends, the node behind it is lost: the coordinator decides what
+happens to the run, and a node that lost its coordinator kills its ranks and leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from launcher.agent.coordinator import Coordinator
+from launcher.agent.node_ranks import Message, NodeRanks, Seat, on_signals
+from launcher.agent.peers import CONNECT_SECONDS, PULSE_SECONDS, SILENCE_SECONDS
+from launcher.lifecycle.run_dir import RunDir
+from launcher.rank.output import outlive_a_full_disk
+from launcher.request.spec import Plan, State
+from training.files import read_json
+
+SLICES = 4
+
+
+async def run_agent(run_dir: RunDir, seat: Seat) -> int:
+    """Be the agent of one node until the run ends; return the run's exit status."""
+    plan = run_dir.plan()
+    run_dir.logs.mkdir(exist_ok=True)
+    if seat.node:
+        return await follow(run_dir, plan, seat)
+    if (result := run_dir.result()) is not None:  # a scheduler started a job again that had come to an end
+        if result["state"] == State.SUCCEEDED:
+            return 0
+        run_dir.result_file.unlink()
+    return await Coordinator(run_dir, plan, seat).run()
+
+
+async def follow(run_dir: RunDir, plan: Plan, seat: Seat) -> int:
+    """Be the agent of a node other than node 0: do what the coordinator says until it says `end` or is gone."""
+    outgoing: asyncio.Queue[Message] = asyncio.Queue()
+    ranks = NodeRanks(run_dir, plan, seat, outgoing.put_nowait)
+    on_signals(lambda number: outgoing.put_nowait({"signal": number}))
+    await ranks.open()
+    tasks: list[asyncio.Task[None]] = []
+    try:
+        line = await connect(run_dir, seat)
+        if line is None:
+            return 0
+        reader, writer = line
+        tasks += [asyncio.create_task(_send_all(outgoing, writer)), asyncio.create_task(_report(outgoing, ranks))]
+        with suppress(TimeoutError, ConnectionError):
+            while words := await _hear(reader):
+                message = json.loads(words)
+                if "end" in message:
+                    return int(message["end"])
+                ranks.handle(message)
+        print(f"node {seat.node}: the coordinator on node 0 is gone", file=sys.stderr)
+        return 1
+    finally:
+        for task in tasks:
+            task.cancel()
+        await ranks.close()
+
+
+async def _hear(reader: asyncio.StreamReader) -> bytes:
+    """The next line. Raises TimeoutError after `SILENCE_SECONDS`, of which a time when this process slept is but a part."""
+    for _ in range(SLICES):
+        with suppress(TimeoutError):
+            return await asyncio.wait_for(reader.readline(), SILENCE_SECONDS / SLICES)
+    raise TimeoutError
+
+
+async def _send_all(outgoing: asyncio.Queue[Message], writer: asyncio.StreamWriter) -> None:
+    while True:
+        writer.write(json.dumps(await outgoing.get()).encode() + b"\n")
+        await writer.drain()
+
+
+async def _report(outgoing: asyncio.Queue[Message], ranks: NodeRanks) -> None:
+    """Say every second that this node is alive, and how its ranks get on."""
+    while True:
+        outgoing.put_nowait({"beats": ranks.report()})
+        await asyncio.sleep(PULSE_SECONDS)
+
+
+async def connect(run_dir: RunDir, seat: Seat) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
+    """Connect to the coordinator; None where the run has succeeded before, and there is none.
+
+    Raises:
+        TimeoutError: it left no rendezvous, or did not answer, within `CONNECT_SECONDS`.
+    """
+    deadline = time.monotonic() + CONNECT_SECONDS
+    while time.monotonic() < deadline:
+        # Listing the folder makes an NFS client look again; a file that was absent once stays absent in its cache.
+        os.listdir(run_dir.path)
+        found = read_json(run_dir.rendezvous_file)
+        if found and found["session"] == seat.session:
+            with suppress(OSError):
+                reader, writer = await asyncio.open_connection(found["address"], found["port"])
+                hello = {"hello": seat.node, "token": found["token"], "host": seat.host}
+                writer.write(json.dumps(hello).encode() + b"\n")
+                return reader, writer
+        if (run_dir.result() or {}).get("state") == State.SUCCEEDED:
+            return None
+        await asyncio.sleep(0.1)
+    raise TimeoutError(
+        f"node {seat.node}: no coordinator after {CONNECT_SECONDS:.0f} s. Node 0 did not start, or its address"
+        f" {seat.address} cannot be reached from here, or {run_dir.path} is not the same folder on both nodes."
+    )
+
+
+def main() -> None:
+    """``python -m launcher.agent.main RUN_DIR``: the agent of a run on this machine alone."""
+    outlive_a_full_disk()
+    sys.exit(asyncio.run(run_agent(RunDir(Path(sys.argv[1])), Seat())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""A detached process of this machine as a job: what stands behind a local run and behind a Ray driver."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from launcher.errors import BadRequest, LaunchError
+from launcher.lifecycle.trust import PROCESS_ID, check_id
+from launcher.request.spec import State
+from training.files import open_plain
+
+
+def start(module: str, run_dir: Path, log: Path) -> str:
+    """Start ``python -m module RUN_DIR`` in a session of its own and return its job id.
+
+    The job id is ``host:pid:start time``, the last in clock ticks since boot, so that a recycled pid is not mistaken for
+    the process. It survives the shell that started it.
+    """
+    log.parent.mkdir(exist_ok=True)
+    with os.fdopen(open_plain(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as output:
+        # Not a Popen, which would warn of a process that outlives it; outliving is what this one is for.
+        pid = os.posix_spawn(
+            sys.executable,
+            [sys.executable, "-P", "-m", module, str(run_dir)],
+            os.environ,
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_DUP2, output.fileno(), 1),
+                (os.POSIX_SPAWN_DUP2, output.fileno(), 2),
+            ],
+            setsid=True,
+            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # which Python ignores, and children would, too
+        )
+    _children.add(pid)
+    return f"{socket.gethostname()}:{pid}:{_start_time(pid) or 0}"
+
+
+_children: set[int] = set()
+"""Kept so that a long-lived Python (a notebook) reaps what it started; see `poll`."""
+
+
+def poll(job_id: str) -> State:
+    """RUNNING while the process lives, LOST once it is gone, UNKNOWN from another machine."""
+    host, pid, started = check_id(PROCESS_ID, job_id).groups()
+    if host != socket.gethostname():
+        return State.UNKNOWN
+    for child in list(_children):
+        try:
+            gone, _ = os.waitpid(child, os.WNOHANG)
+        except ChildProcessError:  # somebody else has reaped it
+            gone = child
+        if gone:
+            _children.discard(child)
+    return State.RUNNING if _start_time(int(pid)) == started else State.LOST
+
+
+def kill(job_id: str) -> None:
+    """Kill the process; its children watch for its end and go with it.
+
+    Raises:
+        LaunchError: the process is on another machine.
+        BadRequest: the job id has another form, or the process is another user's.
+    """
+    host, pid, started = check_id(PROCESS_ID, job_id).groups()
+    if poll(job_id) is State.UNKNOWN:
+        raise LaunchError(f"the run is supervised by a process on {host}; cancel it from there.")
+    with suppress(ProcessLookupError):
+        _kill(int(pid), started)
+
+
+def _kill(pid: int, started: str) -> None:
+    """Send SIGKILL to the process `pid` that began at `started`; not to one that has its number now."""
+    try:
+        handle = os.pidfd_open(pid)
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # a thread's number, and not a process's
+            return
+        if error.errno != errno.ENOSYS:
+            raise
+        handle = -1  # Linux before 5.3
+    try:
+        if _start_time(pid) != started:
+            return
+        if (owner := _users(pid)) != {os.geteuid()}:
+            raise BadRequest(f"process {pid} is run by uid {', '.join(map(str, sorted(owner)))}; it was not killed.")
+        if handle >= 0:
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+        else:
+            os.kill(pid, signal.SIGKILL)
+    finally:
+        if handle >= 0:
+            os.close(handle)
+
+
+def _users(pid: int) -> set[int]:
+    """The real, effective, saved and file system uid of a process."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
+    except FileNotFoundError:
+        raise ProcessLookupError(pid) from None
+    return {int(uid) for line in status.splitlines() if line.startswith("Uid:") for uid in line.split()[1:]}
+
+
+def _start_time(pid: int) -> str:
+    """The process's start in clock ticks since boot, or an empty string when it is gone or only waits to be reaped."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    fields = stat.rpartition(")")[2].split()  # the command's name may hold spaces and brackets
+    return "" if fields[0] in "ZX" else fields[19]

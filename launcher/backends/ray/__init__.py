@@ -1,0 +1,1 @@
+"""Ray, through Ray Train."""

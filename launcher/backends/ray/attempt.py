@@ -1,0 +1,177 @@
+"""One attempt on a lease of Ray: the ranks are started through the stewards and watched to their end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+
+from launcher.agent.attempt import Attempt
+from launcher.agent.health import preflight
+from launcher.agent.node_ranks import Message
+from launcher.backends.ray.node_actors import Stewards
+from launcher.backends.ray.worker_group import Lease
+from launcher.lifecycle import exit_status
+from launcher.lifecycle.policy import Outcome
+from launcher.lifecycle.run_dir import RunDir
+
+DRIVER = ""
+"""Where messages of the driver itself come from; the others come from nodes, by Ray's ids."""
+
+ANSWER_SECONDS = 5.0
+"""How long, after a rank was killed, the nodes are waited for that may have gone with it."""
+
+DYING_SECONDS = 1.0
+"""How long a node that lost a worker of Ray's may still answer, should it be about to go."""
+
+BEFORE_DRAINED = 2.0
+"""How many seconds before a drained node goes the ranks have to be gone; the next lease waits for nothing else."""
+
+
+class RayAttempt:
+    """Hears what nodes and the driver say during one attempt, and tells the stewards what follows.
+
+    `note` takes in what matters beyond the attempt; `going` are the nodes that are being drained already.
+    """
+
+    def __init__(
+        self,
+        run_dir: RunDir,
+        lease: Lease,
+        stewards: Stewards,
+        note: Callable[[str, Message, Lease | None], None],
+    ) -> None:
+        self.run_dir, self.lease, self.stewards, self.note = run_dir, lease, stewards, note
+        self.cluster = lease.plan.cluster
+        self.number = run_dir.claim_attempt()
+        one_each = {rank: rank for rank in range(lease.ranks)}  # every rank is an agent of its own to `Attempt`
+        self.ranks = Attempt(self.number, one_each, 1, self.cluster.hang_after, stewards.tell_all)
+        self.stop = ""  # why the ranks were asked to stop
+
+    async def run(self, inbox: asyncio.Queue[tuple[str, Message]], going: Mapping[str, float]) -> Outcome:
+        """Bring the attempt to its end."""
+        lease = self.lease
+        unfit: dict[str, str] = {}
+        ended = asyncio.create_task(self._tell_of_end(inbox))
+        try:
+            if self.cluster.preflight:
+                unfit = await self._preflight(inbox)
+            if not unfit and not self.stop and not lease.broken:
+                hosts = [str(node) for node in lease.nodes()]
+                self.run_dir.event("started", attempt=self.number, world_size=lease.ranks, hosts=hosts)
+                await self._start()
+                self._check_drains(going)
+                await self._watch(inbox)
+        finally:
+            ended.cancel()
+        if not self.ranks.joined:  # a stop may have ended the ranks before it was read
+            while not inbox.empty():
+                self._take_in(*inbox.get_nowait())
+        if any(code < 0 for code in self.ranks.exits.values()):
+            # A node that goes down ends its processes one by one, and may have told of a rank before its steward went.
+            if lease.broken:  # a worker went, too; the next lease takes longer than this
+                await asyncio.sleep(DYING_SECONDS)
+            await self.stewards.settle([node.id for node in lease.nodes()], ANSWER_SECONDS)
+            while not inbox.empty():
+                self._take_in(*inbox.get_nowait())
+        host_of = {rank: str(member.node) for rank, member in enumerate(lease.members)}
+        lost = list(dict.fromkeys(host_of[rank] for rank in self.ranks.lost))
+        exits = self.ranks.exits
+        if lease.broken and not exits and not lost:
+            exits = {0: -signal.SIGKILL}  # Ray ended its workers, and we our ranks
+        errors = self.run_dir.errors(self.number)
+        ends = Outcome(exits, errors, self.stop, lost, host_of, self.ranks.progress, self.ranks.hung, unfit)
+        finished = self.run_dir.finished(self.number, 0).exists()
+        aborts = await asyncio.to_thread(exit_status.causes, self.run_dir, self.number, exits)
+        return replace(ends, joined=self.ranks.joined, finished=finished, aborts=aborts)
+
+    async def _watch(self, inbox: asyncio.Queue[tuple[str, Message]]) -> None:
+        """Take in what is said until the last rank has ended."""
+        while not self.ranks.over:
+            try:
+                async with asyncio.timeout_at(self.ranks.kill_at):
+                    node, message = await inbox.get()
+            except TimeoutError:
+                self.ranks.times_up()
+            else:
+                self._take_in(node, message)
+
+    async def _preflight(self, inbox: asyncio.Queue[tuple[str, Message]]) -> dict[str, str]:
+        """Ask the nodes how they are; return what is wrong with each that is unfit."""
+        lease, nodes = self.lease, {node.id: str(node) for node in self.lease.nodes()}
+
+        def tell(node: str) -> None:
+            self.stewards.tell(node, {"look": self.number, "visible": lease.visible_on(node)})
+
+        answers = await preflight.ask(
+            self.number,
+            list(nodes),
+            tell,
+            inbox,
+            awaited=lambda _: not self.stop and not lease.broken,
+            other=self._take_in,
+        )
+        if self.stop or lease.broken:
+            return {}
+        told = {nodes[node]: facts for node, facts in answers.items()}
+        return preflight.judge(told, {name: len(lease.ranks_on(node)) for node, name in nodes.items()})
+
+    async def _start(self) -> None:
+        from ray.exceptions import RayError
+
+        try:
+            port = await self.stewards.port(self.lease.members[0].node.id)
+        except (RayError, KeyError):
+            port = 1  # its node is gone, which is told next; no rank will get far
+        worlds = self.lease.worlds(self.number, port)
+        for node in self.lease.nodes():
+            mine = self.lease.ranks_on(node.id)
+            start = {"start": self.number, "address": worlds[0].master_addr, "port": port}
+            start["worlds"] = [asdict(worlds[rank]) for rank in mine]
+            start["environments"] = {rank: self.lease.environment(rank) for rank in mine}
+            if not self.stewards.tell(node.id, start):
+                self._lost(node.id)
+
+    async def _tell_of_end(self, inbox: asyncio.Queue[tuple[str, Message]]) -> None:
+        await self.lease.done.wait()
+        inbox.put_nowait((DRIVER, {"ended": self.lease.number}))
+
+    def _take_in(self, node: str, message: Message) -> None:
+        self.note(node, message, self.lease)
+        match message:
+            case {"exit": rank}:
+                self.ranks.hear(rank, message)
+            case {"beats": _} | {"stacks": _}:
+                self.ranks.hear(0, message)
+            case {"gone": worker, "lease": number} if number == self.lease.number:
+                # Its claim is gone, so its rank has to go, too; that one's end is then the cause of the others'.
+                self.stewards.tell(node, {"kill": self.lease.rank_of(worker)})
+            case {"lost": _}:
+                self._lost(node)
+            case {"ended": number} if number == self.lease.number:
+                self.lease.broken = True
+                self.ranks.kill_within(1.0)
+            case {"stop": reason}:
+                self._ask_to_stop(reason, self.cluster.grace)
+            case {"drained": going}:
+                self._check_drains(going)
+
+    def _lost(self, node: str) -> None:
+        for rank in self.lease.ranks_on(node):
+            self.ranks.hear(rank, {"lost": rank})
+
+    def _check_drains(self, going: Mapping[str, float]) -> None:
+        """Ray wants a node back: the ranks stop together, in time, and the run goes on elsewhere."""
+        ours = {node.id: node for node in self.lease.nodes() if node.id in going}
+        if not ours or self.stop:
+            return
+        left = [going[node] - time.time() - BEFORE_DRAINED for node in ours if going[node]]
+        names = ", ".join(map(str, ours.values()))
+        self.run_dir.event("preempted", attempt=self.number, node=names)
+        self._ask_to_stop(f"Ray takes {names} away", max(1.0, min([self.cluster.grace, *left])))
+
+    def _ask_to_stop(self, reason: str, grace: float) -> None:
+        self.stop = self.stop or reason
+        self.run_dir.event("stopping", reason=reason, **self.ranks.ask_to_stop(grace))

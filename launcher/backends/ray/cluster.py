@@ -1,0 +1,225 @@
+"""The Ray cluster as it is right now: its nodes, what they can hold, and which are about to be taken away."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from launcher.agent.peers import CONNECT_SECONDS
+from launcher.backends.ray.backend import settings
+from launcher.errors import BadRequest
+from launcher.request.placement.tpu import Topology
+from launcher.request.spec import Plan
+
+SHOWN = ("CPU", "GPU", "TPU")
+LEAVE_SECONDS = 20.0
+"""How long a cluster may take to let a driver go; one that is gone never answers."""
+
+_TOKEN_HINT = (
+    ". If it wants a token, as those do that `ray start` made where a token lay in ~/.ray, set RAY_AUTH_MODE=token."
+)
+
+SLICE, WORKER, TOPOLOGY = "ray.io/tpu-slice-name", "ray.io/tpu-worker-id", "ray.io/tpu-topology"
+
+
+@dataclass(frozen=True)
+class RayNode:
+    """A node that is up: what it has in all, whoever uses it at the moment, and its labels."""
+
+    id: str
+    address: str = ""
+    host: str = ""
+    resources: Mapping[str, float] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.host} ({self.id[:8]})"
+
+    def holds(self, each: Mapping[str, float]) -> int:
+        """How many ranks fit that need `each`."""
+        return min(int(self.resources.get(name, 0) // amount) for name, amount in each.items())
+
+
+def look() -> list[RayNode]:
+    """The nodes that are up and stay up; the caller is connected to Ray."""
+    import ray
+
+    going = draining()
+    return [
+        RayNode(n["NodeID"], n["NodeManagerAddress"], n["NodeManagerHostname"], n["Resources"], n.get("Labels") or {})
+        for n in ray.nodes()
+        if n["Alive"] and n["NodeID"] not in going
+    ]
+
+
+def draining() -> dict[str, float]:
+    """Nodes that Ray was told to empty, by id, with the time at which they go in seconds since 1970 (0: not known)."""
+    from ray._private.state import state  # where Ray Train's own watcher looks; there is no public way
+
+    return {node: deadline / 1000 for node, deadline in (state.get_draining_nodes() or {}).items()}
+
+
+def reservations() -> dict[str, tuple[str, ...]]:
+    """The placement groups that Ray has made, by id, with the node of each bundle."""
+    from ray.util import placement_group_table
+
+    return {
+        group: tuple(each["bundles_to_node_id"].values())
+        for group, each in placement_group_table().items()
+        if each["state"] == "CREATED"
+    }
+
+
+def demand(scaling: Mapping[str, Any]) -> dict[str, float]:
+    """What one rank of a ScalingConfig takes, by Ray's names."""
+    each = dict(scaling["resources_per_worker"])
+    if scaling.get("accelerator_type") and not scaling.get("use_tpu"):
+        each[f"accelerator_type:{scaling['accelerator_type']}"] = 0.001
+    return each
+
+
+def room(nodes: Sequence[RayNode], scaling: Mapping[str, Any]) -> int:
+    """How many ranks of this kind the nodes can hold when nobody else is there."""
+    each = demand(scaling)
+    fits = [node.holds(each) for node in nodes]
+    if scaling.get("topology"):
+        chips = Topology.parse(scaling["topology"]).chips
+        if _of_one_host(scaling):
+            right = [node for node in nodes if node.labels.get(TOPOLOGY, scaling["topology"]) == scaling["topology"]]
+            return chips * sum(node.holds(each) >= chips for node in right)
+        # A slice with a host missing is of no use.
+        return sum(chips for found, have in slices(nodes).values() if (found, have) == (scaling["topology"], chips))
+    match scaling.get("placement_strategy"):
+        case "STRICT_PACK":
+            return max(fits, default=0)
+        case "STRICT_SPREAD":
+            return sum(1 for n in fits if n)
+    return sum(fits)
+
+
+def _of_one_host(scaling: Mapping[str, Any]) -> bool:
+    return any(name.endswith("-head") for name in scaling["resources_per_worker"])
+
+
+def slices(nodes: Iterable[RayNode]) -> dict[str, tuple[str, int]]:
+    """The TPU slices by name: their topology, and how many of their chips are up."""
+    found: dict[str, tuple[str, int]] = {}
+    for node in nodes:
+        if TOPOLOGY in node.labels:
+            name = node.labels.get(SLICE) or node.id
+            _, chips = found.get(name, ("", 0))
+            found[name] = node.labels[TOPOLOGY], chips + int(node.resources.get("TPU", 0))
+    return found
+
+
+def fitting(asked: int, room: int, unit: int = 1) -> int:
+    """The largest number of ranks up to `room` that divides `asked` and comes in multiples of `unit`; 0 for none."""
+    sizes = [n for n in range(unit, min(asked, room) + 1, unit) if asked % n == 0]
+    return max(sizes, default=0)
+
+
+def shortage(nodes: Sequence[RayNode], scaling: Mapping[str, Any]) -> str:
+    """Say why the nodes cannot hold the request, and what they have; empty where they can."""
+    ranks, most = scaling["num_workers"], room(nodes, scaling)
+    if ranks <= most:
+        return ""
+    totals = {
+        name: sum(node.resources.get(name, 0) for node in nodes) for name in demand(scaling) | dict.fromkeys(SHOWN)
+    }
+    shown = ", ".join(f"{totals[name]:g} {name}" for name in SHOWN if totals[name]) or "nothing"
+    have = f"in all: {shown} on {len(nodes)} node{'s' * (len(nodes) != 1)}"
+    if scaling.get("topology"):
+        wanted, chips = scaling["topology"], Topology.parse(scaling["topology"]).chips
+        there = [f"{topology} with {up} chips up" for topology, up in slices(nodes).values()]
+        if _of_one_host(scaling):
+            wanted += " on one host"
+        return (
+            f"{ranks} ranks need {ranks // chips} whole TPU slice{'s' * (ranks > chips)} of {wanted}, but this Ray cluster"
+            f" has {most // chips} ({have}; slices: {', '.join(there) or 'none'})"
+        )
+    for name, each in demand(scaling).items():
+        if each * ranks > totals[name]:
+            return f"{ranks} ranks need {each * ranks:g} {name}, but this Ray cluster has {totals[name]:g} ({have})"
+    strategy = scaling.get("placement_strategy", "PACK")
+    return f"{ranks} ranks placed by {strategy} do not fit on the nodes of this Ray cluster, which hold {most} ({have})"
+
+
+def connect(plan: Plan) -> None:
+    """Connect this process to the cluster of the plan, or start a Ray on this machine.
+
+    Raises:
+        BadRequest: nobody answers there.
+    """
+    os.environ.update(settings(plan))
+    address = plan.cluster.ray.address or os.environ.get("RAY_ADDRESS")  # the latter inside a job
+    if address is None and not any(name.startswith("RAY_AUTH_") for name in os.environ):
+        # By itself Ray makes one for all of this user's Rays, and of two that start at once one is not let in.
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    import ray  # which reads these only now
+
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    if address is None:
+        # Its CPUs are only numbers: CPU ranks are for debugging, and more of them than cores are allowed.
+        cpus = plan.placement.world_size * max(1, plan.placement.cpus_per_rank)
+        cpus = max(cpus, os.cpu_count() or 1)
+        os.environ.setdefault("RAY_worker_niceness", "0")  # by itself 15; it is here for this run alone
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **common)
+        return
+    _reach(address)
+    try:
+        ray.init(address=address, **common)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        hint = "" if "RAY_AUTH_MODE" in os.environ else _TOKEN_HINT
+        raise BadRequest(f"Ray at {address} cannot be reached: {error}{hint}") from None
+
+
+async def join(plan: Plan) -> None:
+    """`connect`, and wait until a Ray inside a job is whole: its nodes start side by side, and are this run's alone.
+
+    Raises:
+        BadRequest: nobody answers there.
+    """
+    connect(plan)
+    deadline = time.monotonic() + CONNECT_SECONDS
+    while plan.cluster.ray.inside and len(look()) < plan.placement.nodes and time.monotonic() < deadline:
+        await asyncio.sleep(0.2)
+
+
+async def leave() -> None:
+    """Disconnect, which ends all that this job still has on the cluster; a Ray that it started ends with it."""
+    import ray
+
+    loop, left = asyncio.get_running_loop(), asyncio.Event()
+
+    def shut_down() -> None:
+        with suppress(Exception):  # the cluster may be gone
+            ray.shutdown()
+        loop.call_soon_threadsafe(left.set)
+
+    threading.Thread(target=shut_down, daemon=True).start()
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LEAVE_SECONDS):
+            await left.wait()
+
+
+def _reach(address: str) -> None:
+    """Refuse an address where nobody listens, at once; Ray itself would try for a minute."""
+    if address == "auto" or "://" in address:
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError) as error:
+        raise BadRequest(
+            f"Ray at {address} cannot be reached: {error}. Is its head running, and is this its GCS port (6379 unless"
+            " changed)?"
+        ) from None

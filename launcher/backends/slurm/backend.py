@@ -1,0 +1,297 @@
+"""SLURM, through submitit: one job, one task per node, each task a node agent."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from launcher.backends.base import Backend, Capabilities
+from launcher.backends.slurm import limits, node_command, query
+from launcher.config.check import Check
+from launcher.config.cluster import Cluster, NodeKind
+from launcher.errors import BadRequest
+from launcher.lifecycle import history
+from launcher.lifecycle.run_dir import RunDir
+from launcher.lifecycle.trust import SLURM_ID, check_id
+from launcher.request.spec import Plan, State
+from training.files import write_atomic
+
+STATES: dict[str, State] = {
+    **dict.fromkeys(
+        ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"),
+        State.QUEUED,
+    ),
+    **dict.fromkeys(
+        ("RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED"), State.RUNNING
+    ),
+    **dict.fromkeys(
+        [
+            "BOOT_FAIL",
+            "CANCELLED",
+            "COMPLETED",
+            "DEADLINE",
+            "FAILED",
+            "NODE_FAIL",
+            "OUT_OF_MEMORY",
+            "PREEMPTED",
+            "REVOKED",
+            "TIMEOUT",
+        ],
+        State.LOST,
+    ),
+}
+"""SLURM's job states. Source: "JOB STATE CODES" of squeue(1). One that is missing here is UNKNOWN, never an end."""
+
+
+def _completed(cluster: Cluster, found: Sequence[NodeKind]) -> Cluster:
+    """`cluster` with what was `found`, as far as its profile leaves it open."""
+    node = cluster.node
+    if node.gpus is not None:
+        found = [kind for kind in found if kind.gpus == node.gpus]
+    if not found:
+        return cluster
+    kinds = tuple(
+        replace(
+            kind,
+            count=min(kind.count, cluster.nodes or kind.count),
+            cpus=node.cpus or kind.cpus,
+            memory_gb=node.memory_gb or kind.memory_gb,
+            accelerator=node.accelerator or kind.accelerator,
+        )
+        for kind in found
+    )
+    first = kinds[0]
+    # The fields of one node stand for the largest; `place` looks at the kinds.
+    node = replace(node, gpus=first.gpus, cpus=first.cpus, memory_gb=first.memory_gb)
+    return replace(cluster, nodes=cluster.nodes or sum(kind.count for kind in kinds), node=node, kinds=kinds)
+
+
+def parameters(plan: Plan) -> dict[str, Any]:
+    """The submitit parameters of `plan`, by `submitit.SlurmExecutor`'s names."""
+    placement, slurm = plan.placement, plan.cluster.slurm
+    cpus = placement.cpus_per_rank * placement.ranks_per_node
+    wanted: dict[str, Any] = {
+        "job_name": plan.name,
+        "time": plan.time_minutes,
+        "nodes": placement.nodes + plan.spec.spare_nodes,
+        "ntasks_per_node": 1,
+        "cpus_per_task": cpus or None,
+        # Not per task: SLURM 24.11 and later bind per-task GPUs so that the ranks of a task do not see each other's.
+        "gpus_per_node": _gpu_request(plan) if placement.device == "cuda" else None,
+        "mem": _memory(plan),
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "constraint": _constraint(plan),
+        "exclude": ",".join((*([slurm.exclude] if slurm.exclude else []), *_struck(plan))) or None,
+        "nodelist": slurm.nodelist,
+        "exclusive": slurm.exclusive or placement.on_tpu or None,  # the chips of a host are one run's
+        # SLURM sends it up to a minute early; with a short limit most of the time should still go into the work.
+        "signal_delay_s": int(min(plan.cluster.grace, plan.time_minutes * 60 / 4)),
+        "setup": _setup(plan) or None,
+        "teardown": _teardown(plan),
+        "srun_args": node_command.srun_args(plan) or None,
+        "comment": "launch",
+        "additional_parameters": _without_none(
+            # `requeue = false` in a profile takes the option out.
+            {"requeue": True, "no-kill": plan.spec.spare_nodes > 0 or None, "reservation": slurm.reservation}
+            | {key: None if value is False else value for key, value in slurm.sbatch.items()}
+        ),
+    }
+    return _without_none(wanted)
+
+
+def _struck(plan: Plan) -> tuple[str, ...]:
+    """The hosts that this run stays away from since they failed it."""
+    return history.read(RunDir(plan.run_dir).events()).excluded
+
+
+def _teardown(plan: Plan) -> list[str]:
+    """The lines after srun: see to a run whose supervisor was killed, and end as the run did.
+
+    Where the slurmstepd of this script was killed, SLURM does not hear of its end and would hold the nodes for ever.
+    """
+    python = shlex.join(node_command.python(plan))
+    look = f"{python} -P -m launcher.backends.slurm.job {shlex.quote(str(plan.run_dir))} $status"
+    # By this shell's own entry in /proc, since others' may be hidden.
+    parent = "$(sed -n 's/^PPid:[[:space:]]*//p' /proc/$$/status)"
+    orphaned = f'[ "{parent}" = $PPID ] || scancel --state=RUNNING $SLURM_JOB_ID'
+    return ["status=$?", f"[ $status = 0 ] || {look} || status=$?", orphaned, "exit $status"]
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _setup(plan: Plan) -> list[str]:
+    slurm = plan.cluster.slurm
+    return [*([f"module load {' '.join(map(shlex.quote, slurm.modules))}"] if slurm.modules else []), *slurm.setup]
+
+
+def _gpu_request(plan: Plan) -> str | int:
+    placement = plan.placement
+    each = placement.ranks_per_node
+    return f"{placement.gpu_type}:{each}" if placement.gpu_type else each
+
+
+def _memory(plan: Plan) -> str | None:
+    megabytes = int(plan.placement.memory_gb * 1024 + 1e-6)  # a third of a node, three times, is the node
+    return f"{megabytes}MB" if megabytes else None
+
+
+def _constraint(plan: Plan) -> str | None:
+    """The profile's constraint, and the feature that stands for the type of GPU."""
+    both = [text for text in (plan.cluster.slurm.constraint, plan.placement.feature) if text]
+    return "&".join(f"({text})" if len(both) > 1 and re.search(r"[|&]", text) else text for text in both) or None
+
+
+def _executor(plan: Plan, offline: bool) -> Any:
+    import submitit
+
+    class Offline(submitit.SlurmExecutor):  # type: ignore[misc]
+        """Writes scripts where there is no srun."""
+
+        @classmethod
+        def affinity(cls) -> int:
+            return 2
+
+    kind = Offline if offline else submitit.SlurmExecutor
+    executor = kind(folder=plan.run_dir / "submitit", python=node_command.command(plan))
+    executor.update_parameters(**parameters(plan))
+    return executor
+
+
+def _script(plan: Plan) -> str:
+    executor = _executor(plan, offline=True)
+    return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
+
+
+def _check_paths(plan: Plan) -> None:
+    if "%" in str(plan.run_dir):
+        raise BadRequest(f"{plan.run_dir}: SLURM would replace the % in this path; use another runs folder.")
+
+
+def poll(job_id: str) -> State:
+    """Ask squeue, and sacct for a job that squeue has forgotten; where accounting is off, forgotten means ended."""
+    check_id(SLURM_ID, job_id)
+    try:
+        listed = query.ask("squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T")
+    except BadRequest as error:
+        if "Invalid job id" not in str(error):
+            return State.UNKNOWN  # the controller does not answer just now
+        listed = ""
+    if not listed.strip():
+        try:
+            listed = query.ask(
+                "sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job_id}", "--format=State"
+            )
+        except BadRequest:
+            return State.LOST
+    words = listed.split()  # "CANCELLED by 1000" is one state
+    return STATES.get(words[0].rstrip("+"), State.UNKNOWN) if words else State.LOST
+
+
+def cancel(job_id: str) -> None:
+    query.ask("scancel", check_id(SLURM_ID, job_id)[0])
+
+
+class SlurmBackend(Backend):
+    """SLURM: each run is one job. An answer of slurmctld is shared by all who watch the run."""
+
+    name = "slurm"
+    capabilities = Capabilities(poll_seconds=5.0, spare_nodes=True, time_limit=True, requeue=True)
+
+    def survey(self, cluster: Cluster) -> Cluster:
+        """Ask SLURM for what the profile leaves open: the kinds of its nodes, and how many there are of each.
+
+        Raises:
+            BadRequest: it cannot be reached, and the profile does not say what a node has.
+        """
+        node = cluster.node
+        if cluster.kinds or (cluster.nodes and node.cpus and node.gpus is not None):
+            return cluster
+        try:
+            found = query.kinds(cluster)
+        except query.Unreachable as error:
+            if node.gpus is not None:
+                return cluster
+            raise BadRequest(
+                f"{error} Or say in a profile what its nodes have (nodes = 4, [node] gpus = 8, cpus = 96), and plan with"
+                " --dry-run."
+            ) from None
+        return _completed(cluster, found)
+
+    def render(self, plan: Plan) -> str:
+        """The submitit parameters, and the sbatch script that comes of them, word for word."""
+        shown = json.dumps(parameters(plan), indent=4)
+        return f"# submitit.SlurmExecutor(...).update_parameters(**{shown})\n\n{_script(plan)}"
+
+    def check(self, plan: Plan) -> str:
+        """Hold the plan against the limits of its partition, and ask SLURM when it would start; empty where it cannot say.
+
+        Raises:
+            BadRequest: it cannot be met.
+        """
+        _check_paths(plan)
+        try:
+            limits.check_limits(plan, query.partitions())
+            return query.verdict(_script(plan))
+        except query.Unreachable:
+            return ""  # a dry run may be made where there is no SLURM; submitting says so
+
+    def submit(self, plan: Plan, task: Callable[[], None] | None = None) -> str:
+        """Hand the job to sbatch and keep what it got in ``script.sh``. `task` runs on each node; by itself an agent."""
+        import submitit
+
+        from launcher.backends.slurm.job import AgentTask
+
+        if shutil.which("srun") is None or shutil.which("sbatch") is None:
+            raise BadRequest(query.UNREACHABLE.format("the command srun or sbatch is missing."))
+        _check_paths(plan)
+        executor = _executor(plan, offline=False)
+        try:
+            with (
+                query.outside_of_a_job(),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):  # submitit repeats what sbatch said
+                job = executor.submit(task or AgentTask(plan.run_dir))
+        except submitit.core.utils.FailedJobError as error:
+            refusal = query.refusal_text(str(error))
+            heard = "Batch job submission failed" in refusal and "Unable to contact" not in refusal
+            raise BadRequest(
+                f"sbatch refused the job: {refusal}" if heard else query.UNREACHABLE.format(refusal)
+            ) from None
+        write_atomic(RunDir(plan.run_dir).script_file, job.paths.submission_file.read_text())
+        return str(job.job_id)
+
+    def check_id(self, job_id: str) -> None:
+        check_id(SLURM_ID, job_id)
+
+    def poll(self, job_id: str) -> State:
+        return poll(job_id)
+
+    def cancel(self, job_id: str) -> None:
+        cancel(job_id)
+
+    def diagnose(self, cluster: Cluster, cwd: Path) -> Iterator[Check]:
+        """Examine commands, controller, partitions, nodes and accounting."""
+        from launcher.backends.slurm import doctor
+
+        yield from doctor.diagnose(cluster)
+
+    def at_hand(self) -> bool:
+        return shutil.which("sinfo") is not None
+
+    def new_profile(self) -> str:
+        """Ask SLURM for its partitions and nodes."""
+        from launcher.backends.slurm import doctor
+
+        return doctor.profile_text(query.partitions(), query.kinds(Cluster("new", self.name)))

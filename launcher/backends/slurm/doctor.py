@@ -1,0 +1,106 @@
+"""What can be found out about the SLURM at hand: the checks of ``launch doctor``, and a first profile."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+
+from launcher.backends.slurm import query
+from launcher.backends.slurm.query import Partition
+from launcher.config.check import Check
+from launcher.config.cluster import Cluster, NodeKind
+from launcher.errors import BadRequest
+
+
+def diagnose(site: Cluster) -> Iterator[Check]:
+    """Check that SLURM answers, and what its partitions, nodes and accounting allow."""
+    for command in ("sbatch", "srun", "squeue", "scancel", "sinfo"):
+        if shutil.which(command) is None:
+            yield Check("slurm", False, f"{command} is missing", "log in to a submission host of the cluster")
+            return
+    try:
+        found = {p.name: p for p in query.partitions()}
+        kinds = query.kinds(site)
+    except BadRequest as error:
+        yield Check("slurm", False, str(error), "is slurmctld up, and is this host part of the cluster?")
+        return
+    limits = {name: "no limit" if p.max_minutes is None else f"{p.max_minutes} min" for name, p in found.items()}
+    yield Check("slurm", True, ", ".join(f"partition {name} {p.state} ({limits[name]})" for name, p in found.items()))
+    for kind in kinds:
+        what = f"{kind.count} nodes of {kind.cpus} cores, {kind.gpus or 'no'} {kind.accelerator or ''} GPUs".replace(
+            "  ", " "
+        )
+        remedy = "`sinfo -R` says why; they take no job until an administrator resumes them"
+        yield Check("nodes", kind.count > 0, what + (f", {kind.down} down or drained" if kind.down else ""), remedy)
+    wanted = site.slurm.partition
+    if wanted is not None:
+        yield Check("partition", wanted in found, wanted, f"set slurm.partition to one of {', '.join(found)}")
+    accounting = shutil.which("sacct") is not None
+    yield Check("accounting", True, "sacct is here" if accounting else "no sacct: not needed")
+
+
+def profile_text(found: Sequence[Partition], kinds: Sequence[NodeKind]) -> str:
+    """A profile of a SLURM with these partitions and, in the default one, these kinds of nodes."""
+    default = query.default_partition(found)
+    limits = {p.name: "no time limit" if p.max_minutes is None else f"{p.max_minutes} min" for p in found}
+    rows = []
+    for partition in found:
+        more = [limits[partition.name], *(["the default"] if partition.default else [])]
+        more += [f"{partition.max_nodes} nodes a job"] if partition.max_nodes else []
+        more += [f"accounts {', '.join(partition.accounts)}"] if partition.accounts else []
+        more += [partition.state] if partition.state != "UP" else []
+        rows.append(f"#   {partition.name}: {', '.join(more)}")
+    nodes = [f"#   {_nodes(kind)}" for kind in kinds]
+    named = [_quoted(p.name) for p in found if p.name == default] or [_quoted(found[0].name)] if found else ['"gpu"']
+    return "\n".join(
+        [
+            "# Written by `launch clusters new`. What is left out is asked of SLURM each time; docs/profiles.md lists all keys.",
+            'description = "the SLURM cluster at hand"',
+            'backend = "slurm"',
+            "",
+            "# Time limit when --time is not given, and the seconds before its end at which a run saves and is queued again.",
+            f'time = "{_default_time(found, default)}"',
+            "grace = 90",
+            "",
+            "# Run directories. All nodes have to see them under the same path; with `shared`, others are refused.",
+            '# runs = "/scratch/$USER/runs"',
+            '# shared = ["/scratch", "/home"]',
+            '# hub_cache = "/scratch/$USER/huggingface"',
+            "# offline = true                      # the nodes have no internet",
+            '# proxy = "http://proxy:3128"         # or they have, through this',
+            "",
+            "# Its nodes, when this was written:",
+            *nodes,
+            "",
+            "[slurm]",
+            "# Its partitions, when this was written:",
+            *rows,
+            f"{'' if default else '# '}partition = {named[0]}",
+            '# account = "my-project"',
+            '# qos = "normal"',
+            '# modules = ["cuda/12.8"]',
+            '# node_setup = ["ulimit -l unlimited"]   # on every node, before its ranks',
+            "# scratch = \"/local/$SLURM_JOB_ID\"       # the ranks' TMPDIR, on each node's own disk",
+            "",
+            "# [environment]",
+            '# NCCL_SOCKET_IFNAME = "ib0"            # see the profiles examples/network-*',
+            "",
+        ]
+    )
+
+
+def _nodes(kind: NodeKind) -> str:
+    gpus = f", {kind.gpus} {kind.accelerator or ''} GPUs".replace("  ", " ") if kind.gpus else ", no GPUs"
+    down = f"; {kind.down} more down or drained" if kind.down else ""
+    features = f"; features {', '.join(kind.features)}" if kind.features else ""
+    return f"{kind.count} x {kind.cpus} cores, {kind.memory_gb:.0f} GB{gpus} ({kind.names}{down}{features})"
+
+
+def _default_time(found: Sequence[Partition], default: str | None) -> str:
+    limit = next((p.max_minutes for p in found if p.name == default), None)
+    return "4h" if limit is None or limit >= 240 else f"{limit}m"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

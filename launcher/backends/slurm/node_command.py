@@ -1,0 +1,85 @@
+"""What srun starts on each node: the site's preparation, scratch folder and container around the node agent's Python."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher.config.cluster import Container
+from launcher.errors import BadRequest
+from launcher.request.spec import Plan
+
+STRAGGLER_SECONDS = 120
+"""How long srun waits for the others once an agent has ended, where no others can take its place. All end together then; but
+of one whose slurmstepd was killed srun never hears."""
+
+
+def command(plan: Plan) -> str:
+    """The Python command of a node, as shell words on one line: submitit puts it into the script as it is.
+
+    Raises:
+        BadRequest: the profile's ``python`` is no command.
+    """
+    slurm = plan.cluster.slurm
+    words = shlex.join(python(plan))
+    if not slurm.node_setup and not slurm.scratch:
+        return words
+    # One eval a line, so that a comment or an open quote ends with its line.
+    steps = [f"eval {shlex.quote(line)} || fail {shlex.quote(line)}" for line in slurm.node_setup]
+    if slurm.scratch:
+        # The shell stays to remove the folder. What it is told to do (stop, save) is for the agent: it only notes signals.
+        steps += [
+            f'export TMPDIR="{slurm.scratch}"',
+            'mkdir -p "$TMPDIR" || fail "mkdir $TMPDIR"',
+            "trap : HUP INT TERM USR1 USR2 CONT",
+            '"$@"',
+            "status=$?",
+            'rm -rf -- "$TMPDIR"',
+            "exit $status",
+        ]
+    else:
+        steps.append('exec "$@"')
+    fail = 'fail() { echo "launch: on $SLURMD_NODENAME, before the ranks: $1 failed" >&2; exit 1; }'
+    return f"sh -c {shlex.quote('; '.join([fail, *steps]))} launch {words}"
+
+
+def python(plan: Plan) -> list[str]:
+    """The words that start Python on a node, in its container where srun does not put it there."""
+    container = plan.cluster.slurm.container
+    try:
+        words = [os.path.expanduser(os.path.expandvars(word)) for word in shlex.split(plan.cluster.python or "")]
+    except ValueError as error:
+        raise BadRequest(f"python = {plan.cluster.python!r} in the cluster's profile: {error}.") from None
+    words = words or ([sys.executable] if container is None else ["python3"])
+    if container is None or container.runtime == "pyxis":
+        return words
+    gpus = ["--nv"] if plan.placement.device == "cuda" else []
+    binds = [word for mount in mounts(plan, container) for word in ("--bind", mount)]
+    return [container.runtime, "exec", *gpus, *binds, *container.options, container.image, *words]
+
+
+def srun_args(plan: Plan) -> list[str]:
+    """The arguments of srun: what the profile says, after what has to be said on every site."""
+    slurm = plan.cluster.slurm
+    # The agent hands out the node's GPUs; where a site binds tasks to GPUs by default it would get one.
+    words = ["--gpu-bind=none"] if plan.placement.device == "cuda" else []
+    # Agents decide together what the death of one of them means, whatever the site's defaults say.
+    words.append("--kill-on-bad-exit=0")
+    spare = bool(plan.spec.spare_nodes)
+    words += [f"--wait={0 if spare or plan.cluster.ray.inside else STRAGGLER_SECONDS}", *["--no-kill"] * spare]
+    container = slurm.container
+    if container is not None and container.runtime == "pyxis":
+        pairs = [mount if ":/" in mount else f"{mount}:{mount}" for mount in mounts(plan, container)]
+        words += [f"--container-image={container.image}", f"--container-mounts={','.join(pairs)}"]
+        words += container.options
+    return [*words, *slurm.srun_args]
+
+
+def mounts(plan: Plan, container: Container) -> Sequence[str]:
+    """The container's mounts, the runs folder among them: all that a run leaves lies there."""
+    inside = [Path(mount.split(":")[1 if ":/" in mount else 0]) for mount in container.mounts]
+    runs = plan.run_dir.parent
+    return container.mounts if {runs, *runs.parents} & set(inside) else (*container.mounts, str(runs))

@@ -1,0 +1,115 @@
+"""Options of the command line: what all commands share of them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection
+from typing import Any, NoReturn
+
+from launcher.errors import BadRequest
+from launcher.request.spec import options, refuse_empty
+
+COMMANDS = {
+    "list": "the runs of this folder",
+    "status": "one run: state, progress, metrics, failure",
+    "logs": "what a run's ranks printed",
+    "cancel": "stop a run at its next step, with a checkpoint",
+    "resume": "take a run up again, from its newest checkpoint if it has one",
+    "clusters": "the cluster profiles that were found; `clusters new` writes one",
+    "doctor": "whether this machine and its engines are in order",
+    "completion": "print a completion script for bash, zsh or fish",
+}
+"""The commands besides launching, and what each is for."""
+
+
+SHOW_PARSER = "--show-parser"
+"""As the whole argument list of a command: raise its parser as `ShownParser` instead of running the command."""
+
+
+class ShownParser(Exception):
+    """Carries the parser of a command to `launcher.cli.main.parsers`."""
+
+    def __init__(self, parser: Parser) -> None:
+        self.parser = parser
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are BadRequests, and which refuses an option that is given twice."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise BadRequest(message)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse `args`; see `SHOW_PARSER` for the exception to that."""
+        if args == [SHOW_PARSER]:
+            raise ShownParser(self)
+        return super().parse_args(args, namespace)
+
+    def option(self, name: str, **settings: Any) -> None:
+        self.add_argument(name, action=Once if "action" not in settings else settings.pop("action"), **settings)
+
+
+class Once(argparse.Action):
+    """Store a value; a second one is an error rather than a silent correction."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        given = namespace.__dict__.setdefault("_given", set())
+        if self.dest in given:
+            parser.error(f"{option_string} is given twice.")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
+def whole(text: str) -> int:
+    """A whole number; argparse quotes this function's name in its complaint."""
+    if len(text) > 30:
+        raise argparse.ArgumentTypeError(f"a whole number is needed, not {len(text)} characters")
+    if not text.isascii():  # int() accepts the digits of every script
+        raise ValueError
+    return int(text)
+
+
+def add_options(parser: Parser, without: Collection[str] = ()) -> dict[str, argparse._ArgumentGroup]:
+    """Add the options that are fields of RunSpec to `parser`; return their groups by heading."""
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for name, option in options(without).items():
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(option.group)
+        groups[option.group].add_argument(
+            f"--{name.replace('_', '-')}",
+            action=Once,
+            type=str if option.least is None else whole,
+            metavar=option.metavar,
+            help=option.help,
+        )
+    return groups
+
+
+def given(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The options of RunSpec that the command line has, by field.
+
+    Raises:
+        BadRequest: one is empty.
+    """
+    found = {name: value for name in options() if (value := getattr(parsed, name, None)) is not None}
+    refuse_empty(found)
+    return found
+
+
+def add_json(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+
+
+def command(name: str, more: str = "", run: bool = True) -> Parser:
+    """The parser of ``launch NAME``: a run (unless `run` is False), the folder of runs, and JSON."""
+    parser = Parser(
+        prog=f"launch {name}", description=f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}. {more}".rstrip()
+    )
+    if run:
+        parser.add_argument("run", metavar="RUN", help="its name, or the path of its directory")
+    parser.add_argument("--runs", default="runs", metavar="DIR", help="the folder of runs (default: runs)")
+    add_json(parser)
+    return parser

@@ -1,0 +1,225 @@
+"""The Python API, which reads like the river: a request becomes a plan, the plan is sent, and a Run is what comes back."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from launcher import backends
+from launcher.client.plan import check_shared, make_plan, name_of
+from launcher.client.run import Run, find
+from launcher.config.codec import to_data
+from launcher.errors import BadRequest
+from launcher.lifecycle.run_dir import FORMAT, RunDir, to_json
+from launcher.request import snapshot
+from launcher.request.spec import NOT_RESUMED, Plan, RunSpec, State, check_name, check_options, options
+from training.files import write_atomic
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _with_options(*without: str) -> Callable[[F], F]:
+    """Give a function that takes ``**options`` the signature and the documentation of the options of `RunSpec`."""
+
+    def decorate(function: F) -> F:
+        known = options(without)
+        function.__doc__ = inspect.cleandoc(function.__doc__ or "").replace(
+            "{options}", "\n    ".join(f"{name}: {option.help.rstrip(chr(46))}." for name, option in known.items())
+        )
+        own = inspect.signature(function, eval_str=False)
+        keywords = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        keywords += [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+            for f in fields(RunSpec)
+            if f.name in known
+        ]
+        function.__signature__ = own.replace(parameters=keywords)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+@_with_options()
+def launch(target: str | Callable[..., Any] = RunSpec.target, *args: str, wait: bool = True, **given: Any) -> Run:
+    """Send `target` to where the accelerators are.
+
+    Args:
+        target: ``"package.module:function"``, ``"script.py"``, ``"-m module"``, or a function; one that has no
+            importable name (a notebook's, a nested one) travels by value.
+        args: command-line arguments of the target.
+        wait: follow the run to its end, printing what rank 0 prints, and raise if it fails.
+        {options}
+
+    Returns:
+        The run; ``launch(...).result()`` is what the target returned on rank 0.
+
+    Raises:
+        BadRequest: nothing was sent.
+        RunFailed, RunStopped: only with `wait`.
+    """
+    check_options("launch", given, options(), "wait")
+    function = target if callable(target) else None
+    named = name_of(target) if callable(target) else target
+    run = submit(make_plan(RunSpec(named, tuple(args), **given), Path.cwd(), function), function)
+    return _attended(run) if wait else run
+
+
+@_with_options(*NOT_RESUMED)
+def resume(name: str | Path, *, runs_folder: str | Path = "runs", wait: bool = True, **given: Any) -> Run:
+    """Take a run that ended before its goal up again, from its newest checkpoint and with the code it was sent with.
+
+    Args:
+        name: the run's name or its directory.
+        runs_folder: the folder in which a name is looked up.
+        wait: as for `launch`.
+        {options}
+
+    An option that is left out stays as it was when the run was sent.
+
+    Raises:
+        BadRequest: there is no such run, it is running, or it has succeeded.
+    """
+    check_options("resume", given, options(NOT_RESUMED), "runs_folder, wait")
+    run = resubmit(find(name, Path(runs_folder)), **given)
+    return _attended(run) if wait else run
+
+
+def _attended(run: Run) -> Run:
+    from launcher.client.follow import follow
+
+    follow(run, sys.stdout)
+    run.check()
+    return run
+
+
+def submit(plan: Plan, function: Callable[..., Any] | None = None) -> Run:
+    """Make the run directory, copy the code, and send the plan. After an error nothing of it is left.
+
+    Raises:
+        BadRequest: a check failed, or the engine refused.
+    """
+    run_dir = RunDir(plan.run_dir)
+    run_dir.create()
+    try:
+        if plan.target.kind == "value":
+            _pickle(function, run_dir.target_pickle)
+        if plan.target.path:
+            _copy_code(plan, run_dir)
+        run_dir.write_plan(plan)
+        _check_target(plan)
+        return _send(plan, run_dir)
+    except BaseException:
+        shutil.rmtree(run_dir.path, ignore_errors=True)
+        raise
+
+
+def resubmit(run: Run, **changes: Any) -> Run:
+    """Send a run again; see `resume`. After an error the run directory is what it was."""
+    run.dir.check_own()
+    state = run.state()
+    if state is State.SUCCEEDED:
+        raise BadRequest(
+            f"run {run.name!r} has succeeded; there is nothing to resume. Another --name starts a new one."
+        )
+    if not state.done:
+        raise BadRequest(f"run {run.name!r} is {state.value}; `launch cancel {run.name}` stops it first.")
+    plan = _relocated(run.dir.plan(), run.dir)
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if changes:
+        kinds = ("gpus", "tpus", "cpus")
+        if any(kind in changes for kind in kinds):
+            changes = dict.fromkeys((*kinds, "nodes")) | changes
+        spec = replace(plan.spec, name=plan.name, **changes)
+        # Placed afresh as a run of another name; the code, the name and the directory stay.
+        fresh = make_plan(replace(spec, target=RunSpec.target, args=(), name=None), plan.cwd)
+        plan = replace(fresh, name=plan.name, run_dir=plan.run_dir, spec=spec, target=plan.target, project=plan.project)
+    else:
+        backends.of(plan.cluster).check(plan)
+    check_shared(plan.run_dir, plan.cluster)
+    _check_target(plan)
+    with run.dir.reopened():
+        run.dir.write_plan(plan)
+        return _send(plan, run.dir)
+
+
+def _relocated(plan: Plan, run_dir: RunDir) -> Plan:
+    """The plan of the run in `run_dir`, which may have been moved or copied there since it was sent.
+
+    Raises:
+        BadRequest: the new name is none that a run can have, or a file of the target did not come along.
+    """
+    old, new = plan.run_dir, run_dir.path
+    with suppress(OSError):
+        if os.path.samefile(old, new):
+            return plan
+    check_name(new.name)
+
+    def move(text: str) -> str:
+        path = Path(os.path.normpath(text))
+        if not path.is_relative_to(old):
+            return text
+        moved = new / path.relative_to(old)
+        if not moved.exists():
+            raise BadRequest(
+                f"{new} was moved from {old} without {moved}. Move the whole directory, or `launch` afresh."
+            )
+        return str(moved)
+
+    target = plan.target
+    name = move(target.name) if target.kind == "script" else target.name
+    path, source = tuple(map(move, target.path)), tuple(map(move, target.source))
+    return replace(plan, name=new.name, run_dir=new, target=replace(target, name=name, path=path, source=source))
+
+
+def _send(plan: Plan, run_dir: RunDir) -> Run:
+    told = {"backend": plan.backend, "cluster": plan.cluster.name, "world_size": plan.placement.world_size}
+    run_dir.event("submitted", format=FORMAT, **told)
+    backend = backends.of(plan.cluster)
+    run_dir.write_job(backend.name, backend.submit(plan))
+    return Run(run_dir)
+
+
+def _pickle(function: Callable[..., Any] | None, path: Path) -> None:
+    import cloudpickle
+
+    try:
+        write_atomic(path, cloudpickle.dumps(function))
+    except Exception as error:
+        raise BadRequest(
+            f"the function cannot be sent: {error}. It, or a variable it uses, does not pickle (an open file, a lock, a"
+            " live model on a GPU); create such things inside the function."
+        ) from None
+
+
+def _copy_code(plan: Plan, run_dir: RunDir) -> None:
+    assert plan.project is not None, "a target with entries on the path has a project"
+    root, in_git = snapshot.project_root(plan.project)
+    taken = snapshot.take(root, in_git, run_dir.code, exclude=run_dir.path.parent)
+    for file in map(Path, plan.target.source):
+        if run_dir.code in file.parents and not file.is_file():
+            raise BadRequest(
+                f"{root / file.relative_to(run_dir.code)} is not copied with the run: git ignores it (`git add -f` takes"
+                " it along), or it lies in the runs folder."
+            )
+    record = {key: value for key, value in asdict(taken).items() if key != "diff"}
+    write_atomic(run_dir.snapshot_file, to_json(to_data(record)))
+    if taken.diff:
+        write_atomic(run_dir.diff_file, taken.diff.encode("utf-8", "surrogateescape"))
+
+
+def _check_target(plan: Plan) -> None:
+    """Import the target here before it waits in a queue; where its ranks start at once, they report the same."""
+    if not backends.of(plan.cluster).capabilities.precheck or plan.target.kind != "function":
+        return
+    command = [sys.executable, "-P", "-m", "launcher.client.preimport"]
+    done = subprocess.run(command, input=to_json(to_data(plan)), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BadRequest(done.stderr.strip())

@@ -1,0 +1,189 @@
+"""A run as a person watches it: what rank 0 prints, what happens to the run, and on a terminal one line of progress."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from launcher import backends
+from launcher.client.run import Run
+from launcher.lifecycle.accounting import Account, keep
+from launcher.request.spec import State
+from training.files import open_plain
+
+LOOK_SECONDS = 0.2
+
+
+class Tail:
+    """The complete lines that a growing file gained since the last look; the file may not exist yet."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.offset = 0
+        self.rest = b""
+
+    def read(self) -> list[str]:
+        """The new lines; of one that a progress bar wrote over, what was left to see."""
+        try:
+            with os.fdopen(open_plain(self.path), "rb") as file:
+                file.seek(self.offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        self.offset += len(data)
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        return [line.decode(errors="replace").rpartition("\r")[2] for line in lines]
+
+
+def follow(run: Run, out: TextIO, rank: int = 0) -> State:
+    """Print what happens until the run has ended, and return its state; see `Follower`."""
+    return Follower(run, out, rank).follow()
+
+
+class Follower:
+    """Prints what one rank prints and what happens to the run; on a terminal, one line of progress below."""
+
+    def __init__(self, run: Run, out: TextIO, rank: int = 0) -> None:
+        self.run, self.out, self.rank = run, out, rank
+        self.live = out.isatty()
+        plan = run.dir.plan()
+        self.backend, self.has_queue = plan.backend, backends.of(plan.cluster).capabilities.queue
+        self.events = Tail(run.dir.events_file)
+        # Ends of earlier submissions: what came before them was told then.
+        self.ended = sum(e["event"] == "finished" for e in run.dir.events()) - (run.dir.result() is not None)
+        self.log: Tail | None = None
+        self.metrics = Tail(run.dir.metrics_file)  # read on from where it was: it grows for as long as the run lasts
+        self.steps: deque[dict[str, Any]] = deque(maxlen=20)
+        self.attempt = 0
+        self.queued = False
+
+    def follow(self) -> State:
+        """Print until the run has ended. After an interruption, a second call goes on where the first one was."""
+        while True:
+            state = self.run.state()
+            if self.live:
+                self.out.write("\r\x1b[K")
+            self._tell_events()
+            self._tell_log()
+            if state is State.QUEUED and not self.queued and self.has_queue:
+                self.queued = True
+                self.out.write(f"launch: waiting in the queue of {self.backend}\n")
+            if self.live and not state.done:
+                word = "starting" if state is State.QUEUED and not self.has_queue else state.value
+                self.steps.extend(m for m in _records(self.metrics) if "loss" in m)
+                line = status_line(self.run.name, word, self.steps)
+                self.out.write(line[: shutil.get_terminal_size().columns - 1])
+            if state.done and (text := account_line(keep(self.run.dir.events(), self.run.dir.metrics()).total)):
+                self.out.write(f"launch: {text}\n")
+            self.out.flush()
+            if state.done:
+                return state
+            time.sleep(LOOK_SECONDS)
+
+    def _tell_events(self) -> None:
+        for event in _records(self.events):
+            if self.ended > 0:
+                self.ended -= event["event"] == "finished"
+            elif text := describe(event):
+                self._tell_log()  # what the rank said before it
+                self.out.write(f"launch: {text}\n")
+
+    def _tell_log(self) -> None:
+        """Print the lines that the rank's log gained; of the newest attempt, and of the one before it to its end."""
+        newest = self.run.dir.last_attempt()
+        if newest != self.attempt and self.log is not None:
+            self._print(self.log)
+        if newest != self.attempt:
+            self.log, self.attempt = Tail(self.run.dir.log(newest, self.rank)), newest
+        if self.log is not None:
+            self._print(self.log)
+
+    def _print(self, log: Tail) -> None:
+        for line in log.read():
+            self.out.write(line + "\n")
+
+
+def _records(tail: Tail) -> Iterator[dict[str, Any]]:
+    for line in tail.read():
+        with suppress(ValueError):  # a line whose writer died
+            yield json.loads(line)
+
+
+def describe(event: dict[str, Any]) -> str:
+    """One line for a person about `event`; empty for those that the log shows anyway."""
+    match event:
+        case {"event": "started", "attempt": attempt, "world_size": size, "hosts": hosts}:
+            again = f"attempt {attempt}: " if attempt > 1 else ""
+            return f"{again}{size} rank{'s' * (size > 1)} on {', '.join(hosts)}"
+        case {"event": "stopping", "reason": reason, "context": False, "ranks": ranks, "grace": grace}:
+            one = "it is" if ranks == 1 else "they are"
+            several = "s" * (ranks > 1)
+            return f"stopping: sent SIGTERM to {ranks} rank{several}, {grace:g} seconds until {one} killed ({reason})"
+        case {"event": "stopping", "reason": reason, "context": True}:
+            return f"stopping at the next step ({reason})"
+        case {"event": "stopping", "reason": reason}:
+            return f"stopping ({reason})"
+        case {"event": "interrupted", "message": message, "last_line": line, "lost_everything": lost}:
+            lines = f"; its last line: {line}" if line else ""
+            return f"stopped: {message}{lines}" + ("; nothing was saved on SIGTERM" if lost else "")
+        case {"event": "waiting", "message": message}:
+            return f"waiting: {message}"
+        case {"event": "preempted"}:
+            return "preempted: the scheduler wants the nodes"
+        case {"event": "requeued"}:
+            return "asked the scheduler to start the run again"
+        case {"event": "restarted", "attempt": attempt, "kind": kind, "message": message, "restarts_left": left}:
+            return f"attempt {attempt} failed: {kind}: {message}; starting all ranks again ({left} restarts left)"
+    return ""
+
+
+def status_line(name: str, word: str, steps: Sequence[dict[str, Any]]) -> str:
+    """State, step, rate, loss and time left, as one line; `steps` are the newest records of steps."""
+    parts = [f"[{name}] {word}"]
+    if word == State.RUNNING and steps:
+        last = steps[-1]
+        total = last.get("total_steps")
+        parts.append(f"step {last['step']}" + (f"/{total}" if total else ""))
+        parts.append(f"loss {last['loss']:.4f}")
+        if rate := last.get("samples_per_second"):
+            parts.append(f"{rate:.0f} samples/s")
+        spread = last["time"] - steps[0]["time"]
+        if total and spread > 0 and last["step"] > steps[0]["step"]:
+            left = (total - last["step"]) * spread / (last["step"] - steps[0]["step"])
+            parts.append(f"{duration(left)} left")
+    return "  ".join(parts)
+
+
+def account_line(total: Account) -> str:
+    """Goodput and where the rest of the time went, as one line; empty for a run that never came to a step."""
+    if not total.steps:
+        return ""
+    spent = {
+        "in the queue": total.queue,
+        "starting": total.startup,
+        "evaluating": total.evaluation,
+        "waiting for checkpoints": total.checkpoint or 0.0,
+        f"doing {total.steps_replayed} steps again": total.replayed,
+    }
+    rest = "".join(f", {duration(seconds)} {what}" for what, seconds in spent.items() if seconds >= 1)
+    hours = f"{total.device_hours:.3g} device-hour{'s' * (total.device_hours != 1)}"
+    return f"goodput {100 * total.goodput:.0f} % of {duration(total.held)}{rest}; {hours}"
+
+
+def duration(seconds: float) -> str:
+    """``42s``, ``3m07s``, ``2h05m`` or ``1d04h``."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02}h"

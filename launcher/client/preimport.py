@@ -1,0 +1,30 @@
+"""``python -m launcher.client.preimport < plan.json``: import the target and check its flags, in a process of its own.
+
+The target's imports stay out of the command, and a target that exits or crashes on import takes nothing with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from launcher.config.codec import from_data
+from launcher.errors import BadRequest
+from launcher.request.spec import Plan
+from launcher.request.target import check
+from training.errors import ConfigError
+
+
+def main() -> None:
+    """Exit with the text for the user where something is wrong, silently where nothing is."""
+    plan = from_data(Plan, json.load(sys.stdin), "the plan")
+    os.environ.update(plan.environment)
+    try:
+        check(plan.target)
+    except (BadRequest, ConfigError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

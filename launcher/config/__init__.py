@@ -1,0 +1,1 @@
+"""Cluster profiles and the values that they hold."""

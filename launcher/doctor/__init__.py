@@ -1,0 +1,1 @@
+"""Checks of this machine, an engine and its nodes."""

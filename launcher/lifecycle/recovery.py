@@ -1,0 +1,233 @@
+"""The recovery loop: what follows from the end of an attempt, the same on every engine, and what a run leaves at its end."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any, Literal, Protocol
+
+from launcher.lifecycle import history
+from launcher.lifecycle.policy import (
+    Action,
+    Failure,
+    Outcome,
+    back_off,
+    decide,
+    describe_interruption,
+    no_progress,
+    unfit,
+)
+from launcher.lifecycle.run_dir import RunDir, tail
+from launcher.request.spec import Plan, State
+from training.files import read_json
+
+MOUNT_SECONDS = 120.0
+"""How long to wait, between two attempts, for a run directory that cannot be written: a lost mount may come back."""
+
+Fate = Literal["", "preempting", "requeued"]
+"""What a scheduler does with a job whose ranks it asked to stop: nothing more, takes its nodes, or starts it again."""
+
+
+class Elsewhere(StrEnum):
+    """Whether and how a run goes on away from its present nodes."""
+
+    NOW = "now"  # in this process, at its next attempt
+    LATER = "later"  # the scheduler starts the job again; this process ends
+    NOWHERE = "nowhere"
+
+
+class Relocation(Protocol):
+    """How a run can leave its nodes; what differs between the schedulers."""
+
+    @property
+    def movable(self) -> bool:
+        """Whether the run can go on away from some of its nodes."""
+
+    def spare(self, outcome: Outcome) -> bool:
+        """Return whether enough nodes are at hand to go on without the lost and the unfit ones."""
+
+    def fate(self) -> Fate:
+        """Return what the scheduler does with this job; empty if a person asked for the stop."""
+
+    def start_elsewhere(self, attempt: int, hosts: tuple[str, ...]) -> Elsewhere:
+        """Have the run started again away from `hosts`."""
+
+
+class Engine(Relocation, Protocol):
+    """What runs attempts; what else differs between the engines."""
+
+    async def attempt(self) -> tuple[int, Outcome] | End:
+        """Run the next attempt and return its number and outcome, or the end of a run that has no further attempt."""
+
+    def exclude(self, attempt: int, hosts: tuple[str, ...]) -> None:
+        """Keep the next attempts away from `hosts`."""
+
+    async def pause(self, seconds: float) -> None:
+        """Wait before the next attempt, unless a stop is requested."""
+
+
+@dataclass(frozen=True)
+class End:
+    """How a submission ended.
+
+    Attributes:
+        requeued: the scheduler starts the job again, so the run has no result yet.
+    """
+
+    state: State
+    failure: Failure | None = None
+    step: int | None = None
+    requeued: bool = False
+
+
+@dataclass(frozen=True)
+class Again:
+    """Another attempt follows: after a pause of `seconds`, away from the hosts `exclude`."""
+
+    seconds: float = 0.0
+    exclude: tuple[str, ...] = ()
+
+
+class Recovery:
+    """Runs attempts until the run succeeds, fails, is stopped or is requeued."""
+
+    def __init__(self, run_dir: RunDir, plan: Plan) -> None:
+        self.run_dir, self.plan = run_dir, plan
+        self.started = time.monotonic()
+
+    async def run(self, engine: Engine) -> End:
+        """Repeat attempts until the end of this submission."""
+        while True:
+            done = await engine.attempt()
+            if isinstance(done, End):
+                return done
+            await until_writable(self.run_dir)
+            match self.after(engine, *done):
+                case End() as end:
+                    return end
+                case Again(exclude=hosts) if hosts:
+                    engine.exclude(done[0], hosts)
+                case Again(seconds=seconds):
+                    await engine.pause(seconds)
+
+    def after(self, relocation: Relocation, attempt: int, outcome: Outcome, *, may_restart: bool = True) -> End | Again:
+        """Decide what follows from `outcome`, and record it."""
+        past, step = history.read(self.run_dir.events()), outcome.step
+        left = self.plan.spec.max_restarts - len(past.setbacks) if may_restart else 0
+        action, failure = decide(outcome, left, past, relocation.movable, relocation.spare(outcome))
+        match action:
+            case Action.FINISH:
+                return End(State.SUCCEEDED)
+            case Action.FAIL:
+                return End(State.FAILED, failure, step)
+            case Action.STOP:
+                record_interruption(self.run_dir, attempt, outcome)
+                return self.stopped(relocation, attempt, step)
+        assert failure is not None, "attempts are repeated after failures only"
+        recorded = note_failure(self.run_dir, attempt, failure, left - 1, step)
+        if action is Action.RESTART:
+            return Again(back_off(past, step), tuple(outcome.unfit))
+        hosts = tuple(outcome.unfit) or unfit(failure, past, step)
+        # A failure that is not recorded would not be counted, and the run would be requeued without end.
+        match relocation.start_elsewhere(attempt, hosts) if recorded else Elsewhere.NOWHERE:
+            case Elsewhere.NOW:
+                return Again(back_off(past, step))
+            case Elsewhere.LATER:
+                self._record_requeue(attempt, failure.kind, step, hosts)
+                return End(State.STOPPED, requeued=True)
+        return End(State.FAILED, failure, step)
+
+    def stopped(self, relocation: Relocation, attempt: int, step: int | None) -> End | Again:
+        """Decide what follows once the ranks have stopped on request: the end, or another attempt elsewhere."""
+        fate = relocation.fate()
+        if fate == "requeued":
+            self._record_requeue(attempt, "scheduler", step)
+            return End(State.STOPPED, requeued=True)
+        if fate == "preempting":
+            step = step or self.run_dir.newest_step()
+            past, allowed = history.read(self.run_dir.events()), self.plan.cluster.requeues_without_progress
+            if failure := no_progress(past, step, allowed):
+                return End(State.STOPPED, failure, step)
+            where = relocation.start_elsewhere(attempt, ())
+            if where is not Elsewhere.NOWHERE:
+                self._record_requeue(attempt, "preempted", step)
+                return Again() if where is Elsewhere.NOW else End(State.STOPPED, requeued=True)
+        return End(State.STOPPED)
+
+    def _record_requeue(self, attempt: int, reason: str, step: int | None, hosts: tuple[str, ...] = ()) -> None:
+        self.run_dir.event("requeued", attempt=attempt, reason=reason, step=step, exclude=list(hosts))
+
+    def finish(self, end: End, plan: Plan | None = None) -> State:
+        """Write the result of a run that has ended; `plan` is given if it ended with other ranks than it began with."""
+        if end.requeued:
+            return end.state
+        attempt = self.run_dir.last_attempt()
+        return end_run(self.run_dir, plan or self.plan, end.state, attempt, self.started, end.failure, end.step)
+
+
+async def until_writable(run_dir: RunDir) -> None:
+    """Wait, at most `MOUNT_SECONDS`, while the run directory cannot be written."""
+    deadline = asyncio.get_running_loop().time() + MOUNT_SECONDS
+    while asyncio.get_running_loop().time() < deadline:
+        with suppress(OSError):
+            await asyncio.to_thread(run_dir.beat)  # a shared disk may take long to answer
+            return
+        await asyncio.sleep(1.0)
+
+
+def note_failure(run_dir: RunDir, attempt: int, failure: Failure, restarts_left: int, step: int | None = None) -> bool:
+    """Write the events of a failed attempt that is followed by another; return whether they could be written."""
+    fields = _failure_fields(attempt, failure, step)
+    recorded = run_dir.event("failed", **fields)
+    run_dir.event("restarted", **fields, restarts_left=restarts_left)
+    return recorded
+
+
+def record_interruption(run_dir: RunDir, attempt: int, outcome: Outcome) -> None:
+    """Write the event of what a program without a Context did when it was asked to stop; none for other attempts."""
+    if not outcome.interrupted:
+        return
+    lines = tail(run_dir.log(attempt, 0), 1)
+    fields = {"message": describe_interruption(outcome), "last_line": lines[0] if lines else ""}
+    run_dir.event("interrupted", attempt=attempt, **fields, lost_everything=outcome.lost_everything)
+
+
+def _failure_fields(attempt: int, failure: Failure, step: int | None) -> dict[str, Any]:
+    fields = {"kind": failure.kind, "message": failure.message, "rank": failure.rank, "host": failure.host}
+    return {"attempt": attempt, "step": step, **fields}
+
+
+def end_run(
+    run_dir: RunDir,
+    plan: Plan,
+    state: State,
+    attempt: int,
+    started: float,
+    failure: Failure | None = None,
+    step: int | None = None,
+) -> State:
+    """Write ``result.json`` and the last event; `started` is when this submission began, by `time.monotonic`."""
+    metrics: Any = {}
+    with suppress(ValueError):  # one of more than 16 MiB is left to the pickle beside it
+        metrics = (read_json(run_dir.value_file) or {}) if state is State.SUCCEEDED else {}
+    fields: dict[str, Any] = {
+        "metrics": metrics,
+        "steps": run_dir.newest_step() or 0,
+        "world_size": plan.placement.world_size,
+        "attempts": attempt,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    if failure is not None:
+        run_dir.event("failed", **_failure_fields(attempt, failure, step))
+        rank = failure.rank if failure.rank is not None else 0
+        fields["failure"] = asdict(failure) | {"log": tail(run_dir.log(attempt, rank))}
+    try:
+        run_dir.write_result(state, **fields)
+    except OSError as error:  # then the exit status is all that says it
+        print(f"launch: {run_dir.result_file}: {error.strerror}: {state.value} {fields}", file=sys.stderr)
+    run_dir.event("finished", attempt=attempt, state=state.value)
+    return state

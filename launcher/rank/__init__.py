@@ -1,0 +1,1 @@
+"""One rank: its process, its cores and its output."""

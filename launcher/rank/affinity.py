@@ -1,0 +1,138 @@
+"""Which device and which cores are a rank's own, on a node where several ranks run."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from training.distributed.visible import visible_devices
+from training.errors import DeviceError
+
+
+def own_devices(visible: str | None, local_rank: int, local_world_size: int) -> str | None:
+    """What the rank's ``CUDA_VISIBLE_DEVICES`` should be; None to leave it as it is, for the local rank to index it.
+
+    CUDA shows a process no more than one MIG instance, whatever the list holds, so there the list becomes the rank's own.
+
+    Args:
+        visible: ``CUDA_VISIBLE_DEVICES`` of the node's ranks, of numbers, ``GPU-<uuid>`` or ``MIG-<uuid>``; None where it is
+            not set, and all devices are visible.
+
+    Raises:
+        DeviceError: there are fewer devices than ranks, so that some would share one.
+    """
+    devices = visible_devices(visible)
+    if devices is None:
+        return None
+    if len(devices) < local_world_size:
+        raise DeviceError(
+            f"this node has {local_world_size} ranks, but CUDA_VISIBLE_DEVICES={visible!r} shows {len(devices)} of its"
+            " GPUs. Something narrows them: look for gpu-bind, gpus-per-task or CUDA_VISIBLE_DEVICES in the cluster's profile"
+            " and in its prolog."
+        )
+    return devices[local_rank] if devices[local_rank].startswith("MIG-") else None
+
+
+# ---- cores near the device --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Machine:
+    """GPUs and cores of a node, as the kernel describes them.
+
+    Attributes:
+        gpus: uuid -> NUMA node, in the order of PCI addresses; -1 where the machine does not say.
+        cores: NUMA node -> its physical cores, each the logical CPUs that share it.
+    """
+
+    gpus: Mapping[str, int]
+    cores: Mapping[int, Sequence[tuple[int, ...]]]
+
+
+def cores_near(
+    machine: Machine, visible: str | None, local_rank: int, local_world_size: int, allowed: set[int]
+) -> set[int]:
+    """The logical CPUs, out of `allowed`, for a rank: its share of the physical cores of its GPU's NUMA node.
+
+    Empty, so that nothing is bound, where the machine has one NUMA node or does not say to which a GPU belongs, and where
+    the cores allowed there are fewer than the ranks.
+    """
+    order = list(machine.gpus)
+    names = visible_devices(visible)
+    if names is None:
+        names = [str(n) for n in range(len(order))]
+    if len(machine.cores) < 2 or len(names) < local_world_size:
+        return set()
+    nodes = [_numa_of(name, machine, order) for name in names[:local_world_size]]
+    near = nodes[local_rank]
+    if any(node not in machine.cores for node in nodes):
+        return set()
+    cores = [set(core) & allowed for core in machine.cores[near]]
+    cores = [core for core in cores if core]
+    mates = [rank for rank, node in enumerate(nodes) if node == near]
+    if len(cores) < len(mates):
+        return set()
+    place = mates.index(local_rank)
+    mine = cores[place * len(cores) // len(mates) : (place + 1) * len(cores) // len(mates)]
+    return set().union(*mine)
+
+
+def _numa_of(name: str, machine: Machine, order: Sequence[str]) -> int:
+    """The NUMA node of an entry of CUDA_VISIBLE_DEVICES; a uuid may be cut short, as CUDA allows. -1: unknown."""
+    if name.isdigit():
+        return machine.gpus[order[int(name)]] if int(name) < len(order) else -1
+    found = [node for uuid, node in machine.gpus.items() if name.startswith("GPU-") and uuid.startswith(name)]
+    return found[0] if len(found) == 1 else -1  # a MIG instance does not tell its GPU
+
+
+def this_machine(root: Path = Path("/")) -> Machine:
+    """Read the `Machine` from /proc and /sys; without NVIDIA's driver it has no GPUs."""
+    gpus = {}
+    for folder in sorted((root / "proc/driver/nvidia/gpus").glob("*")):
+        text = _read(folder / "information")
+        uuid = re.search(r"GPU UUID:\s*(\S+)", text)
+        numa = _read(root / "sys/bus/pci/devices" / folder.name / "numa_node").strip()
+        gpus[uuid[1] if uuid else folder.name] = int(numa or -1)
+    cores: dict[int, list[tuple[int, ...]]] = {}
+    for folder in sorted((root / "sys/devices/system/node").glob("node[0-9]*")):
+        seen: dict[tuple[int, ...], None] = {}
+        for cpu in cpus_in(_read(folder / "cpulist")):
+            siblings = _read(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+            seen.setdefault(tuple(cpus_in(siblings)) or (cpu,))
+        if seen:
+            cores[int(folder.name.removeprefix("node"))] = list(seen)
+    return Machine(gpus, cores)
+
+
+def cpus_in(text: str) -> list[int]:
+    """The numbers of a list as the kernel writes it: ``0-3,8``."""
+    found: list[int] = []
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def settle(local_rank: int, local_world_size: int) -> None:
+    """Give this process, a rank with a GPU, its own device and the cores near it. Before CUDA is initialised.
+
+    Raises:
+        DeviceError: there are fewer devices than ranks.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    near = cores_near(this_machine(), visible, local_rank, local_world_size, os.sched_getaffinity(0))
+    if near:
+        os.sched_setaffinity(0, near)
+    own = own_devices(visible, local_rank, local_world_size)
+    if own is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = own

@@ -1,0 +1,83 @@
+"""The environment variables of a rank: complete before its interpreter starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from launcher.request.spec import Plan
+from training.distributed.world import World
+
+STALE = frozenset(
+    (
+        *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "CROSS_RANK", "CROSS_SIZE"),
+        *("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+        *("MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    )
+)
+STALE_PREFIXES = ("TORCHELASTIC_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "PMI_", "PMIX_")
+"""Variables that describe a process of another launcher; torch, accelerate and MPI would take the rank for it."""
+
+
+def rank_environment(inherited: Mapping[str, str], plan: Plan, world: World, own: Mapping[str, str]) -> dict[str, str]:
+    """Return the whole environment of the rank that `world` describes.
+
+    Args:
+        inherited: of the process that starts the rank.
+        plan: its `environment` is the profile's and the submitting shell's; it replaces what is inherited.
+        own: further variables of this rank alone, such as the devices that Ray gave it.
+    """
+    environment = shared_environment(inherited, plan)
+    environment |= {k: v for k, v in own.items() if k != "OMP_NUM_THREADS"}  # Ray sets it in its workers
+    for name, value in world.environment().items():
+        # As under torchrun, a number of threads that the user chose is kept.
+        if name != "OMP_NUM_THREADS" or name not in plan.environment:
+            environment[name] = value
+    if world.device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # scripts ask torch.cuda.is_available(), not us
+    if "SLURM_PROCID" in environment:
+        environment |= slurm_step(world, environment)
+        environment = {k: v for k, v in environment.items() if v or not k.startswith("SLURM_")}
+    return environment
+
+
+def shared_environment(inherited: Mapping[str, str], plan: Plan) -> dict[str, str]:
+    """Return what all ranks of a node have in common, for a process that imports libraries ahead of them."""
+    environment = {k: v for k, v in inherited.items() if k not in STALE and not k.startswith(STALE_PREFIXES)}
+    environment |= plan.environment
+    placement = plan.placement
+    if placement.threads and "OMP_NUM_THREADS" not in plan.environment:
+        environment["OMP_NUM_THREADS"] = str(placement.threads)  # read by OpenMP and BLAS when they are loaded
+    if placement.device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    return environment
+
+
+def slurm_step(world: World, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Return SLURM's variables of a step with one task a rank; ours has one a node, and frameworks would count those.
+
+    A value that is empty stands for a variable that has to go. Source: "OUTPUT ENVIRONMENT VARIABLES" of srun(1).
+    """
+    each, nodes = world.local_world_size, world.num_nodes
+    tasks = f"{each}(x{nodes})" if nodes > 1 else str(each)
+    if each * nodes != world.world_size:
+        tasks = ""  # how many ranks the other nodes have is not known here
+    first = world.rank - world.local_rank
+    values: dict[str, object] = {
+        "SLURM_PROCID": world.rank,
+        "SLURM_LOCALID": world.local_rank,
+        "SLURM_NODEID": world.node_rank,
+        "SLURM_NTASKS": world.world_size,
+        "SLURM_NPROCS": world.world_size,
+        "SLURM_NNODES": nodes,
+        "SLURM_NTASKS_PER_NODE": tasks and each,
+        "SLURM_TASKS_PER_NODE": tasks,
+        "SLURM_STEP_NUM_NODES": nodes,
+        "SLURM_STEP_NUM_TASKS": world.world_size,
+        "SLURM_STEP_TASKS_PER_NODE": tasks,
+        "SLURM_GTIDS": ",".join(str(first + local) for local in range(each)),
+        "SLURM_TASK_PID": "",  # the agent's
+    }
+    cpus = inherited.get("SLURM_CPUS_PER_TASK", "")
+    if cpus.isdigit():
+        values["SLURM_CPUS_PER_TASK"] = max(1, int(cpus) // each)
+    return {name: str(value) for name, value in values.items()}

@@ -1,0 +1,263 @@
+"""Start the ranks of one node and reap what they leave behind.
+
+``python -m launcher.rank.forkserver`` starts a rank whenever its parent, the node agent, asks for it. Each rank is a fresh
+interpreter that begins with the environment of its rank. Only the reference job is forked from this process, which has
+imported its libraries by then: no module of a user is imported here. `multiprocessing`'s server has no control over
+sessions, logs and orphans.
+
+The protocol is one JSON object a line, over one socket (file descriptor 0):
+
+======================================================  ===============================================================
+from the agent                                          back
+======================================================  ===============================================================
+``{"preload": [module, ...]}``; none: ranks are fresh     ``{"ready": seconds}`` once the imports are done
+interpreters
+``{"start": rank, "log": path, "world": {...},``          ``{"started": rank, "pid": n}``, at its end ``{"exit": rank, "code": n}``
+``"environment": {...}}``: all variables of the rank
+``{"signal": n, "ranks": [...]}``                         nothing
+======================================================  ===============================================================
+
+End of file means that the agent is gone: every rank is killed and the server leaves. A rank's descendants die with it,
+those that moved to a session of their own included, because the server is their reaper (PR_SET_CHILD_SUBREAPER).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from launcher.rank.output import outlive_a_full_disk
+
+ENTER = "import sys; sys.path[:1] == [''] and sys.path.pop(0); from launcher.rank.worker import enter; enter()"
+"""What a fresh interpreter runs. Its first entry of sys.path is the current folder, whose modules are the user's."""
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def _prctl(option: int, value: int) -> None:
+    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+class ForkServer:
+    """The server's side: imports, forks, reaps."""
+
+    def __init__(self, control: socket.socket, run_dir: Path, pulses: int) -> None:
+        self.control = control
+        self.run_dir = run_dir
+        self.pulses = pulses  # the descriptor of the memory that the agent watches
+        self.ranks: dict[int, int] = {}  # pid -> rank
+        self.buffer = b""
+        self.forks = False  # ranks are forked; else each is a fresh interpreter
+
+    def serve(self) -> int | None:
+        """Serve until the agent is gone. Returns a rank's exit status in a forked child, None in the server."""
+        wake, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        # The terminal's Ctrl-C and SLURM's signals are the agent's business.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.control, selectors.EVENT_READ)
+            selector.register(wake, selectors.EVENT_READ)
+            while True:
+                for key, _ in selector.select():
+                    if key.fileobj is not self.control:
+                        with suppress(BlockingIOError):
+                            os.read(wake, 4096)
+                        self.reap()
+                        continue
+                    lines = self.receive()
+                    if lines is None:
+                        self.kill_all()
+                        return None
+                    for line in lines:
+                        status = self.handle(json.loads(line))
+                        if status is not None:
+                            return status
+
+    def receive(self) -> list[bytes] | None:
+        """Return the whole lines that came, or None when the agent is gone."""
+        try:
+            data = self.control.recv(65536)
+        except ConnectionError:
+            data = b""
+        if not data:
+            return None
+        *lines, self.buffer = (self.buffer + data).split(b"\n")
+        return lines
+
+    def send(self, **message: Any) -> None:
+        with suppress(OSError):
+            self.control.sendall(json.dumps(message).encode() + b"\n")
+
+    def handle(self, message: dict[str, Any]) -> int | None:
+        """Do what the agent says. Returns a rank's exit status in a forked child, None in the server."""
+        match message:
+            case {"preload": modules}:
+                started = time.monotonic()
+                self.forks = bool(modules) and preload(modules)
+                self.send(ready=round(time.monotonic() - started, 3))
+            case {"start": rank, "log": log, "world": world, "environment": environment}:
+                return self.fork(rank, Path(log), world, environment)
+            case {"signal": number, "ranks": ranks}:
+                for pid, rank in list(self.ranks.items()):
+                    if rank in ranks:
+                        # A polite signal is for the rank alone, which knows best what its children need.
+                        if number == signal.SIGKILL:
+                            kill_group(pid)
+                        else:
+                            os.kill(pid, number)
+        return None
+
+    def fork(self, rank: int, log: Path, world: dict[str, Any], environment: dict[str, str]) -> int | None:
+        """Start a rank. Returns its exit status in the forked child, None in the server."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        server = os.getpid()
+        # Held back until the rank's own dispositions hold: this server ignores SIGTERM, and a stop would be lost.
+        held = (signal.SIGTERM,)
+        signal.pthread_sigmask(signal.SIG_BLOCK, held)
+        pid = os.fork()
+        if pid:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
+            self.ranks[pid] = rank
+            self.send(started=rank, pid=pid)
+            return None
+        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != server:
+            os._exit(1)  # the server died between the fork and the line above
+        os.setsid()
+        signal.set_wakeup_fd(-1)
+        # SIGUSR2 stays ignored, also across exec: SLURM sends it to every process of a step, and it is for the agent.
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
+        try:
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            from launcher.lifecycle.exit_status import unheard
+
+            print(f"launch: rank {rank}: {log}: {error.strerror}", file=sys.stderr)
+            os._exit(unheard(error))
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.close(output)
+        # Last, so that the socket (descriptor 0) is gone from the rank: its end must not hold the server's open.
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        os.close(null)
+        self.control.detach()
+        if not self.forks or poisoned():
+            arguments = [str(self.run_dir), json.dumps(world), str(self.pulses)]
+            os.execve(sys.executable, [sys.executable, "-c", ENTER, *arguments], environment)
+        os.environ.clear()
+        os.environ.update(environment)
+        numpy = sys.modules.get("numpy")
+        if numpy is not None:
+            numpy.random.seed()  # it was seeded by its import, once for all ranks of the node
+        from launcher.rank.worker import main
+
+        return main(self.run_dir, world, self.pulses)
+
+    def reap(self) -> None:
+        """Tell the agent about every rank that has ended, once what it left behind is killed."""
+        while True:
+            try:
+                # Look before reaping: while the rank is a zombie its process group cannot be given to anyone else.
+                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if found is None:
+                return
+            rank = self.ranks.pop(found.si_pid, None)
+            if rank is not None:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(found.si_pid, signal.SIGKILL)
+            _, status = os.waitpid(found.si_pid, 0)
+            if rank is not None:
+                if not self.ranks:
+                    self.kill_orphans()
+                self.send(exit=rank, code=os.waitstatus_to_exitcode(status))
+
+    def kill_orphans(self) -> None:
+        """Kill what ranks left behind; orphans of descendants come to this process one generation at a time."""
+        for _ in range(100):
+            children = Path("/proc/self/task", str(threading.get_native_id()), "children").read_text().split()
+            orphans = [int(pid) for pid in children if int(pid) not in self.ranks]
+            if not orphans:
+                return
+            for pid in orphans:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                with suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
+
+    def kill_all(self) -> None:
+        """Kill every rank and what it left behind, and wait for their ends."""
+        for pid in self.ranks:
+            kill_group(pid)
+        for pid in list(self.ranks):
+            with suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+            del self.ranks[pid]
+        self.kill_orphans()
+
+
+def kill_group(pid: int) -> None:
+    """Kill a rank and its process group, its data workers; a rank just forked does not lead its group yet."""
+    for kill in (os.killpg, os.kill):
+        with suppress(ProcessLookupError):
+            kill(pid, signal.SIGKILL)
+
+
+def preload(modules: Sequence[str]) -> bool:
+    """Import `modules`; return whether ranks can be forked from this process afterwards."""
+    try:
+        for module in ("launcher.rank.worker", *modules):
+            importlib.import_module(module)
+    except (Exception, SystemExit) as error:  # then each rank raises it again, and its log has the whole traceback
+        print(f"launch: {type(error).__name__}: {error}; ranks are not forked", file=sys.stderr)
+        return False
+    return not poisoned()
+
+
+def poisoned() -> bool:
+    """Whether CUDA cannot be used in this process, or in a fork of it.
+
+    A CUDA context does not survive a fork, and torch refuses CUDA in a fork of a process that only counted its devices.
+    """
+    torch = sys.modules.get("torch")
+    return torch is not None and (torch.cuda.is_initialized() or torch.cuda._is_in_bad_fork())
+
+
+def main() -> None:
+    """``python -m launcher.rank.forkserver RUN_DIR DESCRIPTOR``, with the agent's socket as descriptor 0."""
+    outlive_a_full_disk()  # the ranks inherit this
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    status = ForkServer(socket.socket(fileno=0), Path(sys.argv[1]), int(sys.argv[2])).serve()
+    if status is not None:
+        from launcher.rank.worker import finish
+
+        finish(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # to unload thousands of modules takes seconds, in which the run would seem not to have ended
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""One rank: open the Context, call the target, leave a result or an error. The same on every backend."""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from launcher.config.codec import from_data
+from launcher.lifecycle.exit_status import FINISHED, RAISED, REFUSED, STOPPED, classify, headline, unheard
+from launcher.lifecycle.run_dir import RunDir
+from launcher.rank.affinity import settle
+from launcher.rank.output import outlive_a_full_disk
+from launcher.request.spec import Plan
+from launcher.request.target import call, short_traceback
+from training.context import Context
+from training.distributed.heartbeat import Pulse
+from training.distributed.world import World
+from training.errors import DeviceError, ReplicaError
+from training.files import write_atomic
+
+
+def work(run_dir: RunDir, world: World, pulse: Pulse | None = None) -> int:
+    """Run the target as the rank that `world` describes; return the exit status. `pulse` is where it says how it gets on.
+
+    What the target returned is left by rank 0 in ``value.pkl``; what it raised in ``errors/<attempt>/<rank>.json``.
+    SIGTERM sets the flag of a Context; a target without one keeps Python's default, or the handler that it installs.
+    """
+    plan = run_dir.plan()
+    prepare(plan, world)
+    opened: list[Context] = []
+
+    def context() -> Context:
+        opened.append(Context(run_dir.path, world, args=plan.target.args, pulse=pulse))
+        _stop_on_sigterm(opened[0])
+        return opened[0]
+
+    try:
+        if world.device == "cuda":
+            settle(world.local_rank, world.local_world_size)
+        value = call(plan.target, run_dir.target_pickle, context)
+    except SystemExit as error:
+        if error.code in (None, 0):
+            return FINISHED
+        return _leave_error(run_dir, world, error, "user error")
+    except KeyboardInterrupt:
+        return STOPPED
+    except BaseException as error:
+        return _leave_error(run_dir, world, error, classify(error, world.device))
+    finally:
+        if opened:
+            _ignore_sigterm()
+        with suppress(OSError):
+            sys.stdout.flush()
+    stopped = bool(opened and opened[0].stopped)
+    try:
+        for each in opened:
+            each.close()
+        if world.rank == 0 and not stopped:
+            _leave_value(run_dir, value)
+    except OSError as error:
+        return _leave_error(run_dir, world, error, classify(error))
+    return STOPPED if stopped else FINISHED
+
+
+def prepare(plan: Plan, world: World) -> None:
+    """Give this process the import path, for processes that it starts too, and the folder of its rank."""
+    # Only now: this module's own imports must not find the user's files, such as a `queue.py`.
+    path = [*plan.target.path, *filter(None, [os.environ.get("PYTHONPATH")])]
+    if path:
+        os.environ["PYTHONPATH"] = os.pathsep.join(path)
+    if plan.cwd.is_dir():
+        os.chdir(plan.cwd)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+def _stop_on_sigterm(context: Context) -> None:
+    """Make SIGTERM ask `context` to stop."""
+
+    def handle(number: int, _: object) -> None:
+        context.request_stop(signal.Signals(number).name)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handle)
+
+
+def _ignore_sigterm() -> None:
+    """Keep SIGTERM from interrupting what is written after the target has ended."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _leave_error(run_dir: RunDir, world: World, error: BaseException, kind: str) -> int:
+    """Leave what the target raised, in the log and as a record; returns the rank's exit status."""
+    plain = isinstance(error, DeviceError | ReplicaError)  # where our own code was says nothing about them
+    text = f"{error}\n" if plain or kind == "bad request" else short_traceback(error)
+    if kind == "communication":
+        # The echo of another rank's failure; in full it would drown the cause for whoever watches rank 0.
+        line = headline(str(error))
+        sys.stderr.write(f"launch: rank {world.rank} lost its peers: {type(error).__name__}: {line}\n")
+    else:
+        with suppress(OSError):  # the log may lie on the disk that is full
+            sys.stderr.write(text)
+    record = {
+        "time": time.time(),
+        "rank": world.rank,
+        "host": socket.gethostname(),
+        "kind": kind,
+        "type": type(error).__name__,
+        "message": str(error)
+        if not isinstance(error, SystemExit)
+        else f"the script ended with exit status {error.code}",
+        "traceback": text,
+    }
+    path = run_dir.error(world.attempt, world.rank)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(record))
+    except OSError as problem:
+        with suppress(OSError):
+            print(f"launch: the error of rank {world.rank} cannot be left in {path}: {problem}", file=sys.stderr)
+        return unheard(problem)
+    return REFUSED if kind == "bad request" else RAISED
+
+
+def _leave_value(run_dir: RunDir, value: Any) -> None:
+    if value is None:
+        return
+    import cloudpickle
+
+    try:
+        data = cloudpickle.dumps(value)
+    except Exception as error:
+        print(f"launch: the value that the target returned cannot be pickled and is not kept: {error}", file=sys.stderr)
+        return
+    write_atomic(run_dir.value_pickle, data)
+    if isinstance(value, dict):
+        with suppress(TypeError, ValueError):
+            write_atomic(run_dir.value_file, json.dumps(value))
+
+
+def main(run_dir: Path, world: dict[str, Any], pulses: int) -> int:
+    """Run a rank in this process; return its exit status."""
+    faulthandler.enable(2)  # a crash in native code leaves the Python stack in the log
+    faulthandler.register(signal.SIGQUIT, 2)  # and the agent asks a rank that hangs for it
+    rank = from_data(World, world, "world")
+    return work(RunDir(run_dir), rank, Pulse.of(pulses, rank.local_rank))
+
+
+def enter() -> NoReturn:
+    """Run a rank in a fresh interpreter, whose arguments are the run directory, the world and a file descriptor."""
+    outlive_a_full_disk()
+    finish(main(Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])))
+
+
+def finish(status: int) -> NoReturn:
+    """End a rank: wait for its threads, run its exit handlers, flush, and exit without tearing down modules.
+
+    The interpreter's own teardown of a process with CUDA or gloo threads in it can hang or crash after the work is done.
+    """
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+    finally:
+        with suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)

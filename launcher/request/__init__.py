@@ -1,0 +1,1 @@
+"""The request: what to run, with which code, on what."""

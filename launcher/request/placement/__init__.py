@@ -1,0 +1,1 @@
+"""Placement: from devices to nodes x processes x devices."""

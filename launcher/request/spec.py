@@ -1,0 +1,212 @@
+"""What is asked (`RunSpec`), what will be sent (`Plan`), and the states a run can be in."""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from launcher.config.cluster import Cluster
+from launcher.errors import BadRequest, nearest
+from launcher.request.placement.place import Devices, Placement
+
+DEFAULT_TARGET = "training.train:train"
+
+
+class State(enum.StrEnum):
+    """Where a run is. LOST: it ended and left no result; UNKNOWN: nobody could tell just now, so it is never an end."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    LOST = "lost"
+    UNKNOWN = "unknown"
+
+    @property
+    def done(self) -> bool:
+        return self in (State.SUCCEEDED, State.FAILED, State.STOPPED, State.LOST)
+
+    @property
+    def exit_status(self) -> int:
+        """The exit status of ``launch`` for a run that ended in this state."""
+        return {State.SUCCEEDED: 0, State.STOPPED: 3}.get(self, 1)
+
+
+@dataclass(frozen=True)
+class Option:
+    """How a field of `RunSpec` is written and documented; stored as its ``metadata["option"]``.
+
+    Attributes:
+        help: one line for ``launch --help`` and the documentation of `launcher.launch`.
+        metavar: the placeholder of the value.
+        group: the heading in ``launch --help``.
+        least, most: the bounds of a whole number; an option without them is text.
+    """
+
+    help: str
+    metavar: str
+    group: str = "where"
+    least: int | None = None
+    most: int = 1_000_000
+
+
+def _option(text: str, metavar: str, **more: Any) -> dict[str, Option]:
+    return {"option": Option(text, metavar, **more)}
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """What is asked. Its fields are the options of the command line and the keywords of `launcher.launch`."""
+
+    target: str = DEFAULT_TARGET
+    args: tuple[str, ...] = ()
+    backend: str | None = field(default=None, metadata=_option("local (default), slurm or ray", "NAME"))
+    cluster: str | None = field(default=None, metadata=_option("a profile (see `launch clusters`)", "NAME|PATH"))
+    gpus: int | None = field(default=None, metadata=_option("GPUs in all, one rank each", "N", least=1))
+    tpus: int | None = field(default=None, metadata=_option("TPU chips in all, one rank each", "N", least=1))
+    cpus: int | None = field(
+        default=None, metadata=_option("CPU ranks in all, one core each, to debug", "N", least=1, most=100_000)
+    )
+    nodes: int | None = field(
+        default=None, metadata=_option("spread them evenly over N nodes", "N", least=1, most=100_000)
+    )
+    spare_nodes: int = field(
+        default=0,
+        kw_only=True,
+        metadata=_option("N nodes more (SLURM), to take the place of lost ones", "N", least=0, most=100_000),
+    )
+    accelerator: str | None = field(
+        default=None, metadata=_option("h100, a100, ..., or a TPU generation: v5e, v5p, ...", "TYPE")
+    )
+    topology: str | None = field(default=None, metadata=_option("the shape of a TPU slice", "4x4"))
+    time: str | None = field(default=None, kw_only=True, metadata=_option("time limit", "2h", group="the run"))
+    max_restarts: int = field(
+        default=3, kw_only=True, metadata=_option("restarts after crashes (default 3)", "N", group="the run", least=0)
+    )
+    name: str | None = field(
+        default=None, kw_only=True, metadata=_option("the run's name (default: target and time)", "NAME", group="how")
+    )
+
+    def __post_init__(self) -> None:
+        for name, option in options().items():
+            if option.least is not None:
+                _check_number(f"--{name.replace('_', '-')}", getattr(self, name), option)
+        asked = [f"--{k}" for k in ("gpus", "tpus", "cpus") if getattr(self, k) is not None]
+        if len(asked) > 1:
+            raise BadRequest(f"{' and '.join(asked)} together: a run uses one kind of device. Give one of them.")
+        if self.name is not None:
+            check_name(self.name)
+
+    def devices(self) -> Devices | None:
+        """The devices asked for, or None when the choice is left to the backend's default."""
+        shape = (self.nodes, self.accelerator, self.topology)
+        if self.gpus is not None:
+            return Devices("gpu", self.gpus, *shape)
+        if self.tpus is not None:
+            return Devices("tpu", self.tpus, *shape)
+        if self.cpus is not None:
+            return Devices("cpu", self.cpus, *shape)
+        return None
+
+
+NOT_RESUMED = ("name",)
+"""Options that `resume` does not take: a resumed run keeps them."""
+
+
+def options(without: Collection[str] = ()) -> dict[str, Option]:
+    """The options of a run by their field of `RunSpec`, in the order of ``launch --help``."""
+    return {f.name: f.metadata["option"] for f in fields(RunSpec) if "option" in f.metadata and f.name not in without}
+
+
+def refuse_empty(given: Mapping[str, Any]) -> None:
+    """Refuse an option that is given without a value, which would count as left out.
+
+    Raises:
+        BadRequest: for the first of them; `check_name` refuses an empty name.
+    """
+    for name, value in given.items():
+        if value == "" and name != "name":
+            raise BadRequest(f"--{name.replace('_', '-')} '': a value is needed, or leave the option out.")
+
+
+def check_options(call: str, given: Mapping[str, Any], known: Collection[str], more: str) -> None:
+    """Refuse a keyword of the Python function `call` that is no option, or has no value.
+
+    Raises:
+        BadRequest: with the nearest option, and all of them.
+    """
+    for name in given:
+        if name not in known:
+            raise BadRequest(
+                f"{call}() has no option {name!r}{nearest(name, known)}. Options: {', '.join(known)}, {more}."
+            )
+    refuse_empty(given)
+
+
+def _check_number(flag: str, value: Any, option: Option) -> None:
+    if value is None or option.least is None:
+        return
+    if type(value) is not int:  # from Python; a flag's text is a number by now
+        raise BadRequest(f"{flag} {value}: a whole number is needed, not {value!r}.")
+    shown = f"{flag} {value if abs(value) < 10**20 else '...'}"  # str() refuses a number of more than 4,300 digits
+    if value < option.least:
+        raise BadRequest(f"{shown}: {'at least 1' if option.least else '0 or more'} is needed.")
+    if value > option.most:
+        raise BadRequest(f"{shown}: at most {option.most} is allowed.")
+
+
+TargetKind = Literal["function", "script", "module", "value"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What every rank runs.
+
+    Attributes:
+        kind: ``function`` (``name`` is ``module:function``), ``script`` (a path below ``code/`` or absolute),
+            ``module`` (run as ``-m name``) or ``value`` (a function that travels pickled in ``target.pkl``).
+        path: entries that come first on ``sys.path`` of every rank; they point into the snapshot.
+        source: files whose import statements the forkserver preloads.
+    """
+
+    kind: TargetKind
+    name: str
+    args: tuple[str, ...] = ()
+    path: tuple[str, ...] = ()
+    source: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that will be sent. A backend needs nothing else, and ``--dry-run`` prints it."""
+
+    name: str
+    run_dir: Path
+    spec: RunSpec
+    backend: str
+    cluster: Cluster
+    placement: Placement
+    target: Target
+    cwd: Path
+    time_minutes: int
+    environment: dict[str, str] = field(default_factory=dict)
+    project: Path | None = None  # the folder on the submitting machine whose code is copied; None: nothing is
+    start: str = ""  # when and where the scheduler would start it, as it said when the plan was made
+
+
+def check_name(name: str) -> None:
+    """Refuse a run name that is not a plain file name; names end up in paths, job names and scripts.
+
+    Raises:
+        BadRequest: anything but letters, digits, dot, dash and underscore, or more than 100 characters.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise BadRequest(
+            f"--name {name!r}: a run name is up to 100 letters, digits, '.', '_' and '-', and begins with a letter or a"
+            " digit, such as 'mrpc-lr3e-5'."
+        )

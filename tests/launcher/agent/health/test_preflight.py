@@ -1,0 +1,319 @@
+"""The look before an attempt: what a node finds, who is the odd one out, and real nodes of a cluster that are left."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.agent.coordinator import Coordinator
+from launcher.agent.health import preflight
+from launcher.agent.health.preflight import RUN_FOLDER_BYTES, SCRATCH_BYTES, judge, look, skew
+from launcher.agent.node_ranks import Message, Seat
+from launcher.client.plan import make_plan
+from launcher.lifecycle.policy import Outcome
+from launcher.lifecycle.run_dir import RunDir
+from launcher.request.spec import RunSpec
+from tests.launcher.engines import Project, until
+from tests.testbed.slurm import SlurmCluster
+
+ROOM = 2**40
+VERSIONS = {"python": "3.11.7", "torch": "2.13.0"}
+
+
+IDLE = """
+def main(ctx):
+    return {"attempt": ctx.world.attempt}
+"""
+
+
+def facts(ahead: float = 0.0, **more: Any) -> dict[str, Any]:
+    """What a node in order says; its clock is `ahead` of the coordinator's."""
+    return {
+        "asked": 100.0,
+        "heard": 100.1 + ahead,
+        "said": 100.4 + ahead,
+        "answered": 100.5,
+        "run folder": {"free": ROOM},
+        "scratch": {"path": "/tmp", "free": ROOM},
+        "versions": VERSIONS,
+        **more,
+    }
+
+
+def unfit(*nodes: dict[str, Any] | None, ranks: int = 2) -> dict[str, str]:
+    """Of nodes n0, n1, ...; None has not answered."""
+    hosts = tuple(f"n{number}" for number in range(len(nodes)))
+    return judge({host: node for host, node in zip(hosts, nodes, strict=True) if node}, dict.fromkeys(hosts, ranks))
+
+
+def test_nodes_in_order_are_fit() -> None:
+    cards: dict[str, Any] = {"gpus": {"count": 8, "faults": []}}
+    assert unfit(facts(), facts(0.9), facts(-0.5)) == {}
+    assert unfit(facts(**cards), facts(**cards)) == {}
+    assert unfit(facts(gpus={}), facts(gpus={})) == {}, "GPUs that are not NVIDIA's have no nvidia-smi"
+    assert unfit(facts()) == {}
+
+
+@pytest.mark.parametrize(
+    ("node", "words"),
+    [
+        (None, "it did not say within 40 s how it is (tell the cluster's keepers)"),
+        (facts(90), "its clock is 89.9 s ahead of n0's (have its time service seen to)"),
+        (facts(-90), "its clock is 89.9 s behind n0's (have its time service seen to)"),
+        ({"versions": VERSIONS | {"torch": "2.12.1"}}, "it has torch 2.12.1, n0 has 2.13.0 (use one environment"),
+        ({"versions": {"fault": "did not answer within 30 s"}}, "its Python environment did not answer within 30 s"),
+        ({"run folder": {"fault": "fails: Read-only file system"}}, "its run folder fails: Read-only file system (look at"),
+        ({"run folder": {"free": RUN_FOLDER_BYTES - 2**20}}, "1023 MiB are free in its run folder (1024 MiB are the least"),
+        ({"scratch": {"path": "/local", "free": SCRATCH_BYTES - 1}}, "256 MiB are free in its /local (256 MiB are the least"),
+        ({"scratch": {"fault": "fails: No space left on device"}}, "its TMPDIR fails: No space left on device (have it"),
+        ({"gpus": {"count": 1, "faults": []}}, "its driver shows 1 of 2 GPUs (look at nvidia-smi there)"),
+        ({"gpus": {"count": 2, "faults": ["GPU 0 (x) could not remap a row"]}}, "GPU 0 (x) could not remap a row (tell"),
+        ({"gpus": {"fault": "did not answer within 30 s"}}, "nvidia-smi did not answer within 30 s (tell"),
+        ({"gpus": {}}, "it has no nvidia-smi, which the others have (tell"),
+    ],
+)  # fmt: skip
+def test_a_fault_is_told_with_its_remedy(node: dict[str, Any] | None, words: str) -> None:
+    good = facts(gpus={"count": 2, "faults": []}) if node and "gpus" in node else facts()
+    found = unfit(good, node and {**facts(), **node})
+    assert list(found) == ["n1"]
+    assert words in found["n1"]
+
+
+def test_of_three_the_odd_one_out_is_unfit_also_where_it_is_the_first() -> None:
+    assert list(unfit(facts(90), facts(), facts())) == ["n0"]
+    assert list(unfit(facts(versions={"python": "3.12.1"}), facts(), facts())) == ["n0"]
+    assert list(unfit(facts(), facts(90), facts(-90))) == ["n1", "n2"], "of as many on each side the first is believed"
+
+
+def test_several_faults_of_a_node_are_told_together() -> None:
+    found = unfit(facts(), facts(90, versions={"python": "3.12.1"}))
+    assert found["n1"].count("; ") == 1
+
+
+def test_the_time_that_a_look_takes_is_no_skew() -> None:
+    assert skew({"asked": 0.0, "heard": 20.0, "said": 50.0, "answered": 60.0}) == 0
+    assert skew({"asked": 0.0, "heard": 30.0, "said": 65.0, "answered": 60.0}) == 5
+    assert skew({"asked": 0.0, "heard": -5.0, "said": 55.0, "answered": 60.0}) == -5
+
+
+# ---- what a node finds ------------------------------------------------------------------------------------------
+
+
+def run(folder: Path, device: str = "cpu", attempt: int = 3) -> dict[str, Any]:
+    return asyncio.run(look(RunDir(folder), attempt, 1, device, os.environ.get("CUDA_VISIBLE_DEVICES")))
+
+
+def test_a_node_looks_around_in_a_moment_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "logs" / "3").mkdir(parents=True)
+    before = time.time()
+    found = run(tmp_path, "cuda")
+    assert before <= found["heard"] <= found["said"] < before + 10
+    assert found["run folder"]["free"] > 0
+    assert found["versions"]["torch"]
+    assert found["gpus"] == {}
+    assert "gpus" not in run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
+
+
+def test_a_node_says_what_fails_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.doctor.probe.PATIENCE_SECONDS", 0.1)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "gone"))
+    (tmp_path / "logs").mkdir()
+    found = run(tmp_path)
+    assert found["run folder"] == {"fault": "does not show the folder of attempt 3, which the first node made"}
+    assert found["scratch"] == {"fault": "fails: No such file or directory"}
+
+
+def test_what_hangs_on_a_node_does_not_hold_up_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "logs" / "3").mkdir(parents=True)
+    monkeypatch.setattr(preflight, "LIMIT_SECONDS", 0.2)
+    monkeypatch.setattr(preflight, "scratch", lambda: time.sleep(1))
+    monkeypatch.setattr(preflight, "versions", lambda: VERSIONS)
+    found = run(tmp_path)
+    assert found["scratch"] == {"fault": "did not answer within 0.2 s"}
+    assert found["versions"] == VERSIONS
+
+
+# ---- what the coordinator makes of it ---------------------------------------------------------------------------
+
+
+def ask(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, said: Callable[[Coordinator, int], list[tuple[int, Message]]]
+) -> Outcome | None:
+    """Let a coordinator ask nodes 0 and 1; when it asks one, `said` is what comes in from which."""
+    (folder / "idle.py").write_text(IDLE)
+    plan = make_plan(RunSpec("idle:main", cluster="local", cpus=1), folder)
+    plan = replace(plan, placement=replace(plan.placement, nodes=2))
+
+    async def inside() -> Outcome | None:
+        found = Coordinator(RunDir(folder), plan, Seat(nodes=2, host="n0"))
+        found.peers.hosts[1] = "n1"
+        monkeypatch.setattr(found.peers, "here", lambda: here)
+
+        def tell(agent: int, message: Message) -> None:
+            assert message == {"look": 3}
+            for post in said(found, agent):
+                found.inbox.put_nowait(post)
+
+        monkeypatch.setattr(found, "_tell", tell)
+        return await found._preflight(3, [0, 1])
+
+    here = [0, 1]
+    return asyncio.run(inside())
+
+
+def answer(**more: Any) -> Message:
+    now = time.time()
+    return {"looked": 3, "facts": {**facts(), "heard": now, "said": now, **more}}
+
+
+def test_where_all_are_fit_nothing_keeps_the_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    late = {"looked": 2, "facts": {}}  # by who was given up in the attempt before
+    assert ask(tmp_path, monkeypatch, lambda _, agent: [(1, late), (agent, answer())]) is None
+
+
+def test_who_is_silent_is_unfit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "ANSWER_SECONDS", 0.5)
+    found = ask(tmp_path, monkeypatch, lambda _, agent: [] if agent else [(agent, answer())])
+    assert found is not None
+    assert list(found.unfit) == ["n1"]
+    assert found.hosts == {0: "n0", 1: "n1"}
+    assert not found.all_unfit
+
+
+def test_who_is_lost_meanwhile_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(found: Coordinator, agent: int) -> list[tuple[int, Message]]:
+        if agent == 0:
+            return [(0, answer())]
+        found.peers.here().remove(1)
+        return [(1, {"lost": 1})]
+
+    found = ask(tmp_path, monkeypatch, said)
+    assert found is not None
+    assert (found.lost, found.unfit) == (["n1"], {})
+
+
+def test_a_stop_does_not_wait_for_the_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = ask(tmp_path, monkeypatch, lambda _, agent: [(0, {"signal": int(signal.SIGTERM)})] if agent else [])
+    assert found == Outcome({}, stop="SIGTERM")
+
+
+# ---- runs -------------------------------------------------------------------------------------------------------
+
+
+def profile(project: Project, engine: str, *lines: str) -> None:
+    """A profile ``site`` with a preflight, and a target that needs nothing of its node."""
+    (project.folder / "idle.py").write_text(IDLE)
+    (project.folder / "cluster_configs").mkdir()
+    text = "\n".join([f'extends = "{engine}"', "preflight = true", *lines])
+    (project.folder / "cluster_configs/site.toml").write_text(text)
+
+
+def test_a_machine_that_is_unfit_ends_a_local_run_with_that_name(
+    local_project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile(local_project, "local")
+    assert local_project.call("--cluster", "site", "--cpus", "1", "--name", "good", "idle:main").returncode == 0
+    monkeypatch.setenv("TMPDIR", str(local_project.folder / "gone"))
+    done = local_project.call("--cluster", "site", "--cpus", "1", "--name", "bad", "idle:main", status=1)
+    assert "its TMPDIR fails: No such file or directory (have it cleared" in done.stdout
+    assert "unfit node: A node did not pass the profile's preflight" in done.stdout
+    failure = local_project.status("bad")["failure"]
+    assert (failure["kind"], failure["rank"]) == ("unfit node", None)
+    assert not [e for e in local_project.events("bad") if e["event"] == "started"]
+
+
+def started_on(project: Project, run: str) -> list[list[str]]:
+    return [e["hosts"] for e in project.events(run) if e["event"] == "started"]
+
+
+# The first node that asks is the sick one, whichever SLURM takes first.
+SMI = """#!/bin/sh
+exec 9>>"$0.lock"; flock 9
+[ -s "$0.sick" ] || echo "$SLURMD_NODENAME" > "$0.sick"
+errors=0; [ "$(cat "$0.sick")" != "$SLURMD_NODENAME" ] || errors=4
+case $1 in
+*gpu=*) for gpu in 0 1 2 3 4 5 6 7; do echo "$gpu, GPU-$gpu, $errors, [N/A]"; done;;
+*) for gpu in 0 1 2 3 4 5 6 7; do echo "GPU-$gpu, 0, 0"; done;;
+esac
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_a_run_goes_on_away_from_a_node_whose_gpu_has_errors(slurm_project: Project) -> None:
+    """nvidia-smi, asked before the ranks start, is a script first on PATH."""
+    smi = slurm_project.folder / "bin/nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text(SMI)
+    smi.chmod(0o755)
+    line = f"export PATH='{smi.parent}':\"$PATH\""
+    profile(slurm_project, "slurm", "[slurm]", f"node_setup = {json.dumps([line])}")
+    slurm_project.call("--cluster", "site", "--gpus", "1", "--name", "s", "idle:main")
+    sick = Path(f"{smi}.sick").read_text().strip()
+    events = slurm_project.events("s")
+    ((fit,),) = started_on(slurm_project, "s")
+    assert fit != sick
+    assert [(e["reason"], e["exclude"]) for e in events if e["event"] == "requeued"] == [("unfit node", [sick])]
+    told = next(e["message"] for e in events if e["event"] == "failed")
+    assert told == f"{sick}: GPU 0 (GPU-0) has 4 uncorrected ECC errors (tell the cluster's keepers)"
+    shown = slurm_project.call("status", "s").stdout
+    assert f"attempt     2 (unfit node on {sick} before)" in shown
+    assert f"stays away from {sick}" in shown
+
+
+def fast_clock(project: Project) -> str:
+    """A line of node_setup that puts the clock of one node 90 s ahead: of the second that the first job gets."""
+    odd, sick = project.folder / "odd", project.folder / "sick"
+    odd.mkdir()
+    (odd / "sitecustomize.py").write_text("import time\nright = time.time\ntime.time = lambda: right() + 90\n")
+    chosen = f"[ \"$SLURM_NODEID\" != 1 ] || [ -s '{sick}' ] || echo \"$SLURMD_NODENAME\" > '{sick}'"
+    return f"{chosen}; [ \"$(cat '{sick}' 2>&1)\" != \"$SLURMD_NODENAME\" ] || export PYTHONPATH='{odd}'"
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_a_spare_node_takes_the_place_of_one_whose_clock_is_off(slurm_project: Project, on_slurm: SlurmCluster) -> None:
+    """In the same job; and when an operator requeues that job later, it comes back on nodes without that one."""
+    profile(slurm_project, "slurm", "[slurm]", f"node_setup = {json.dumps([fast_clock(slurm_project)])}")
+    arguments = ("--cluster", "site", "--cpus", "2", "--nodes", "2", "--spare-nodes", "1", "--name", "p", "--detach")
+    slurm_project.call(*arguments, "steps:main", "--steps", "100", "--seconds", "0.2")
+    until(lambda: slurm_project.status("p")["progress"].get("step", 0) > 10, "ten steps")
+    (sick,) = slurm_project.status("p")["excluded_nodes"]
+    events = slurm_project.events("p")
+    assert not [e for e in events if e["event"] == "requeued"], "it is the same job"
+    ((first, second),) = started_on(slurm_project, "p")
+    assert sick not in (first, second)
+    told = next(e["message"] for e in events if e["event"] == "failed")
+    assert told.startswith(f"{sick}: its clock is ")
+    assert told.endswith(f" s ahead of {first}'s (have its time service seen to)")
+    job = str(slurm_project.status("p")["job_id"])
+    on_slurm.run("scontrol", "requeue", job)
+    until(lambda: slurm_project.status("p")["state"] == "succeeded", "the end", 120)
+    _, again = started_on(slurm_project, "p")
+    assert f"ExcNodeList={sick} " in on_slurm.run("scontrol", "show", "job", "--oneliner", job)
+    assert sick not in again
+    assert [s["kind"] for s in slurm_project.status("p")["setbacks"]] == ["unfit node"], "it was not met again"
+    assert f"stays away from {sick}" in slurm_project.call("status", "p").stdout
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_where_all_nodes_are_unfit_the_run_ends_and_strikes_none(slurm_project: Project) -> None:
+    """What is wrong with every node is not for another node to put right."""
+    line = f"export TMPDIR='{slurm_project.folder}/gone'"
+    profile(slurm_project, "slurm", "[slurm]", f"node_setup = {json.dumps([line])}")
+    done = slurm_project.call("--cluster", "site", "--cpus", "2", "--nodes", "2", "--name", "a", "idle:main", status=1)
+    assert done.stdout.count("its TMPDIR fails: No such file or directory") == 2
+    assert not [e for e in slurm_project.events("a") if e["event"] in ("started", "requeued", "struck")]
+    assert slurm_project.status("a")["excluded_nodes"] == []

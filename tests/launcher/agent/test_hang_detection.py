@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launcher.agent.hang_detection import Beat, Place, Watch, accuse, place_of
+from training.distributed.heartbeat import STARTING
+
+WAITS, ELSEWHERE = Place("train.py:9 in step", True), Place("train.py:5 in load", False)
+
+
+def trained(hang_after: float = 10.0, gap: float = 1.0, steps: int = 3) -> tuple[Watch, float]:
+    """A watch that has seen `steps` steps of `gap` seconds, and the time after them."""
+    watch, now = Watch(hang_after), 0.0
+    for step in range(steps):
+        now = step * gap
+        assert not watch.see({0: Beat(step, "training", 0.0), 1: Beat(step, "training", 0.0)}, now)
+    return watch, now
+
+
+def hung(watch: Watch, now: float, seconds: float, *phases: str, states: str = "SS") -> bool:
+    """Whether the run counts as hung after `seconds` in which neither rank moved, looked at every second or so."""
+
+    def beats(age: float) -> dict[int, Beat]:
+        both = zip(phases or ("training", "training"), states, strict=True)
+        return {rank: Beat(2, phase, age, state) for rank, (phase, state) in enumerate(both)}
+
+    for second in range(1, int(seconds)):
+        assert not watch.see(beats(float(second)), now + second)
+    return watch.see(beats(seconds), now + seconds)
+
+
+def test_silence_for_longer_than_the_limit_is_a_hang() -> None:
+    assert not hung(*trained(), 9.9)
+    assert hung(*trained(), 10.1)
+
+
+def test_slow_steps_are_learned() -> None:
+    watch = Watch(10.0)
+    for now in range(41):
+        step = now // 20
+        watch.see({0: Beat(step, "training", now % 20), 1: Beat(step, "training", now % 20)}, float(now))
+    assert not hung(watch, 40.0, 59.0)
+    assert hung(watch, 40.0 + 59.0, 61.0)
+
+
+@pytest.mark.parametrize("phase", ["evaluating", "saving", "compiling"])
+def test_there_is_ten_times_the_patience_outside_of_steps(phase: str) -> None:
+    assert not hung(*trained(), 99.0, phase, "training")
+    assert hung(*trained(), 101.0, phase, "training")
+
+
+def test_who_has_yet_to_finish_a_step_does_not_wait_for_one_that_saves_after_it() -> None:
+    ahead, behind = Beat(3, "saving"), Beat(2, "training")
+
+    def hung(*beats: Beat) -> bool:
+        watch, now = trained()
+        looks = [watch.see({r: replace(b, age=float(n)) for r, b in enumerate(beats)}, now + n) for n in range(12)]
+        assert not any(looks[:-1])
+        return looks[-1]
+
+    assert hung(ahead, behind)
+    assert not hung(ahead, replace(behind, step=3)), "this one may wait for it at its next step"
+    assert not hung(replace(ahead, step=2), behind)
+
+
+def test_a_start_is_never_too_slow() -> None:
+    watch = Watch(10.0)
+    for now in (0.0, 1e3, 1e6):
+        assert not watch.see({0: Beat(-1, STARTING, now), 1: Beat(-1, STARTING, now)}, now)
+    assert not watch.see({0: Beat(1, "training", 9.0), 1: Beat(-1, STARTING, 1e6)}, 2e6), "the others wait for it"
+
+
+def test_a_stopped_process_has_no_excuse() -> None:
+    assert hung(*trained(), 11.0, "evaluating", "training", states="TS")
+    assert hung(*trained(), 11.0, "training", "saving", states="TS"), "the other waits for it while it saves"
+    assert hung(*trained(), 11.0, "training", STARTING, states="TS")
+
+
+def test_a_suspended_job_did_not_hang() -> None:
+    watch, now = trained()
+    assert not watch.see({0: Beat(2, "training", 900.0), 1: Beat(2, "training", 900.0)}, now + 900)
+    assert not watch.see({0: Beat(2, "training", 909.0), 1: Beat(2, "training", 909.0)}, now + 909)
+    assert watch.see({0: Beat(2, "training", 911.0), 1: Beat(2, "training", 911.0)}, now + 911)
+
+
+def test_zero_never_looks_and_nobody_is_nobody() -> None:
+    watch, now = trained(hang_after=0.0)
+    assert not watch.see({0: Beat(2, "training", 1e6)}, now + 1e6)
+    assert not Watch(1.0).see({}, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("beats", "places", "rank", "text"),
+    [
+        (
+            {0: Beat(7), 1: Beat(7, state="T")},
+            {0: WAITS},
+            1,
+            "rank 1 is stopped (SIGSTOP or a terminal) at step 7",
+        ),
+        (
+            {0: Beat(7), 1: Beat(7)},
+            {0: WAITS, 1: ELSEWHERE},
+            1,
+            "rank 1 makes no progress after step 7 at train.py:5 in load; the others wait for it",
+        ),
+        (
+            {0: Beat(8), 1: Beat(7), 2: Beat(8)},
+            {0: WAITS, 1: ELSEWHERE, 2: WAITS},
+            1,
+            "rank 1 makes no progress after step 7 at train.py:5 in load; the others wait for it",
+        ),
+        (
+            {0: Beat(7), 1: Beat(8)},
+            {0: WAITS, 1: WAITS},
+            1,
+            "rank 1 went on to step 8 without the collective in which rank 0 waits at train.py:9 in step",
+        ),
+        (
+            {0: Beat(7), 1: Beat(7)},
+            {0: WAITS, 1: WAITS},
+            None,
+            "all ranks stand still after step 7: rank 0 at train.py:9 in step, rank 1 at train.py:9 in step",
+        ),
+        ({0: Beat(7)}, {0: ELSEWHERE}, 0, "rank 0 makes no progress after step 7 at train.py:5 in load"),
+        ({0: Beat(7), 1: Beat(7)}, {}, None, "all ranks stand still after step 7: rank 0, rank 1"),
+    ],
+)
+def test_the_rank_that_holds_the_others_up_is_named(
+    beats: dict[int, Beat], places: dict[int, Place], rank: int | None, text: str
+) -> None:
+    assert accuse(beats, places) == (rank, text)
+
+
+PROGRAM = """
+import faulthandler, sys, threading, time
+
+def load():
+    faulthandler.dump_traceback(all_threads=True)
+
+threading.Thread(target=time.sleep, args=(0.2,)).start()
+load()
+"""
+
+
+def test_the_place_is_the_innermost_frame_of_the_users_own_code(tmp_path: Path) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    assert "Thread" in done.stderr
+    assert place_of(done.stderr) == Place(f"{script}:5 in load", False)
+
+
+def test_a_frame_of_a_collective_above_it_means_that_the_rank_waits() -> None:
+    dump = (
+        "Current thread 0x1 (most recent call first):\n"
+        '  File "/v/site-packages/torch/distributed/distributed_c10d.py", line 3 in all_reduce\n'
+        '  File "/home/me/train.py", line 9 in step\n'
+        '  File "/home/me/train.py", line 20 in main\n'
+    )
+    import launcher.agent.hang_detection
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launcher.agent.hang_detection, "_LIBRARIES", ("/v/site-packages",))
+        assert place_of(dump) == Place("/home/me/train.py:9 in step", True)
+    assert place_of("nothing of the kind") == Place()

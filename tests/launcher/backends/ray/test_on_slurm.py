@@ -1,0 +1,101 @@
+"""Ray inside jobs of SLURM's: two of them at once, on nodes that they share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from launcher.backends.ray.in_job import TOKEN
+from tests.launcher.engines import Project, make_project, until
+from tests.testbed import keeper
+from tests.testbed.slurm import SlurmCluster
+
+PROFILE = """
+backend = "ray"
+grace = 10.0
+[ray]
+inside = "slurm"
+[slurm]
+nodelist = "node1,node2"
+"""
+JOB = ("--max-steps", "40", "--save-every", "5", "--log-every", "1", "--log-with=", "--lr", "1e-4")
+
+
+def weights(run: Path) -> str:
+    return hashlib.sha256((run / "model/model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_two_at_once_share_their_nodes(tmp_path: Path, on_slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them is told to leave half way, comes back, and ends in the weights of the other.
+
+    Each has a token of its own, whatever an earlier Ray of this user has left in his home.
+    """
+    (tmp_path / "home/.ray").mkdir(parents=True)
+    (tmp_path / "home/.ray/auth_token").write_text("0" * 64)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    project = make_project(tmp_path, "ray")
+    (tmp_path / "cluster_configs").mkdir()
+    (tmp_path / "cluster_configs/both.toml").write_text(PROFILE)
+    request = ("--backend", "ray", "--cluster", "both", "--cpus", "2", "--nodes", "2", "--detach")
+    for name in ("first", "second"):
+        project.call(*request, "--name", name, "--", *JOB)
+    runs = {name: tmp_path / "runs" / name for name in ("first", "second")}
+    until(lambda: started(project, "first") and started(project, "second"), "both at once", 120)
+    tokens = [run / ".ray-token" for run in runs.values()]
+    assert {token.stat().st_mode & 0o777 for token in tokens} == {0o600}
+    assert len({token.read_text() for token in tokens}) == 2
+    job = json.loads((runs["first"] / "job.json").read_text())["job_id"]
+    until(lambda: (runs["first"] / "metrics.jsonl").exists(), "a step")
+    on_slurm.run("scancel", "--signal=USR2", job)
+    for name in runs:
+        until(lambda name=name: project.status(name)["state"] in ("succeeded", "failed", "lost"), name, 240)  # type: ignore[misc]
+        assert project.status(name)["state"] == "succeeded", (runs[name] / "logs/agent-0.log").read_text()[-3000:]
+    assert weights(runs["first"]) == weights(runs["second"])
+    told = [event["reason"] for event in project.events("first") if event["event"] == "requeued"]
+    assert told == ["preempted"]
+    hosts = [event["hosts"] for event in project.events("second") if event["event"] == "started"]
+    assert [len(each) for each in hosts] == [2], "a rank on each raylet"
+    until(lambda: not keeper.processes_with(f"{TOKEN}="), "the end of all that they started", 20)
+    assert not [token for token in tokens if token.exists()]
+
+
+@pytest.mark.soak
+@pytest.mark.slow
+@pytest.mark.slurm
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("host", ["node1", "node2"])
+def test_a_killed_step_daemon_does_not_hold_the_nodes_for_ever(
+    host: str, tmp_path: Path, on_slurm: SlurmCluster
+) -> None:
+    """srun hears of the end of neither the leading task nor the following one; the run comes to its end all the same."""
+    project = make_project(tmp_path, "ray")
+    (tmp_path / "cluster_configs").mkdir()
+    (tmp_path / "cluster_configs/both.toml").write_text(PROFILE)
+    request = ("--cluster", "both", "--cpus", "2", "--nodes", "2", "--name", "d", "--detach")
+    project.call(*request, "steps:main", "--steps", "100", "--seconds", "0.1")
+    until((tmp_path / "runs/d/metrics.jsonl").exists, "a step", 120)
+    on_slurm.kill_step_daemon(host)
+    until(lambda: project.status("d")["state"] == "succeeded", "the end")
+    on_slurm.wait_idle(60)
+    until(lambda: not keeper.processes_with(f"{TOKEN}="), "the end of all that was started", 20)
+
+
+def started(project: Project, run: str) -> bool:
+    return any(event["event"] == "started" for event in project.events(run))
+
+
+def test_a_ray_inside_a_job_has_no_address(tmp_path: Path) -> None:
+    project = make_project(tmp_path, "ray")
+    (tmp_path / "cluster_configs").mkdir()
+    wrong = PROFILE.replace("[ray]", '[ray]\naddress = "10.0.0.1:6379"')
+    (tmp_path / "cluster_configs/wrong.toml").write_text(wrong)
+    refused = project.call("--cluster", "wrong", "--cpus", "2", "steps:main", status=2)
+    assert "Leave one of them out of the profile" in refused.stderr

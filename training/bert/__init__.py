@@ -1,0 +1,1 @@
+"""The parts of the reference job: fine-tuning BERT on sentence pairs."""

@@ -1,0 +1,267 @@
+"""One optimizer step, one evaluation, and the state that a checkpoint must hold. Accelerate does the device work."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from training.checkpoints.sharding import like, load_model_state, local_parts, part_name, shard, whole
+from training.checkpoints.state import join_optimizer, split_optimizer
+from training.data.prefetch import ahead
+from training.data.sampler import Step
+from training.distributed.group import environment
+from training.distributed.replicas import check_replicas, replicate
+from training.metrics import Metric, combine, evaluation_batches
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from training.bert.tokens import Encoded
+    from training.context import Context
+    from training.train import TrainConfig
+
+    Batch = dict[str, torch.Tensor]
+
+WAYS = ("fused", "foreach", "capturable")  # how AdamW computes what it does, which is the device's matter
+COMPILED_LENGTHS = 32  # with --compile, batches are padded to multiples of so many tokens
+
+
+def make_accelerator(ctx: Context, precision: str) -> Accelerator:
+    """An Accelerator on the device and the process group of `ctx`; it creates neither, and no variable."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # a second run in one process, as in a notebook
+    GradientState._reset_state()
+    _ = ctx.group  # before accelerate looks, so that it takes this process group and makes none
+    facts: dict[str, str | None] = dict(ctx.world.environment())
+    if ctx.world.world_size == 1:
+        facts = dict.fromkeys(facts)
+    facts["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # unset, accelerate changes the number of threads
+    facts["ACCELERATE_TORCH_DEVICE"] = str(ctx.device)
+    facts["ACCELERATE_USE_CPU"] = str(ctx.world.device == "cpu").lower()
+    with environment(facts):
+        return Accelerator(cpu=ctx.world.device == "cpu", mixed_precision={"fp32": "no"}.get(precision, precision))
+
+
+class Engine:
+    """A model with its optimizer, scheduler and data on one rank.
+
+    Attributes: `model` (the bare one), `loss_sum` (float32 scalar on the device: the mean losses of this rank's share,
+    summed over the steps since the last log), `loss_steps`.
+    """
+
+    def __init__(
+        self, ctx: Context, config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, steps: int
+    ) -> None:
+        import torch
+        from transformers import DataCollatorWithPadding, get_scheduler
+
+        self.ctx = ctx
+        self.runtime = ctx.runtime
+        self.runtime.check(config.precision, shard=config.shard and ctx.world.world_size > 1)
+        self.world_size = ctx.world.world_size
+        self.max_grad_norm = config.max_grad_norm
+        self.model = model
+        self.accelerator = make_accelerator(ctx, config.precision)
+        model.to(ctx.device)
+        self.sharded = config.shard and self.world_size > 1
+        if self.sharded:
+            shard(model, ctx.world)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.lr or 0.0, weight_decay=config.weight_decay, fused=self.runtime.fused or None
+        )
+        # A runtime that compiles for each shape does so by itself.
+        forward = torch.compile(model, dynamic=False) if config.compile and self.runtime.any_shape else model
+        # `evaluation_mode` leaves DDP to us: accelerate wraps only on devices that it knows, and by the local rank.
+        self.wrapped = self.accelerator.prepare_model(forward, device_placement=False, evaluation_mode=True)
+        self.replicated = self.world_size > 1 and not self.sharded
+        self.unchecked = self.replicated  # until the weights of all ranks were compared once
+        if self.replicated and self.runtime.ddp:
+            self.wrapped = replicate(self.wrapped, ctx.device)
+        self.prepared = self.accelerator.prepare_optimizer(self.optimizer, device_placement=False)
+        self.scheduler = get_scheduler(config.schedule, self.optimizer, config.warmup_steps, steps)
+        # Compiled code is made for each shape, so lengths are rounded up to a handful of them.
+        self.collate = DataCollatorWithPadding(
+            tokenizer, pad_to_multiple_of=COMPILED_LENGTHS if config.compile or not self.runtime.any_shape else None
+        )
+        self.loss_sum = torch.zeros((), device=ctx.device)
+        self.loss_steps = 0
+        self.wrapped.train()
+
+    def warm_up(self, data: Encoded) -> None:
+        """Let DDP find its order of gradients, by one backward pass that changes nothing. A collective.
+
+        DDP regroups gradients after its first backward pass. With more than two ranks the grouping decides the order in
+        which numbers are added, so a resumed run would round otherwise than one that never stopped.
+        """
+        if self.world_size > 2 and self.replicated:
+            self.accelerator.backward(self.wrapped(**self._send(self.batch(data, (0,)))).loss * 0)
+            self.prepared.zero_grad()
+
+    def batch(self, data: Encoded, samples: Sequence[int]) -> Batch:
+        """The padded tensors, int64 of shape (samples, longest), of `samples`; in page-locked memory for a GPU."""
+        batch = self.collate(data.rows(samples))
+        return {name: tensor.pin_memory() if self.runtime.pins else tensor for name, tensor in batch.items()}
+
+    def batches(self, data: Encoded, steps: Iterable[Step]) -> Generator[tuple[Step, list[Batch]]]:
+        """The steps with the batches of this rank; for an accelerator they are made ahead, in a thread.
+
+        On a CPU that would only take the cores away from the arithmetic.
+        """
+        made = ((step, [self.batch(data, part or (step.stand_in,)) for part in step.microbatches]) for step in steps)
+        return ahead(made) if self.runtime.by_itself else made
+
+    def _send(self, batch: Batch) -> Batch:
+        return {name: tensor.to(self.ctx.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def step(self, step: Step, batches: list[Batch]) -> None:
+        """One optimizer step over the microbatches of this rank."""
+        import torch
+
+        total = torch.zeros((), device=self.ctx.device)
+        for number, (microbatch, batch) in enumerate(zip(step.microbatches, batches, strict=True), start=1):
+            last = number == len(step.microbatches)
+            weight = step.weight(microbatch, self.world_size)
+            # Gradients travel between ranks once a step, with the last microbatch.
+            with self._syncing(last):
+                loss = self.wrapped(**self._send(batch)).loss * weight
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        self.ctx.checkpoints.copied()
+        if self.max_grad_norm:
+            self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.max_grad_norm)
+        self.prepared.step()
+        if not self.prepared.step_was_skipped:  # fp16: the scaler found gradients that are not finite
+            self.scheduler.step()
+        self.prepared.zero_grad()
+        self.loss_sum += total
+        self.loss_steps += 1
+        self.runtime.submit()
+        if self.unchecked:
+            check_replicas(self.ctx.group, self.model, step.after)
+            # fp16: a step that was skipped has changed no weights, so the next one is compared, too.
+            self.unchecked = self.ctx.group.any(self.prepared.step_was_skipped)
+
+    def _syncing(self, last: bool) -> AbstractContextManager[Any]:
+        if self.sharded:
+            self.model.set_requires_gradient_sync(last)
+        elif self.replicated and self.runtime.ddp and not last:
+            return self.wrapped.no_sync()  # type: ignore[no-any-return]
+        return nullcontext()
+
+    def mean_loss(self) -> float:
+        """The mean loss over all samples of the steps since the last call, over all ranks. A collective."""
+        import torch
+
+        sums = self.ctx.group.gather(float(self.loss_sum.item()))
+        mean: float = sum(sums) / self.world_size / max(1, self.loss_steps)
+        self.loss_sum = torch.zeros((), device=self.ctx.device)
+        self.loss_steps = 0
+        return mean
+
+    def evaluate(self, data: Encoded, batch_size: int, metric: Metric) -> dict[str, float]:
+        """The metric over every sample of `data` once, the same on every rank and for every number of ranks."""
+        import torch
+
+        ids: list[int] = []
+        outputs: list[torch.Tensor] = []
+        batches = evaluation_batches(data.lengths, batch_size)
+        most = -(-len(batches) // self.world_size) * batch_size
+        self.model.eval()
+        try:
+            without_gradients = torch.no_grad() if self.sharded else self.runtime.without_gradients()
+            with without_gradients, self.accelerator.autocast():
+                mine = batches[self.ctx.world.rank :: self.world_size]
+                for samples in mine:
+                    logits = self._logits(data, samples)
+                    outputs.append(logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1))
+                    ids += samples
+                if self.sharded and len(mine) < most // batch_size:
+                    self._logits(data, batches[0])  # takes part in gathering the parameters for the other ranks
+        finally:
+            self.model.train()
+        predictions = torch.cat(outputs).tolist() if outputs else []
+        references = [data.labels[sample] for sample in ids]
+        return combine(self.ctx.group, metric, len(data), ids, predictions, references, most)
+
+    def _logits(self, data: Encoded, samples: Sequence[int]) -> torch.Tensor:
+        """Float32 of shape (samples, labels)."""
+        batch = self._send(self.batch(data, samples))
+        batch.pop("labels")
+        logits: torch.Tensor = self.model(**batch).logits.float()
+        self.runtime.submit()
+        return logits
+
+    def capture(self, *, in_parts: bool) -> dict[str, Any]:
+        """The parts of a checkpoint that the engine knows; the state of all ranks is gathered. A collective.
+
+        Parameters and moments are the engine's own, which the next `step` changes once they are copied; all else, such as
+        buffers, which a forward pass may change, is a copy.
+
+        A sharded model's tensors come `in_parts`, each rank its own, or whole on rank 0.
+        """
+        ranks = self.ctx.group.gather(
+            {"rng": self.runtime.rng_state(), "loss": [float(self.loss_sum.item()), self.loss_steps]}
+        )
+        tensors, plain = split_optimizer(self.optimizer.state_dict())
+        scaler = self.accelerator.scaler
+        model = self.model.state_dict()
+        model |= {name: tensor.clone() for name, tensor in self.model.named_buffers() if name in model}
+        state: dict[str, Any] = {"model.safetensors": model, "optimizer.safetensors": tensors}
+        rank = self.ctx.world.rank
+        if in_parts:
+            state = {part_name(file, rank): local_parts(content, rank) for file, content in state.items()}
+        elif self.sharded:
+            state = {file: whole(content, keep=rank == 0) for file, content in state.items()}
+        if rank:
+            return state
+        return {
+            **state,
+            "rng.safetensors": {
+                f"{rank}.{name}": tensor for rank, state in enumerate(ranks) for name, tensor in state["rng"].items()
+            },
+            "engine.json": {
+                "optimizer": plain,
+                "scheduler": self.scheduler.state_dict(),
+                "scaler": scaler.state_dict() if scaler is not None else None,
+                "losses": [state["loss"] for state in ranks],
+            },
+            "config.json": self.model.config.to_dict() | {"architectures": [type(self.model).__name__]},
+        }
+
+    def restore(self, parts: dict[str, Any]) -> None:
+        """Put back what `capture` took. Raises CheckpointError where it is another model's.
+
+        Where the number of ranks has changed, generators are those that the fresh ranks were seeded with.
+        """
+        import torch
+
+        load_model_state(self.model, parts["model.safetensors"])
+        plain = parts["engine.json"]
+        joined = join_optimizer(parts["optimizer.safetensors"], plain["optimizer"])
+        for saved, fresh in zip(joined["param_groups"], self.optimizer.param_groups, strict=True):
+            saved |= {way: fresh[way] for way in WAYS}
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for number, fields in joined["state"].items():
+            for field, value in fields.items():
+                if isinstance(value, torch.Tensor) and value.shape == parameters[number].shape:
+                    fields[field] = like(value, parameters[number])
+        self.optimizer.load_state_dict(joined)
+        self.scheduler.load_state_dict(plain["scheduler"])
+        if self.accelerator.scaler is not None and plain["scaler"]:
+            self.accelerator.scaler.load_state_dict(plain["scaler"])
+        if len(plain["losses"]) == self.world_size:
+            rank = self.ctx.world.rank
+            total, self.loss_steps = plain["losses"][rank]
+            self.loss_sum = torch.tensor(total, device=self.ctx.device)
+            mine = {
+                name.partition(".")[2]: tensor
+                for name, tensor in parts["rng.safetensors"].items()
+                if name.partition(".")[0] == str(rank)
+            }
+            self.runtime.set_rng_state(mine)

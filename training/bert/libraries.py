@@ -1,0 +1,34 @@
+"""Import the libraries of the reference job, ahead of a process that forks its ranks."""
+
+import accelerate.tracking
+import datasets
+import safetensors.torch
+import torch.distributed.fsdp
+import torch.utils.tensorboard
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    BertTokenizer,
+    DataCollatorWithPadding,
+    get_scheduler,
+)
+
+import training.bert.checkpointing
+import training.bert.engine
+import training.bert.tokens
+import training.train
+
+__all__ = [
+    "AutoModelForSequenceClassification",
+    "AutoTokenizer",
+    "BertForSequenceClassification",
+    "BertTokenizer",
+    "DataCollatorWithPadding",
+    "accelerate",
+    "datasets",
+    "get_scheduler",
+    "safetensors",
+    "torch",
+    "training",
+]

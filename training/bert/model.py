@@ -1,0 +1,116 @@
+"""Building and loading sentence-pair classifiers: a Hub name, a local folder, or `tiny`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TINY = "tiny"
+VOCABULARY = Path(__file__).parents[1] / "corpus" / "vocab.txt"
+TINY_SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "max_position_embeddings": 128,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "initializer_range": 0.06,
+}
+
+
+def check_model(name: str) -> None:
+    """Raise ConfigError where `name` is a path, or looks like one, without a model in it. Touches no network."""
+    folder = Path(name).expanduser()
+    looks_local = name.startswith((".", "/", "~")) or folder.is_dir()
+    if name == TINY or not looks_local:
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"--model {name}: no such folder; give a folder with a config.json, a Hub name, or `{TINY}`")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"--model {name}: the folder has no config.json, so it holds no model saved by save_pretrained"
+        )
+    try:
+        json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise ConfigError(f"--model {name}: its config.json cannot be read ({error})") from None
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokeniser of the model `name`. Raises ConfigError where it cannot be loaded."""
+    if name == TINY:
+        from transformers import BertTokenizer
+
+        vocabulary = {
+            piece: number for number, piece in enumerate(VOCABULARY.read_text(encoding="utf-8").split("\n")[:-1])
+        }
+        return BertTokenizer(vocab=vocabulary, model_max_length=TINY_SHAPE["max_position_embeddings"])
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(_source(name))
+    except (OSError, ValueError) as error:
+        raise ConfigError(_cannot_load(name, error)) from error
+
+
+def load_model(name: str, num_labels: int) -> PreTrainedModel:
+    """The classifier `name`: parameters float32, on the CPU, a fresh head of `num_labels` outputs where it has none.
+
+    Raises ConfigError where it cannot be loaded.
+    """
+    if name == TINY:
+        from transformers import BertConfig, BertForSequenceClassification
+
+        size = len(VOCABULARY.read_text(encoding="utf-8").split("\n")) - 1
+        model = BertForSequenceClassification(BertConfig(vocab_size=size, num_labels=num_labels, **TINY_SHAPE))
+        _look_for_equal_words(model)
+        return model
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        # Parameters are kept in float32 whatever the file has; lower precision is the business of autocast.
+        return AutoModelForSequenceClassification.from_pretrained(
+            _source(name), num_labels=num_labels, dtype=torch.float32, ignore_mismatched_sizes=False
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(_cannot_load(name, error)) from error
+
+
+def _look_for_equal_words(model: PreTrainedModel) -> None:
+    """Start so small a model where comparing sentences begins: a word attends to its like.
+
+    Queries equal keys, and words count for more than places. From BERT's own start it takes hundreds of steps, and for
+    some seeds more than a minute has, until attention first finds equal words; from here on all is learned as usual.
+    """
+    import torch
+
+    bert = model.bert
+    with torch.no_grad():
+        bert.embeddings.word_embeddings.weight.normal_(0, 0.2)
+        bert.embeddings.position_embeddings.weight.normal_(0, 0.04)
+        bert.embeddings.token_type_embeddings.weight.normal_(0, 0.1)
+        for layer in bert.encoder.layer:
+            attention = layer.attention.self
+            attention.query.weight.normal_(0, 0.15)
+            attention.key.weight.copy_(attention.query.weight)
+
+
+def _source(name: str) -> str:
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else name
+
+
+def _cannot_load(name: str, error: Exception) -> str:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"--model {name} cannot be loaded: {first} (give a local folder, `{TINY}`, or a Hub name; "
+        "a Hub name needs the network or an earlier download on this machine)"
+    )

@@ -1,0 +1,219 @@
+"""Where sentence pairs come from, and whether they fit: a file, the Hub, or a function of the user's.
+
+A data set has a length and row numbers. A stream has neither, and without them no epoch is exact: how many steps it has
+is unknown, ranks cannot share a shuffle of it, and a resumed run cannot tell which samples it has met. So a stream is
+refused, with the line that makes a file of it.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.errors import ConfigError
+from training.named import check_function, find_function
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+PAIRS = "pairs"
+CORPUS = Path(__file__).parents[1] / "corpus"
+COLUMNS = ("sentence1", "sentence2", "label")
+SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
+CHECKED_ROWS = 20_000  # rows of a file looked at before a run is sent; training itself checks all
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a split comes from: a file, else the Hub data set `name`, configuration `config`, or a function."""
+
+    split: str
+    path: Path | None = None
+    name: str = ""  # with a colon: package.module:function
+    config: str = ""
+
+    def __str__(self) -> str:
+        return str(self.path or f"{f'{self.name} {self.config}'.strip()} ({self.split})")
+
+
+def find_source(split: str, dataset: str, file: str) -> Source:
+    """The source of `split` ("train", "validation"): `file` where it is given, else that of `dataset`.
+
+    `dataset` is `pairs`, a folder, a name on the Hub, or `package.module:function`: a function of the split's name that
+    returns a `datasets.Dataset` or a sequence of {"sentence1", "sentence2", "label"}. Raises ConfigError where there is
+    no such file, folder, or readable format.
+    """
+    flag = f"--{split}-file {file}" if file else f"--dataset {dataset}"
+    if file:
+        path = Path(file).expanduser()
+    elif dataset == PAIRS:
+        path = CORPUS / f"{split}.csv"
+    elif ":" in dataset:
+        check_function("--dataset", dataset)
+        return Source(split, None, dataset)
+    else:
+        folder = Path(dataset).expanduser()
+        if not folder.is_dir():
+            parts = dataset.split("/")
+            if dataset.startswith((".", "/", "~")) or len(parts) > 3 or not all(parts):
+                raise ConfigError(
+                    f"{flag}: no such folder; give a folder with train.csv and validation.csv, or `{PAIRS}`"
+                )
+            if parts[0] == "glue":  # the name of old: the scripts behind it are gone, the data are under this one
+                return Source(split, None, "nyu-mll/glue", "/".join(parts[1:]))
+            return Source(split, None, "/".join(parts[:2]), "/".join(parts[2:]))
+        found = [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").is_file()]
+        if not found:
+            raise ConfigError(f"{flag}: the folder holds no {split} file; it needs {split}.csv, .jsonl or .parquet")
+        path = found[0]
+    if not path.is_file():
+        raise ConfigError(f"{flag}: there is no file {path}")
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"{flag}: {path.name} is none of {', '.join(SUFFIXES)}")
+    return Source(split, path.resolve())
+
+
+def check_source(source: Source, num_labels: int) -> None:
+    """Raise ConfigError where a file lacks columns, is empty, or has labels outside the model's range; without torch.
+
+    Looks at the first CHECKED_ROWS rows; what is no file is looked at only when it is loaded.
+    """
+    if source.path is None:
+        return
+    columns, rows = _peek(source.path)
+    missing = [column for column in COLUMNS if column not in columns]
+    if missing:
+        raise ConfigError(
+            f"{source.path}: column {' and '.join(missing)} missing; it has {', '.join(columns) or 'none'}; "
+            f"needed are {', '.join(COLUMNS)}"
+        )
+    count = 0
+    for count, row in enumerate(itertools.islice(rows, CHECKED_ROWS), start=1):
+        check_label(row["label"], num_labels, f"{source.path}, row {count}")
+        if not isinstance(row["sentence1"], str) or not isinstance(row["sentence2"], str):
+            raise ConfigError(f"{source.path}, row {count}: a sentence is missing")
+    if not count:
+        raise ConfigError(f"{source.path}: the file has no rows")
+
+
+def check_label(label: Any, num_labels: int, where: str) -> None:
+    """Raise ConfigError for a label that a model of `num_labels` outputs (1: regression) cannot learn."""
+    try:
+        number = float(label)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{where}: label {label!r} is no number; write classes as 0, 1, ...") from None
+    if num_labels > 1 and (number != int(number) or not 0 <= number < num_labels):
+        raise ConfigError(
+            f"{where}: label {label} is outside the model's range 0..{num_labels - 1}; "
+            "change the labels, or give --num-labels (1 for regression)"
+        )
+
+
+def _peek(path: Path) -> tuple[list[str], Iterator[dict[str, Any]]]:
+    """The columns of a file and its rows, one by one. Raises ConfigError for a file that is not what its name says."""
+    try:
+        if path.suffix == ".csv":
+            reader = csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines(keepends=True), strict=True)
+            return list(reader.fieldnames or ()), _guarded(path, reader)
+        if path.suffix == ".parquet":
+            import pyarrow.parquet as parquet  # type: ignore[import-untyped]
+
+            file = parquet.ParquetFile(path)
+            names = list(file.schema_arrow.names)
+            wanted = [column for column in COLUMNS if column in names]
+            return names, (row for batch in file.iter_batches(columns=wanted) for row in batch.to_pylist())
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        first = json.loads(lines[0]) if lines else {}
+        if not isinstance(first, dict):
+            raise ConfigError(f"{path}: the first line is no JSON object; write one object on each line")
+        return list(first), _guarded(path, map(json.loads, lines))
+    except ConfigError:
+        raise
+    except (ValueError, OSError, csv.Error) as error:  # pyarrow's errors are ValueErrors
+        raise ConfigError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from None
+
+
+def _guarded(path: Path, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    try:
+        for row in rows:
+            yield {column: row.get(column) for column in COLUMNS}
+    except (ValueError, csv.Error, AttributeError) as error:
+        raise ConfigError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from None
+
+
+def read(source: Source) -> Dataset:
+    """All rows of `source`. Raises ConfigError where it cannot be loaded, lacks a column, has no rows, or is a stream."""
+    data = _read_function(source) if ":" in source.name else _read_hub(source) if source.name else _read_file(source)
+    missing = [column for column in COLUMNS if column not in data.column_names]
+    if missing:
+        raise ConfigError(
+            f"{source}: column {' and '.join(missing)} missing; it has {', '.join(data.column_names) or 'none'}; "
+            f"needed are {', '.join(COLUMNS)}"
+        )
+    if not len(data):
+        raise ConfigError(f"{source}: there are no rows")
+    return data
+
+
+def _read_file(source: Source) -> Dataset:
+    from datasets import Dataset
+
+    assert source.path is not None
+    columns, rows = _peek(source.path)
+    present = [column for column in COLUMNS if column in columns]
+    table: dict[str, list[Any]] = {column: [] for column in present}
+    for row in rows:
+        for column in present:
+            table[column].append(row[column])
+    return Dataset.from_dict(table)
+
+
+def _read_hub(source: Source) -> Dataset:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(source.name, source.config or None, split=source.split)
+    except Exception as error:  # the Hub library raises many kinds: no network, no such name, no such split
+        raise ConfigError(
+            f"the data set {source} cannot be loaded from the Hub: {error}; without a network give a folder with "
+            f"train.csv and validation.csv, or `--dataset {PAIRS}`"
+        ) from error
+
+
+def _read_function(source: Source) -> Dataset:
+    from datasets import Dataset
+
+    made = find_function("--dataset", source.name)(source.split)
+    if isinstance(made, Dataset):
+        return made
+    kind = f"--dataset {source.name} returned a {type(made).__name__} for the split {source.split!r}"
+    if not hasattr(made, "__len__") and (hasattr(made, "__iter__") or hasattr(made, "__next__")):
+        raise ConfigError(
+            f"{kind}, a stream: without a length and row numbers there is no exact epoch, no shuffle that all ranks "
+            "share, and no resume that meets each sample once. Make a file of it once, "
+            "`datasets.Dataset.from_generator(lambda: (yield from stream)).to_parquet('train.parquet')`, "
+            "and give --train-file and --validation-file"
+        )
+    if isinstance(made, Mapping) or not hasattr(made, "__getitem__"):
+        raise ConfigError(
+            f"{kind}; let it return a datasets.Dataset, or a sequence of {{{', '.join(map(repr, COLUMNS))}}}"
+        )
+    rows = [made[number] for number in range(len(made))]
+    return Dataset.from_list([{column: row[column] for column in COLUMNS if column in row} for row in rows])
+
+
+def fingerprint_of(content: Path | Dataset) -> str:
+    """A hash of the bytes of a file, or of the rows of a data set."""
+    if isinstance(content, Path):
+        with content.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for batch in content.select_columns(list(COLUMNS)).iter(batch_size=10_000):
+        digest.update(json.dumps(batch).encode())
+    return digest.hexdigest()

@@ -1,0 +1,279 @@
+"""Checkpoints that are whole or absent, written while training goes on.
+
+    checkpoints/
+      step-000000500/            committed: appeared by one rename after all in it was written, hashed and fsynced
+        model.safetensors  optimizer.safetensors  rng.safetensors  state.json  config.json
+        manifest.json            bytes and hash of each file; written last
+      .step-000000600.staging/   a save under way, or what a killed one left; never read
+
+A checkpoint is a mapping of file names to content: tensors by name for `*.safetensors`, a JSON value for `*.json`.
+Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.checkpoints.host_copy import Copy
+from training.checkpoints.manifest import FORMAT, rankable, read_manifest, step_of, verify, write_file, write_manifest
+from training.errors import CheckpointError
+from training.files import read_json, sync_folder, write_atomic
+
+if TYPE_CHECKING:
+    from training.checkpoints.host_copy import Buffers
+
+PATIENCE = 600.0  # seconds that ranks wait for one another's parts
+POLL_SECONDS = 0.02
+Part = tuple[int, int]  # rank, ranks
+Parts = Mapping[str, Any]  # file name -> Mapping[str, torch.Tensor] for *.safetensors, a JSON value for *.json
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint.
+
+    Attributes:
+        score: its evaluation's, where it has one; higher is better.
+        blocked: seconds for which training waited for it; only `on_saved` is told.
+    """
+
+    step: int
+    path: Path
+    score: float | None = None
+    blocked: float = field(default=0.0, compare=False)
+
+
+class Checkpoints:
+    """The checkpoints in one folder. One process writes (rank 0); any process reads.
+
+    `on_saved(checkpoint)` and `on_failed(step, error)` are called from the writer's thread, `on_damaged(error)` by
+    `latest` for each checkpoint that it passes over.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+        self.folder = folder
+        self.keep = keep
+        self.patience = PATIENCE
+        self.on_saved: Callable[[Checkpoint], None] = lambda checkpoint: None
+        self.on_failed: Callable[[int, Exception], None] = lambda step, error: None
+        self.on_damaged: Callable[[CheckpointError], None] = lambda error: None
+        self._writer: ThreadPoolExecutor | None = None
+        self._under_way: Future[None] | None = None
+        self._host: Buffers = {}
+        self._copy: Copy | None = None
+
+    def save(
+        self,
+        step: int,
+        parts: Parts,
+        *,
+        score: float | None = None,
+        wait: bool = False,
+        part: Part = (0, 1),
+        since: float | None = None,
+        later: bool = False,
+    ) -> None:
+        """Save `parts` as the checkpoint of `step`; returns once the tensors are copied to host memory.
+
+        With `later` it returns sooner: the tensors are copied while the caller goes on, who calls `copied` before he
+        changes any of them. Between a save and the next update of the parameters there is a forward and a backward pass,
+        in which nothing changes them (as in CheckFreq; Mohan, Phanishayee, Chidambaram 2021).
+
+        Where every rank brings files of its own, all call this with `part` = (rank, ranks) and different file names, in
+        a folder that they share; rank 0 commits when all parts are there.
+
+        Waits for the save before it, so none overtakes another. With `wait`, returns when the checkpoint is committed
+        (or has failed). A failure to write does not raise: what was committed stays, and `on_failed` is told. `since` is
+        when the caller began to gather the parts, by `time.monotonic`: what training waited for counts from there.
+        """
+        since = time.monotonic() if since is None else since
+        self.wait()
+        if self._writer is None:
+            self._writer = ThreadPoolExecutor(1, "checkpoint-writer")
+        copy = self._copy = Copy(parts, self._host)
+        if not later:
+            copy.finish()
+        copy.blocked += time.monotonic() - since
+        self._under_way = self._writer.submit(self._write, step, copy, score, part)
+        if wait:
+            self.wait()
+
+    def copied(self) -> None:
+        """Return when all tensors of the newest save are copied, so that they may change."""
+        copy, self._copy = self._copy, None
+        if copy is not None:
+            began = time.monotonic()
+            copy.done.wait()
+            copy.blocked += time.monotonic() - began
+
+    def wait(self) -> None:
+        """Return when no save is under way."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+    def close(self) -> None:
+        """Wait for the save under way and end the writer's thread."""
+        try:
+            self.wait()
+        finally:
+            if self._writer is not None:
+                self._writer.shutdown()
+                self._writer = None
+
+    def committed(self) -> list[Checkpoint]:
+        """All committed checkpoints, oldest first; their content is not verified."""
+        found = []
+        for path in self.folder.glob("step-*") if self.folder.is_dir() else ():
+            step = step_of(path.name)
+            if step is not None and path.is_dir():
+                manifest = None
+                with contextlib.suppress(CheckpointError):
+                    manifest = read_manifest(path)
+                found.append(Checkpoint(step, path, rankable(manifest["score"]) if manifest else None))
+        return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+    def latest(self) -> Checkpoint | None:
+        """The newest checkpoint whose every byte is as it was written; None where there is no checkpoint at all.
+
+        A damaged one is passed over with a warning that names the file. Raises CheckpointError where all are damaged:
+        to start from nothing then would silently throw work away.
+        """
+        damaged = []
+        for checkpoint in reversed(self.committed()):
+            try:
+                verify(checkpoint.path)
+            except CheckpointError as error:
+                damaged.append(str(error))
+                warnings.warn(f"passing over a damaged checkpoint: {error}", stacklevel=2)
+                self.on_damaged(error)
+                continue
+            return checkpoint
+        if damaged:
+            raise CheckpointError(
+                f"every checkpoint in {self.folder} is damaged ({damaged[0]}); "
+                "to start from the beginning, move that folder away"
+            )
+        return None
+
+    def clean(self) -> None:
+        """Remove what killed saves left behind. Only for the process that writes, before its first save."""
+        for path in self.folder.glob(".step-*") if self.folder.is_dir() else ():
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _write(self, step: int, copy: Copy, score: float | None, part: Part) -> None:
+        rank, ranks = part
+        staging = self.folder / f".step-{step:09d}.staging"
+        target = self.folder / f"step-{step:09d}"
+        try:
+            parts = copy.finish()
+            if ranks > 1 or not self._already_there(target):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if ranks == 1:
+                    shutil.rmtree(staging, ignore_errors=True)
+                self._check_given_up(staging)
+                if staging.is_symlink():
+                    raise CheckpointError(f"{staging} is a symbolic link, which is not followed; remove it")
+                staging.mkdir(exist_ok=ranks > 1)
+                files = {name: write_file(staging / name, content) for name, content in parts.items()}
+                if rank:
+                    write_atomic(staging / _report(rank), json.dumps(files))
+                    self._wait_for_commit(staging, target)
+                    return
+                files |= self._others(staging, ranks)
+                write_manifest(staging, {"format": FORMAT, "step": step, "score": score, "files": files})
+                if ranks > 1 and self._already_there(target):
+                    shutil.rmtree(staging)
+                else:
+                    os.rename(staging, target)
+                sync_folder(self.folder)
+            self.prune()
+        except Exception as error:
+            if ranks > 1:
+                with contextlib.suppress(OSError):
+                    _given_up(staging).mkdir(exist_ok=True)
+            shutil.rmtree(staging, ignore_errors=True)
+            self.on_failed(step, error)
+        else:
+            self.on_saved(Checkpoint(step, target, score, copy.blocked))
+
+    def _others(self, staging: Path, ranks: int) -> dict[str, Any]:
+        """The manifest's entries of the files that ranks 1 and above have written, once all of them have."""
+        files: dict[str, Any] = {}
+        deadline = time.monotonic() + self.patience
+        for rank in range(1, ranks):
+            while (written := read_json(staging / _report(rank))) is None:
+                self._check_given_up(staging)
+                if time.monotonic() > deadline:
+                    raise CheckpointError(
+                        f"rank {rank} has not written its part of {staging.name} in {self.patience:.0f} s"
+                    )
+                time.sleep(POLL_SECONDS)
+            (staging / _report(rank)).unlink()
+            files |= written
+        return files
+
+    def _wait_for_commit(self, staging: Path, target: Path) -> None:
+        deadline = time.monotonic() + self.patience
+        while staging.exists() and time.monotonic() < deadline:
+            self._check_given_up(staging)
+            time.sleep(POLL_SECONDS)
+        if not target.exists():
+            raise CheckpointError(f"{target} has not been committed by rank 0")
+
+    def _check_given_up(self, staging: Path) -> None:
+        if _given_up(staging).exists():
+            raise CheckpointError(f"another rank could not write its part of {staging.name}")
+
+    def _already_there(self, target: Path) -> bool:
+        """Whether a good checkpoint of this step is committed (a run that fell back comes by again); a bad one goes."""
+        if not target.exists():
+            return False
+        try:
+            verify(target)
+        except CheckpointError:
+            self._discard(target)
+            return False
+        return True
+
+    def prune(self, *, but: str = "") -> None:
+        """Remove all but the newest `keep`, the best, and the one named `but`."""
+        committed = self.committed()
+        keep = kept(committed, self.keep)
+        for checkpoint in committed:
+            if checkpoint not in keep and checkpoint.path.name != but:
+                self._discard(checkpoint.path)
+
+    def _discard(self, path: Path) -> None:
+        # Renamed first, so that a removal cut short leaves nothing that looks like a checkpoint.
+        trash = path.with_name(f".{path.name}.trash")
+        shutil.rmtree(trash, ignore_errors=True)
+        os.rename(path, trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def _report(rank: int) -> str:
+    return f"part-{rank:05d}.json"
+
+
+def _given_up(staging: Path) -> Path:
+    """What a rank leaves that cannot write its part, so that none waits for it, also one that has yet to begin."""
+    return staging.with_suffix(".given-up")
+
+
+def kept(committed: list[Checkpoint], keep: int) -> list[Checkpoint]:
+    """Those of `committed` (oldest first) to keep: the newest `keep` and the best; of equal scores the newest is best."""
+    scored = [checkpoint for checkpoint in committed if checkpoint.score is not None]
+    best = max(scored, key=lambda checkpoint: (checkpoint.score or 0.0, checkpoint.step)) if scored else None
+    newest = committed[-keep:]
+    return newest if best is None or best in newest else [best, *newest]

@@ -1,0 +1,186 @@
+"""Group: what ranks do together. For one process it does nothing, so nobody asks whether there are others."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from training.distributed.devices import RUNTIMES
+from training.distributed.world import World
+from training.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+
+TIMEOUT = timedelta(minutes=30)  # a rank that waits longer than this for the others gives up with an error
+SETTLE = timedelta(seconds=5)
+
+
+class Group:
+    """One process on its own: every collective is the identity."""
+
+    rank: int = 0
+    size: int = 1
+
+    def barrier(self) -> None:
+        """Return once every rank has come here."""
+
+    def broadcast(self, value: Any, src: int = 0) -> Any:
+        """The `value` of rank `src`, on every rank. Objects are pickled."""
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in the order of the ranks, on every rank. Objects are pickled."""
+        return [value]
+
+    def gather_rows(self, rows: npt.NDArray[np.float64], most: int) -> npt.NDArray[np.float64]:
+        """The rows, float64 of shape (any number up to `most`, columns), of all ranks below one another.
+
+        One collective; `most` is the same on every rank, and no row holds a NaN in its first column.
+        """
+        return rows
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on at least one rank."""
+        return flag
+
+    def post_any(self, flag: bool) -> Vote:
+        """As `any`, but returns at once; the answer is read from the Vote later. Every rank posts in the same order."""
+        return Vote(flag)
+
+    def close(self) -> None:
+        """Destroy what this group created; a process group that somebody else made stays."""
+
+
+class Vote:
+    """The answer of a `post_any`, which may still be on its way."""
+
+    def __init__(self, flag: bool) -> None:
+        self._flag = flag
+
+    def result(self) -> bool:
+        """The answer, the same on every rank; waits for the slowest rank's post."""
+        return self._flag
+
+    def settle(self) -> None:
+        """Wait at most SETTLE for the answer, which nobody wants any more; RuntimeError where it does not come."""
+
+
+class TorchGroup(Group):
+    """All ranks of `world`, over torch.distributed. Control messages go over gloo, so they never wait for a GPU."""
+
+    def __init__(self, world: World, timeout: timedelta = TIMEOUT) -> None:
+        import torch.distributed as dist
+
+        self.rank, self.size = world.rank, world.world_size
+        self._owned = not dist.is_initialized()
+        if self._owned:
+            runtime = RUNTIMES[world.device]
+            dist.init_process_group(
+                runtime.backend,
+                init_method=runtime.init_method(world),
+                rank=world.rank,
+                world_size=world.world_size,
+                timeout=timeout,
+            )
+            if dist.get_rank() != world.rank:  # torch_xla counts by the chips' own order
+                raise ConfigError(
+                    f"rank {world.rank} of the run is number {dist.get_rank()} to its TPU runtime; "
+                    "have the nodes in the order of the slice's hosts (TPU_WORKER_ID)"
+                )
+        self._control = dist.new_group(backend="gloo", timeout=timeout)
+
+    def barrier(self) -> None:
+        import torch.distributed as dist
+
+        dist.barrier(group=self._control)
+
+    def broadcast(self, value: Any, src: int = 0) -> Any:
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=src, group=self._control)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        import torch.distributed as dist
+
+        box: list[Any] = [None] * self.size
+        dist.all_gather_object(box, value, group=self._control)
+        return box
+
+    def gather_rows(self, rows: npt.NDArray[np.float64], most: int) -> npt.NDArray[np.float64]:
+        import numpy as np
+        import torch
+        import torch.distributed as dist
+
+        mine = torch.full((most, rows.shape[1]), torch.nan, dtype=torch.float64)
+        mine[: len(rows)] = torch.from_numpy(rows)
+        everything = torch.empty((self.size * most, rows.shape[1]), dtype=torch.float64)
+        # torch 2.13 gives it this name and warns of the old one, which older versions have alone.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(everything, mine, group=self._control)
+        together: npt.NDArray[np.float64] = everything.numpy()
+        return together[~np.isnan(together[:, 0])]
+
+    def any(self, flag: bool) -> bool:
+        return self.post_any(flag).result()
+
+    def post_any(self, flag: bool) -> Vote:
+        import torch
+        import torch.distributed as dist
+
+        tensor = torch.tensor([int(flag)], dtype=torch.uint8)
+        return _TorchVote(tensor, dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._control, async_op=True))
+
+    def close(self) -> None:
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            return
+        if self._owned:
+            dist.destroy_process_group()
+        else:
+            dist.destroy_process_group(self._control)
+
+
+class _TorchVote(Vote):
+    def __init__(self, tensor: torch.Tensor, work: Any) -> None:
+        super().__init__(False)
+        self._tensor, self._work = tensor, work
+
+    def result(self) -> bool:
+        self._work.wait()
+        return bool(self._tensor.item())
+
+    def settle(self) -> None:
+        self._work.wait(SETTLE)
+
+
+def make_group(world: World) -> Group:
+    """The group of all ranks of `world`; opens sockets only where there is more than one."""
+    return TorchGroup(world) if world.world_size > 1 else Group()
+
+
+@contextlib.contextmanager
+def environment(variables: dict[str, str | None]) -> Iterator[None]:
+    """Set (or, for None, unset) environment variables while the block runs; afterwards all are as they were."""
+    before = {name: os.environ.get(name) for name in variables}
+    try:
+        _set(variables)
+        yield
+    finally:
+        _set(before)
+
+
+def _set(variables: dict[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

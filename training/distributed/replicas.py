@@ -1,0 +1,79 @@
+"""Copies of a model on several ranks (DDP): gradients are averaged between them, and that they stay equal is checked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from training.distributed.group import Group
+from training.errors import ReplicaError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def replicate(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """Wrap `model`, which is on `device`, in DDP over the default process group. A collective.
+
+    `device_ids` names the device of this rank, if it has an index. The local rank is another number if each rank sees one
+    GPU only, as with MIG.
+    """
+    import torch
+
+    ids = None if device.type == "cpu" or device.index is None else [device.index]
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
+
+
+def check_replicas(group: Group, model: torch.nn.Module, also: Any = None) -> None:
+    """Raise ReplicaError, on all ranks, unless all of them hold the same parameters to the bit. A collective.
+
+    Parameters are copied to the CPU one after the other and hashed (XXH3, 64 bits); sharded ones (FSDP2) are left out, since
+    each rank holds another part. `also` is any value with a `repr` that has to be the same on all ranks.
+    """
+    if group.size == 1:
+        return
+    prints = _prints(model)
+    found = group.gather((prints, repr(also)))
+    odd = _odd([hashes for hashes, _ in found])
+    if odd:
+        reference = next(hashes for rank, (hashes, _) in enumerate(found) if rank not in odd)
+        names = sorted(name for name in reference if any(found[rank][0].get(name) != reference[name] for rank in odd))
+        raise ReplicaError(
+            f"{_ranks(odd)} of {group.size} ranks hold other weights than the rest ({len(names)} of {len(reference)}"
+            f" parameters differ, such as {names[0] if names else 'further ones there'}), so gradients are not averaged"
+            f" between the ranks, or a rank changes its weights by itself"
+        )
+    odd = _odd([text for _, text in found])
+    if odd:
+        texts = {text for _, text in found}
+        raise ReplicaError(
+            f"{_ranks(odd)} of {group.size} ranks are at another place in the data than the rest"
+            f" ({' and '.join(sorted(texts)[:2])}), so some samples would be used twice and others never"
+        )
+
+
+def _prints(model: torch.nn.Module) -> dict[str, str]:
+    """A hash of each parameter that is not sharded, by name."""
+    import torch
+    import xxhash
+    from torch.distributed.tensor import DTensor
+
+    prints = {}
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, DTensor):
+            data = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            kind = f"{parameter.dtype} {tuple(parameter.shape)} "
+            prints[name] = kind + xxhash.xxh3_64_hexdigest(data.numpy().data)
+    return prints
+
+
+def _odd(values: list[Any]) -> list[int]:
+    """The ranks whose value is not that of most; if two values are as frequent, the one of the lowest rank counts."""
+    keys = [repr(value) for value in values]
+    usual = Counter(keys).most_common(1)[0][0]
+    return [rank for rank, key in enumerate(keys) if key != usual]
+
+
+def _ranks(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+    return f"rank{'s' * (len(numbers) > 1)} {shown}"
