@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 __all__ = ["BadRequest", "LaunchError", "Run", "RunFailed", "RunStopped", "State", "launch", "resume", "runs"]
 
 _HOME = {
-    **dict.fromkeys(("launch", "resume"), "api"),
+    **dict.fromkeys(("launch", "resume"), "client.api"),
     **dict.fromkeys(("BadRequest", "LaunchError", "RunFailed", "RunStopped"), "errors"),
-    **dict.fromkeys(("Run", "runs"), "run"),
-    "State": "spec",
+    **dict.fromkeys(("Run", "runs"), "client.run"),
+    "State": "request.spec",
 }
 
 

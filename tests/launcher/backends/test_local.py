@@ -31,7 +31,7 @@ def main(ctx):
 def ranks(run: str) -> list[int]:
     """The pids of the run's forkserver and of its ranks, oldest first."""
     found = subprocess.run(
-        ["pgrep", "-f", f"launcher.(forkserver|worker import enter).*/{run} .*[0-9]+$"],
+        ["pgrep", "-f", f"launcher.rank.(forkserver|worker import enter).*/{run} .*[0-9]+$"],
         capture_output=True,
         text=True,
         check=False,

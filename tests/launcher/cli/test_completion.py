@@ -113,7 +113,7 @@ def test_the_version_is_printed_without_importing_an_engine() -> None:
 import sys
 import launcher.cli.main
 try:
-    launcher.cli.main(["--version"])
+    launcher.cli.main.main(["--version"])
 except SystemExit as end:
     print(end.code, sorted(set({engines!r}) & set(sys.modules)))
 """

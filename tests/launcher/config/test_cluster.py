@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.backends.ray import doctor
-from launcher.backends.slurm import doctor
+from launcher.backends.ray import doctor as ray_doctor
+from launcher.backends.slurm import doctor as slurm_doctor
 from launcher.backends.slurm.query import Partition
 from launcher.config import profile_reference, profiles
 from launcher.config.cluster import BACKENDS, NodeKind
@@ -249,17 +249,17 @@ def test_every_field_of_a_profile_is_explained(cls: type) -> None:
 
 def test_a_first_profile_of_slurm_can_be_read(tmp_path: Path) -> None:
     found = [Partition("a 'b'", True, max_minutes=90, max_nodes=2, accounts=("ml",)), Partition("down", state="DOWN")]
-    text = doctor.profile_text(found, [NodeKind(2, 8, 96, 1000.0, "h100", ("ib",), "n1,n2", 1), NodeKind(1, 0, 4)])
+    text = slurm_doctor.profile_text(found, [NodeKind(2, 8, 96, 1000.0, "h100", ("ib",), "n1,n2", 1), NodeKind(1, 0, 4)])
     site = load(str(write(tmp_path / "site.toml", text)), tmp_path)
     assert (site.backend, site.slurm.partition, site.time) == ("slurm", "a 'b'", "90m")
     assert "#   2 x 96 cores, 1000 GB, 8 h100 GPUs (n1,n2; 1 more down or drained; features ib)\n" in text
     assert "#   a 'b': 90 min, the default, 2 nodes a job, accounts ml\n#   down: no time limit, DOWN\n" in text
-    assert load(str(write(tmp_path / "none.toml", doctor.profile_text([], []))), tmp_path).slurm.partition is None
+    assert load(str(write(tmp_path / "none.toml", slurm_doctor.profile_text([], []))), tmp_path).slurm.partition is None
 
 
 def test_a_first_profile_of_ray_can_be_read(tmp_path: Path) -> None:
     nodes = [{"CPU": 4.0}, {"CPU": 48.0, "GPU": 4.0, "accelerator_type:A100": 1.0}, {"CPU": 32.0, "GPU": 4.0}]
-    text = doctor.profile_text("10.0.0.1:6379", nodes)
+    text = ray_doctor.profile_text("10.0.0.1:6379", nodes)
     site = load(str(write(tmp_path / "site.toml", text)), tmp_path)
     assert (site.nodes, site.node.gpus, site.node.cpus, site.node.accelerator) == (2, 4, 32, "A100")
     assert site.ray.address == "10.0.0.1:6379"

@@ -62,7 +62,7 @@ import json, os, sys
 import torch.distributed
 from launcher import bandwidth, on_nodes
 from training.context import Context
-from training.world import World
+from training.distributed.world import World
 
 pids = []
 for rank in range(4):

@@ -296,7 +296,7 @@ dist.all_reduce(torch.ones(1))
 DIVERGES = """
 import torch
 
-from training.replicas import check_replicas
+from training.distributed.replicas import check_replicas
 
 
 def main(ctx):

@@ -14,7 +14,7 @@ from tests.training.test_files import fill
 TALKS = """
 import sys
 from pathlib import Path
-from launcher.output import outlive_a_full_disk
+from launcher.rank.output import outlive_a_full_disk
 
 outlive_a_full_disk()
 print("before")

@@ -150,7 +150,7 @@ def test_a_package_of_our_own_name_is_refused_and_both_are_named(tmp_path: Path,
     theirs.parent.mkdir(exist_ok=True)
     theirs.write_text("def main(): ...")
     (tmp_path / "train.py").touch()
-    ours = str(Path(target.__file__).parents[1] / package / "__init__.py")
+    ours = str(Path(target.__file__).parents[2] / package / "__init__.py")
     with pytest.raises(BadRequest) as refused:
         resolve.check_shadowing([str(tmp_path)])
     assert f"yours at {theirs} and this toolkit's at {ours}" in str(refused.value)

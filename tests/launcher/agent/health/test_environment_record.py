@@ -46,6 +46,6 @@ def test_it_lies_in_the_run_directory(tmp_path: Path) -> None:
 
 
 def test_it_costs_no_import() -> None:
-    code = "import sys; from launcher import environment; environment_record.record(); print('torch' in sys.modules)"
+    code = "import sys; from launcher.agent.health import environment_record; environment_record.record(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
