@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.distributed.devices import RUNTIMES, Runtime
 from training.distributed.group import Group, Vote, make_group
-from training.distributed.heartbeat import Pulse
+from training.distributed.heartbeat import Heartbeat
 from training.distributed.world import World
 from training.files import Lines
 
@@ -26,12 +26,14 @@ STAT_SECONDS = 0.25  # how often at most rank 0 looks for the file `stop`; a sha
 class Context:
     """One rank of a run. Used as a context manager, or closed by hand, so that no group or thread is left over."""
 
-    def __init__(self, run_dir: Path, world: World, *, args: tuple[str, ...] = (), pulse: Pulse | None = None) -> None:
+    def __init__(
+        self, run_dir: Path, world: World, *, args: tuple[str, ...] = (), heartbeat: Heartbeat | None = None
+    ) -> None:
         self.run_dir = Path(run_dir)
         self.world = world
         self.args = args
-        self.pulse = pulse or Pulse()
-        self.pulse.beat()
+        self.heartbeat = heartbeat or Heartbeat()
+        self.heartbeat.beat()
         self.stopped = False  # True once should_stop has said so
         self.stop_reason = ""  # what this rank was told; empty on ranks that only heard of it from others
         self._vote: Vote | None = None
@@ -39,7 +41,7 @@ class Context:
         self._lines = Lines()
 
     @classmethod
-    def here(cls, run_dir: str | Path) -> Context:
+    def single_process(cls, run_dir: str | Path) -> Context:
         """A Context for this process alone, on its GPU if it has one; for notebooks and plain Python."""
         import torch
 
@@ -84,7 +86,7 @@ class Context:
 
         A full disk does not end training: the lines wait until there is room, at the latest until `close`.
         """
-        self.pulse.note(step)
+        self.heartbeat.note(step)
         if self.world.rank == 0:
             record = {"time": time.time(), "attempt": self.world.attempt, "step": step, **values}
             self._lines.append(self.run_dir / "metrics.jsonl", record)
@@ -99,7 +101,7 @@ class Context:
 
         A launcher that watches for hangs allows much more time there than between two calls of `should_stop`.
         """
-        return self.pulse.phase(name)
+        return self.heartbeat.phase(name)
 
     def request_stop(self, reason: str) -> None:
         """Ask the run to stop at a step boundary. Only sets a flag, so a signal handler may call it."""
@@ -110,7 +112,7 @@ class Context:
 
         The question of one step is answered at the next, so that nobody waits: the vote travels while the step runs.
         """
-        self.pulse.beat(step)
+        self.heartbeat.beat(step)
         if self.stopped:
             return True
         asked = bool(self.stop_reason) or self._stop_file()

@@ -136,7 +136,7 @@ def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
                     engine.step(step, tensors)
                     state.step += 1
                     state.at = step.after
-                    ctx.pulse.beat(state.step)
+                    ctx.heartbeat.beat(state.step)
                     if state.step % config.log_every == 0 or state.step == total:
                         values = progress.line(state, engine.mean_loss(), engine.scheduler.get_last_lr()[0], per_epoch)
                         record(ctx, trackers, state, values)

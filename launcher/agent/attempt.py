@@ -7,11 +7,11 @@ import signal
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from launcher.agent.hang_detection import Beat, Place, Watch, accuse
+from launcher.agent.hang_detection import HangDetector, RankStatus, StackLocation, find_culprit
 from launcher.agent.node_ranks import STACK_SECONDS, Message
-from launcher.lifecycle.exit_status import FULL, RAISED, REFUSED, UNHEARD
+from launcher.lifecycle.exit_status import BAD_REQUEST, DISK_FULL, ERROR_NOT_WRITTEN, RAISED
 
-LAST_WORDS_SECONDS = 0.5
+ERROR_GRACE_SECONDS = 0.5
 """How long other ranks get, after one raised, to leave their own errors before they are killed."""
 
 DEATH_SECONDS = 30.0
@@ -36,10 +36,10 @@ class Attempt:
         nodes: Mapping[int, int],
         ranks_per_node: int,
         hang_after: float,
-        tell: Callable[[Message], None],
+        send: Callable[[Message], None],
     ) -> None:
         self.attempt, self.nodes, self.ranks_per_node = attempt, nodes, ranks_per_node
-        self.tell = tell
+        self.send = send
         self.alive = {rank for node in nodes.values() for rank in self._ranks_of(node)}
         self.exits: dict[int, int] = {}
         self.lost: list[int] = []
@@ -48,10 +48,10 @@ class Attempt:
         self.joined = True
         self.kill_at: float | None = None  # seconds of the event loop's clock
         self._killed = self._stopping = False
-        self._beats: dict[int, Beat] = {}
-        self._watch = Watch(hang_after)
-        self._suspects: dict[int, Beat] | None = None  # what the ranks said when they were found to hang
-        self._places: dict[int, Place] = {}
+        self._beats: dict[int, RankStatus] = {}
+        self._watch = HangDetector(hang_after)
+        self._suspects: dict[int, RankStatus] | None = None  # what the ranks said when they were found to hang
+        self._places: dict[int, StackLocation] = {}
 
     def _ranks_of(self, node: int) -> range:
         return range(node * self.ranks_per_node, (node + 1) * self.ranks_per_node)
@@ -81,7 +81,7 @@ class Attempt:
             self.kill_at = None
         self._stopping = not together
         self.kill_within(grace)
-        self.tell({"signal": int(signal.SIGTERM)})
+        self.send({"signal": int(signal.SIGTERM)})
         return {"ranks": len(self.alive), "context": together, "grace": grace}
 
     def kill_within(self, seconds: float) -> None:
@@ -91,7 +91,7 @@ class Attempt:
         wanted = asyncio.get_running_loop().time() + seconds
         self.kill_at = wanted if self.kill_at is None else min(self.kill_at, wanted)
 
-    def times_up(self) -> None:
+    def on_deadline(self) -> None:
         """The time of `kill_at` has come: kill; and where that was done before, give up the nodes that are not rid of them."""
         if self._killed:
             stuck = {agent for agent, node in self.nodes.items() if self.alive & set(self._ranks_of(node))}
@@ -99,11 +99,11 @@ class Attempt:
             self.alive.clear()
             return
         if self._suspects is not None and self.hung is None:
-            self.hung = accuse(self._suspects, self._places)
-        self.tell({"signal": int(signal.SIGKILL)})
+            self.hung = find_culprit(self._suspects, self._places)
+        self.send({"signal": int(signal.SIGKILL)})
         self._killed, self.kill_at = True, asyncio.get_running_loop().time() + DEATH_SECONDS
 
-    def hear(self, agent: int, message: Message) -> None:
+    def on_message(self, agent: int, message: Message) -> None:
         """Take in what an agent says."""
         match message:
             case {"exit": rank, "code": code, "step": step}:
@@ -118,8 +118,8 @@ class Attempt:
                     # A scheduler's SIGTERM may reach a rank before it reaches the agent.
                     if code < 0 and code != -signal.SIGTERM:
                         self.kill_within(0.0)
-                    elif code < 0 or code in (RAISED, REFUSED, FULL, UNHEARD):
-                        self.kill_within(LAST_WORDS_SECONDS)
+                    elif code < 0 or code in (RAISED, BAD_REQUEST, DISK_FULL, ERROR_NOT_WRITTEN):
+                        self.kill_within(ERROR_GRACE_SECONDS)
             case {"lost": _} if (
                 agent in self.nodes
             ):  # a spare one, or one that went before this attempt, is none of ours
@@ -129,11 +129,11 @@ class Attempt:
                 self._beats = {rank: beat for rank, beat in self._beats.items() if rank not in gone}
                 self.kill_within(0.0)
             case {"beats": beats}:
-                self._hear_beats({int(rank): Beat(*fields) for rank, fields in beats.items()})
+                self._on_statuses({int(rank): RankStatus(*fields) for rank, fields in beats.items()})
             case {"stacks": places}:
-                self._places |= {int(rank): Place(*fields) for rank, fields in places.items()}
+                self._places |= {int(rank): StackLocation(*fields) for rank, fields in places.items()}
 
-    def _hear_beats(self, beats: Mapping[int, Beat]) -> None:
+    def _on_statuses(self, beats: Mapping[int, RankStatus]) -> None:
         self._beats |= {rank: beat for rank, beat in beats.items() if rank in self.alive}
         self.step = max([self.step, *(beat.step for beat in self._beats.values())])
         ending = self.kill_at is not None or self._killed
@@ -141,5 +141,5 @@ class Attempt:
             return
         if self._watch.see(self._beats, asyncio.get_running_loop().time()):
             self._suspects = dict(self._beats)
-            self.tell({"stacks": self.attempt})
+            self.send({"stacks": self.attempt})
             self.kill_within(STACK_SECONDS + 2.0)  # the messages need a moment, too

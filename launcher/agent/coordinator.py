@@ -14,11 +14,11 @@ from dataclasses import replace
 from launcher.agent.attempt import Attempt
 from launcher.agent.health import environment_record, preflight
 from launcher.agent.network import reserve_port
-from launcher.agent.node_ranks import Message, NodeRanks, Seat, on_signals
+from launcher.agent.node_ranks import AgentInfo, Message, NodeRanks, on_signals
 from launcher.agent.peers import CONNECT_SECONDS, PULSE_SECONDS, Peers
 from launcher.lifecycle import exit_status
 from launcher.lifecycle.policy import Outcome
-from launcher.lifecycle.recovery import Elsewhere, Fate, Recovery
+from launcher.lifecycle.recovery import Elsewhere, JobFate, Recovery
 from launcher.lifecycle.run_dir import BEAT_SECONDS, RunDir
 from launcher.request.spec import Plan, State
 
@@ -29,25 +29,29 @@ LOOP_SECONDS, SCHEDULER_SECONDS = 0.05, 0.5
 class Coordinator:
     """Runs one job: all attempts inside one allocation."""
 
-    def __init__(self, run_dir: RunDir, plan: Plan, seat: Seat) -> None:
-        self.run_dir, self.plan, self.seat = run_dir, plan, seat
+    def __init__(self, run_dir: RunDir, plan: Plan, agent_info: AgentInfo) -> None:
+        self.run_dir, self.plan, self.agent_info = run_dir, plan, agent_info
         self.inbox: asyncio.Queue[tuple[int, Message]] = asyncio.Queue()
-        self.own = NodeRanks(run_dir, plan, seat, lambda message: self.inbox.put_nowait((seat.node, message)))
-        self.peers = Peers(run_dir, seat, lambda node, message: self.inbox.put_nowait((node, message)))
+        self.own = NodeRanks(
+            run_dir, plan, agent_info, lambda message: self.inbox.put_nowait((agent_info.node, message))
+        )
+        self.peers = Peers(run_dir, agent_info, lambda node, message: self.inbox.put_nowait((node, message)))
         self.stop: signal.Signals | None = None  # the first request to stop
         self.preempted = False
-        self.struck: set[int] = set()  # agents of unfit nodes; they stay, since the job's exit status is theirs, too
+        self.excluded_nodes: set[int] = (
+            set()
+        )  # agents of unfit nodes; they stay, since the job's exit status is theirs, too
         self.recovery = Recovery(run_dir, plan)
 
     async def run(self) -> int:
         """Bring the run to an end and return its exit status."""
-        on_signals(lambda number: self.inbox.put_nowait((self.seat.node, {"signal": number})))
-        session = self.run_dir.claim_session(self.seat.host)
+        on_signals(lambda number: self.inbox.put_nowait((self.agent_info.node, {"signal": number})))
+        session = self.run_dir.claim_session(self.agent_info.host)
         self.run_dir.reserve()
         self.run_dir.beat()
         beating = asyncio.create_task(self._beat(session))
         await self.own.open()
-        if self.seat.nodes > 1:
+        if self.agent_info.nodes > 1:
             await self.peers.listen()
         with suppress(OSError):  # meanwhile the forkserver imports
             await asyncio.to_thread(environment_record.leave, self.run_dir.path)
@@ -65,7 +69,7 @@ class Coordinator:
         """Wait until every node has joined, or a stop came, or those that did not have had their time."""
         with suppress(TimeoutError):
             async with asyncio.timeout(CONNECT_SECONDS):
-                while len(self.peers.here()) < self.seat.nodes and not self.stop:
+                while len(self.peers.connected()) < self.agent_info.nodes and not self.stop:
                     _, message = await self.inbox.get()
                     self._note_stop(message)
 
@@ -74,9 +78,9 @@ class Coordinator:
         while True:
             # Not in this thread: a shared disk may take a minute to answer, and the other nodes would think us gone.
             if await asyncio.to_thread(self._look, session) and not self.stop:
-                self.inbox.put_nowait((self.seat.node, {"signal": int(signal.SIGTERM), "file": True}))
+                self.inbox.put_nowait((self.agent_info.node, {"signal": int(signal.SIGTERM), "file": True}))
             for _ in range(round(BEAT_SECONDS / PULSE_SECONDS)):
-                self.inbox.put_nowait((self.seat.node, {"beats": self.own.report()}))
+                self.inbox.put_nowait((self.agent_info.node, {"beats": self.own.report()}))
                 await asyncio.sleep(PULSE_SECONDS)
 
     def _look(self, session: str) -> bool:
@@ -95,11 +99,11 @@ class Coordinator:
     @property
     def movable(self) -> bool:
         """Whether a scheduler can start the job again on other nodes."""
-        return self.seat.requeue is not None
+        return self.agent_info.requeue is not None
 
     def spare(self, outcome: Outcome) -> bool:
         """Return whether nodes enough are left; the ranks of this very node are always among those that are used."""
-        stuck = self._host(self.seat.node) in (*outcome.lost, *outcome.unfit)
+        stuck = self._host(self.agent_info.node) in (*outcome.lost, *outcome.unfit)
         return len(self._fit()) >= self.plan.placement.nodes and not stuck
 
     async def attempt(self) -> tuple[int, Outcome]:
@@ -109,18 +113,18 @@ class Coordinator:
 
     def exclude(self, attempt: int, hosts: tuple[str, ...]) -> None:
         """Record the excluded hosts; `_preflight` has taken their agents out already."""
-        self.run_dir.event("struck", attempt=attempt, exclude=list(hosts))
+        self.run_dir.event("excluded", attempt=attempt, exclude=list(hosts))
 
-    def fate(self) -> Fate:
+    def fate(self) -> JobFate:
         """Return what the scheduler does with this job; empty after a request to cancel."""
         if self.run_dir.stop_file.exists():
             return ""
-        fate = self.seat.fate()
+        fate = self.agent_info.fate()
         return "preempting" if self.preempted and not fate else fate
 
     def start_elsewhere(self, attempt: int, hosts: tuple[str, ...]) -> Elsewhere:
         """Ask the scheduler to start the job again away from `hosts`."""
-        requeued = self.seat.requeue is not None and self.seat.requeue(hosts)
+        requeued = self.agent_info.requeue is not None and self.agent_info.requeue(hosts)
         return Elsewhere.LATER if requeued else Elsewhere.NOWHERE
 
     async def pause(self, seconds: float) -> None:
@@ -140,21 +144,23 @@ class Coordinator:
         placement = self.plan.placement
         agents = self._fit()[: placement.nodes]  # those after them are spare
         if len(agents) < placement.nodes:
-            here = self.peers.here()
-            return Outcome({}, lost=[self._host(node) for node in range(self.seat.nodes) if node not in here])
+            connected = self.peers.connected()
+            return Outcome(
+                {}, lost=[self._host(node) for node in range(self.agent_info.nodes) if node not in connected]
+            )
         if self.plan.cluster.preflight and (kept := await self._preflight(number, agents)):
             return kept
         nodes = {agent: node for node, agent in enumerate(agents)}
-        attempt = Attempt(number, nodes, placement.ranks_per_node, self.plan.cluster.hang_after, self._tell_all)
+        attempt = Attempt(number, nodes, placement.ranks_per_node, self.plan.cluster.hang_after, self._send_all_agents)
         holder = reserve_port()
         try:
             hosts = [self.peers.hosts[agent] for agent in agents]
             self.run_dir.event("started", attempt=number, world_size=placement.world_size, hosts=hosts)
-            start = {"start": number, "address": self.seat.address, "port": holder.getsockname()[1]}
+            start = {"start": number, "address": self.agent_info.address, "port": holder.getsockname()[1]}
             if placement.on_tpu:
                 start["hosts"] = [self.peers.addresses[agent] for agent in agents]
             for agent, node in nodes.items():
-                self._tell(agent, start | {"node": node})
+                self._send(agent, start | {"node": node})
             while not attempt.over:
                 await self._listen(attempt)
             if not attempt.joined and not self.stop:
@@ -177,14 +183,14 @@ class Coordinator:
         A scheduler sends SIGTERM to every process of a step, and the ranks' ends may be read first. A request by the file
         `stop` does not count: it reaches the ranks through this process alone.
         """
-        seconds = SCHEDULER_SECONDS if self.seat.requeue is not None else LOOP_SECONDS
+        seconds = SCHEDULER_SECONDS if self.agent_info.requeue is not None else LOOP_SECONDS
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while not self.stop:
                     _, message = await self.inbox.get()
                     if not message.get("file"):
                         self._note_stop(message)
-        if not self.stop and -signal.SIGTERM in attempt.exits.values() and self.seat.fate():
+        if not self.stop and -signal.SIGTERM in attempt.exits.values() and self.agent_info.fate():
             self.stop = signal.SIGTERM
         if self.stop:
             self.run_dir.event("stopping", reason=self.reason)
@@ -194,23 +200,23 @@ class Coordinator:
         answers = await preflight.ask(
             number,
             agents,
-            lambda agent: self._tell(agent, {"look": number}),
+            lambda agent: self._send(agent, {"look": number}),
             self.inbox,
-            awaited=lambda agent: not self.stop and agent in self.peers.here(),
+            awaited=lambda agent: not self.stop and agent in self.peers.connected(),
             other=lambda _, message: self._note_stop(message),
         )
         if self.stop:
             return Outcome({}, stop=self.reason)
-        if gone := set(agents) - {*self.peers.here()}:
+        if gone := set(agents) - {*self.peers.connected()}:
             return Outcome({}, lost=[self._host(agent) for agent in sorted(gone)])
         ranks = dict.fromkeys(map(self._host, agents), self.plan.placement.ranks_per_node)
         unfit_hosts = preflight.judge({self._host(agent): facts for agent, facts in answers.items()}, ranks)
-        self.struck |= {agent for agent in agents if self._host(agent) in unfit_hosts}
+        self.excluded_nodes |= {agent for agent in agents if self._host(agent) in unfit_hosts}
         return Outcome({}, hosts=self._host_of(agents), unfit=unfit_hosts) if unfit_hosts else None
 
     def _fit(self) -> list[int]:
         """The agents that ranks may start on."""
-        return [agent for agent in self.peers.here() if agent not in self.struck]
+        return [agent for agent in self.peers.connected() if agent not in self.excluded_nodes]
 
     def _host_of(self, agents: Sequence[int]) -> dict[int, str]:
         """Rank -> host, where `agents` are the nodes of the placement."""
@@ -225,9 +231,9 @@ class Coordinator:
             async with asyncio.timeout_at(attempt.kill_at):
                 agent, message = await self.inbox.get()
         except TimeoutError:
-            attempt.times_up()
+            attempt.on_deadline()
             return
-        attempt.hear(agent, message)
+        attempt.on_message(agent, message)
         if "signal" in message:
             # The first request is passed on; a second Ctrl-C, or the end of the grace, kills.
             first = not self.stop
@@ -238,13 +244,13 @@ class Coordinator:
             elif again:
                 attempt.kill_within(0.0)
 
-    def _tell_all(self, message: Message) -> None:
-        for agent in self.peers.here():
-            self._tell(agent, message)
+    def _send_all_agents(self, message: Message) -> None:
+        for agent in self.peers.connected():
+            self._send(agent, message)
 
-    def _tell(self, agent: int, message: Message) -> None:
-        if agent != self.seat.node:
-            self.peers.tell(agent, message)
+    def _send(self, agent: int, message: Message) -> None:
+        if agent != self.agent_info.node:
+            self.peers.send(agent, message)
         else:
             self.own.handle(message)
 

@@ -21,7 +21,7 @@ STOPPED_STATES = "T"
 
 
 @dataclass(frozen=True)
-class Beat:
+class RankStatus:
     """What is known of one rank: its pulse (`training.distributed.heartbeat.Reading`) and the state of its process in ``/proc``."""
 
     step: int = -1
@@ -30,7 +30,7 @@ class Beat:
     state: str = ""
 
 
-class Watch:
+class HangDetector:
     """Learns how long steps take and says when a rank has been silent for too long.
 
     `hang_after` seconds of silence are too long during steps, or three times the longest step seen where that is more;
@@ -49,7 +49,7 @@ class Watch:
         self._looked: float | None = None
         self._woke = -float("inf")
 
-    def see(self, beats: Mapping[int, Beat], now: float) -> bool:
+    def see(self, beats: Mapping[int, RankStatus], now: float) -> bool:
         """Look at the ranks, at time `now` in seconds; return whether the run is hung."""
         if not beats or not self.hang_after:
             return False
@@ -66,7 +66,7 @@ class Watch:
         busy = [beat.step for rank, beat in beats.items() if patience < limits[rank] >= beat.age]
         return any(not any(other <= step for other in busy) for step in late)
 
-    def _learn(self, beats: Mapping[int, Beat], now: float) -> None:
+    def _learn(self, beats: Mapping[int, RankStatus], now: float) -> None:
         step, age = max(
             ((beat.step, -beat.age) for beat in beats.values() if beat.phase != STARTING), default=(-1, 0.0)
         )
@@ -77,7 +77,7 @@ class Watch:
             self._newest = step, done
 
     @staticmethod
-    def _limit(beat: Beat, patience: float) -> float:
+    def _limit(beat: RankStatus, patience: float) -> float:
         if beat.phase == STARTING:
             return float("inf")
         return patience if beat.phase == TRAINING else LONGER_ELSEWHERE * patience
@@ -93,7 +93,7 @@ _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "
 
 
 @dataclass(frozen=True)
-class Place:
+class StackLocation:
     """Where a rank stands.
 
     Attributes:
@@ -105,18 +105,20 @@ class Place:
     waiting: bool = False
 
 
-def place_of(dump: str) -> Place:
+def stack_location_of(dump: str) -> StackLocation:
     """Where the main thread stands, by the stack that `faulthandler` wrote (the last thread of its dump)."""
     threads = re.split(r"^(?:Current thread|Thread) .*$", dump, flags=re.MULTILINE)
     frames = [match for line in threads[-1].splitlines() if (match := FRAME.match(line))]
     if not frames:
-        return Place()
+        return StackLocation()
     own = next((f for f in frames if not f["file"].startswith((*_LIBRARIES, "<"))), frames[0])
     above = frames[: frames.index(own) + 1]
-    return Place(f"{own['file']}:{own['line']} in {own['function']}", any(WAITING.search(f["file"]) for f in above))
+    return StackLocation(
+        f"{own['file']}:{own['line']} in {own['function']}", any(WAITING.search(f["file"]) for f in above)
+    )
 
 
-def accuse(beats: Mapping[int, Beat], places: Mapping[int, Place]) -> tuple[int | None, str]:
+def find_culprit(beats: Mapping[int, RankStatus], places: Mapping[int, StackLocation]) -> tuple[int | None, str]:
     """Name the rank that the others wait for, and say why in a sentence; None where it is no single one.
 
     A stopped process comes first. Else the ranks that did fewest steps are behind, and among them those that do not stand
@@ -129,7 +131,7 @@ def accuse(beats: Mapping[int, Beat], places: Mapping[int, Place]) -> tuple[int 
         return rank, f"rank {rank} is stopped (SIGSTOP or a terminal) at step {beats[rank].step}{_at(rank, places)}"
     least, most = (find(beat.step for beat in beats.values()) for find in (min, max))
     behind = sorted(rank for rank, beat in beats.items() if beat.step == least)
-    absent = [rank for rank in behind if not places.get(rank, Place()).waiting]
+    absent = [rank for rank in behind if not places.get(rank, StackLocation()).waiting]
     if absent and (len(absent) < len(beats) or len(beats) == 1):
         rank = absent[0]
         others = "" if len(beats) == 1 else "; the others wait for it"
@@ -146,6 +148,6 @@ def accuse(beats: Mapping[int, Beat], places: Mapping[int, Place]) -> tuple[int 
     )
 
 
-def _at(rank: int, places: Mapping[int, Place]) -> str:
+def _at(rank: int, places: Mapping[int, StackLocation]) -> str:
     place = places.get(rank)
     return f" at {place.line}" if place is not None and place.line else ""

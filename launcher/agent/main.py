@@ -16,49 +16,49 @@ from contextlib import suppress
 from pathlib import Path
 
 from launcher.agent.coordinator import Coordinator
-from launcher.agent.node_ranks import Message, NodeRanks, Seat, on_signals
+from launcher.agent.node_ranks import AgentInfo, Message, NodeRanks, on_signals
 from launcher.agent.peers import CONNECT_SECONDS, PULSE_SECONDS, SILENCE_SECONDS
 from launcher.lifecycle.run_dir import RunDir
-from launcher.rank.output import outlive_a_full_disk
+from launcher.rank.output import drop_output_on_full_disk
 from launcher.request.spec import Plan, State
 from training.files import read_json
 
 SLICES = 4
 
 
-async def run_agent(run_dir: RunDir, seat: Seat) -> int:
+async def run_agent(run_dir: RunDir, agent_info: AgentInfo) -> int:
     """Be the agent of one node until the run ends; return the run's exit status."""
     plan = run_dir.plan()
     run_dir.logs.mkdir(exist_ok=True)
-    if seat.node:
-        return await follow(run_dir, plan, seat)
+    if agent_info.node:
+        return await follow(run_dir, plan, agent_info)
     if (result := run_dir.result()) is not None:  # a scheduler started a job again that had come to an end
         if result["state"] == State.SUCCEEDED:
             return 0
         run_dir.result_file.unlink()
-    return await Coordinator(run_dir, plan, seat).run()
+    return await Coordinator(run_dir, plan, agent_info).run()
 
 
-async def follow(run_dir: RunDir, plan: Plan, seat: Seat) -> int:
+async def follow(run_dir: RunDir, plan: Plan, agent_info: AgentInfo) -> int:
     """Be the agent of a node other than node 0: do what the coordinator says until it says `end` or is gone."""
     outgoing: asyncio.Queue[Message] = asyncio.Queue()
-    ranks = NodeRanks(run_dir, plan, seat, outgoing.put_nowait)
+    ranks = NodeRanks(run_dir, plan, agent_info, outgoing.put_nowait)
     on_signals(lambda number: outgoing.put_nowait({"signal": number}))
     await ranks.open()
     tasks: list[asyncio.Task[None]] = []
     try:
-        line = await connect(run_dir, seat)
+        line = await connect(run_dir, agent_info)
         if line is None:
             return 0
         reader, writer = line
         tasks += [asyncio.create_task(_send_all(outgoing, writer)), asyncio.create_task(_report(outgoing, ranks))]
         with suppress(TimeoutError, ConnectionError):
-            while words := await _hear(reader):
+            while words := await _read_line(reader):
                 message = json.loads(words)
                 if "end" in message:
                     return int(message["end"])
                 ranks.handle(message)
-        print(f"node {seat.node}: the coordinator on node 0 is gone", file=sys.stderr)
+        print(f"node {agent_info.node}: the coordinator on node 0 is gone", file=sys.stderr)
         return 1
     finally:
         for task in tasks:
@@ -66,7 +66,7 @@ async def follow(run_dir: RunDir, plan: Plan, seat: Seat) -> int:
         await ranks.close()
 
 
-async def _hear(reader: asyncio.StreamReader) -> bytes:
+async def _read_line(reader: asyncio.StreamReader) -> bytes:
     """The next line. Raises TimeoutError after `SILENCE_SECONDS`, of which a time when this process slept is but a part."""
     for _ in range(SLICES):
         with suppress(TimeoutError):
@@ -87,7 +87,7 @@ async def _report(outgoing: asyncio.Queue[Message], ranks: NodeRanks) -> None:
         await asyncio.sleep(PULSE_SECONDS)
 
 
-async def connect(run_dir: RunDir, seat: Seat) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
+async def connect(run_dir: RunDir, agent_info: AgentInfo) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
     """Connect to the coordinator; None where the run has succeeded before, and there is none.
 
     Raises:
@@ -98,25 +98,25 @@ async def connect(run_dir: RunDir, seat: Seat) -> tuple[asyncio.StreamReader, as
         # Listing the folder makes an NFS client look again; a file that was absent once stays absent in its cache.
         os.listdir(run_dir.path)
         found = read_json(run_dir.rendezvous_file)
-        if found and found["session"] == seat.session:
+        if found and found["session"] == agent_info.session:
             with suppress(OSError):
                 reader, writer = await asyncio.open_connection(found["address"], found["port"])
-                hello = {"hello": seat.node, "token": found["token"], "host": seat.host}
+                hello = {"hello": agent_info.node, "token": found["token"], "host": agent_info.host}
                 writer.write(json.dumps(hello).encode() + b"\n")
                 return reader, writer
         if (run_dir.result() or {}).get("state") == State.SUCCEEDED:
             return None
         await asyncio.sleep(0.1)
     raise TimeoutError(
-        f"node {seat.node}: no coordinator after {CONNECT_SECONDS:.0f} s. Node 0 did not start, or its address"
-        f" {seat.address} cannot be reached from here, or {run_dir.path} is not the same folder on both nodes."
+        f"node {agent_info.node}: no coordinator after {CONNECT_SECONDS:.0f} s. Node 0 did not start, or its address"
+        f" {agent_info.address} cannot be reached from here, or {run_dir.path} is not the same folder on both nodes."
     )
 
 
 def main() -> None:
     """``python -m launcher.agent.main RUN_DIR``: the agent of a run on this machine alone."""
-    outlive_a_full_disk()
-    sys.exit(asyncio.run(run_agent(RunDir(Path(sys.argv[1])), Seat())))
+    drop_output_on_full_disk()
+    sys.exit(asyncio.run(run_agent(RunDir(Path(sys.argv[1])), AgentInfo())))
 
 
 if __name__ == "__main__":

@@ -14,16 +14,16 @@ from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.agent.hang_detection import Beat, place_of
+from launcher.agent.hang_detection import RankStatus, stack_location_of
 from launcher.agent.health import preflight
 from launcher.agent.network import interface_of, source_towards
-from launcher.lifecycle.exit_status import UNHEARD
-from launcher.lifecycle.recovery import Fate
+from launcher.lifecycle.exit_status import ERROR_NOT_WRITTEN
+from launcher.lifecycle.recovery import JobFate
 from launcher.lifecycle.run_dir import RunDir
 from launcher.rank.environment import rank_environment, shared_environment
 from launcher.request.placement import tpu
 from launcher.request.spec import Plan, RunSpec
-from training.distributed.heartbeat import SLOT, Pulse
+from training.distributed.heartbeat import SLOT, Heartbeat
 from training.distributed.world import World
 
 CLOSE_SECONDS = 20.0
@@ -36,7 +36,7 @@ Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Seat:
+class AgentInfo:
     """Where an agent sits. The backend makes it; the agent reads no environment.
 
     Attributes:
@@ -55,13 +55,13 @@ class Seat:
     address: str = "127.0.0.1"
     session: str = ""
     requeue: Callable[[Sequence[str]], bool] | None = None
-    fate: Callable[[], Fate] = lambda: ""
+    fate: Callable[[], JobFate] = lambda: ""
 
 
 class NodeRanks:
     """The ranks of one node, started and watched through its forkserver.
 
-    It does what the coordinator's messages say (`handle`) and tells what happens through `post`:
+    It does what the coordinator's messages say (`handle`) and tells what happens through `emit`:
 
     ========================================================  ========================================================
     from the coordinator                                      back
@@ -78,13 +78,13 @@ class NodeRanks:
     The step of a rank that never opened a Context is -1.
     """
 
-    def __init__(self, run_dir: RunDir, plan: Plan, seat: Seat, post: Callable[[Message], None]) -> None:
-        self.run_dir, self.plan, self.seat, self.post = run_dir, plan, seat, post
-        self.node = seat.node  # which node of the placement this is; a spare one learns it when it is needed
+    def __init__(self, run_dir: RunDir, plan: Plan, agent_info: AgentInfo, emit: Callable[[Message], None]) -> None:
+        self.run_dir, self.plan, self.agent_info, self.emit = run_dir, plan, agent_info, emit
+        self.node = agent_info.node  # which node of the placement this is; a spare one learns it when it is needed
         self.running: set[int] = set()
         self.pids: dict[int, int] = {}
         self.memory = -1  # of the pulses; anonymous, so that nothing is left of it whatever happens
-        self.pulses: dict[int, Pulse] = {}
+        self.heartbeats: dict[int, Heartbeat] = {}
         self.process: asyncio.subprocess.Process | None = None
         self.writer: asyncio.StreamWriter | None = None
         self.reading: asyncio.Task[None] | None = None
@@ -96,7 +96,7 @@ class NodeRanks:
         if self.memory < 0:
             self.memory = os.memfd_create("pulses")
             os.ftruncate(self.memory, SLOT * self.plan.placement.ranks_per_node)
-        with self.run_dir.agent_log(self.seat.node).open("ab") as log:
+        with self.run_dir.agent_log(self.agent_info.node).open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-P", "-m", "launcher.rank.forkserver", str(self.run_dir.path), str(self.memory)),
                 pass_fds=[self.memory],
@@ -108,7 +108,7 @@ class NodeRanks:
             )
         theirs.close()
         reader, self.writer = await asyncio.open_connection(sock=ours)
-        self._tell(preload=["training.bert.libraries"] if self._forks() else [])
+        self._send(preload=["training.bert.libraries"] if self._forks() else [])
         self.reading = asyncio.create_task(self._read(reader))
 
     def _forks(self) -> bool:
@@ -127,9 +127,9 @@ class NodeRanks:
     def _inherited(self) -> dict[str, str]:
         """The variables that this node adds to those of this process."""
         environment = dict(os.environ)
-        if self.seat.nodes > 1:
+        if self.agent_info.nodes > 1:
             # gloo and NCCL otherwise look the host's own name up, and fall back to loopback where it does not resolve.
-            interface = interface_of(source_towards(self.seat.address))
+            interface = interface_of(source_towards(self.agent_info.address))
             for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
                 if interface:
                     environment.setdefault(variable, interface)
@@ -150,9 +150,9 @@ class NodeRanks:
     def _ended(self, rank: int, code: int) -> None:
         self.running.discard(rank)
         self.pids.pop(rank, None)
-        self.post({"exit": rank, "code": code, "step": self.pulses[rank].read().step})
+        self.emit({"exit": rank, "code": code, "step": self.heartbeats[rank].read().step})
 
-    def _tell(self, **message: Any) -> None:
+    def _send(self, **message: Any) -> None:
         assert self.writer is not None
         self.writer.write(json.dumps(message).encode() + b"\n")
 
@@ -164,18 +164,18 @@ class NodeRanks:
             case {"start": attempt, "node": node, "address": address, "port": port, **more}:
                 self.node = node
                 worlds = self.worlds(attempt, address, port)
-                self.pulses = {world.rank: Pulse.of(self.memory, world.local_rank) for world in worlds}
+                self.heartbeats = {world.rank: Heartbeat.of(self.memory, world.local_rank) for world in worlds}
                 for world in worlds:
-                    self.pulses[world.rank].clear()
+                    self.heartbeats[world.rank].clear()
                     self.running.add(world.rank)
                     log = str(self.run_dir.log(attempt, world.rank))
                     own = self.variables(world, more.get("hosts", ()))
                     environment = rank_environment(self._inherited(), self.plan, world, own)
-                    self._tell(start=world.rank, log=log, world=asdict(world), environment=environment)
+                    self._send(start=world.rank, log=log, world=asdict(world), environment=environment)
             case {"signal": number} if self.writer is not None:
                 if number == signal.SIGKILL and self.running - self.pids.keys() and self.process is not None:
                     self.process.kill()  # it is importing, and would hear of it only afterwards
-                self._tell(signal=number, ranks=sorted(self.running))
+                self._send(signal=number, ranks=sorted(self.running))
             case {"stacks": attempt}:
                 self.task = asyncio.create_task(self._stacks(attempt))
             case {"look": attempt, **more}:
@@ -186,39 +186,41 @@ class NodeRanks:
         try:
             await self.open()
         except OSError as error:
-            print(f"launch: node {self.seat.node}: {error}", file=sys.stderr)
+            print(f"launch: node {self.agent_info.node}: {error}", file=sys.stderr)
             self.node = message["node"]
             for world in self.worlds(message["start"], message["address"], message["port"]):
-                self.post({"exit": world.rank, "code": UNHEARD, "step": -1})
+                self.emit({"exit": world.rank, "code": ERROR_NOT_WRITTEN, "step": -1})
             return
         self.handle(message)
 
     def report(self) -> dict[int, tuple[Any, ...]]:
-        """What the ranks that run last said of themselves: the fields of `launcher.agent.hang_detection.Beat` by rank."""
+        """What the ranks that run last said of themselves: the fields of `launcher.agent.hang_detection.RankStatus` by rank."""
         found = {}
         for rank in sorted(self.running):
-            pulse = self.pulses[rank].read()
-            found[rank] = astuple(Beat(pulse.step, pulse.phase, pulse.age, process_state(self.pids.get(rank))))
+            heartbeat = self.heartbeats[rank].read()
+            found[rank] = astuple(
+                RankStatus(heartbeat.step, heartbeat.phase, heartbeat.age, process_state(self.pids.get(rank)))
+            )
         return found
 
     async def _look(self, attempt: int, visible: str | None) -> None:
-        facts = await preflight.look(self.run_dir, attempt, self.seat.node, self.plan.placement.device, visible)
-        self.post({"looked": attempt, "facts": facts})
+        facts = await preflight.look(self.run_dir, attempt, self.agent_info.node, self.plan.placement.device, visible)
+        self.emit({"looked": attempt, "facts": facts})
 
     async def _stacks(self, attempt: int) -> None:
         """Let every rank write the stacks of its threads into its log, and say where it stands by that."""
         logs = {rank: self.run_dir.log(attempt, rank) for rank in sorted(self.running)}
         sizes = {rank: log.stat().st_size for rank, log in logs.items() if log.exists()}
         if self.writer is not None:
-            self._tell(signal=int(signal.SIGQUIT), ranks=sorted(logs))
+            self._send(signal=int(signal.SIGQUIT), ranks=sorted(logs))
         await asyncio.sleep(STACK_SECONDS)
         found = {}
         for rank, size in sizes.items():
             with logs[rank].open("rb") as log:
                 log.seek(size)
-                place = place_of(log.read(1 << 20).decode(errors="replace"))
+                place = stack_location_of(log.read(1 << 20).decode(errors="replace"))
             found[rank] = place.line, place.waiting
-        self.post({"stacks": found})
+        self.emit({"stacks": found})
 
     def worlds(self, attempt: int, address: str, port: int) -> list[World]:
         """The worlds of this node's ranks."""
@@ -276,8 +278,8 @@ def process_state(pid: int | None) -> str:
     return ""
 
 
-def on_signals(tell: Callable[[int], None]) -> None:
-    """Call `tell` with the number of each signal that asks the agent to stop."""
+def on_signals(send: Callable[[int], None]) -> None:
+    """Call `send` with the number of each signal that asks the agent to stop."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
-        loop.add_signal_handler(number, tell, int(number))
+        loop.add_signal_handler(number, send, int(number))

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from launcher.agent.node_ranks import Message, Seat
+from launcher.agent.node_ranks import AgentInfo, Message
 from launcher.lifecycle.run_dir import RunDir
 from training.files import write_atomic
 
@@ -26,17 +26,17 @@ PULSE_SECONDS = 1.0
 SILENCE_SECONDS = 20.0
 """How long a connected agent may be silent before its node counts as lost: a machine that lost its power says nothing."""
 
-FAREWELL_SECONDS = 10.0
+CLOSE_GRACE_SECONDS = 10.0
 """How long the coordinator waits, after the end, for the other agents to leave."""
 
 
 class Peers:
-    """The connections of the other agents. What they say goes to `post`, with the number of their node."""
+    """The connections of the other agents. What they say goes to `emit`, with the number of their node."""
 
-    def __init__(self, run_dir: RunDir, seat: Seat, post: Callable[[int, Message], None]) -> None:
-        self.run_dir, self.seat, self.post = run_dir, seat, post
-        self.hosts = {seat.node: seat.host}
-        self.addresses = {seat.node: seat.address}  # as this node reaches the others
+    def __init__(self, run_dir: RunDir, agent_info: AgentInfo, emit: Callable[[int, Message], None]) -> None:
+        self.run_dir, self.agent_info, self.emit = run_dir, agent_info, emit
+        self.hosts = {agent_info.node: agent_info.host}
+        self.addresses = {agent_info.node: agent_info.address}  # as this node reaches the others
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._heard: dict[int, float] = {}
         self._server: asyncio.Server | None = None
@@ -48,7 +48,12 @@ class Peers:
         port = self._server.sockets[0].getsockname()[1]
         self._token = secrets.token_hex(16)
         # The token keeps other users of the node away; the run directory's own permissions guard the file.
-        record = {"address": self.seat.address, "port": port, "token": self._token, "session": self.seat.session}
+        record = {
+            "address": self.agent_info.address,
+            "port": port,
+            "token": self._token,
+            "session": self.agent_info.session,
+        }
         write_atomic(self.run_dir.rendezvous_file, json.dumps(record))
         self._pulse = asyncio.create_task(self._keep_in_touch())
 
@@ -64,14 +69,14 @@ class Peers:
         self._heard[node] = time.monotonic()
         self.hosts[node] = hello["host"]
         self.addresses[node] = writer.get_extra_info("peername")[0]
-        self.post(node, {"joined": node})
+        self.emit(node, {"joined": node})
         with suppress(ConnectionError):
             while line := await reader.readline():
                 self._heard[node] = time.monotonic()
-                self.post(node, json.loads(line))
+                self.emit(node, json.loads(line))
         writer.close()
         if self._writers.pop(node, None) is not None:
-            self.post(node, {"lost": node})
+            self.emit(node, {"lost": node})
 
     async def _keep_in_touch(self) -> None:
         """Tell the others that this node is alive, and drop those who have not said so for too long."""
@@ -82,10 +87,10 @@ class Peers:
                 self._heard = dict.fromkeys(self._heard, now)
             looked = now
             for node in list(self._writers):
-                self.tell(node, {"beat": 0})
+                self.send(node, {"beat": 0})
                 if now - self._heard[node] > SILENCE_SECONDS:
                     self.drop(node)
-                    self.post(node, {"lost": node})
+                    self.emit(node, {"lost": node})
             await asyncio.sleep(PULSE_SECONDS)
 
     def drop(self, node: int) -> None:
@@ -94,26 +99,26 @@ class Peers:
         if writer is not None:
             writer.transport.abort()
 
-    def tell(self, node: int, message: Message) -> None:
+    def send(self, node: int, message: Message) -> None:
         """Send `message` to `node`, if it is still there; what is sent to a node that has just gone is lost with it."""
         writer = self._writers.get(node)
         if writer is not None:
             with suppress(ConnectionError):
                 writer.write(json.dumps(message).encode() + b"\n")
 
-    def here(self) -> list[int]:
+    def connected(self) -> list[int]:
         """The nodes that are connected, this one included."""
-        return sorted({self.seat.node, *self._writers})
+        return sorted({self.agent_info.node, *self._writers})
 
     async def close(self, exit_status: int) -> None:
         """Say that the run has ended and give the others time to hear it; each leaves when its ranks are gone."""
         for node in list(self._writers):
-            self.tell(node, {"end": exit_status})
+            self.send(node, {"end": exit_status})
         if self._pulse is not None:
             self._pulse.cancel()
         if self._server is not None:
             self._server.close()
-        deadline = time.monotonic() + FAREWELL_SECONDS
+        deadline = time.monotonic() + CLOSE_GRACE_SECONDS
         while self._writers and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         for writer in self._writers.values():

@@ -58,13 +58,13 @@ class LocalBackend(Backend):
 
     def render(self, plan: Plan) -> str:
         """The processes that would start, and the environment of each."""
-        from launcher.agent.node_ranks import NodeRanks, Seat
+        from launcher.agent.node_ranks import AgentInfo, NodeRanks
         from launcher.rank.environment import rank_environment
 
         run_dir = RunDir(plan.run_dir)
-        ranks = NodeRanks(run_dir, plan, Seat(), lambda message: None)
+        ranks = NodeRanks(run_dir, plan, AgentInfo(), lambda message: None)
         lines = [f"agent: python -m launcher.agent.main {plan.run_dir}"]
-        here = Seat().address
+        here = AgentInfo().address
         for world in ranks.worlds(attempt=1, address=here, port=1):
             environment = rank_environment({}, plan, world, ranks.variables(world, [here]))
             environment["MASTER_PORT"] = "<a free port>"

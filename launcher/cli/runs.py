@@ -68,7 +68,7 @@ def run_status(argv: Sequence[str]) -> int:
     print(f"  on          {status['backend']} ({status['cluster']}), job {status['job_id']}: {placement['why']}")
     if commit := status["code"].get("commit"):
         print(f"  code        {commit[:12]}{' and uncommitted changes' if status['code'].get('dirty') else ''}")
-    print(f"  attempt     {status['attempt']}{_setbacks(status['setbacks'])}")
+    print(f"  attempt     {status['attempt']}{_setbacks(status['failed_attempts'])}")
     if status["excluded_nodes"]:
         print(f"  nodes       stays away from {', '.join(status['excluded_nodes'])}, which failed it")
     for title in ("progress", "evaluation", "metrics"):
@@ -83,10 +83,10 @@ def run_status(argv: Sequence[str]) -> int:
     return 0
 
 
-def _setbacks(setbacks: Sequence[Mapping[str, Any]]) -> str:
+def _setbacks(failed_attempts: Sequence[Mapping[str, Any]]) -> str:
     """Why there were attempts before, in brackets."""
-    told = [each["kind"] + (f" on {each['host']}" if each["host"] else "") for each in setbacks]
-    return f" ({', '.join(told)} before)" if told else ""
+    fields = [each["kind"] + (f" on {each['host']}" if each["host"] else "") for each in failed_attempts]
+    return f" ({', '.join(fields)} before)" if fields else ""
 
 
 def run_logs(argv: Sequence[str]) -> int:

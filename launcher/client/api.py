@@ -180,8 +180,8 @@ def _relocated(plan: Plan, run_dir: RunDir) -> Plan:
 
 
 def _send(plan: Plan, run_dir: RunDir) -> Run:
-    told = {"backend": plan.backend, "cluster": plan.cluster.name, "world_size": plan.placement.world_size}
-    run_dir.event("submitted", format=FORMAT, **told)
+    fields = {"backend": plan.backend, "cluster": plan.cluster.name, "world_size": plan.placement.world_size}
+    run_dir.event("submitted", format=FORMAT, **fields)
     backend = backends.of(plan.cluster)
     run_dir.write_job(backend.name, backend.submit(plan))
     return Run(run_dir)

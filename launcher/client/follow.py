@@ -70,8 +70,8 @@ class Follower:
             state = self.run.state()
             if self.live:
                 self.out.write("\r\x1b[K")
-            self._tell_events()
-            self._tell_log()
+            self._print_events()
+            self._print_log()
             if state is State.QUEUED and not self.queued and self.has_queue:
                 self.queued = True
                 self.out.write(f"launch: waiting in the queue of {self.backend}\n")
@@ -87,15 +87,15 @@ class Follower:
                 return state
             time.sleep(LOOK_SECONDS)
 
-    def _tell_events(self) -> None:
+    def _print_events(self) -> None:
         for event in _records(self.events):
             if self.ended > 0:
                 self.ended -= event["event"] == "finished"
             elif text := describe(event):
-                self._tell_log()  # what the rank said before it
+                self._print_log()  # what the rank said before it
                 self.out.write(f"launch: {text}\n")
 
-    def _tell_log(self) -> None:
+    def _print_log(self) -> None:
         """Print the lines that the rank's log gained; of the newest attempt, and of the one before it to its end."""
         newest = self.run.dir.last_attempt()
         if newest != self.attempt and self.log is not None:

@@ -116,8 +116,8 @@ class Run:
 
     def _phase(self) -> State:
         """Whether a run that is supervised has ranks."""
-        told = ("started", "submitted", "requeued")
-        last = next((e["event"] for e in reversed(self.dir.events()) if e["event"] in told), None)
+        fields = ("started", "submitted", "requeued")
+        last = next((e["event"] for e in reversed(self.dir.events()) if e["event"] in fields), None)
         return State.RUNNING if last == "started" else State.QUEUED
 
     def status(self) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class Run:
             "target": " ".join((plan.target.name, *plan.target.args)),
             "code": read_json(self.dir.snapshot_file) or {},
             "attempt": self.dir.last_attempt(),
-            "setbacks": to_data(past.setbacks),
+            "failed_attempts": to_data(past.failed_attempts),
             "excluded_nodes": list(past.excluded),
             "ledger": to_data(accounting.keep(events, records, None if state.done else time.time())),
             "progress": {k: steps[-1][k] for k in kept if k in steps[-1]} if steps else {},

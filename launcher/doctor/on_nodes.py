@@ -27,7 +27,7 @@ SLOW_PART, FEW_PAIRS = 0.25, 3
 Facts = Mapping[str, Any]
 
 
-def examine(spec: RunSpec, cwd: Path, patience: float, tell: Callable[[str], None]) -> Iterator[Check]:
+def examine(spec: RunSpec, cwd: Path, patience: float, report: Callable[[str], None]) -> Iterator[Check]:
     """Run the probe as `spec` asks and yield what was found.
 
     Args:
@@ -46,7 +46,7 @@ def examine(spec: RunSpec, cwd: Path, patience: float, tell: Callable[[str], Non
         )
         return
     yield Check("request", True, plan.placement.why)
-    tell(f"waiting for {spec.name} on {plan.placement.nodes} nodes (Ctrl-C ends it)")
+    report(f"waiting for {spec.name} on {plan.placement.nodes} nodes (Ctrl-C ends it)")
     try:
         ended = _wait(run, patience)
     except BaseException:

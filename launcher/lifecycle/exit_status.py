@@ -13,10 +13,10 @@ from launcher.lifecycle.run_dir import RunDir, tail
 from training.errors import ConfigError, DeviceError, ReplicaError
 from training.files import FULL_DISK
 
-FINISHED, RAISED, REFUSED, STOPPED = 0, 1, 2, 3
+FINISHED, RAISED, BAD_REQUEST, STOPPED = 0, 1, 2, 3
 """Exit statuses of a rank; the same numbers, with the same meanings, as those of the command."""
 
-FULL, UNHEARD = 4, 5
+DISK_FULL, ERROR_NOT_WRITTEN = 4, 5
 """Exit statuses of a rank that raised and could not leave its error in the run directory, for want of room or otherwise."""
 
 STORAGE = (errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOTCONN, errno.EREMOTEIO)
@@ -102,9 +102,9 @@ def headline(text: str) -> str:
     return f"{lines[0]} ... {last}" if last.removeprefix("Last error:").strip() else lines[0]
 
 
-def unheard(problem: OSError) -> int:
+def error_not_written_status(problem: OSError) -> int:
     """The exit status of a rank that cannot write into the run directory because of `problem`."""
-    return FULL if classify(problem) == "disk full" else UNHEARD
+    return DISK_FULL if classify(problem) == "disk full" else ERROR_NOT_WRITTEN
 
 
 # ---- ranks that abort ---------------------------------------------------------------------------------------------
@@ -144,8 +144,8 @@ def cause_in(lines: Sequence[str]) -> tuple[str, str] | None:
         if thrown := TERMINATE.search(lines[number]):  # reached first only if nothing was said
             return ("out of memory", thrown[1]) if thrown[1] == "std::bad_alloc" else None
     logged = [found[1] for line in lines if (found := WATCHDOG.search(line))]
-    told = next((text for text in logged if sign_in(text)), None)
-    return _verdict(told) if told else None
+    fields = next((text for text in logged if sign_in(text)), None)
+    return _verdict(fields) if fields else None
 
 
 def _until_stack(lines: Iterable[str]) -> list[str]:

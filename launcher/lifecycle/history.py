@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Setback:
+class FailedAttempt:
     """One attempt that failed: the kind of failure, the rank and host at fault, and the newest step that was done.
 
     `rank` and `host` are None where no single one is at fault, `step` where the target does not say its steps.
@@ -32,33 +32,33 @@ class History:
         losses: how many of the newest stops in a row a program without a Context lost everything at.
     """
 
-    setbacks: tuple[Setback, ...] = ()
+    failed_attempts: tuple[FailedAttempt, ...] = ()
     preempted: int | None = None
     excluded: tuple[str, ...] = ()
     losses: int = 0
 
     def repeats(self, kind: str, rank: int | None, step: int | None) -> bool:
         """Whether the attempt before ended with the same failure of the same rank at the same step."""
-        last = self.setbacks[-1] if self.setbacks else None
+        last = self.failed_attempts[-1] if self.failed_attempts else None
         known = rank is not None and step  # before its first step a rank may fail for reasons of the moment
         return bool(known) and last is not None and (last.kind, last.rank, last.step) == (kind, rank, step)
 
-    def fruitless(self, step: int | None) -> int:
+    def failures_without_progress(self, step: int | None) -> int:
         """How many of the newest setbacks had no step of progress after them, now that `step` is the newest."""
-        return len(self._vain(step))
+        return len(self._without_progress(step))
 
-    def fruitless_on(self, host: str | None, step: int | None) -> int:
-        """`fruitless`, where all of them were on `host`; else 0."""
-        vain = self._vain(step)
-        return len(vain) if host is not None and all(each.host == host for each in vain) else 0
+    def failures_without_progress_on(self, host: str | None, step: int | None) -> int:
+        """`failures_without_progress`, where all of them were on `host`; else 0."""
+        failures = self._without_progress(step)
+        return len(failures) if host is not None and all(each.host == host for each in failures) else 0
 
-    def _vain(self, step: int | None) -> list[Setback]:
-        vain = []
-        for setback in reversed(self.setbacks):
-            if step is not None and (setback.step is None or setback.step < step):
+    def _without_progress(self, step: int | None) -> list[FailedAttempt]:
+        failures = []
+        for failed_attempt in reversed(self.failed_attempts):
+            if step is not None and (failed_attempt.step is None or failed_attempt.step < step):
                 break
-            vain.append(setback)
-        return vain
+            failures.append(failed_attempt)
+        return failures
 
     def stuck(self, step: int | None) -> bool:
         """Whether nothing was done since the nodes were taken away the last time, now that they are again."""
@@ -74,13 +74,13 @@ def read(events: Iterable[Mapping[str, Any]]) -> History:
                 same, cluster = cluster in (None, event.get("cluster")), event.get("cluster")
                 history = History(excluded=history.excluded if same else ())
             case {"event": "failed", "kind": kind}:
-                setback = Setback(kind, event.get("rank"), event.get("host"), event.get("step"))
-                history = replace(history, setbacks=(*history.setbacks, setback))
+                failed_attempt = FailedAttempt(kind, event.get("rank"), event.get("host"), event.get("step"))
+                history = replace(history, failed_attempts=(*history.failed_attempts, failed_attempt))
             case {"event": "interrupted"}:
                 history = replace(history, losses=history.losses + 1 if event.get("lost_everything") else 0)
-            case {"event": "struck", "exclude": hosts}:
+            case {"event": "excluded", "exclude": hosts}:
                 history = replace(history, excluded=tuple(dict.fromkeys((*history.excluded, *hosts))))
-            case {"event": "forgiven"}:
+            case {"event": "readmitted"}:
                 history = replace(history, excluded=())
             case {"event": "requeued"}:
                 taken = event.get("step") if event.get("reason") == "preempted" else history.preempted

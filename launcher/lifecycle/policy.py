@@ -8,7 +8,15 @@ from enum import StrEnum
 from signal import SIGTERM, Signals
 from typing import Any
 
-from launcher.lifecycle.exit_status import FINISHED, FULL, REFUSED, STOPPED, UNHEARD, advice, is_missing
+from launcher.lifecycle.exit_status import (
+    BAD_REQUEST,
+    DISK_FULL,
+    ERROR_NOT_WRITTEN,
+    FINISHED,
+    STOPPED,
+    advice,
+    is_missing,
+)
 from launcher.lifecycle.history import History
 
 
@@ -86,7 +94,7 @@ RULES: dict[str, Rule] = {
 
 ADVICE = {kind: rule.advice for kind, rule in RULES.items()}
 
-STRIKES = 3
+FAILURES_BEFORE_EXCLUSION = 3
 """Failures of one node in a row, without a step of progress between them, before the run is moved away from it."""
 
 LONGEST_BACK_OFF = 30.0  # seconds
@@ -217,8 +225,8 @@ def unfit(failure: Failure, history: History, step: int | None) -> tuple[str, ..
     """The hosts to stay away from after `failure`: a sick device's at once, another's when it failed often in vain."""
     if failure.host is None:
         return ()
-    strikes = 1 if failure.kind in ("device", "storage", "unfit node") else STRIKES
-    return (failure.host,) if history.fruitless_on(failure.host, step) >= strikes - 1 else ()
+    strikes = 1 if failure.kind in ("device", "storage", "unfit node") else FAILURES_BEFORE_EXCLUSION
+    return (failure.host,) if history.failures_without_progress_on(failure.host, step) >= strikes - 1 else ()
 
 
 def no_progress(history: History, step: int | None, allowed: int) -> Failure | None:
@@ -239,17 +247,17 @@ def no_progress(history: History, step: int | None, allowed: int) -> Failure | N
     return Failure("no progress", text, advice=ADVICE["no progress"])
 
 
-def back_off(history: History, step: int | None) -> float:
+def backoff_seconds(history: History, step: int | None) -> float:
     """Seconds to wait before the next attempt: none while the run gets on, else 1, 2, 4, ... for each vain one."""
-    vain = history.fruitless(step)
-    return min(LONGEST_BACK_OFF, 2.0 ** (vain - 1)) if vain else 0.0
+    failures = history.failures_without_progress(step)
+    return min(LONGEST_BACK_OFF, 2.0 ** (failures - 1)) if failures else 0.0
 
 
 def describe_interruption(outcome: Outcome) -> str:
     """What the first four ranks of an interrupted program did, in one line."""
     ranks = sorted(outcome.exits.keys() | outcome.hosts.keys())
     errors = {error["rank"]: error for error in outcome.errors}
-    told = []
+    fields = []
     for rank in ranks[:4]:
         code = outcome.exits.get(rank)
         if rank in errors:
@@ -260,8 +268,8 @@ def describe_interruption(outcome: Outcome) -> str:
             text = "was killed"
         else:
             text = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with exit status {code}"
-        told.append(f"rank {rank} {text}")
-    return "; ".join(told + ["..."] * (len(ranks) > 4))
+        fields.append(f"rank {rank} {text}")
+    return "; ".join(fields + ["..."] * (len(ranks) > 4))
 
 
 def _signal_name(number: int) -> str:
@@ -288,8 +296,8 @@ def name_failure(outcome: Outcome, bad: Mapping[int, int]) -> Failure:
     if outcome.not_started:
         return failure("not started", outcome.not_started, None)
     if outcome.unfit:
-        told = "; ".join(f"{host}: {text}" for host, text in outcome.unfit.items())
-        return failure("unfit node", told, None, host=next(iter(outcome.unfit)))
+        fields = "; ".join(f"{host}: {text}" for host, text in outcome.unfit.items())
+        return failure("unfit node", fields, None, host=next(iter(outcome.unfit)))
     if cause is not None and (cause["kind"] != "communication" or signalled is None or signalled in echoes):
         kind = str(cause["kind"])
         text = cause["message"] if kind == "bad request" else f"{cause['type']}: {cause['message']}"
@@ -301,8 +309,8 @@ def name_failure(outcome: Outcome, bad: Mapping[int, int]) -> Failure:
             return failure(kind, f"rank {signalled} was ended by {name}: {words}", signalled)
         return failure("killed", f"rank {signalled} was ended by {name}", signalled)
     rank, code = next(iter(bad.items()))
-    if code in (FULL, UNHEARD):
-        kind = "disk full" if code == FULL else "storage"
+    if code in (DISK_FULL, ERROR_NOT_WRITTEN):
+        kind = "disk full" if code == DISK_FULL else "storage"
         return failure(kind, f"rank {rank} could not write its error into the run directory", rank)
-    kind = "bad request" if code == REFUSED else "user error"
+    kind = "bad request" if code == BAD_REQUEST else "user error"
     return failure(kind, f"rank {rank} ended with exit status {code} and left no error", rank)

@@ -15,7 +15,7 @@ from launcher.lifecycle.policy import (
     Action,
     Failure,
     Outcome,
-    back_off,
+    backoff_seconds,
     decide,
     describe_interruption,
     no_progress,
@@ -25,10 +25,10 @@ from launcher.lifecycle.run_dir import RunDir, tail
 from launcher.request.spec import Plan, State
 from training.files import read_json
 
-MOUNT_SECONDS = 120.0
+MOUNT_WAIT_SECONDS = 120.0
 """How long to wait, between two attempts, for a run directory that cannot be written: a lost mount may come back."""
 
-Fate = Literal["", "preempting", "requeued"]
+JobFate = Literal["", "preempting", "requeued"]
 """What a scheduler does with a job whose ranks it asked to stop: nothing more, takes its nodes, or starts it again."""
 
 
@@ -50,7 +50,7 @@ class Relocation(Protocol):
     def spare(self, outcome: Outcome) -> bool:
         """Return whether enough nodes are at hand to go on without the lost and the unfit ones."""
 
-    def fate(self) -> Fate:
+    def fate(self) -> JobFate:
         """Return what the scheduler does with this job; empty if a person asked for the stop."""
 
     def start_elsewhere(self, attempt: int, hosts: tuple[str, ...]) -> Elsewhere:
@@ -105,7 +105,7 @@ class Recovery:
             done = await engine.attempt()
             if isinstance(done, End):
                 return done
-            await until_writable(self.run_dir)
+            await wait_until_writable(self.run_dir)
             match self.after(engine, *done):
                 case End() as end:
                     return end
@@ -117,7 +117,7 @@ class Recovery:
     def after(self, relocation: Relocation, attempt: int, outcome: Outcome, *, may_restart: bool = True) -> End | Again:
         """Decide what follows from `outcome`, and record it."""
         past, step = history.read(self.run_dir.events()), outcome.step
-        left = self.plan.spec.max_restarts - len(past.setbacks) if may_restart else 0
+        left = self.plan.spec.max_restarts - len(past.failed_attempts) if may_restart else 0
         action, failure = decide(outcome, left, past, relocation.movable, relocation.spare(outcome))
         match action:
             case Action.FINISH:
@@ -128,14 +128,14 @@ class Recovery:
                 record_interruption(self.run_dir, attempt, outcome)
                 return self.stopped(relocation, attempt, step)
         assert failure is not None, "attempts are repeated after failures only"
-        recorded = note_failure(self.run_dir, attempt, failure, left - 1, step)
+        recorded = record_failure(self.run_dir, attempt, failure, left - 1, step)
         if action is Action.RESTART:
-            return Again(back_off(past, step), tuple(outcome.unfit))
+            return Again(backoff_seconds(past, step), tuple(outcome.unfit))
         hosts = tuple(outcome.unfit) or unfit(failure, past, step)
         # A failure that is not recorded would not be counted, and the run would be requeued without end.
         match relocation.start_elsewhere(attempt, hosts) if recorded else Elsewhere.NOWHERE:
             case Elsewhere.NOW:
-                return Again(back_off(past, step))
+                return Again(backoff_seconds(past, step))
             case Elsewhere.LATER:
                 self._record_requeue(attempt, failure.kind, step, hosts)
                 return End(State.STOPPED, requeued=True)
@@ -169,9 +169,9 @@ class Recovery:
         return end_run(self.run_dir, plan or self.plan, end.state, attempt, self.started, end.failure, end.step)
 
 
-async def until_writable(run_dir: RunDir) -> None:
-    """Wait, at most `MOUNT_SECONDS`, while the run directory cannot be written."""
-    deadline = asyncio.get_running_loop().time() + MOUNT_SECONDS
+async def wait_until_writable(run_dir: RunDir) -> None:
+    """Wait, at most `MOUNT_WAIT_SECONDS`, while the run directory cannot be written."""
+    deadline = asyncio.get_running_loop().time() + MOUNT_WAIT_SECONDS
     while asyncio.get_running_loop().time() < deadline:
         with suppress(OSError):
             await asyncio.to_thread(run_dir.beat)  # a shared disk may take long to answer
@@ -179,7 +179,9 @@ async def until_writable(run_dir: RunDir) -> None:
         await asyncio.sleep(1.0)
 
 
-def note_failure(run_dir: RunDir, attempt: int, failure: Failure, restarts_left: int, step: int | None = None) -> bool:
+def record_failure(
+    run_dir: RunDir, attempt: int, failure: Failure, restarts_left: int, step: int | None = None
+) -> bool:
     """Write the events of a failed attempt that is followed by another; return whether they could be written."""
     fields = _failure_fields(attempt, failure, step)
     recorded = run_dir.event("failed", **fields)

@@ -38,7 +38,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launcher.rank.output import outlive_a_full_disk
+from launcher.rank.output import drop_output_on_full_disk
 
 ENTER = "import sys; sys.path[:1] == [''] and sys.path.pop(0); from launcher.rank.worker import enter; enter()"
 """What a fresh interpreter runs. Its first entry of sys.path is the current folder, whose modules are the user's."""
@@ -54,10 +54,10 @@ def _prctl(option: int, value: int) -> None:
 class ForkServer:
     """The server's side: imports, forks, reaps."""
 
-    def __init__(self, control: socket.socket, run_dir: Path, pulses: int) -> None:
+    def __init__(self, control: socket.socket, run_dir: Path, heartbeats: int) -> None:
         self.control = control
         self.run_dir = run_dir
-        self.pulses = pulses  # the descriptor of the memory that the agent watches
+        self.heartbeats = heartbeats  # the descriptor of the memory that the agent watches
         self.ranks: dict[int, int] = {}  # pid -> rank
         self.buffer = b""
         self.forks = False  # ranks are forked; else each is a fresh interpreter
@@ -150,10 +150,10 @@ class ForkServer:
         try:
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
-            from launcher.lifecycle.exit_status import unheard
+            from launcher.lifecycle.exit_status import error_not_written_status
 
             print(f"launch: rank {rank}: {log}: {error.strerror}", file=sys.stderr)
-            os._exit(unheard(error))
+            os._exit(error_not_written_status(error))
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.close(output)
@@ -163,7 +163,7 @@ class ForkServer:
         os.close(null)
         self.control.detach()
         if not self.forks or poisoned():
-            arguments = [str(self.run_dir), json.dumps(world), str(self.pulses)]
+            arguments = [str(self.run_dir), json.dumps(world), str(self.heartbeats)]
             os.execve(sys.executable, [sys.executable, "-c", ENTER, *arguments], environment)
         os.environ.clear()
         os.environ.update(environment)
@@ -172,7 +172,7 @@ class ForkServer:
             numpy.random.seed()  # it was seeded by its import, once for all ranks of the node
         from launcher.rank.worker import main
 
-        return main(self.run_dir, world, self.pulses)
+        return main(self.run_dir, world, self.heartbeats)
 
     def reap(self) -> None:
         """Tell the agent about every rank that has ended, once what it left behind is killed."""
@@ -247,7 +247,7 @@ def poisoned() -> bool:
 
 def main() -> None:
     """``python -m launcher.rank.forkserver RUN_DIR DESCRIPTOR``, with the agent's socket as descriptor 0."""
-    outlive_a_full_disk()  # the ranks inherit this
+    drop_output_on_full_disk()  # the ranks inherit this
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     status = ForkServer(socket.socket(fileno=0), Path(sys.argv[1]), int(sys.argv[2])).serve()
     if status is not None:

@@ -9,7 +9,7 @@ from typing import TextIO
 from training.files import FULL_DISK
 
 
-class Patient(io.FileIO):
+class DropOnFullDisk(io.FileIO):
     """A file that drops what the disk has no room for, and says how much that was once there is room again.
 
     Attributes:
@@ -32,13 +32,13 @@ class Patient(io.FileIO):
             return len(data)
 
 
-def outlive_a_full_disk() -> None:
+def drop_output_on_full_disk() -> None:
     """From here on this process goes on where its standard output and error cannot be written to a full disk."""
     sys.stdout, sys.stderr = _patient(sys.stdout), _patient(sys.stderr)
 
 
 def _patient(stream: TextIO) -> TextIO:
     stream.flush()
-    raw = Patient(stream.fileno(), "w", closefd=False)
+    raw = DropOnFullDisk(stream.fileno(), "w", closefd=False)
     buffered = io.BufferedWriter(raw)  # type: ignore[type-var]  # typeshed knows of no name for the buffers it takes
     return io.TextIOWrapper(buffered, stream.encoding, stream.errors, line_buffering=True)

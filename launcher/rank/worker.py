@@ -16,21 +16,29 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from launcher.config.codec import from_data
-from launcher.lifecycle.exit_status import FINISHED, RAISED, REFUSED, STOPPED, classify, headline, unheard
+from launcher.lifecycle.exit_status import (
+    BAD_REQUEST,
+    FINISHED,
+    RAISED,
+    STOPPED,
+    classify,
+    error_not_written_status,
+    headline,
+)
 from launcher.lifecycle.run_dir import RunDir
 from launcher.rank.affinity import settle
-from launcher.rank.output import outlive_a_full_disk
+from launcher.rank.output import drop_output_on_full_disk
 from launcher.request.spec import Plan
 from launcher.request.target import call, short_traceback
 from training.context import Context
-from training.distributed.heartbeat import Pulse
+from training.distributed.heartbeat import Heartbeat
 from training.distributed.world import World
 from training.errors import DeviceError, ReplicaError
 from training.files import write_atomic
 
 
-def work(run_dir: RunDir, world: World, pulse: Pulse | None = None) -> int:
-    """Run the target as the rank that `world` describes; return the exit status. `pulse` is where it says how it gets on.
+def work(run_dir: RunDir, world: World, heartbeat: Heartbeat | None = None) -> int:
+    """Run the target as the rank that `world` describes; return the exit status. `heartbeat` is where it says how it gets on.
 
     What the target returned is left by rank 0 in ``value.pkl``; what it raised in ``errors/<attempt>/<rank>.json``.
     SIGTERM sets the flag of a Context; a target without one keeps Python's default, or the handler that it installs.
@@ -40,7 +48,7 @@ def work(run_dir: RunDir, world: World, pulse: Pulse | None = None) -> int:
     opened: list[Context] = []
 
     def context() -> Context:
-        opened.append(Context(run_dir.path, world, args=plan.target.args, pulse=pulse))
+        opened.append(Context(run_dir.path, world, args=plan.target.args, heartbeat=heartbeat))
         _stop_on_sigterm(opened[0])
         return opened[0]
 
@@ -128,8 +136,8 @@ def _leave_error(run_dir: RunDir, world: World, error: BaseException, kind: str)
     except OSError as problem:
         with suppress(OSError):
             print(f"launch: the error of rank {world.rank} cannot be left in {path}: {problem}", file=sys.stderr)
-        return unheard(problem)
-    return REFUSED if kind == "bad request" else RAISED
+        return error_not_written_status(problem)
+    return BAD_REQUEST if kind == "bad request" else RAISED
 
 
 def _leave_value(run_dir: RunDir, value: Any) -> None:
@@ -148,17 +156,17 @@ def _leave_value(run_dir: RunDir, value: Any) -> None:
             write_atomic(run_dir.value_file, json.dumps(value))
 
 
-def main(run_dir: Path, world: dict[str, Any], pulses: int) -> int:
+def main(run_dir: Path, world: dict[str, Any], heartbeats: int) -> int:
     """Run a rank in this process; return its exit status."""
     faulthandler.enable(2)  # a crash in native code leaves the Python stack in the log
     faulthandler.register(signal.SIGQUIT, 2)  # and the agent asks a rank that hangs for it
     rank = from_data(World, world, "world")
-    return work(RunDir(run_dir), rank, Pulse.of(pulses, rank.local_rank))
+    return work(RunDir(run_dir), rank, Heartbeat.of(heartbeats, rank.local_rank))
 
 
 def enter() -> NoReturn:
     """Run a rank in a fresh interpreter, whose arguments are the run directory, the world and a file descriptor."""
-    outlive_a_full_disk()
+    drop_output_on_full_disk()
     finish(main(Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])))
 
 

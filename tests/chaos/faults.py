@@ -259,8 +259,8 @@ def kill_actor(words: str) -> Strike:
 def kill_steward(scene: Scene) -> None:
     """The actor on the node of a rank that starts the ranks there."""
     ranks = set(scene.subject.ranks().values())
-    stewards = [pid for pid in scene.ray.processes("ray::Steward") if ranks & descendants(pid)]
-    os.kill(scene.chance.choice(sorted(stewards)), signal.SIGKILL)
+    node_actors = [pid for pid in scene.ray.processes("ray::NodeActor") if ranks & descendants(pid)]
+    os.kill(scene.chance.choice(sorted(node_actors)), signal.SIGKILL)
 
 
 def drain_raylet(scene: Scene) -> Undo:

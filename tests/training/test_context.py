@@ -106,7 +106,7 @@ def test_collectives() -> None:
 
 
 def test_a_notebook_needs_no_more_than_a_folder(tmp_path: Path) -> None:
-    with Context.here(tmp_path / "new" / "run") as ctx:
+    with Context.single_process(tmp_path / "new" / "run") as ctx:
         assert ctx.device.type in ("cpu", "cuda")
         assert ctx.group.size == 1
         assert ctx.checkpoints.latest() is None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.checkpoints.sharding import like, load_model_state, local_parts, part_name, shard, whole
 from training.checkpoints.state import join_optimizer, split_optimizer
-from training.data.prefetch import ahead
+from training.data.prefetch import prefetch
 from training.data.sampler import Step
 from training.distributed.group import environment
 from training.distributed.replicas import check_replicas, replicate
@@ -76,7 +76,7 @@ class Engine:
             model.parameters(), lr=config.lr or 0.0, weight_decay=config.weight_decay, fused=self.runtime.fused or None
         )
         # A runtime that compiles for each shape does so by itself.
-        forward = torch.compile(model, dynamic=False) if config.compile and self.runtime.any_shape else model
+        forward = torch.compile(model, dynamic=False) if config.compile and self.runtime.dynamic_shapes else model
         # `evaluation_mode` leaves DDP to us: accelerate wraps only on devices that it knows, and by the local rank.
         self.wrapped = self.accelerator.prepare_model(forward, device_placement=False, evaluation_mode=True)
         self.replicated = self.world_size > 1 and not self.sharded
@@ -87,7 +87,8 @@ class Engine:
         self.scheduler = get_scheduler(config.schedule, self.optimizer, config.warmup_steps, steps)
         # Compiled code is made for each shape, so lengths are rounded up to a handful of them.
         self.collate = DataCollatorWithPadding(
-            tokenizer, pad_to_multiple_of=COMPILED_LENGTHS if config.compile or not self.runtime.any_shape else None
+            tokenizer,
+            pad_to_multiple_of=COMPILED_LENGTHS if config.compile or not self.runtime.dynamic_shapes else None,
         )
         self.loss_sum = torch.zeros((), device=ctx.device)
         self.loss_steps = 0
@@ -106,15 +107,20 @@ class Engine:
     def batch(self, data: Encoded, samples: Sequence[int]) -> Batch:
         """The padded tensors, int64 of shape (samples, longest), of `samples`; in page-locked memory for a GPU."""
         batch = self.collate(data.rows(samples))
-        return {name: tensor.pin_memory() if self.runtime.pins else tensor for name, tensor in batch.items()}
+        return {
+            name: tensor.pin_memory() if self.runtime.pin_memory_by_default else tensor
+            for name, tensor in batch.items()
+        }
 
     def batches(self, data: Encoded, steps: Iterable[Step]) -> Generator[tuple[Step, list[Batch]]]:
         """The steps with the batches of this rank; for an accelerator they are made ahead, in a thread.
 
         On a CPU that would only take the cores away from the arithmetic.
         """
-        made = ((step, [self.batch(data, part or (step.stand_in,)) for part in step.microbatches]) for step in steps)
-        return ahead(made) if self.runtime.by_itself else made
+        made = (
+            (step, [self.batch(data, part or (step.padding_sample,)) for part in step.microbatches]) for step in steps
+        )
+        return prefetch(made) if self.runtime.async_dispatch else made
 
     def _send(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.ctx.device, non_blocking=True) for name, tensor in batch.items()}
@@ -132,7 +138,7 @@ class Engine:
                 loss = self.wrapped(**self._send(batch)).loss * weight
                 self.accelerator.backward(loss)
             total += loss.detach()
-        self.ctx.checkpoints.copied()
+        self.ctx.checkpoints.wait_for_copy()
         if self.max_grad_norm:
             self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.max_grad_norm)
         self.prepared.step()

@@ -85,7 +85,7 @@ class Checkpoints:
     ) -> None:
         """Save `parts` as the checkpoint of `step`; returns once the tensors are copied to host memory.
 
-        With `later` it returns sooner: the tensors are copied while the caller goes on, who calls `copied` before he
+        With `later` it returns sooner: the tensors are copied while the caller goes on, who calls `wait_for_copy` before he
         changes any of them. Between a save and the next update of the parameters there is a forward and a backward pass,
         in which nothing changes them (as in CheckFreq; Mohan, Phanishayee, Chidambaram 2021).
 
@@ -108,7 +108,7 @@ class Checkpoints:
         if wait:
             self.wait()
 
-    def copied(self) -> None:
+    def wait_for_copy(self) -> None:
         """Return when all tensors of the newest save are copied, so that they may change."""
         copy, self._copy = self._copy, None
         if copy is not None:

@@ -10,7 +10,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def ahead(items: Iterable[T], depth: int = 2) -> Generator[T]:
+def prefetch(items: Iterable[T], depth: int = 2) -> Generator[T]:
     """`items`, made in a thread up to `depth` in advance. What making one raises is raised here, in its place.
 
     The thread ends with the iterator, also when that is closed half-way.

@@ -35,12 +35,12 @@ class Step:
     """What one rank does in one optimizer step.
 
     Every rank has as many `microbatches`. An empty one (the last step of an epoch may hold fewer samples than there are
-    ranks) is run on `stand_in` with weight 0, because all ranks must take part in the collectives.
+    ranks) is run on `padding_sample` with weight 0, because all ranks must take part in the collectives.
     """
 
     microbatches: tuple[tuple[int, ...], ...]
     samples: int  # in this step over all ranks
-    stand_in: int
+    padding_sample: int
     after: Position
 
     def weight(self, microbatch: Sequence[int], world_size: int) -> float:

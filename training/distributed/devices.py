@@ -36,10 +36,10 @@ class Runtime:
 
     backend: ClassVar[str] = "gloo"
     fused: ClassVar[bool] = True
-    any_shape: ClassVar[bool] = True
-    by_itself: ClassVar[bool] = False
+    dynamic_shapes: ClassVar[bool] = True
+    async_dispatch: ClassVar[bool] = False
     group_first: ClassVar[bool] = False
-    pins: ClassVar[bool] = False
+    pin_memory_by_default: ClassVar[bool] = False
     ddp: ClassVar[bool] = True
     shards: ClassVar[bool] = True
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16")
@@ -88,7 +88,7 @@ class Accelerator(Runtime):
     """A device of its own, of which torch has a module (`torch.cuda`, `torch.tpu`)."""
 
     name: ClassVar[str]
-    by_itself = True
+    async_dispatch = True
 
     def _module(self) -> Any:
         import torch
@@ -113,7 +113,7 @@ class Cuda(Accelerator):
 
     name = "cuda"
     backend = "cpu:gloo,cuda:nccl"
-    pins = True
+    pin_memory_by_default = True
 
     def device(self, world: World) -> torch.device:
         import torch
@@ -149,7 +149,7 @@ class TorchTpu(Accelerator):
     name = "tpu"
     backend = "tpu_dist"
     fused = False
-    any_shape = False
+    dynamic_shapes = False
     precisions = ("fp32", "bf16")
 
     def device(self, world: World) -> torch.device:
@@ -164,8 +164,8 @@ class TorchXla(Runtime):
 
     backend = "xla"
     fused = False
-    any_shape = False
-    by_itself = True
+    dynamic_shapes = False
+    async_dispatch = True
     group_first = True
     ddp = False
     shards = False

@@ -32,7 +32,7 @@ class Reading:
     age: float = 0.0
 
 
-class Pulse:
+class Heartbeat:
     """Writes and reads one slot of a shared memory. Without one it writes to memory of its own that nobody reads.
 
     A write costs about a microsecond and no system call. Times are those of the monotonic clock, which all processes of
@@ -46,7 +46,7 @@ class Pulse:
         self._beats = False  # whether this rank says itself which steps are done
 
     @classmethod
-    def of(cls, descriptor: int, slot: int) -> Pulse:
+    def of(cls, descriptor: int, slot: int) -> Heartbeat:
         """The pulse in `slot` of the memory behind an inherited file descriptor, which stays open."""
         return cls(mmap.mmap(descriptor, 0), slot)
 

@@ -92,7 +92,7 @@ def versions() -> dict[str, Any]:
 async def ask(
     attempt: int,
     agents: Sequence[Agent],
-    tell: Callable[[Agent], None],
+    send: Callable[[Agent], None],
     inbox: asyncio.Queue[tuple[Agent, dict[str, Any]]],
     awaited: Callable[[Agent], bool],
     other: Callable[[Agent, dict[str, Any]], None],
@@ -107,7 +107,7 @@ async def ask(
     asked = time.time()
     answers: dict[Agent, Facts] = {}
     for agent in agents:
-        tell(agent)
+        send(agent)
     with suppress(TimeoutError):
         async with asyncio.timeout(ANSWER_SECONDS):
             while any(awaited(agent) for agent in agents if agent not in answers):

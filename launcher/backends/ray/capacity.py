@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from launcher.backends.ray.backend import trainer, whole_host
-from launcher.backends.ray.cluster import RayNode, fitting, look, room, shortage
-from launcher.backends.ray.node_actors import Stewards
+from launcher.backends.ray.cluster import RayNode, capacity, fitting, look, shortage
+from launcher.backends.ray.node_actors import NodeActors
 from launcher.errors import BadRequest
 from launcher.lifecycle import history
 from launcher.lifecycle.policy import ADVICE, Failure
@@ -17,7 +17,7 @@ from launcher.request.placement.tpu import Topology
 from launcher.request.spec import Plan
 
 
-class Room:
+class ClusterCapacity:
     """The cluster as a run sees it. The caller is connected to Ray.
 
     Attributes:
@@ -26,8 +26,8 @@ class Room:
         lacking: since when the cluster is too small, and what it lacks; None while it is not.
     """
 
-    def __init__(self, run_dir: RunDir, plan: Plan, stewards: Stewards) -> None:
-        self.run_dir, self.plan, self.stewards = run_dir, plan, stewards
+    def __init__(self, run_dir: RunDir, plan: Plan, node_actors: NodeActors) -> None:
+        self.run_dir, self.plan, self.node_actors = run_dir, plan, node_actors
         self.away = history.read(run_dir.events()).excluded
         self.lost: list[str] = []
         self.lacking: tuple[float, str] | None = None
@@ -43,10 +43,10 @@ class Room:
 
     def strike(self, nodes: Sequence[str], attempt: int) -> None:
         """Stay away from `nodes` from now on."""
-        self.run_dir.event("struck", attempt=attempt, exclude=list(nodes))
+        self.run_dir.event("excluded", attempt=attempt, exclude=list(nodes))
         self.away = tuple(dict.fromkeys((*self.away, *nodes)))
 
-    def forgive(self) -> bool:
+    def readmit(self) -> bool:
         """Take back the struck nodes where the others cannot hold the run; says whether that helps.
 
         Not where a preflight has found them unfit: it would again.
@@ -55,25 +55,25 @@ class Room:
             return False
         if self.ranks_for(self.nodes()) or not self.ranks_for(look()):
             return False
-        self.run_dir.event("forgiven", nodes=list(self.away))
+        self.run_dir.event("readmitted", nodes=list(self.away))
         self.away = ()
         return True
 
     async def check(self) -> None:
         """Refuse what this cluster can never run, and a run directory that a node does not see. Raises BadRequest."""
-        self.forgive()
+        self.readmit()
         nodes, scaling = self.nodes(), self.scaling()
         lacks = shortage(nodes, scaling)
         if lacks and not self.plan.cluster.ray.autoscales and not self.ranks_for(nodes):
             raise BadRequest(
-                f"{self._staying_away()}{lacks}. Ask for at most {room(nodes, scaling)} ranks; if the cluster grows on"
+                f"{self._staying_away()}{lacks}. Ask for at most {capacity(nodes, scaling)} ranks; if the cluster grows on"
                 " demand, set ray.autoscales = true in its profile."
             )
-        blind = await self.hire(nodes)
-        if blind:
+        hosts_without_run_dir = await self.start_actors(nodes)
+        if hosts_without_run_dir:
             raise BadRequest(
                 f"the run directory {self.run_dir.path} is not visible on the nodes"
-                f" {', '.join(node.address for node in blind)}. All nodes have to share it: set `runs` in the cluster's"
+                f" {', '.join(node.address for node in hosts_without_run_dir)}. All nodes have to share it: set `runs` in the cluster's"
                 " profile to a shared folder."
             )
 
@@ -92,22 +92,22 @@ class Room:
         names = whole_host(self.plan.placement).keys() if self.plan.placement.on_tpu else ()
         return not names or any(names & node.resources.keys() for node in look())
 
-    async def hire(self, nodes: list[RayNode]) -> list[RayNode]:
+    async def start_actors(self, nodes: list[RayNode]) -> list[RayNode]:
         """Have a steward on each node that can hold a rank; returns those that do not see the run directory."""
-        useful = [node for node in nodes if room([node], self.scaling() | {"topology": None})]
+        useful = [node for node in nodes if capacity([node], self.scaling() | {"topology": None})]
         if len(useful) <= self.plan.placement.nodes:
             towards = next((n.address for n in nodes), "")
-            blind = await self.stewards.ensure(useful, towards, len(nodes) > 1)
-            self.stewards.open(node.id for node in useful)  # every one of them will be used
-            return blind
-        return await self.stewards.ensure(useful, nodes[0].address, len(nodes) > 1)
+            hosts_without_run_dir = await self.node_actors.ensure(useful, towards, len(nodes) > 1)
+            self.node_actors.open(node.id for node in useful)  # every one of them will be used
+            return hosts_without_run_dir
+        return await self.node_actors.ensure(useful, nodes[0].address, len(nodes) > 1)
 
     def ranks_for(self, nodes: list[RayNode]) -> int:
         """With how many ranks the run can go on, on these nodes; 0: with none."""
         asked = self.plan.placement.world_size
         if self.plan.cluster.ray.autoscales:
             return asked
-        most = room(nodes, self.scaling())
+        most = capacity(nodes, self.scaling())
         if most >= asked or not self._elastic:
             return asked if most >= asked else 0
         topology = self.plan.placement.topology

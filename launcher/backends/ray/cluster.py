@@ -87,7 +87,7 @@ def demand(scaling: Mapping[str, Any]) -> dict[str, float]:
     return each
 
 
-def room(nodes: Sequence[RayNode], scaling: Mapping[str, Any]) -> int:
+def capacity(nodes: Sequence[RayNode], scaling: Mapping[str, Any]) -> int:
     """How many ranks of this kind the nodes can hold when nobody else is there."""
     each = demand(scaling)
     fits = [node.holds(each) for node in nodes]
@@ -121,15 +121,15 @@ def slices(nodes: Iterable[RayNode]) -> dict[str, tuple[str, int]]:
     return found
 
 
-def fitting(asked: int, room: int, unit: int = 1) -> int:
-    """The largest number of ranks up to `room` that divides `asked` and comes in multiples of `unit`; 0 for none."""
-    sizes = [n for n in range(unit, min(asked, room) + 1, unit) if asked % n == 0]
+def fitting(asked: int, capacity: int, unit: int = 1) -> int:
+    """The largest number of ranks up to `capacity` that divides `asked` and comes in multiples of `unit`; 0 for none."""
+    sizes = [n for n in range(unit, min(asked, capacity) + 1, unit) if asked % n == 0]
     return max(sizes, default=0)
 
 
 def shortage(nodes: Sequence[RayNode], scaling: Mapping[str, Any]) -> str:
     """Say why the nodes cannot hold the request, and what they have; empty where they can."""
-    ranks, most = scaling["num_workers"], room(nodes, scaling)
+    ranks, most = scaling["num_workers"], capacity(nodes, scaling)
     if ranks <= most:
         return ""
     totals = {

@@ -23,15 +23,15 @@ from pathlib import Path
 
 from launcher.agent.node_ranks import Message
 from launcher.backends.ray.attempt import DRIVER, RayAttempt
-from launcher.backends.ray.capacity import Room
+from launcher.backends.ray.capacity import ClusterCapacity
 from launcher.backends.ray.cluster import draining, join, leave, reservations, shortage
-from launcher.backends.ray.node_actors import Stewards
-from launcher.backends.ray.worker_group import Lease, Member
+from launcher.backends.ray.node_actors import NodeActors
+from launcher.backends.ray.worker_group import Member, WorkerGroup
 from launcher.errors import BadRequest
 from launcher.lifecycle.policy import ADVICE, Failure, Outcome
-from launcher.lifecycle.recovery import Elsewhere, End, Fate, Recovery
+from launcher.lifecycle.recovery import Elsewhere, End, JobFate, Recovery
 from launcher.lifecycle.run_dir import BEAT_SECONDS, RunDir
-from launcher.rank.output import outlive_a_full_disk
+from launcher.rank.output import drop_output_on_full_disk
 from launcher.request.spec import Plan, State
 
 LOOK_SECONDS = 0.5
@@ -40,7 +40,7 @@ LOOK_SECONDS = 0.5
 DEATH_SECONDS = 15.0
 """How long Ray may take to notice that a node is gone whose steward is; after that, only the steward is."""
 
-FAREWELL_SECONDS = 10.0
+CLOSE_GRACE_SECONDS = 10.0
 """How long Ray Train gets to end a lease; workers that are still there are then killed, and it gets as long again."""
 
 
@@ -52,12 +52,12 @@ class Driver:
         self.plan = run_dir.plan()
         self.recovery = Recovery(run_dir, self.plan)
         self.inbox: asyncio.Queue[tuple[str, Message]] = asyncio.Queue()
-        self.stewards = Stewards(run_dir, lambda node, message: self.inbox.put_nowait((node, message)))
-        self.room = Room(run_dir, self.plan, self.stewards)
+        self.node_actors = NodeActors(run_dir, lambda node, message: self.inbox.put_nowait((node, message)))
+        self.capacity = ClusterCapacity(run_dir, self.plan, self.node_actors)
         self.ranks = self.plan.placement.world_size  # of the newest lease
         self.stop = ""  # why the run was asked to stop
         self.going: dict[str, float] = {}  # drained nodes, and when they go
-        self.lease: Lease | None = None  # the workers that the run has now
+        self.worker_group: WorkerGroup | None = None  # the workers that the run has now
         self.leaving = False  # these workers are given up before the next attempt
         self.asked = run_dir.last_attempt()  # counts the requests for workers
         self.suspects: dict[str, float] = {}  # when each was found silent; Ray may list it for a while
@@ -68,7 +68,7 @@ class Driver:
         threading.Thread(target=self._beat, daemon=True).start()
         try:
             await join(self.plan)
-            await self.room.check()
+            await self.capacity.check()
         except BadRequest as error:
             end = End(State.FAILED, Failure("bad request", str(error), advice=ADVICE["bad request"]))
         else:
@@ -76,9 +76,9 @@ class Driver:
             looking = asyncio.create_task(self._look())
             end = await self.recovery.run(self)
             looking.cancel()
-        if self.lease is not None:
-            await self._finish(self.lease, f"{end.failure.kind}: {end.failure.message}" if end.failure else "")
-        self.stewards.close()
+        if self.worker_group is not None:
+            await self._finish(self.worker_group, f"{end.failure.kind}: {end.failure.message}" if end.failure else "")
+        self.node_actors.close()
         await leave()
         return self.recovery.finish(end, self._as_it_went())
 
@@ -113,31 +113,31 @@ class Driver:
     @property
     def movable(self) -> bool:
         """Whether Ray Train can be kept from a node."""
-        return self.room.steerable
+        return self.capacity.steerable
 
     def spare(self, outcome: Outcome) -> bool:
         """Return whether other workers can be asked for: always after a loss; not away from TPU hosts that are unfit."""
-        return self.room.steerable or not outcome.unfit
+        return self.capacity.steerable or not outcome.unfit
 
     async def attempt(self) -> tuple[int, Outcome] | End:
         """Run the next attempt, with other workers if those at hand are lost or given up."""
-        if self.lease is not None and (self.lease.broken or self.leaving):
-            await self._finish(self.lease, "an attempt failed, and the run goes on with other workers")
-            self.lease = None
-        while self.lease is None:
+        if self.worker_group is not None and (self.worker_group.broken or self.leaving):
+            await self._finish(self.worker_group, "an attempt failed, and the run goes on with other workers")
+            self.worker_group = None
+        while self.worker_group is None:
             if (found := await self._next_lease()) is not None:
                 return found
         if self.stop:
             return End(State.STOPPED)
-        attempt = RayAttempt(self.run_dir, self.lease, self.stewards, self._note)
+        attempt = RayAttempt(self.run_dir, self.worker_group, self.node_actors, self._note)
         return attempt.number, await attempt.run(self.inbox, self.going)
 
     def exclude(self, attempt: int, hosts: tuple[str, ...]) -> None:
         """Ask for other workers, away from `hosts`."""
-        self.room.strike(hosts, attempt)
+        self.capacity.strike(hosts, attempt)
         self.leaving = True
 
-    def fate(self) -> Fate:
+    def fate(self) -> JobFate:
         """Return why the ranks were stopped: empty if a person asked for it, else Ray takes nodes away."""
         return "" if self.stop else "preempting"
 
@@ -145,13 +145,13 @@ class Driver:
         """Ask for other workers; `hosts` are excluded if the other nodes can hold the run."""
         if not hosts:
             self.leaving = True
-        elif self.room.ranks_for(self.room.nodes(but=hosts)):
+        elif self.capacity.ranks_for(self.capacity.nodes(but=hosts)):
             self.exclude(attempt, hosts)
         return Elsewhere.NOW
 
     async def pause(self, seconds: float) -> None:
         """Wait, unless the workers are given up, which takes time enough."""
-        if self.lease is None or not (self.lease.broken or self.leaving):
+        if self.worker_group is None or not (self.worker_group.broken or self.leaving):
             await asyncio.sleep(seconds)
 
     # ---- leases ---------------------------------------------------------------------------------------------------
@@ -159,113 +159,115 @@ class Driver:
     async def _next_lease(self) -> tuple[int, Outcome] | End | None:
         """Ask for workers and wait for them: the outcome of an attempt that they did not start, the end, or None.
 
-        None says to look again: `lease` has its workers, or the cluster did not give them.
+        None says to look again: `worker_group` has its workers, or the cluster did not give them.
         """
-        ranks = await self._room()
+        ranks = await self._capacity()
         if isinstance(ranks, End):
             return ranks
         self.asked += 1
-        lease = Lease(self.plan, self.asked, ranks, lost_before=len(self.room.lost))
-        lease.start(self.room.request(self.asked, ranks))
+        worker_group = WorkerGroup(self.plan, self.asked, ranks, lost_before=len(self.capacity.lost))
+        worker_group.start(self.capacity.request(self.asked, ranks))
         self.ranks = ranks
-        if await self._gather(lease):
-            self.room.lacking, self.lease, self.leaving = None, lease, False
+        if await self._gather(worker_group):
+            self.capacity.lacking, self.worker_group, self.leaving = None, worker_group, False
             return None
         if self.stop:
             return End(State.STOPPED)  # leaving ends what is being started
-        await self._finish(lease, "the workers did not start")
-        return self._not_started(lease)
+        await self._finish(worker_group, "the workers did not start")
+        return self._not_started(worker_group)
 
-    async def _room(self) -> int | End:
+    async def _capacity(self) -> int | End:
         """Wait until the cluster can hold the run, for a bounded time; returns the number of ranks, or how it ended."""
         while True:
-            nodes = self.room.nodes()
+            nodes = self.capacity.nodes()
             if self.stop:
                 return End(State.STOPPED)
             late = time.monotonic() - DEATH_SECONDS
             if any(self.suspects.get(node.id, late) > late for node in nodes):
-                await self._hear_idle()
+                await self._on_idle_message()
                 continue
-            if ranks := self.room.ranks_for(nodes):
+            if ranks := self.capacity.ranks_for(nodes):
                 if not self.plan.cluster.ray.autoscales:  # there, only workers that come are an answer
-                    self.room.lacking = None
+                    self.capacity.lacking = None
                 return ranks
-            if self.room.forgive():
+            if self.capacity.readmit():
                 continue
-            if failure := self.room.too_small(shortage(nodes, self.room.scaling())):
+            if failure := self.capacity.too_small(shortage(nodes, self.capacity.scaling())):
                 return End(State.FAILED, failure)
-            await self._hear_idle()
+            await self._on_idle_message()
 
-    async def _hear_idle(self) -> None:
+    async def _on_idle_message(self) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(LOOK_SECONDS):
                 node, message = await self.inbox.get()
                 self._note(node, message, None)
 
-    async def _gather(self, lease: Lease) -> bool:
+    async def _gather(self, worker_group: WorkerGroup) -> bool:
         """Wait until all workers of the lease are ready; False where they will not be."""
-        told = False
+        fields = False
         since, before = time.monotonic(), reservations()
-        while not lease.complete:
-            if lease.done.is_set() or lease.broken or self.stop:
+        while not worker_group.complete:
+            if worker_group.done.is_set() or worker_group.broken or self.stop:
                 return False
-            if not told and time.monotonic() - since > 30:
-                told = True
+            if not fields and time.monotonic() - since > 30:
+                fields = True
                 self.run_dir.event("waiting", message="the cluster's nodes are in use by others, or starting")
-            await self.room.hire(self.room.nodes())
+            await self.capacity.start_actors(self.capacity.nodes())
             # Ray has chosen the nodes, and their stewards can import while it still starts its workers there.
             made = reservations().items() - before.items()
-            self.stewards.open({node for _, nodes in made for node in nodes if len(nodes) == lease.ranks})
+            self.node_actors.open({node for _, nodes in made for node in nodes if len(nodes) == worker_group.ranks})
             with suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_SECONDS):
                     node, message = await self.inbox.get()
-                    self._note(node, message, lease)
+                    self._note(node, message, worker_group)
                     while not self.inbox.empty():
-                        self._note(*self.inbox.get_nowait(), lease)
-        return not lease.misplaced()
+                        self._note(*self.inbox.get_nowait(), worker_group)
+        return not worker_group.misplaced()
 
-    def _note(self, node: str, message: Message, lease: Lease | None) -> None:
+    def _note(self, node: str, message: Message, worker_group: WorkerGroup | None) -> None:
         """Take in what matters also between attempts."""
         match message:
-            case {"enrolled": worker, "lease": number, "environment": environment} if lease and number == lease.number:
-                lease.enrol(Member(worker, self.stewards.nodes[node], environment))
-            case {"gone": _, "lease": number} if lease and number == lease.number:
-                lease.broken = True
+            case {"registered": worker, "lease": number, "environment": environment} if (
+                worker_group and number == worker_group.number
+            ):
+                worker_group.register(Member(worker, self.node_actors.nodes[node], environment))
+            case {"gone": _, "lease": number} if worker_group and number == worker_group.number:
+                worker_group.broken = True
             case {"lost": _}:
                 self.suspects[node] = time.monotonic()
-                self.room.lost.append(str(self.stewards.nodes[node]))
-                if lease and any(member.node.id == node for member in lease.members):
-                    lease.broken = True
+                self.capacity.lost.append(str(self.node_actors.nodes[node]))
+                if worker_group and any(member.node.id == node for member in worker_group.members):
+                    worker_group.broken = True
 
-    def _not_started(self, lease: Lease) -> tuple[int, Outcome] | End | None:
+    def _not_started(self, worker_group: WorkerGroup) -> tuple[int, Outcome] | End | None:
         """Workers that never came: what the cluster lacks is waited for, anything else counts as a failed attempt."""
-        if type(lease.cause).__name__ == "WorkerGroupStartupTimeoutError":
+        if type(worker_group.cause).__name__ == "WorkerGroupStartupTimeoutError":
             if not self.plan.cluster.ray.autoscales:
                 return None
-            failure = self.room.too_small("the workers that Ray was asked for did not come")
+            failure = self.capacity.too_small("the workers that Ray was asked for did not come")
             return End(State.FAILED, failure) if failure else None
-        if gone := self.room.lost[lease.lost_before :]:
+        if gone := self.capacity.lost[worker_group.lost_before :]:
             return self.run_dir.claim_attempt(), Outcome({}, lost=gone)
-        cause = str(lease.cause or "one of them ended").strip().splitlines()[-1]
+        cause = str(worker_group.cause or "one of them ended").strip().splitlines()[-1]
         text = f"Ray Train could not start the workers: {cause}"
         return self.run_dir.claim_attempt(), Outcome({}, not_started=text)
 
-    async def _finish(self, lease: Lease, text: str) -> None:
+    async def _finish(self, worker_group: WorkerGroup, text: str) -> None:
         """End the lease, whatever state it is in; `text` says why the run failed, for Ray Train's record of it."""
-        for rank, member in enumerate(lease.members):
-            self.stewards.tell(member.node.id, {"order": member.worker, "end": text if rank == 0 else ""})
+        for rank, member in enumerate(worker_group.members):
+            self.node_actors.send(member.node.id, {"command": member.worker, "end": text if rank == 0 else ""})
         for _ in range(2):
             with suppress(TimeoutError):
-                async with asyncio.timeout(FAREWELL_SECONDS):
-                    await lease.done.wait()
+                async with asyncio.timeout(CLOSE_GRACE_SECONDS):
+                    await worker_group.done.wait()
                     return
-            for member in lease.members:
-                self.stewards.tell(member.node.id, {"evict": member.worker})
+            for member in worker_group.members:
+                self.node_actors.send(member.node.id, {"kill_worker": member.worker})
 
 
 def main() -> None:
     """``python -m launcher.backends.ray.driver RUN_DIR``."""
-    outlive_a_full_disk()
+    drop_output_on_full_disk()
     run_dir = RunDir(Path(sys.argv[1]))
     state = asyncio.run(Driver(run_dir).run())
     sys.stdout.flush()

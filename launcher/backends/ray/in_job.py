@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.agent.network import source_towards
-from launcher.agent.node_ranks import Seat
+from launcher.agent.node_ranks import AgentInfo
 from launcher.agent.peers import CONNECT_SECONDS
 from launcher.backends.ray.backend import trainer
 from launcher.backends.slurm.job import BatchScript, as_task
@@ -32,7 +32,7 @@ from launcher.lifecycle.run_dir import RunDir
 from launcher.request.spec import State
 from training.files import read_json, write_atomic
 
-FAREWELL_SECONDS = 10.0
+CLOSE_GRACE_SECONDS = 10.0
 """How long Ray's processes of a node get to end before they are killed."""
 
 STORE_BYTES = 128 * 2**20
@@ -54,7 +54,7 @@ class RayTask:
     def __call__(self) -> None:
         as_task(RunDir(self.run_dir), self._be_a_node)
 
-    def _be_a_node(self, where: Seat) -> int:
+    def _be_a_node(self, where: AgentInfo) -> int:
         run_dir = RunDir(self.run_dir)
         run_dir.logs.mkdir(exist_ok=True)
         with RayNode(run_dir, where) as node:
@@ -64,7 +64,7 @@ class RayTask:
 class RayNode:
     """Ray's processes on this node, from their start to their end."""
 
-    def __init__(self, run_dir: RunDir, where: Seat) -> None:
+    def __init__(self, run_dir: RunDir, where: AgentInfo) -> None:
         self.run_dir, self.plan, self.where = run_dir, run_dir.plan(), where
         base = tempfile.gettempdir()
         self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir=base if len(base) <= LONGEST_FOLDER else "/tmp"))
@@ -81,7 +81,7 @@ class RayNode:
             with suppress(ProcessLookupError):
                 self.process.terminate()
             with suppress(subprocess.TimeoutExpired):
-                self.process.wait(FAREWELL_SECONDS)
+                self.process.wait(CLOSE_GRACE_SECONDS)
         for pid in _started_with(f"{TOKEN}={self.folder}"):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -152,13 +152,13 @@ class RayNode:
         try:
             if not address:
                 return 1  # the batch script sees that the run has no end
-            self._tell(address=address)
+            self._send(address=address)
             return self._drive(address)
         finally:
-            self._tell(over=True)
+            self._send(over=True)
             self.run_dir.token_file.unlink(missing_ok=True)
 
-    def _tell(self, **what: Any) -> None:
+    def _send(self, **what: Any) -> None:
         write_atomic(self.run_dir.head_file, json.dumps({"session": self.where.session, **what}))
 
     def _drive(self, address: str) -> int:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launcher.agent.network import reserve_port
-from launcher.agent.node_ranks import Message, NodeRanks, Seat
+from launcher.agent.node_ranks import AgentInfo, Message, NodeRanks
 from launcher.agent.peers import PULSE_SECONDS
 from launcher.config.codec import from_data
 from launcher.lifecycle.run_dir import RunDir
@@ -38,7 +38,7 @@ class RayRanks(NodeRanks):
                 self.environments = {int(rank): each for rank, each in environments.items()}
                 super().handle(message | {"node": 0})
             case {"kill": rank} if self.writer is not None:
-                self._tell(signal=int(signal.SIGKILL), ranks=[rank])
+                self._send(signal=int(signal.SIGKILL), ranks=[rank])
             case _:
                 super().handle(message)
 
@@ -56,7 +56,7 @@ class RayRanks(NodeRanks):
         return environment
 
 
-class Steward:
+class NodeActor:
     """The actor. `number` counts the nodes of a run from 1; `towards` is an address of another node, or empty."""
 
     def __init__(self, run_dir: str, number: int, towards: str) -> None:
@@ -64,16 +64,16 @@ class Steward:
         plan = self.run_dir.plan()
         # Ray may put any number of the ranks on this node.
         placement = replace(plan.placement, nodes=1, ranks_per_node=plan.placement.world_size)
-        seat = Seat(number, nodes=2 if towards else 1, address=towards)
-        self.ranks = RayRanks(self.run_dir, replace(plan, placement=placement), seat, self._post)
+        agent_info = AgentInfo(number, nodes=2 if towards else 1, address=towards)
+        self.ranks = RayRanks(self.run_dir, replace(plan, placement=placement), agent_info, self._emit)
         self.said: asyncio.Queue[Message] = asyncio.Queue()
-        self.orders_of: dict[int, asyncio.Queue[Message]] = {}
+        self.commands_of: dict[int, asyncio.Queue[Message]] = {}
         self.pids: dict[int, int] = {}
         self.holder: socket.socket | None = None
         self.opening: asyncio.Task[None] | None = None
         self.beating: asyncio.Task[None] | None = None
 
-    def _post(self, message: Message) -> None:
+    def _emit(self, message: Message) -> None:
         self.said.put_nowait(message)
 
     async def sees(self, path: str) -> bool:
@@ -91,7 +91,7 @@ class Steward:
     async def _beat(self) -> None:
         while True:
             if self.ranks.running:
-                self._post({"beats": self.ranks.report()})
+                self._emit({"beats": self.ranks.report()})
             await asyncio.sleep(PULSE_SECONDS)
 
     async def news(self) -> list[Message]:
@@ -101,12 +101,12 @@ class Steward:
             messages.append(self.said.get_nowait())
         return messages
 
-    async def tell(self, message: Message) -> None:
+    async def send(self, message: Message) -> None:
         """Do what the driver says, or pass an order on to a worker of Ray Train."""
         match message:
-            case {"order": worker}:
-                self.orders_of[worker].put_nowait(message)
-            case {"evict": worker}:
+            case {"command": worker}:
+                self.commands_of[worker].put_nowait(message)
+            case {"kill_worker": worker}:
                 with suppress(ProcessLookupError):
                     os.kill(self.pids[worker], signal.SIGKILL)
             case _:
@@ -121,22 +121,22 @@ class Steward:
 
     # ---- the workers of Ray Train on this node ------------------------------------------------------------------------
 
-    async def enrol(self, lease: int, worker: int, pid: int, environment: dict[str, str]) -> None:
+    async def register(self, worker_group: int, worker: int, pid: int, environment: dict[str, str]) -> None:
         """A worker of a lease is ready: `environment` is what Ray gave it, `pid` its process, whose end is news."""
         await self.open()
         own = {k: v for k, v in environment.items() if os.environ.get(k) != v and not k.startswith("RAY_")}
-        self.orders_of[worker] = asyncio.Queue()
+        self.commands_of[worker] = asyncio.Queue()
         self.pids[worker] = pid
         with suppress(OSError):  # a container of its own, or gone already: then Ray's word has to do
             descriptor = os.pidfd_open(pid)
-            asyncio.get_running_loop().add_reader(descriptor, self._gone, lease, worker, descriptor)
-        self._post({"enrolled": worker, "lease": lease, "environment": own})
+            asyncio.get_running_loop().add_reader(descriptor, self._gone, worker_group, worker, descriptor)
+        self._emit({"registered": worker, "lease": worker_group, "environment": own})
 
-    def _gone(self, lease: int, worker: int, descriptor: int) -> None:
+    def _gone(self, worker_group: int, worker: int, descriptor: int) -> None:
         asyncio.get_running_loop().remove_reader(descriptor)
         os.close(descriptor)
-        self._post({"gone": worker, "lease": lease})
+        self._emit({"gone": worker, "lease": worker_group})
 
-    async def orders(self, worker: int) -> Message:
+    async def commands(self, worker: int) -> Message:
         """The next order for `worker`; waits until there is one."""
-        return await self.orders_of[worker].get()
+        return await self.commands_of[worker].get()

@@ -14,11 +14,11 @@ ANSWER_SECONDS = 60.0
 """How long new stewards are waited for; a node that is too busy to start one must not hold up the others."""
 
 
-class Stewards:
-    """Starts an actor on each node and listens to it. What it says goes to `post`, with the id of its node."""
+class NodeActors:
+    """Starts an actor on each node and listens to it. What it says goes to `emit`, with the id of its node."""
 
-    def __init__(self, run_dir: RunDir, post: Callable[[str, Message], None]) -> None:
-        self.run_dir, self.post = run_dir, post
+    def __init__(self, run_dir: RunDir, emit: Callable[[str, Message], None]) -> None:
+        self.run_dir, self.emit = run_dir, emit
         self.nodes: dict[str, RayNode] = {}
         self._actors: dict[str, Any] = {}
         self._listening: dict[str, asyncio.Task[None]] = {}
@@ -29,18 +29,18 @@ class Stewards:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        from launcher.backends.ray.node_actor import Steward
-        from launcher.backends.ray.train_worker import steward_name
+        from launcher.backends.ray.node_actor import NodeActor
+        from launcher.backends.ray.train_worker import node_actor_name
 
         new = [node for node in nodes if node.id not in self._actors]
         for node in new:
             self._count += 1
             options = {
                 "num_cpus": 0,
-                "name": steward_name(str(self.run_dir.path), node.id),
+                "name": node_actor_name(str(self.run_dir.path), node.id),
                 "scheduling_strategy": NodeAffinitySchedulingStrategy(node.id, soft=False),
             }
-            actor = ray.remote(Steward).options(**options)
+            actor = ray.remote(NodeActor).options(**options)
             self._actors[node.id] = actor.remote(str(self.run_dir.path), self._count, towards if several else "")
             self.nodes[node.id] = node
             self._listening[node.id] = asyncio.create_task(self._listen(node.id))
@@ -64,10 +64,10 @@ class Stewards:
         try:
             while True:
                 for message in await self._actors[node].news.remote():
-                    self.post(node, message)
+                    self.emit(node, message)
         except RayError:  # the actor died, alone or with its node
             del self._actors[node]
-            self.post(node, {"lost": node})
+            self.emit(node, {"lost": node})
 
     async def settle(self, nodes: Iterable[str], seconds: float) -> None:
         """Wait until each of `nodes` answers, or has been told of as lost; not longer than `seconds`."""
@@ -89,11 +89,11 @@ class Stewards:
             if node in self._actors:
                 self._actors[node].open.remote()
 
-    def tell(self, node: str, message: Message) -> bool:
+    def send(self, node: str, message: Message) -> bool:
         """Send `message`; returns False for a node that is gone, with which the message is lost."""
         if node not in self._actors:
             return False
-        self._actors[node].tell.remote(message)
+        self._actors[node].send.remote(message)
         return True
 
     async def port(self, node: str) -> int:
@@ -104,9 +104,9 @@ class Stewards:
         """
         return int(await self._actors[node].port.remote())
 
-    def tell_all(self, message: Message) -> None:
+    def send_all(self, message: Message) -> None:
         for node in list(self._actors):
-            self.tell(node, message)
+            self.send(node, message)
 
     def close(self) -> None:
         """Stop listening."""

@@ -12,7 +12,7 @@ import ray.train
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-STEWARD_SECONDS = 60.0
+NODE_ACTOR_SECONDS = 60.0
 """How long a worker looks for the steward of its node; the driver starts one wherever a node joins."""
 
 
@@ -20,7 +20,7 @@ class RunEnded(RuntimeError):
     """The run failed; raised so that Ray Train's own record of it says so."""
 
 
-class HandsOff(Backend):  # type: ignore[misc]
+class NoProcessGroupBackend(Backend):  # type: ignore[misc]
     """Leaves the process group to the target.
 
     Ray's own backend makes the group before the target runs, and a script written for torchrun then fails on
@@ -32,11 +32,11 @@ class HandsOff(Backend):  # type: ignore[misc]
 
 @dataclass
 class RankConfig(BackendConfig):  # type: ignore[misc]
-    """A BackendConfig whose backend is `HandsOff`. Not a TorchConfig, which would import torch into the controller."""
+    """A BackendConfig whose backend is `NoProcessGroupBackend`. Not a TorchConfig, which would import torch into the controller."""
 
     @property
     def backend_cls(self) -> type[Backend]:
-        return HandsOff
+        return NoProcessGroupBackend
 
 
 SPARED = ("DatasetsCallback", "PlacementGroupCleanerCallback")
@@ -45,13 +45,13 @@ none here, and the end of a controller that dies alone, after which our driver l
 
 
 class LeanTrainer(DataParallelTrainer):  # type: ignore[misc]
-    """What TorchTrainer is, with another backend (see `HandsOff`) and without `SPARED`."""
+    """What TorchTrainer is, with another backend (see `NoProcessGroupBackend`) and without `SPARED`."""
 
     def _create_default_callbacks(self) -> list[Any]:
         return [each for each in super()._create_default_callbacks() if type(each).__name__ not in SPARED]
 
 
-def steward_name(run_dir: str, node: str) -> str:
+def node_actor_name(run_dir: str, node: str) -> str:
     """The name of the actor that is the agent of `node`."""
     return f"launch {run_dir} {node}"
 
@@ -64,10 +64,10 @@ def hold_rank(config: dict[str, Any]) -> None:
     """
     context = ray.get_runtime_context()
     worker = ray.train.get_context().get_world_rank()
-    steward = _find(steward_name(config["run_dir"], context.get_node_id()))
-    ray.get(steward.enrol.remote(config["lease"], worker, os.getpid(), dict(os.environ)))
+    node_actor = _find(node_actor_name(config["run_dir"], context.get_node_id()))
+    ray.get(node_actor.register.remote(config["lease"], worker, os.getpid(), dict(os.environ)))
     while True:
-        match ray.get(steward.orders.remote(worker)):
+        match ray.get(node_actor.commands.remote(worker)):
             case {"end": ""}:
                 return
             case {"end": text}:
@@ -75,7 +75,7 @@ def hold_rank(config: dict[str, Any]) -> None:
 
 
 def _find(name: str) -> Any:
-    deadline = time.monotonic() + STEWARD_SECONDS
+    deadline = time.monotonic() + NODE_ACTOR_SECONDS
     while True:
         try:
             return ray.get_actor(name)

@@ -24,7 +24,7 @@ class Member:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-class Lease:
+class WorkerGroup:
     """One `fit`, in a thread of its own.
 
     Attributes:
@@ -69,7 +69,7 @@ class Lease:
             run_config=RunConfig(**run),
         ).fit()
 
-    def enrol(self, member: Member) -> None:
+    def register(self, member: Member) -> None:
         """A worker is ready."""
         self.members.append(member)
         if self.complete:

@@ -91,7 +91,7 @@ def parameters(plan: Plan) -> dict[str, Any]:
         "account": slurm.account,
         "qos": slurm.qos,
         "constraint": _constraint(plan),
-        "exclude": ",".join((*([slurm.exclude] if slurm.exclude else []), *_struck(plan))) or None,
+        "exclude": ",".join((*([slurm.exclude] if slurm.exclude else []), *_excluded_hosts(plan))) or None,
         "nodelist": slurm.nodelist,
         "exclusive": slurm.exclusive or placement.on_tpu or None,  # the chips of a host are one run's
         # SLURM sends it up to a minute early; with a short limit most of the time should still go into the work.
@@ -109,7 +109,7 @@ def parameters(plan: Plan) -> dict[str, Any]:
     return _without_none(wanted)
 
 
-def _struck(plan: Plan) -> tuple[str, ...]:
+def _excluded_hosts(plan: Plan) -> tuple[str, ...]:
     """The hosts that this run stays away from since they failed it."""
     return history.read(RunDir(plan.run_dir).events()).excluded
 

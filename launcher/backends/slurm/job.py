@@ -19,13 +19,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.agent.node_ranks import Seat
+from launcher.agent.node_ranks import AgentInfo
 from launcher.lifecycle import history
 from launcher.lifecycle.policy import Outcome
-from launcher.lifecycle.recovery import Elsewhere, End, Fate, Recovery
+from launcher.lifecycle.recovery import Elsewhere, End, JobFate, Recovery
 from launcher.lifecycle.run_dir import BEAT_SECONDS, RunDir, tail
 from launcher.lifecycle.trust import SLURM_ID, check_id
-from launcher.rank.output import outlive_a_full_disk
+from launcher.rank.output import drop_output_on_full_disk
 from launcher.request.spec import State
 
 CONTROLLER_SECONDS = 60.0
@@ -53,21 +53,21 @@ class JobStart:
         return f"{self.job}.{self.restarts}"
 
 
-def seat(run_dir: RunDir, environment: Mapping[str, str]) -> Seat:
+def agent_info(run_dir: RunDir, environment: Mapping[str, str]) -> AgentInfo:
     """Read where this task sits from SLURM's variables; the only place that reads them.
 
     The address is the one srun was launched from, which is the first node's as the others reach it: a number, not a name
     that some node might not resolve.
     """
     start = JobStart.read(environment)
-    return Seat(
+    return AgentInfo(
         node=int(environment["SLURM_NODEID"]),
         nodes=int(environment["SLURM_NNODES"]),
         host=environment["SLURMD_NODENAME"],
         address=environment["SLURM_LAUNCH_NODE_IPADDR"],
         session=str(start),
         requeue=lambda exclude: requeue(run_dir, start, exclude),
-        fate=lambda: settled_fate(run_dir, start),
+        fate=lambda: final_job_fate(run_dir, start),
     )
 
 
@@ -81,7 +81,9 @@ def requeue(run_dir: RunDir, start: JobStart, exclude: Sequence[str] = ()) -> bo
     done = _scontrol("requeue", start.job)
     if done is None or done.returncode:
         # One that SLURM has put back into the queue by itself is refused, too.
-        if done is not None and (settled_fate(run_dir, start) == "requeued" or _follow_up(run_dir, start.job, exclude)):
+        if done is not None and (
+            final_job_fate(run_dir, start) == "requeued" or _follow_up(run_dir, start.job, exclude)
+        ):
             return True
         print(
             f"launch: SLURM does not requeue job {start.job}: {done.stderr.strip() if done else 'no answer'}",
@@ -128,7 +130,7 @@ def _follow_up(run_dir: RunDir, job: str, exclude: Sequence[str]) -> bool:
     return True
 
 
-def settled_fate(run_dir: RunDir, start: JobStart) -> Fate:
+def final_job_fate(run_dir: RunDir, start: JobStart) -> JobFate:
     """`fate`; and where the job is to start again, that is settled to be away from bad nodes."""
     found = fate(start)
     if found == "requeued":
@@ -136,7 +138,7 @@ def settled_fate(run_dir: RunDir, start: JobStart) -> Fate:
     return found
 
 
-def fate(start: JobStart) -> Fate:
+def fate(start: JobStart) -> JobFate:
     """What SLURM has in mind for the job after `start`.
 
     ``requeued``: it is in the queue again, by an operator's ``scontrol requeue``, a node that went down, or a preemption
@@ -164,7 +166,7 @@ def _scontrol(*words: str) -> subprocess.CompletedProcess[str] | None:
         try:
             done = subprocess.run(
                 ["scontrol", *words], capture_output=True, text=True, check=False, timeout=CONTROLLER_SECONDS,
-                preexec_fn=_deaf,
+                preexec_fn=_ignore_sigterm,
             )  # fmt: skip
         except (FileNotFoundError, subprocess.TimeoutExpired):
             return None
@@ -173,7 +175,7 @@ def _scontrol(*words: str) -> subprocess.CompletedProcess[str] | None:
         time.sleep(2)
 
 
-def _deaf() -> None:
+def _ignore_sigterm() -> None:
     """Keep the SIGTERM that a requeue sends to the whole job from ending the command that asked for it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -191,11 +193,11 @@ class AgentTask:
         as_task(run_dir, lambda where: asyncio.run(run_agent(run_dir, where)))
 
 
-def as_task(run_dir: RunDir, work: Callable[[Seat], int]) -> None:
+def as_task(run_dir: RunDir, work: Callable[[AgentInfo], int]) -> None:
     """Be a task of the job: do `work` on this seat, and end with the status that it returns, whether SLURM hears it or not."""
-    outlive_a_full_disk()
+    drop_output_on_full_disk()
     step_daemon = os.getppid()
-    status = work(seat(run_dir, os.environ))
+    status = work(agent_info(run_dir, os.environ))
     if os.getppid() != step_daemon:
         orphaned(run_dir, status, os.environ)
     if status:
@@ -242,12 +244,12 @@ def after(run_dir: RunDir, status: int, environment: Mapping[str, str]) -> int:
     """
     start = JobStart.read(environment)
     replaced = (run_dir.job() or {}).get("job_id", start.job) != start.job
-    told = next(
+    fields = next(
         (e["event"] for e in reversed(run_dir.events()) if e["event"] in ("submitted", "started", "finished")), ""
     )
-    if run_dir.result() is not None or told == "finished" or replaced:
+    if run_dir.result() is not None or fields == "finished" or replaced:
         return status
-    if settled_fate(run_dir, start) == "requeued":
+    if final_job_fate(run_dir, start) == "requeued":
         return status
     recovery, attempt = Recovery(run_dir, run_dir.plan()), run_dir.last_attempt()
     if run_dir.stop_file.exists():
@@ -261,7 +263,7 @@ def after(run_dir: RunDir, status: int, environment: Mapping[str, str]) -> int:
         traceback="\n".join(tail(logs[-1])) if logs else "",
     )
     script = BatchScript(lambda hosts: requeue(run_dir, start, hosts))
-    end = recovery.after(script, attempt, outcome, may_restart=told == "started")
+    end = recovery.after(script, attempt, outcome, may_restart=fields == "started")
     assert isinstance(end, End), "a batch script starts no attempt itself"
     return status if end.requeued else recovery.finish(end).exit_status
 
@@ -278,7 +280,7 @@ class BatchScript:
         """Return that nothing can go on here without the agents."""
         return False
 
-    def fate(self) -> Fate:
+    def fate(self) -> JobFate:
         """Return that SLURM takes the nodes."""
         return "preempting"
 
@@ -288,5 +290,5 @@ class BatchScript:
 
 
 if __name__ == "__main__":
-    _deaf()  # or the requeue that it asks for ends it before it has written that down
+    _ignore_sigterm()  # or the requeue that it asks for ends it before it has written that down
     sys.exit(after(RunDir(Path(sys.argv[1])), int(sys.argv[2]), os.environ))

@@ -7,27 +7,27 @@ from pathlib import Path
 
 import pytest
 
-from launcher.agent.hang_detection import Beat, Place, Watch, accuse, place_of
+from launcher.agent.hang_detection import HangDetector, RankStatus, StackLocation, find_culprit, stack_location_of
 from training.distributed.heartbeat import STARTING
 
-WAITS, ELSEWHERE = Place("train.py:9 in step", True), Place("train.py:5 in load", False)
+WAITS, ELSEWHERE = StackLocation("train.py:9 in step", True), StackLocation("train.py:5 in load", False)
 
 
-def trained(hang_after: float = 10.0, gap: float = 1.0, steps: int = 3) -> tuple[Watch, float]:
+def trained(hang_after: float = 10.0, gap: float = 1.0, steps: int = 3) -> tuple[HangDetector, float]:
     """A watch that has seen `steps` steps of `gap` seconds, and the time after them."""
-    watch, now = Watch(hang_after), 0.0
+    watch, now = HangDetector(hang_after), 0.0
     for step in range(steps):
         now = step * gap
-        assert not watch.see({0: Beat(step, "training", 0.0), 1: Beat(step, "training", 0.0)}, now)
+        assert not watch.see({0: RankStatus(step, "training", 0.0), 1: RankStatus(step, "training", 0.0)}, now)
     return watch, now
 
 
-def hung(watch: Watch, now: float, seconds: float, *phases: str, states: str = "SS") -> bool:
+def hung(watch: HangDetector, now: float, seconds: float, *phases: str, states: str = "SS") -> bool:
     """Whether the run counts as hung after `seconds` in which neither rank moved, looked at every second or so."""
 
-    def beats(age: float) -> dict[int, Beat]:
+    def beats(age: float) -> dict[int, RankStatus]:
         both = zip(phases or ("training", "training"), states, strict=True)
-        return {rank: Beat(2, phase, age, state) for rank, (phase, state) in enumerate(both)}
+        return {rank: RankStatus(2, phase, age, state) for rank, (phase, state) in enumerate(both)}
 
     for second in range(1, int(seconds)):
         assert not watch.see(beats(float(second)), now + second)
@@ -40,10 +40,10 @@ def test_silence_for_longer_than_the_limit_is_a_hang() -> None:
 
 
 def test_slow_steps_are_learned() -> None:
-    watch = Watch(10.0)
+    watch = HangDetector(10.0)
     for now in range(41):
         step = now // 20
-        watch.see({0: Beat(step, "training", now % 20), 1: Beat(step, "training", now % 20)}, float(now))
+        watch.see({0: RankStatus(step, "training", now % 20), 1: RankStatus(step, "training", now % 20)}, float(now))
     assert not hung(watch, 40.0, 59.0)
     assert hung(watch, 40.0 + 59.0, 61.0)
 
@@ -55,9 +55,9 @@ def test_there_is_ten_times_the_patience_outside_of_steps(phase: str) -> None:
 
 
 def test_who_has_yet_to_finish_a_step_does_not_wait_for_one_that_saves_after_it() -> None:
-    ahead, behind = Beat(3, "saving"), Beat(2, "training")
+    ahead, behind = RankStatus(3, "saving"), RankStatus(2, "training")
 
-    def hung(*beats: Beat) -> bool:
+    def hung(*beats: RankStatus) -> bool:
         watch, now = trained()
         looks = [watch.see({r: replace(b, age=float(n)) for r, b in enumerate(beats)}, now + n) for n in range(12)]
         assert not any(looks[:-1])
@@ -69,10 +69,12 @@ def test_who_has_yet_to_finish_a_step_does_not_wait_for_one_that_saves_after_it(
 
 
 def test_a_start_is_never_too_slow() -> None:
-    watch = Watch(10.0)
+    watch = HangDetector(10.0)
     for now in (0.0, 1e3, 1e6):
-        assert not watch.see({0: Beat(-1, STARTING, now), 1: Beat(-1, STARTING, now)}, now)
-    assert not watch.see({0: Beat(1, "training", 9.0), 1: Beat(-1, STARTING, 1e6)}, 2e6), "the others wait for it"
+        assert not watch.see({0: RankStatus(-1, STARTING, now), 1: RankStatus(-1, STARTING, now)}, now)
+    assert not watch.see({0: RankStatus(1, "training", 9.0), 1: RankStatus(-1, STARTING, 1e6)}, 2e6), (
+        "the others wait for it"
+    )
 
 
 def test_a_stopped_process_has_no_excuse() -> None:
@@ -83,58 +85,58 @@ def test_a_stopped_process_has_no_excuse() -> None:
 
 def test_a_suspended_job_did_not_hang() -> None:
     watch, now = trained()
-    assert not watch.see({0: Beat(2, "training", 900.0), 1: Beat(2, "training", 900.0)}, now + 900)
-    assert not watch.see({0: Beat(2, "training", 909.0), 1: Beat(2, "training", 909.0)}, now + 909)
-    assert watch.see({0: Beat(2, "training", 911.0), 1: Beat(2, "training", 911.0)}, now + 911)
+    assert not watch.see({0: RankStatus(2, "training", 900.0), 1: RankStatus(2, "training", 900.0)}, now + 900)
+    assert not watch.see({0: RankStatus(2, "training", 909.0), 1: RankStatus(2, "training", 909.0)}, now + 909)
+    assert watch.see({0: RankStatus(2, "training", 911.0), 1: RankStatus(2, "training", 911.0)}, now + 911)
 
 
 def test_zero_never_looks_and_nobody_is_nobody() -> None:
     watch, now = trained(hang_after=0.0)
-    assert not watch.see({0: Beat(2, "training", 1e6)}, now + 1e6)
-    assert not Watch(1.0).see({}, 0.0)
+    assert not watch.see({0: RankStatus(2, "training", 1e6)}, now + 1e6)
+    assert not HangDetector(1.0).see({}, 0.0)
 
 
 @pytest.mark.parametrize(
     ("beats", "places", "rank", "text"),
     [
         (
-            {0: Beat(7), 1: Beat(7, state="T")},
+            {0: RankStatus(7), 1: RankStatus(7, state="T")},
             {0: WAITS},
             1,
             "rank 1 is stopped (SIGSTOP or a terminal) at step 7",
         ),
         (
-            {0: Beat(7), 1: Beat(7)},
+            {0: RankStatus(7), 1: RankStatus(7)},
             {0: WAITS, 1: ELSEWHERE},
             1,
             "rank 1 makes no progress after step 7 at train.py:5 in load; the others wait for it",
         ),
         (
-            {0: Beat(8), 1: Beat(7), 2: Beat(8)},
+            {0: RankStatus(8), 1: RankStatus(7), 2: RankStatus(8)},
             {0: WAITS, 1: ELSEWHERE, 2: WAITS},
             1,
             "rank 1 makes no progress after step 7 at train.py:5 in load; the others wait for it",
         ),
         (
-            {0: Beat(7), 1: Beat(8)},
+            {0: RankStatus(7), 1: RankStatus(8)},
             {0: WAITS, 1: WAITS},
             1,
             "rank 1 went on to step 8 without the collective in which rank 0 waits at train.py:9 in step",
         ),
         (
-            {0: Beat(7), 1: Beat(7)},
+            {0: RankStatus(7), 1: RankStatus(7)},
             {0: WAITS, 1: WAITS},
             None,
             "all ranks stand still after step 7: rank 0 at train.py:9 in step, rank 1 at train.py:9 in step",
         ),
-        ({0: Beat(7)}, {0: ELSEWHERE}, 0, "rank 0 makes no progress after step 7 at train.py:5 in load"),
-        ({0: Beat(7), 1: Beat(7)}, {}, None, "all ranks stand still after step 7: rank 0, rank 1"),
+        ({0: RankStatus(7)}, {0: ELSEWHERE}, 0, "rank 0 makes no progress after step 7 at train.py:5 in load"),
+        ({0: RankStatus(7), 1: RankStatus(7)}, {}, None, "all ranks stand still after step 7: rank 0, rank 1"),
     ],
 )
 def test_the_rank_that_holds_the_others_up_is_named(
-    beats: dict[int, Beat], places: dict[int, Place], rank: int | None, text: str
+    beats: dict[int, RankStatus], places: dict[int, StackLocation], rank: int | None, text: str
 ) -> None:
-    assert accuse(beats, places) == (rank, text)
+    assert find_culprit(beats, places) == (rank, text)
 
 
 PROGRAM = """
@@ -153,7 +155,7 @@ def test_the_place_is_the_innermost_frame_of_the_users_own_code(tmp_path: Path) 
     script.write_text(PROGRAM)
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
     assert "Thread" in done.stderr
-    assert place_of(done.stderr) == Place(f"{script}:5 in load", False)
+    assert stack_location_of(done.stderr) == StackLocation(f"{script}:5 in load", False)
 
 
 def test_a_frame_of_a_collective_above_it_means_that_the_rank_waits() -> None:
@@ -167,5 +169,5 @@ def test_a_frame_of_a_collective_above_it_means_that_the_rank_waits() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launcher.agent.hang_detection, "_LIBRARIES", ("/v/site-packages",))
-        assert place_of(dump) == Place("/home/me/train.py:9 in step", True)
-    assert place_of("nothing of the kind") == Place()
+        assert stack_location_of(dump) == StackLocation("/home/me/train.py:9 in step", True)
+    assert stack_location_of("nothing of the kind") == StackLocation()

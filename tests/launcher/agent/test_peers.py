@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launcher.agent import peers
-from launcher.agent.node_ranks import Message, Seat
+from launcher.agent.node_ranks import AgentInfo, Message
 from launcher.agent.peers import Peers
 from launcher.lifecycle.run_dir import RunDir
 from training.files import read_json
@@ -34,7 +34,7 @@ def converse(folder: Path, scenario: Callable[[Peers, RunDir, Heard], Awaitable[
     heard: Heard = []
 
     async def inside() -> None:
-        room = Peers(RunDir(folder), Seat(nodes=3, host="node0"), lambda node, said: heard.append((node, said)))
+        room = Peers(RunDir(folder), AgentInfo(nodes=3, host="node0"), lambda node, said: heard.append((node, said)))
         await room.listen()
         try:
             async with asyncio.timeout(20):
@@ -54,15 +54,15 @@ async def until(condition: Callable[[], object]) -> None:
 def test_agents_join_speak_hear_and_leave(tmp_path: Path) -> None:
     async def scenario(room: Peers, run_dir: RunDir, heard: Heard) -> None:
         reader, writer = await dial(run_dir, 2)
-        await until(lambda: room.here() == [0, 2])
+        await until(lambda: room.connected() == [0, 2])
         assert room.hosts == {0: "node0", 2: "node2"}
         writer.write(b'{"exit": 5, "code": 0, "step": 1}\n')
-        room.tell(2, {"signal": 15})
-        room.tell(1, {"signal": 15})  # never joined: nobody to hear it
+        room.send(2, {"signal": 15})
+        room.send(1, {"signal": 15})  # never joined: nobody to hear it
         said = [json.loads(await reader.readline()) for _ in range(2)]
         assert [m for m in said if "beat" not in m] == [{"signal": 15}]
         writer.close()
-        await until(lambda: room.here() == [0])
+        await until(lambda: room.connected() == [0])
 
     joined, said, lost = converse(tmp_path, scenario)
     assert (joined, said, lost) == ((2, {"joined": 2}), (2, {"exit": 5, "code": 0, "step": 1}), (2, {"lost": 2}))
@@ -73,7 +73,7 @@ def test_a_stranger_is_shown_the_door(tmp_path: Path) -> None:
         for reader, writer in [await dial(run_dir, 1, token="guessed"), await dial(run_dir, 1, token="")]:
             assert await reader.read() == b""
             writer.close()
-        assert room.here() == [0]
+        assert room.connected() == [0]
 
     assert converse(tmp_path, scenario) == []
 
@@ -87,7 +87,7 @@ def test_an_agent_that_falls_silent_is_lost(tmp_path: Path, monkeypatch: pytest.
         for _ in range(20):
             talker[1].write(b'{"beats": {}}\n')
             await asyncio.sleep(0.05)
-        assert room.here() == [0, 2]
+        assert room.connected() == [0, 2]
         for _, writer in (silent, talker):
             writer.close()
 

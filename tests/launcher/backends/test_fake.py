@@ -235,9 +235,9 @@ def test_a_dry_run_sends_and_leaves_nothing(fake: FakeBackend, launch: Launch) -
     fake.start = "tomorrow on node1"
     arguments = ("--backend", "fake", "--gpus", "16", "--name", "n", "--dry-run")
     code, out, _ = launch(*arguments, "--json", "script.py", "a b")
-    told = json.loads(out)
-    assert (code, told["plan"]["target"]["args"], told["plan"]["start"]) == (0, ["a b"], "tomorrow on node1")
-    assert told["sent"].count("\n") == 16
+    fields = json.loads(out)
+    assert (code, fields["plan"]["target"]["args"], fields["plan"]["start"]) == (0, ["a b"], "tomorrow on node1")
+    assert fields["sent"].count("\n") == 16
     code, out, _ = launch(*arguments, "script.py", "a b")
     assert "  on     fake: 16 GPUs = 2 nodes x 8 ranks" in out
     assert "  start  tomorrow on node1\n" in out
@@ -360,11 +360,11 @@ def test_the_backend_of_a_cluster(site: Cluster, engine: str) -> None:
 
 
 def test_a_fake_in_place_of_a_shipped_backend(fake: FakeBackend) -> None:
-    stand_in = FakeBackend("slurm")
-    backends.register(stand_in)
-    stand_in.on_submit = stand_in.finish
+    padding_sample = FakeBackend("slurm")
+    backends.register(padding_sample)
+    padding_sample.on_submit = padding_sample.finish
     assert launcher.launch("script.py", backend="slurm", gpus=8).state() is State.SUCCEEDED
-    backends.unregister(stand_in)
+    backends.unregister(padding_sample)
     assert type(backends.get("slurm")).__name__ == "SlurmBackend"
     assert "slurm" in backends.names()
 

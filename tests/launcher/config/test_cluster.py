@@ -249,7 +249,9 @@ def test_every_field_of_a_profile_is_explained(cls: type) -> None:
 
 def test_a_first_profile_of_slurm_can_be_read(tmp_path: Path) -> None:
     found = [Partition("a 'b'", True, max_minutes=90, max_nodes=2, accounts=("ml",)), Partition("down", state="DOWN")]
-    text = slurm_doctor.profile_text(found, [NodeKind(2, 8, 96, 1000.0, "h100", ("ib",), "n1,n2", 1), NodeKind(1, 0, 4)])
+    text = slurm_doctor.profile_text(
+        found, [NodeKind(2, 8, 96, 1000.0, "h100", ("ib",), "n1,n2", 1), NodeKind(1, 0, 4)]
+    )
     site = load(str(write(tmp_path / "site.toml", text)), tmp_path)
     assert (site.backend, site.slurm.partition, site.time) == ("slurm", "a 'b'", "90m")
     assert "#   2 x 96 cores, 1000 GB, 8 h100 GPUs (n1,n2; 1 more down or drained; features ib)\n" in text

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launcher.lifecycle.history import History, Setback
+from launcher.lifecycle.history import FailedAttempt, History
 from launcher.lifecycle.policy import (
     ADVICE,
     LONGEST_BACK_OFF,
@@ -16,7 +16,7 @@ from launcher.lifecycle.policy import (
     Action,
     Outcome,
     Retry,
-    back_off,
+    backoff_seconds,
     decide,
     no_progress,
     unfit,
@@ -185,7 +185,7 @@ def test_an_unfit_node_is_struck_off_at_once_but_not_where_all_are_unfit() -> No
 
 def test_a_node_that_fails_again_and_again_in_vain_is_struck_off() -> None:
     def past(*hosts: str) -> History:
-        return History(tuple(Setback("killed", n, host, 5) for n, host in enumerate(hosts)))
+        return History(tuple(FailedAttempt("killed", n, host, 5) for n, host in enumerate(hosts)))
 
     killed = Outcome({2: -9}, hosts={2: "node1"}, step=5)
     for history, moves in ((past("node1"), False), (past("node1", "node1"), True), (past("node2", "node1"), False)):
@@ -202,18 +202,22 @@ def test_a_node_that_fails_again_and_again_in_vain_is_struck_off() -> None:
 
 def test_the_same_failure_at_the_same_step_is_not_tried_a_third_time() -> None:
     killed = Outcome({1: -11}, step=5)
-    action, failure = decide(killed, 3, History((Setback("killed", 1, None, 5),)))
+    action, failure = decide(killed, 3, History((FailedAttempt("killed", 1, None, 5),)))
     assert failure is not None
     assert (action, failure.message) == (Action.FAIL, "rank 1 was ended by SIGSEGV, again at step 5")
-    for other in (Setback("killed", 0, None, 5), Setback("killed", 1, None, 4), Setback("hung", 1, None, 5)):
+    for other in (
+        FailedAttempt("killed", 0, None, 5),
+        FailedAttempt("killed", 1, None, 4),
+        FailedAttempt("hung", 1, None, 5),
+    ):
         assert decide(killed, 3, History((other,)))[0] is Action.RESTART
 
 
 def test_restarts_come_at_once_while_the_run_gets_on_and_ever_later_while_it_does_not() -> None:
     def waits(*steps: int | None) -> list[float]:
         """The wait after each of several failures, each after the given newest step."""
-        past = [Setback("killed", 0, None, step) for step in steps]
-        return [back_off(History(tuple(past[:n])), step) for n, step in enumerate(steps)]
+        past = [FailedAttempt("killed", 0, None, step) for step in steps]
+        return [backoff_seconds(History(tuple(past[:n])), step) for n, step in enumerate(steps)]
 
     assert waits(3, 5, 9) == [0, 0, 0]
     assert waits(3, 3, 3, 3, 4) == [0, 1, 2, 4, 0]

@@ -52,20 +52,20 @@ class Server:
         self.ours, theirs = socket.socketpair()
         self.ours.settimeout(60)
         self.buffer = b""
-        pulses = os.memfd_create("pulses")
-        os.ftruncate(pulses, 16 * SLOT)
+        heartbeats = os.memfd_create("pulses")
+        os.ftruncate(heartbeats, 16 * SLOT)
         with theirs, log.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "launcher.rank.forkserver", str(run.path), str(pulses)],
-                stdin=theirs.fileno(), stdout=output, stderr=output, start_new_session=True, pass_fds=[pulses],
+                [sys.executable, "-P", "-m", "launcher.rank.forkserver", str(run.path), str(heartbeats)],
+                stdin=theirs.fileno(), stdout=output, stderr=output, start_new_session=True, pass_fds=[heartbeats],
                 env=os.environ | {"PYTHONPATH": str(run.path)},
             )  # fmt: skip
-        os.close(pulses)
+        os.close(heartbeats)
 
-    def tell(self, **message: Any) -> None:
+    def send(self, **message: Any) -> None:
         self.ours.sendall(json.dumps(message).encode() + b"\n")
 
-    def hear(self) -> dict[str, Any]:
+    def receive_message(self) -> dict[str, Any]:
         while b"\n" not in self.buffer:
             data = self.ours.recv(4096)
             assert data, "the forkserver is gone"
@@ -74,14 +74,14 @@ class Server:
         return dict(json.loads(line))
 
     def preload(self, *modules: str) -> None:
-        self.tell(preload=list(modules))
-        assert "ready" in self.hear()
+        self.send(preload=list(modules))
+        assert "ready" in self.receive_message()
 
     def start(self, rank: int, world_size: int = 1) -> int:
         world = World(rank, rank, 0, world_size, world_size, 1, master_port=1)
         environment = rank_environment(os.environ, self.run.plan(), world, {})
-        self.tell(start=rank, log=str(self.run.path / f"{rank}.log"), world=asdict(world), environment=environment)
-        told = self.hear()
+        self.send(start=rank, log=str(self.run.path / f"{rank}.log"), world=asdict(world), environment=environment)
+        told = self.receive_message()
         assert told["started"] == rank
         return int(told["pid"])
 
@@ -141,7 +141,7 @@ def test_ranks_start_from_what_was_imported_once_and_their_ends_are_told(run: Ru
     server.preload("fs_preloaded")
     for rank in range(3):
         server.start(rank, world_size=3)
-    told = [server.hear() for _ in range(3)]
+    told = [server.receive_message() for _ in range(3)]
     # A script's own exit status is a rank's "raised"; what it was is in the error that it left.
     assert {each["exit"]: each["code"] for each in told} == {0: 0, 1: 1, 2: 1}
     for rank in range(3):
@@ -160,8 +160,8 @@ def test_a_signal_reaches_its_rank_and_no_other(run: RunDir, server: Server, num
     server.preload()
     pids = [server.start(rank, world_size=2) for rank in range(2)]
     until(lambda: len(server.log(0)) == len(server.log(1)) == 3)
-    server.tell(signal=number, ranks=[1])
-    assert server.hear() == {"exit": 1, "code": code}
+    server.send(signal=number, ranks=[1])
+    assert server.receive_message() == {"exit": 1, "code": code}
     assert (alive(pids[0]), alive(pids[1])) == (True, False)
 
 
@@ -171,15 +171,15 @@ def test_a_kill_right_after_the_start_is_not_lost(run: RunDir, server: Server) -
     server.preload()
     for _ in range(20):
         server.start(0)
-        server.tell(signal=signal.SIGKILL, ranks=[0])
-        assert server.hear() == {"exit": 0, "code": -9}
+        server.send(signal=signal.SIGKILL, ranks=[0])
+        assert server.receive_message() == {"exit": 0, "code": -9}
 
 
 def test_a_rank_killed_from_outside_is_told(run: RunDir, server: Server) -> None:
     aim(run, "sleep")
     server.preload()
     os.kill(server.start(0), signal.SIGKILL)
-    assert server.hear() == {"exit": 0, "code": -9}
+    assert server.receive_message() == {"exit": 0, "code": -9}
 
 
 def test_what_a_rank_leaves_behind_goes_with_it(run: RunDir, server: Server) -> None:
@@ -187,7 +187,7 @@ def test_what_a_rank_leaves_behind_goes_with_it(run: RunDir, server: Server) -> 
     server.preload()
     server.start(0)
     pids = daemon(run)
-    assert server.hear() == {"exit": 0, "code": 0}
+    assert server.receive_message() == {"exit": 0, "code": 0}
     until(lambda: not any(map(alive, pids)), seconds=5)
 
 
@@ -211,7 +211,7 @@ def test_after_an_import_that_fails_ranks_are_fresh_interpreters(run: RunDir, se
     aim(run, "exit")
     server.preload("fs_preloaded", "fs_raises")
     server.start(0)
-    assert server.hear() == {"exit": 0, "code": 0}
+    assert server.receive_message() == {"exit": 0, "code": 0}
     assert "preloaded: False" in server.log(0)
     assert "RuntimeError" in (run.path / "server.log").read_text()
 
@@ -237,7 +237,7 @@ def test_a_fork_in_which_cuda_would_fail_becomes_a_fresh_interpreter(run: RunDir
     aim(run, "exit")
     server.preload("fs_preloaded", "fs_poison")
     server.start(0)
-    assert server.hear() == {"exit": 0, "code": 0}
+    assert server.receive_message() == {"exit": 0, "code": 0}
     assert "preloaded: False" in server.log(0)
 
 
@@ -245,7 +245,7 @@ def test_without_imports_ranks_are_fresh_interpreters(run: RunDir, server: Serve
     aim(run, "exit", "two words")
     server.preload()
     server.start(1, world_size=2)
-    assert server.hear() == {"exit": 1, "code": 1}
+    assert server.receive_message() == {"exit": 1, "code": 1}
     assert "preloaded: False" in server.log(1)
     assert "rank 1 of 2 ['exit', 'two words']" in server.log(1)
     assert (run.path / "server.log").read_text() == ""

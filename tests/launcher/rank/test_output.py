@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from launcher.rank.output import Patient
+from launcher.rank.output import DropOnFullDisk
 from tests.training.test_files import fill
 
 TALKS = """
 import sys
 from pathlib import Path
-from launcher.rank.output import outlive_a_full_disk
+from launcher.rank.output import drop_output_on_full_disk
 
-outlive_a_full_disk()
+drop_output_on_full_disk()
 print("before")
 filler = Path(sys.argv[1])
 with filler.open("wb", buffering=0) as file:
@@ -45,7 +45,7 @@ def test_a_process_outlives_the_disk_that_its_output_is_on(disk: Path) -> None:
 
 def test_what_is_dropped_is_counted_until_there_is_room(disk: Path) -> None:
     filler = fill(disk)
-    with Patient(disk / "log", "w") as file:
+    with DropOnFullDisk(disk / "log", "w") as file:
         assert [file.write(b"abc"), file.write(b"de")] == [3, 2]
         assert file.dropped == 5
         filler.unlink()
@@ -56,7 +56,7 @@ def test_what_is_dropped_is_counted_until_there_is_room(disk: Path) -> None:
 
 def test_other_errors_are_not_hidden() -> None:
     with Path("/dev/full").open("wb", buffering=0) as full:
-        assert Patient(full.fileno(), "w", closefd=False).write(b"x") == 1
+        assert DropOnFullDisk(full.fileno(), "w", closefd=False).write(b"x") == 1
     with Path("/dev/null").open("rb") as read_only, pytest.raises(OSError, match="descriptor") as raised:
-        Patient(read_only.fileno(), "w", closefd=False).write(b"x")
+        DropOnFullDisk(read_only.fileno(), "w", closefd=False).write(b"x")
     assert raised.value.errno == errno.EBADF

@@ -87,9 +87,9 @@ def test_tensors_are_copied_while_training_goes_on_until_it_changes_them(
     state = parts(1)
     store.save(1, state, later=True)  # returns, though nothing is copied yet
     threading.Timer(0.2, go.set).start()
-    store.copied()
+    store.wait_for_copy()
     state["model.safetensors"]["weight"].zero_()
-    store.copied()  # nothing left to wait for
+    store.wait_for_copy()  # nothing left to wait for
     store.close()
     assert same(load(saved[0].path), parts(1))
     assert 0.1 < saved[0].blocked < 10
@@ -105,7 +105,7 @@ def test_a_copy_that_fails_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(host_copy, "_copy", fails)
     store.save(1, parts(1), later=True)
-    store.copied()
+    store.wait_for_copy()
     store.close()
     assert [type(error) for error in failed] == [MemoryError]
     assert store.committed() == []

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from training.data.prefetch import ahead
+from training.data.prefetch import prefetch
 from training.files import append_line
 from training.reporting.curve import draw_curve
 
@@ -23,7 +23,7 @@ def test_items_come_in_order_and_are_made_ahead() -> None:
                 third.set()
             yield number
 
-    stream = ahead(items(), depth=2)
+    stream = prefetch(items(), depth=2)
     assert next(stream) == 0
     assert third.wait(5)
     assert [0, *stream] == made == [0, 1, 2, 3, 4]
@@ -34,14 +34,14 @@ def test_an_error_comes_in_its_place() -> None:
         yield 1
         raise KeyError("two")
 
-    stream = ahead(items())
+    stream = prefetch(items())
     assert next(stream) == 1
     with pytest.raises(KeyError, match="two"):
         next(stream)
 
 
 def test_a_stream_that_is_left_ends_its_thread() -> None:
-    stream = ahead(iter(range(100)))
+    stream = prefetch(iter(range(100)))
     next(stream)
     stream.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "batches-ahead"]

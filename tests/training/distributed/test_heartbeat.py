@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from training.context import Context
-from training.distributed.heartbeat import SLOT, STARTING, TRAINING, Pulse, Reading
+from training.distributed.heartbeat import SLOT, STARTING, TRAINING, Heartbeat, Reading
 from training.distributed.world import World
 
 
@@ -19,11 +19,11 @@ def shared(slots: int) -> int:
 
 def test_another_process_reads_what_a_rank_says() -> None:
     descriptor = shared(2)
-    watched = [Pulse(mmap.mmap(descriptor, 0), slot) for slot in range(2)]
+    watched = [Heartbeat(mmap.mmap(descriptor, 0), slot) for slot in range(2)]
     assert watched[0].read() == Reading(step=-1, phase=STARTING, age=0.0)
     child = os.fork()
     if not child:
-        Pulse.of(descriptor, 1).beat(7)
+        Heartbeat.of(descriptor, 1).beat(7)
         os._exit(0)
     os.waitpid(child, 0)
     said = watched[1].read()
@@ -36,46 +36,46 @@ def test_another_process_reads_what_a_rank_says() -> None:
 
 
 def test_a_phase_is_over_when_its_block_is() -> None:
-    pulse = Pulse()
-    pulse.beat(3)
-    with pulse.phase("evaluating"):
-        assert pulse.read().phase == "evaluating"
-        with pulse.phase("a name that is longer than sixteen letters"):
-            assert pulse.read().phase == "a name that is l"
-    assert (pulse.read().step, pulse.read().phase) == (3, TRAINING)
+    heartbeat = Heartbeat()
+    heartbeat.beat(3)
+    with heartbeat.phase("evaluating"):
+        assert heartbeat.read().phase == "evaluating"
+        with heartbeat.phase("a name that is longer than sixteen letters"):
+            assert heartbeat.read().phase == "a name that is l"
+    assert (heartbeat.read().step, heartbeat.read().phase) == (3, TRAINING)
 
 
 def test_the_age_grows_until_the_rank_moves() -> None:
-    pulse = Pulse()
-    pulse.beat(1)
+    heartbeat = Heartbeat()
+    heartbeat.beat(1)
     time.sleep(0.02)
-    before = pulse.read().age
+    before = heartbeat.read().age
     assert before >= 0.02
-    pulse.beat()
-    assert pulse.read().age < before
-    assert pulse.read().step == 1, "a move that names no step leaves the step as it was"
+    heartbeat.beat()
+    assert heartbeat.read().age < before
+    assert heartbeat.read().step == 1, "a move that names no step leaves the step as it was"
 
 
 def test_who_only_logs_its_steps_is_known_by_them_and_not_watched(tmp_path: Path) -> None:
-    pulse = Pulse()
-    with Context(tmp_path, World(), pulse=pulse) as ctx:
+    heartbeat = Heartbeat()
+    with Context(tmp_path, World(), heartbeat=heartbeat) as ctx:
         ctx.log(8, loss=1.0)
-        assert (pulse.read().step, pulse.read().phase) == (8, STARTING)
+        assert (heartbeat.read().step, heartbeat.read().phase) == (8, STARTING)
 
 
 def test_a_log_says_nothing_of_the_step_of_a_rank_that_does_so_itself(tmp_path: Path) -> None:
-    pulse = Pulse()
-    with Context(tmp_path, World(), pulse=pulse) as ctx:
+    heartbeat = Heartbeat()
+    with Context(tmp_path, World(), heartbeat=heartbeat) as ctx:
         ctx.should_stop(5)
         ctx.log(6, loss=1.0)  # only rank 0 would seem to be ahead
-        assert pulse.read().step == 5
+        assert heartbeat.read().step == 5
 
 
 def test_every_call_of_should_stop_is_a_beat(tmp_path: Path) -> None:
-    pulse = Pulse()
-    with Context(tmp_path, World(), pulse=pulse) as ctx:
-        assert (pulse.read().step, pulse.read().phase) == (0, STARTING)
+    heartbeat = Heartbeat()
+    with Context(tmp_path, World(), heartbeat=heartbeat) as ctx:
+        assert (heartbeat.read().step, heartbeat.read().phase) == (0, STARTING)
         ctx.should_stop(5)
-        assert pulse.read().step == 5
+        assert heartbeat.read().step == 5
         with ctx.phase("saving"):
-            assert pulse.read().phase == "saving"
+            assert heartbeat.read().phase == "saving"

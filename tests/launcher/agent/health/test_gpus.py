@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from launcher.agent.health import gpus
-from launcher.backends.ray.worker_group import Lease
+from launcher.backends.ray.worker_group import WorkerGroup
 from tests.launcher.engines import until
 
 HEALTHY = "0, GPU-aa, 0, [N/A]\n1, GPU-ab, 0, [N/A]\n2, GPU-c, [N/A], No\n"
@@ -128,4 +128,4 @@ def test_what_ray_gave_the_workers_of_a_node_is_one_list(given: list[str | None]
         )
         for text in given
     ]
-    assert Lease.visible_on(SimpleNamespace(members=members), "n") == visible  # type: ignore[arg-type]
+    assert WorkerGroup.visible_on(SimpleNamespace(members=members), "n") == visible  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ import pytest
 from launcher.agent.coordinator import Coordinator
 from launcher.agent.health import preflight
 from launcher.agent.health.preflight import RUN_FOLDER_BYTES, SCRATCH_BYTES, judge, look, skew
-from launcher.agent.node_ranks import Message, Seat
+from launcher.agent.node_ranks import AgentInfo, Message
 from launcher.client.plan import make_plan
 from launcher.lifecycle.policy import Outcome
 from launcher.lifecycle.run_dir import RunDir
@@ -156,19 +156,19 @@ def ask(
     plan = replace(plan, placement=replace(plan.placement, nodes=2))
 
     async def inside() -> Outcome | None:
-        found = Coordinator(RunDir(folder), plan, Seat(nodes=2, host="n0"))
+        found = Coordinator(RunDir(folder), plan, AgentInfo(nodes=2, host="n0"))
         found.peers.hosts[1] = "n1"
-        monkeypatch.setattr(found.peers, "here", lambda: here)
+        monkeypatch.setattr(found.peers, "connected", lambda: connected)
 
-        def tell(agent: int, message: Message) -> None:
+        def send(agent: int, message: Message) -> None:
             assert message == {"look": 3}
-            for post in said(found, agent):
-                found.inbox.put_nowait(post)
+            for emit in said(found, agent):
+                found.inbox.put_nowait(emit)
 
-        monkeypatch.setattr(found, "_tell", tell)
+        monkeypatch.setattr(found, "_tell", send)
         return await found._preflight(3, [0, 1])
 
-    here = [0, 1]
+    connected = [0, 1]
     return asyncio.run(inside())
 
 
@@ -195,7 +195,7 @@ def test_who_is_lost_meanwhile_is_lost(tmp_path: Path, monkeypatch: pytest.Monke
     def said(found: Coordinator, agent: int) -> list[tuple[int, Message]]:
         if agent == 0:
             return [(0, answer())]
-        found.peers.here().remove(1)
+        found.peers.connected().remove(1)
         return [(1, {"lost": 1})]
 
     found = ask(tmp_path, monkeypatch, said)
@@ -265,8 +265,8 @@ def test_a_run_goes_on_away_from_a_node_whose_gpu_has_errors(slurm_project: Proj
     ((fit,),) = started_on(slurm_project, "s")
     assert fit != sick
     assert [(e["reason"], e["exclude"]) for e in events if e["event"] == "requeued"] == [("unfit node", [sick])]
-    told = next(e["message"] for e in events if e["event"] == "failed")
-    assert told == f"{sick}: GPU 0 (GPU-0) has 4 uncorrected ECC errors (tell the cluster's keepers)"
+    fields = next(e["message"] for e in events if e["event"] == "failed")
+    assert fields == f"{sick}: GPU 0 (GPU-0) has 4 uncorrected ECC errors (tell the cluster's keepers)"
     shown = slurm_project.call("status", "s").stdout
     assert f"attempt     2 (unfit node on {sick} before)" in shown
     assert f"stays away from {sick}" in shown
@@ -294,16 +294,16 @@ def test_a_spare_node_takes_the_place_of_one_whose_clock_is_off(slurm_project: P
     assert not [e for e in events if e["event"] == "requeued"], "it is the same job"
     ((first, second),) = started_on(slurm_project, "p")
     assert sick not in (first, second)
-    told = next(e["message"] for e in events if e["event"] == "failed")
-    assert told.startswith(f"{sick}: its clock is ")
-    assert told.endswith(f" s ahead of {first}'s (have its time service seen to)")
+    fields = next(e["message"] for e in events if e["event"] == "failed")
+    assert fields.startswith(f"{sick}: its clock is ")
+    assert fields.endswith(f" s ahead of {first}'s (have its time service seen to)")
     job = str(slurm_project.status("p")["job_id"])
     on_slurm.run("scontrol", "requeue", job)
     until(lambda: slurm_project.status("p")["state"] == "succeeded", "the end", 120)
     _, again = started_on(slurm_project, "p")
     assert f"ExcNodeList={sick} " in on_slurm.run("scontrol", "show", "job", "--oneliner", job)
     assert sick not in again
-    assert [s["kind"] for s in slurm_project.status("p")["setbacks"]] == ["unfit node"], "it was not met again"
+    assert [s["kind"] for s in slurm_project.status("p")["failed_attempts"]] == ["unfit node"], "it was not met again"
     assert f"stays away from {sick}" in slurm_project.call("status", "p").stdout
 
 
@@ -315,5 +315,5 @@ def test_where_all_nodes_are_unfit_the_run_ends_and_strikes_none(slurm_project: 
     profile(slurm_project, "slurm", "[slurm]", f"node_setup = {json.dumps([line])}")
     done = slurm_project.call("--cluster", "site", "--cpus", "2", "--nodes", "2", "--name", "a", "idle:main", status=1)
     assert done.stdout.count("its TMPDIR fails: No such file or directory") == 2
-    assert not [e for e in slurm_project.events("a") if e["event"] in ("started", "requeued", "struck")]
+    assert not [e for e in slurm_project.events("a") if e["event"] in ("started", "requeued", "excluded")]
     assert slurm_project.status("a")["excluded_nodes"] == []

@@ -26,7 +26,7 @@ def test_a_run_leaves_the_node_of_a_sick_gpu(ray_project: Project) -> None:
     events = ray_project.events("s")
     first, second = (e["hosts"][0] for e in events if e["event"] == "started")
     assert first != second
-    assert [e["exclude"] for e in events if e["event"] == "struck"] == [[first]]
+    assert [e["exclude"] for e in events if e["event"] == "excluded"] == [[first]]
     assert f"stays away from {first}" in ray_project.call("status", "s").stdout
 
 
@@ -42,12 +42,12 @@ def test_a_node_that_does_not_pass_the_preflight_is_left(ray_project: Project, r
         node = ray_cluster.node_ids()[unfit][:8]
     finally:
         ray_cluster.remove_node(unfit, graceful=True)
-    (struck,) = [e["exclude"][0] for e in ray_project.events("p") if e["event"] == "struck"]
-    assert node in struck
-    told = [(e["kind"], e["message"]) for e in ray_project.events("p") if e["event"] == "failed"]
-    assert [kind for kind, _ in told] == ["unfit node", "unfit node"]
-    assert f"{struck}: its TMPDIR fails: No such file or directory" in told[0][1]
-    assert f"the run stays away from {struck}, and the cluster is too small" in told[1][1]
+    (excluded_nodes,) = [e["exclude"][0] for e in ray_project.events("p") if e["event"] == "excluded"]
+    assert node in excluded_nodes
+    fields = [(e["kind"], e["message"]) for e in ray_project.events("p") if e["event"] == "failed"]
+    assert [kind for kind, _ in fields] == ["unfit node", "unfit node"]
+    assert f"{excluded_nodes}: its TMPDIR fails: No such file or directory" in fields[0][1]
+    assert f"the run stays away from {excluded_nodes}, and the cluster is too small" in fields[1][1]
     assert not [e for e in ray_project.events("p") if e["event"] == "started"], "no rank has begun"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.backends.ray.cluster import RayNode, fitting, room, shortage
+from launcher.backends.ray.cluster import RayNode, capacity, fitting, shortage
 
 CPU = {"resources_per_worker": {"CPU": 2}, "placement_strategy": "PACK"}
 
@@ -24,26 +24,26 @@ def tpu(slice_name: str, worker: int, chips: float = 4) -> RayNode:
 
 def test_room_is_counted_node_by_node() -> None:
     """Three CPUs on each of two nodes are no room for three ranks of two CPUs."""
-    assert room(nodes(3, 3), CPU) == 2
-    assert room(nodes(5, 4, 0), CPU) == 4
-    assert room(nodes(5, 4), CPU | {"placement_strategy": "STRICT_PACK"}) == 2
-    assert room(nodes(5, 4, 1), CPU | {"placement_strategy": "STRICT_SPREAD"}) == 2
-    assert room([], CPU | {"placement_strategy": "STRICT_PACK"}) == 0
+    assert capacity(nodes(3, 3), CPU) == 2
+    assert capacity(nodes(5, 4, 0), CPU) == 4
+    assert capacity(nodes(5, 4), CPU | {"placement_strategy": "STRICT_PACK"}) == 2
+    assert capacity(nodes(5, 4, 1), CPU | {"placement_strategy": "STRICT_SPREAD"}) == 2
+    assert capacity([], CPU | {"placement_strategy": "STRICT_PACK"}) == 0
 
 
 def test_a_type_of_accelerator_is_a_resource_of_its_node() -> None:
     asked = {"resources_per_worker": {"GPU": 1}, "use_gpu": True, "accelerator_type": "A100"}
     some = [*nodes(8, GPU=4.0), *nodes(8, GPU=4.0, **{"accelerator_type:A100": 1.0})]
-    assert room(some, asked) == 4
+    assert capacity(some, asked) == 4
 
 
 def test_a_slice_counts_whole_or_not_at_all() -> None:
     asked = {"resources_per_worker": {"TPU": 1}, "use_tpu": True, "topology": "2x2x2", "num_workers": 16}
     there = [tpu("a", 0), tpu("a", 1), tpu("b", 0)]
-    assert room(there, asked) == 8
+    assert capacity(there, asked) == 8
     assert "need 2 whole TPU slices of 2x2x2, but this Ray cluster has 1" in shortage(there, asked)
     assert shortage([*there, tpu("b", 1)], asked) == ""
-    assert room([*there, tpu("b", 1)], asked | {"topology": "2x2x4"}) == 0
+    assert capacity([*there, tpu("b", 1)], asked | {"topology": "2x2x4"}) == 0
 
 
 def test_a_slice_of_one_host_is_a_host_that_says_so() -> None:
@@ -53,9 +53,9 @@ def test_a_slice_of_one_host_is_a_host_that_says_so() -> None:
     labels = {"ray.io/tpu-topology": "2x4"}
     halves = [RayNode(f"h{i}", resources={"TPU": 4, "TPU-v5litepod-8-head": 1 - i}, labels=labels) for i in (0, 1)]
     whole = RayNode("w", resources={"TPU": 8, "TPU-v5litepod-8-head": 1}, labels=labels)
-    assert room([*halves, tpu("a", 0, 8)], asked) == 0
+    assert capacity([*halves, tpu("a", 0, 8)], asked) == 0
     assert "need 1 whole TPU slice of 2x4 on one host, but this Ray cluster has 0" in shortage(halves, asked)
-    assert room([*halves, whole], asked) == 8
+    assert capacity([*halves, whole], asked) == 8
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def nothing_left(cluster: RayCluster, project: Project, run: str) -> bool:
         f"launcher.rank.forkserver {project.folder}/runs/{run}",
         "ray::RayTrainWorker",
         "TrainController",
-        "Steward",
+        "NodeActor",
     )
     return not any(cluster.processes(words) for words in named)
 
@@ -118,9 +118,9 @@ def test_a_run_outlives_its_ranks_workers_and_nodes(
     assert failure["kind"] == "node lost"
     assert dead in failure["message"]
     assert "2 ranks need 2 CPU, but this Ray cluster has 1" in failure["message"]
-    told = [(e["event"], e.get("kind")) for e in project.events("r")]
-    assert [kind for event, kind in told if event == "restarted"] == ["killed", "killed", "node lost"]
-    assert [event for event, _ in told if event in ("preempted", "requeued")] == ["preempted", "requeued"]
+    fields = [(e["event"], e.get("kind")) for e in project.events("r")]
+    assert [kind for event, kind in fields if event == "restarted"] == ["killed", "killed", "node lost"]
+    assert [event for event, _ in fields if event in ("preempted", "requeued")] == ["preempted", "requeued"]
     refused = project.call("resume", "r", status=2)
     assert "2 ranks need 2 CPU" in refused.stderr
 

@@ -58,8 +58,8 @@ def test_two_at_once_share_their_nodes(tmp_path: Path, on_slurm: SlurmCluster, m
         until(lambda name=name: project.status(name)["state"] in ("succeeded", "failed", "lost"), name, 240)  # type: ignore[misc]
         assert project.status(name)["state"] == "succeeded", (runs[name] / "logs/agent-0.log").read_text()[-3000:]
     assert weights(runs["first"]) == weights(runs["second"])
-    told = [event["reason"] for event in project.events("first") if event["event"] == "requeued"]
-    assert told == ["preempted"]
+    fields = [event["reason"] for event in project.events("first") if event["event"] == "requeued"]
+    assert fields == ["preempted"]
     hosts = [event["hosts"] for event in project.events("second") if event["event"] == "started"]
     assert [len(each) for each in hosts] == [2], "a rank on each raylet"
     until(lambda: not keeper.processes_with(f"{TOKEN}="), "the end of all that they started", 20)

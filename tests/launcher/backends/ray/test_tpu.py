@@ -11,8 +11,8 @@ import pytest
 
 from launcher.backends.ray import capacity
 from launcher.backends.ray.cluster import RayNode as Seen
-from launcher.backends.ray.node_actors import Stewards
-from launcher.backends.ray.worker_group import Lease, Member
+from launcher.backends.ray.node_actors import NodeActors
+from launcher.backends.ray.worker_group import Member, WorkerGroup
 from launcher.client.plan import make_plan
 from launcher.lifecycle.run_dir import RunDir
 from launcher.request.spec import RunSpec
@@ -111,7 +111,7 @@ def test_hosts_that_do_not_say_what_kind_of_slice_they_are(
     resources = {"CPU": 8.0, "TPU": 4.0} | ({"TPU-v4-8-head": 1.0} if marked else {})
     hosts = [Seen(name, resources=resources, labels={"ray.io/tpu-topology": "2x2x1"}) for name in ("left", "right")]
     monkeypatch.setattr(capacity, "look", lambda: hosts)
-    room = capacity.Room(run_dir, plan, Stewards(run_dir, lambda node, message: None))
+    room = capacity.ClusterCapacity(run_dir, plan, NodeActors(run_dir, lambda node, message: None))
     each = room.request(1, 8)["scaling_config"]["resources_per_worker"]
     assert each == {"CPU": 1, "TPU": 1} | ({"TPU-v4-8-head": 0.25} if marked else {})
     assert room.ranks_for(room.nodes()) == 8
@@ -128,7 +128,7 @@ class _Plan:
 
 def test_two_slices_of_two_hosts() -> None:
     """Ranks follow slices, hosts and chips in whatever order Ray's workers come."""
-    lease = Lease(_Plan, 1, 16)  # type: ignore[arg-type]
+    worker_group = WorkerGroup(_Plan, 1, 16)  # type: ignore[arg-type]
     members = [
         Member(
             worker,
@@ -138,14 +138,14 @@ def test_two_slices_of_two_hosts() -> None:
         for worker, (chip, number, name) in enumerate((c, h, s) for c in range(4) for h in (1, 0) for s in "ba")
     ]
     for member in members:
-        lease.enrol(member)
-    assert [(m.node.id, m.environment["TPU_VISIBLE_CHIPS"]) for m in lease.members] == [
+        worker_group.register(member)
+    assert [(m.node.id, m.environment["TPU_VISIBLE_CHIPS"]) for m in worker_group.members] == [
         (host, chip) for host in ("a0", "a1", "b0", "b1") for chip in "0123"
     ]
-    assert not lease.misplaced()
-    worlds = lease.worlds(attempt=1, port=1)
+    assert not worker_group.misplaced()
+    worlds = worker_group.worlds(attempt=1, port=1)
     assert [(w.node_rank, w.local_rank) for w in worlds] == [(n, c) for n in range(4) for c in range(4)]
-    variables = lease.environment(13)
+    variables = worker_group.environment(13)
     assert variables["MEGASCALE_SLICE_ID"] == "1"
     assert variables["MEGASCALE_COORDINATOR_ADDRESS"] == "10.0.0.0:8081"
     assert variables["MEGASCALE_PORT"] == "8082"
@@ -155,12 +155,12 @@ def test_two_slices_of_two_hosts() -> None:
 
 
 def test_chips_of_other_slices_are_not_taken_for_those_asked_for() -> None:
-    lease = Lease(_Plan, 1, 8)  # type: ignore[arg-type]
+    worker_group = WorkerGroup(_Plan, 1, 8)  # type: ignore[arg-type]
     for worker in range(8):
         labels = _labels("deep", worker // 4) | {"ray.io/tpu-topology": "2x2x4"}
-        lease.enrol(Member(worker, Seen(f"deep{worker // 4}", "10.0.0.1", labels=labels), {}))
-    assert lease.misplaced()
-    assert str(lease.cause) == "Ray gave 8 chips of slice deep, which is a 2x2x4, for a 2x2x2"
+        worker_group.register(Member(worker, Seen(f"deep{worker // 4}", "10.0.0.1", labels=labels), {}))
+    assert worker_group.misplaced()
+    assert str(worker_group.cause) == "Ray gave 8 chips of slice deep, which is a 2x2x4, for a 2x2x2"
 
 
 def _labels(name: str, number: int) -> dict[str, str]:
