@@ -33,13 +33,14 @@ from typing import TYPE_CHECKING
 
 from benchmarks.paired import Case, measure, table
 from training.bert.checkpointing import Store
+from training.bert.config import TrainConfig
 from training.bert.engine import Engine
 from training.bert.model import TINY, load_tokenizer
 from training.checkpoints.state import seed_all
 from training.context import Context
 from training.data.sampler import Position, Step
 from training.distributed.world import World
-from training.train import State, TrainConfig, quiet
+from training.train import State, quiet
 
 if TYPE_CHECKING:
     import torch

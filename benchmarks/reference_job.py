@@ -144,10 +144,11 @@ def ours(setup: Setup) -> Result:
     """The reference job, with a clock at its engine."""
     import torch
 
+    from training.bert.config import TrainConfig
     from training.bert.engine import Engine
     from training.context import Context
     from training.distributed.world import World
-    from training.train import TrainConfig, train
+    from training.train import train
 
     began: list[float] = []
     ended = 0.0

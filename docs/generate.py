@@ -9,8 +9,8 @@ from launcher.cli.main import parsers
 from launcher.cli.parser import COMMANDS
 from launcher.lifecycle.policy import RULES, Retry
 from launcher.request.spec import State
+from training.bert.config import TrainConfig
 from training.flags import usage
-from training.train import TrainConfig
 
 RETRIED = {
     Retry.HERE: "yes",

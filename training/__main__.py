@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from training.bert.config import TrainConfig
 from training.context import Context
 from training.distributed.world import World
 from training.errors import CheckpointError, ConfigError
 from training.flags import parse, usage
-from training.train import TrainConfig, check, train
+from training.train import check, train
 
 STOPPED = 3  # exit status of a run that was stopped and can go on
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import importlib
 import inspect
 import io
 import textwrap
@@ -146,3 +147,19 @@ def _comments(cls: type[Any]) -> dict[str, str]:
                 elif previous and token.line.strip().startswith("#") and token.start[1] > 4:
                     found[previous] += " " + text  # a comment that goes on, set under the first
     return found
+
+
+def check_function(flag: str, name: str) -> None:
+    """Raise ConfigError unless `name` can be one of a function; imports nothing."""
+    module, _, function = name.partition(":")
+    if not all(part.isidentifier() for part in [*module.split("."), function]):
+        raise ConfigError(f"{flag} {name}: a function of your own is written package.module:function")
+
+
+def find_function(flag: str, name: str) -> Any:
+    """The function `name`. Raises ConfigError where it cannot be imported."""
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{flag} {name} cannot be loaded: {error}") from error

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from launcher.agent.hang_detection import HangDetector, RankStatus, StackLocation, find_culprit
-from launcher.agent.node_ranks import STACK_SECONDS, Message
+from launcher.agent.node_ranks import STACK_SECONDS
+from launcher.agent.protocol import Message
 from launcher.lifecycle.exit_status import BAD_REQUEST, DISK_FULL, ERROR_NOT_WRITTEN, RAISED
 
 ERROR_GRACE_SECONDS = 0.5

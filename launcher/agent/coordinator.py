@@ -14,8 +14,9 @@ from dataclasses import replace
 from launcher.agent.attempt import Attempt
 from launcher.agent.health import environment_record, preflight
 from launcher.agent.network import reserve_port
-from launcher.agent.node_ranks import AgentInfo, Message, NodeRanks, on_signals
+from launcher.agent.node_ranks import NodeRanks, on_signals
 from launcher.agent.peers import CONNECT_SECONDS, PULSE_SECONDS, Peers
+from launcher.agent.protocol import AgentInfo, Message
 from launcher.lifecycle import exit_status
 from launcher.lifecycle.policy import Outcome
 from launcher.lifecycle.recovery import Elsewhere, JobFate, Recovery

@@ -16,8 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from launcher.agent.coordinator import Coordinator
-from launcher.agent.node_ranks import AgentInfo, Message, NodeRanks, on_signals
+from launcher.agent.node_ranks import NodeRanks, on_signals
 from launcher.agent.peers import CONNECT_SECONDS, PULSE_SECONDS, SILENCE_SECONDS
+from launcher.agent.protocol import AgentInfo, Message
 from launcher.lifecycle.run_dir import RunDir
 from launcher.rank.output import drop_output_on_full_disk
 from launcher.request.spec import Plan, State

@@ -10,15 +10,15 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
 from launcher.agent.hang_detection import RankStatus, stack_location_of
 from launcher.agent.health import preflight
 from launcher.agent.network import interface_of, source_towards
+from launcher.agent.protocol import AgentInfo, Message
 from launcher.lifecycle.exit_status import ERROR_NOT_WRITTEN
-from launcher.lifecycle.recovery import JobFate
 from launcher.lifecycle.run_dir import RunDir
 from launcher.rank.environment import rank_environment, shared_environment
 from launcher.request.placement import tpu
@@ -31,31 +31,6 @@ CLOSE_SECONDS = 20.0
 
 STACK_SECONDS = 1.0
 """How long ranks get to write their stacks; it is done by a signal handler in C, which no stuck Python code holds up."""
-
-Message = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class AgentInfo:
-    """Where an agent sits. The backend makes it; the agent reads no environment.
-
-    Attributes:
-        host: this node's name, for people.
-        address: node 0's IP address, as the other nodes reach it.
-        session: differs between two submissions of a run, and between two starts of a job, so that nobody takes an old
-            rendezvous for a new one.
-        requeue: asks the scheduler to start the job again later, away from the given hosts; says whether it will. None
-            where nobody can.
-        fate: asks the scheduler what it has in mind for the job.
-    """
-
-    node: int = 0
-    nodes: int = 1
-    host: str = field(default_factory=socket.gethostname)
-    address: str = "127.0.0.1"
-    session: str = ""
-    requeue: Callable[[Sequence[str]], bool] | None = None
-    fate: Callable[[], JobFate] = lambda: ""
 
 
 class NodeRanks:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from launcher.agent.node_ranks import AgentInfo, Message
+from launcher.agent.protocol import AgentInfo, Message
 from launcher.lifecycle.run_dir import RunDir
 from training.files import write_atomic
 

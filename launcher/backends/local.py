@@ -58,7 +58,8 @@ class LocalBackend(Backend):
 
     def render(self, plan: Plan) -> str:
         """The processes that would start, and the environment of each."""
-        from launcher.agent.node_ranks import AgentInfo, NodeRanks
+        from launcher.agent.node_ranks import NodeRanks
+        from launcher.agent.protocol import AgentInfo
         from launcher.rank.environment import rank_environment
 
         run_dir = RunDir(plan.run_dir)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher import backends
+from launcher.agent.health.node_facts import SKEW_SECONDS, differences
 from launcher.client.api import submit
 from launcher.client.plan import make_plan
 from launcher.client.run import Run
 from launcher.config.check import Check
-from launcher.doctor.probe import SKEW_SECONDS, differences
 from launcher.errors import BadRequest, LaunchError
 from launcher.lifecycle.run_dir import RunDir, tail
 from launcher.request.placement.devices import many

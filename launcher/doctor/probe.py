@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import platform
 import shutil
 import socket
-import statistics
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from launcher.agent.health import environment_record, gpus
+from launcher.agent.health.node_facts import PATIENCE_SECONDS, _until, appears, renames, versions, within
 from launcher.agent.network import source_towards
 from launcher.doctor import bandwidth
 from launcher.lifecycle.run_dir import to_json
@@ -23,16 +20,9 @@ from training.files import write_atomic
 if TYPE_CHECKING:
     from training.context import Context
 
-T = TypeVar("T")
 
-PATIENCE_SECONDS = 5.0
-"""For one name, one connection, one file to appear on another node."""
 ALONE_SECONDS = 30.0
 """How long the ranks of a node may be apart before they have anything to do with each other."""
-SKEW_SECONDS = 1.0
-"""Clocks further apart make the times of events and logs of different nodes misleading, and break certificates and caches."""
-
-RENAMES = 20
 
 
 def main(ctx: Context) -> dict[str, Any]:
@@ -67,30 +57,6 @@ def alone(ctx: Context) -> dict[str, Any]:
         "scratch": shutil.disk_usage(os.environ.get("TMPDIR", "/tmp")).free,
         "hub": hub(),
     }
-
-
-def versions() -> dict[str, str]:
-    """What has to be the same on all nodes: Python, the packages that `launch` needs, and its own code."""
-    installed = environment_record.packages()
-    return {
-        "python": platform.python_version(),
-        "launch": code_hash(),
-        **{name: installed.get(name, "missing") for name in environment_record.PACKAGES},
-    }
-
-
-def differences(mine: Mapping[str, str], theirs: Mapping[str, str], whose: str) -> list[str]:
-    """What of `mine` differs from `theirs`, the versions of the host `whose`; each as ``has torch 2.12, n0 has 2.13``."""
-    return [f"has {n} {v}, {whose} has {theirs.get(n)}" for n, v in mine.items() if v != theirs.get(n)]
-
-
-def code_hash() -> str:
-    """A short hash of the code of `launch` on this node."""
-    total = hashlib.sha256()
-    for package in ("launcher", "training"):
-        for path in sorted((Path(__file__).parents[2] / package).rglob("*.py")):
-            total.update(path.read_bytes())
-    return total.hexdigest()[:12]
 
 
 def devices() -> dict[str, Any]:
@@ -150,32 +116,6 @@ def together(ctx: Context, folder: Path, host: str) -> dict[str, Any]:
     }
 
 
-def renames(path: Path, times: int = RENAMES) -> float:
-    """The median of seconds that an atomic write of a small file takes, tried `times` times."""
-    taken = []
-    for number in range(times):
-        started = time.perf_counter()
-        write_atomic(path, str(number))
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
-
-
-def within(limit: float, work: Callable[[], T]) -> T | None:
-    """The result of `work`, or None where it raises OSError or takes longer than `limit` seconds; name services hang."""
-    done: list[T] = []
-
-    def run() -> None:
-        try:
-            done.append(work())
-        except OSError:
-            return
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(limit)
-    return done[0] if done else None
-
-
 def _connects(host: str, port: int) -> bool:
     socket.create_connection((host, port), timeout=PATIENCE_SECONDS).close()
     return True
@@ -183,22 +123,3 @@ def _connects(host: str, port: int) -> bool:
 
 def _resolves(host: str) -> Sequence[Any]:
     return socket.getaddrinfo(host, None)
-
-
-def appears(path: Path) -> float:
-    """Seconds until a file that another node has written is seen here; -1 for never."""
-    started = time.monotonic()
-
-    def there() -> bool:
-        os.listdir(path.parent)  # makes an NFS client look again
-        return path.exists()
-
-    return time.monotonic() - started if _until(there, PATIENCE_SECONDS) else -1.0
-
-
-def _until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Wait until `condition` holds, `seconds` at most; whether it does."""
-    deadline = time.monotonic() + seconds
-    while not (holds := condition()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return holds

@@ -21,8 +21,8 @@ from launcher.errors import BadRequest
 from launcher.request.spec import DEFAULT_TARGET
 from tests.docs.pages import LANGUAGES, NEEDS, PAGES, ROOT, Block, Command, anchors, blocks, inline_commands, links
 from tests.launcher.engines import COMMAND
+from training.bert.config import TrainConfig
 from training.flags import parse
-from training.train import TrainConfig
 
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 on_every_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)

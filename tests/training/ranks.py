@@ -84,7 +84,8 @@ def _enter(pipe: Any, work: Callable[..., Any], world: World, args: tuple[Any, .
 
 def train_in(world: World, run_dir: Path, **options: Any) -> tuple[dict[str, Any], bool]:
     """Run the reference job as one rank; its result, and whether it was stopped."""
-    from training.train import TrainConfig, train
+    from training.bert.config import TrainConfig
+    from training.train import train
 
     run_dir.mkdir(parents=True, exist_ok=True)
     with Context(run_dir, world) as ctx:

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import pytest
 
+from training.bert.config import TrainConfig
 from training.errors import ConfigError
 from training.flags import parse, usage
-from training.train import TrainConfig
 
 
 class Colour(enum.Enum):

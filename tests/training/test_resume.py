@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training.ranks import assert_same_end, losses, spawn, train_in, train_in_world
+from training.bert.config import TrainConfig
 from training.bert.engine import Engine
 from training.bert.model import load_model, load_tokenizer
 from training.checkpoints.manifest import write_file
@@ -26,7 +27,7 @@ from training.data.sampler import Position, Step, steps
 from training.distributed.world import World
 from training.errors import CheckpointError, ConfigError
 from training.files import append_line, read_lines
-from training.train import TrainConfig, train
+from training.train import train
 
 ONE = World(threads=1)
 Options = dict[str, Any]

@@ -15,6 +15,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from tests.training.ranks import losses, spawn, train_in, train_in_world
 from tests.training.test_files import fill
 from training import train as module
+from training.bert.config import TrainConfig
 from training.bert.model import load_model, load_tokenizer
 from training.bert.sources import find_source
 from training.bert.tokens import encode
@@ -24,7 +25,7 @@ from training.distributed.world import World
 from training.errors import ConfigError
 from training.files import read_lines
 from training.reporting.trackers import Trackers
-from training.train import TrainConfig, check
+from training.train import check
 
 ONE = World(threads=1)
 Options = dict[str, Any]

@@ -21,9 +21,9 @@ from training.files import sync_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from training.bert.config import TrainConfig
     from training.bert.engine import Engine
     from training.context import Context
-    from training.train import TrainConfig
 
 PROBE_SECONDS = (
     1.0  # how long a node looks for a file of rank 0's; a network disk may remember for a while what was not there

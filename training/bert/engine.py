@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from training.bert.config import TrainConfig
     from training.bert.tokens import Encoded
     from training.context import Context
-    from training.train import TrainConfig
 
     Batch = dict[str, torch.Tensor]
 

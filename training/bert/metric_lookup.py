@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.errors import ConfigError
+from training.flags import check_function, find_function
 from training.metrics import Metric, metric_for
-from training.named import check_function, find_function
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,8 +15,7 @@ from contextlib import suppress
 from functools import cache, partial
 from typing import Any, TypeVar
 
-from launcher.agent.health import gpus
-from launcher.doctor import probe
+from launcher.agent.health import gpus, node_facts
 from launcher.lifecycle.run_dir import RunDir
 
 LIMIT_SECONDS = 30.0
@@ -48,7 +47,7 @@ async def look(run_dir: RunDir, attempt: int, node: int, device: str, visible: s
     }
     if device == "cuda":
         parts["gpus"] = lambda: gpus.report(visible) or {}
-    waits = (asyncio.to_thread(probe.within, LIMIT_SECONDS, partial(_told, part)) for part in parts.values())
+    waits = (asyncio.to_thread(node_facts.within, LIMIT_SECONDS, partial(_told, part)) for part in parts.values())
     found = dict(zip(parts, await asyncio.gather(*waits), strict=True))
     late = {"fault": f"did not answer within {LIMIT_SECONDS:g} s"}
     return {"heard": heard, "said": time.time()} | {
@@ -65,11 +64,11 @@ def _told(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def run_folder(run_dir: RunDir, attempt: int, node: int) -> dict[str, Any]:
     """Whether this node sees what the coordinator just made, and can write a file that lasts; bytes free. Raises OSError."""
-    if probe.appears(run_dir.logs / str(attempt)) < 0:
+    if node_facts.appears(run_dir.logs / str(attempt)) < 0:
         return {"fault": f"does not show the folder of attempt {attempt}, which the first node made"}
     trial = run_dir.path / f".preflight-{node}"
     try:
-        probe.renames(trial, 1)
+        node_facts.renames(trial, 1)
     finally:
         trial.unlink(missing_ok=True)
     return {"free": shutil.disk_usage(run_dir.path).free}
@@ -85,8 +84,8 @@ def scratch() -> dict[str, Any]:
 
 @cache
 def versions() -> dict[str, Any]:
-    """As `launcher.doctor.probe.versions`, found out once a process: what it has loaded does not change any more."""
-    return probe.versions()
+    """As `launcher.doctor.node_facts.versions`, found out once a process: what it has loaded does not change any more."""
+    return node_facts.versions()
 
 
 async def ask(
@@ -140,7 +139,7 @@ def judge(answers: Mapping[str, Facts], ranks: Mapping[str, int]) -> dict[str, s
     if known:
         measure = _most_agreed(known, lambda mine, other: mine == other)
         for host, mine in known.items():
-            if differ := probe.differences(mine, known[measure], measure):
+            if differ := node_facts.differences(mine, known[measure], measure):
                 faults[host].append(f"it {'; '.join(differ)} ({_ONE_ENVIRONMENT})")
     if any(facts.get("gpus") for facts in there.values()):  # else they are not NVIDIA's
         for host in (host for host, facts in there.items() if facts.get("gpus") == {}):
@@ -182,10 +181,10 @@ def _hold_clocks(faults: Mapping[str, list[str]], answers: Mapping[str, Facts]) 
     ahead = {host: skew(facts) for host, facts in answers.items()}
     if not ahead:
         return
-    measure = _most_agreed(ahead, lambda mine, other: abs(mine - other) <= probe.SKEW_SECONDS)
+    measure = _most_agreed(ahead, lambda mine, other: abs(mine - other) <= node_facts.SKEW_SECONDS)
     for host, seconds in ahead.items():
         off = seconds - ahead[measure]
-        if abs(off) > probe.SKEW_SECONDS:
+        if abs(off) > node_facts.SKEW_SECONDS:
             words = "ahead of" if off > 0 else "behind"
             faults[host].append(f"its clock is {abs(off):.1f} s {words} {measure}'s (have its time service seen to)")
 

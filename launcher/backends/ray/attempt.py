@@ -10,8 +10,8 @@ from dataclasses import asdict, replace
 
 from launcher.agent.attempt import Attempt
 from launcher.agent.health import preflight
-from launcher.agent.node_ranks import Message
-from launcher.backends.ray.node_actors import NodeActors
+from launcher.agent.protocol import Message
+from launcher.backends.ray.node_actor import NodeActors
 from launcher.backends.ray.worker_group import WorkerGroup
 from launcher.lifecycle import exit_status
 from launcher.lifecycle.policy import Outcome

@@ -8,7 +8,7 @@ from typing import Any
 
 from launcher.backends.ray.backend import trainer, whole_host
 from launcher.backends.ray.cluster import RayNode, capacity, fitting, look, shortage
-from launcher.backends.ray.node_actors import NodeActors
+from launcher.backends.ray.node_actor import NodeActors
 from launcher.errors import BadRequest
 from launcher.lifecycle import history
 from launcher.lifecycle.policy import ADVICE, Failure

@@ -21,11 +21,11 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from launcher.agent.node_ranks import Message
+from launcher.agent.protocol import Message
 from launcher.backends.ray.attempt import DRIVER, RayAttempt
 from launcher.backends.ray.capacity import ClusterCapacity
 from launcher.backends.ray.cluster import draining, join, leave, reservations, shortage
-from launcher.backends.ray.node_actors import NodeActors
+from launcher.backends.ray.node_actor import NodeActors
 from launcher.backends.ray.worker_group import Member, WorkerGroup
 from launcher.errors import BadRequest
 from launcher.lifecycle.policy import ADVICE, Failure, Outcome

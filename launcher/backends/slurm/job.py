@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.agent.node_ranks import AgentInfo
+from launcher.agent.protocol import AgentInfo
 from launcher.lifecycle import history
 from launcher.lifecycle.policy import Outcome
 from launcher.lifecycle.recovery import Elsewhere, End, JobFate, Recovery

@@ -11,8 +11,9 @@ from accelerate import Accelerator  # noqa: F401
 from datasets import load_from_disk  # noqa: F401
 from transformers import BertForSequenceClassification, BertTokenizer, get_scheduler  # noqa: F401
 
+from training.bert.config import TrainConfig
 from training.context import Context
-from training.train import TrainConfig, train
+from training.train import train
 
 
 def main(ctx: Context, config: TrainConfig) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from launcher.agent.attempt import ERROR_GRACE_SECONDS, Attempt
-from launcher.agent.node_ranks import Message
+from launcher.agent.protocol import Message
 
 KILL = {"signal": int(signal.SIGKILL)}
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from launcher.agent import peers
-from launcher.agent.node_ranks import AgentInfo, Message
 from launcher.agent.peers import Peers
+from launcher.agent.protocol import AgentInfo, Message
 from launcher.lifecycle.run_dir import RunDir
 from training.files import read_json
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.backends.ray import doctor as ray_doctor
+from launcher.backends.ray import backend as ray_doctor
 from launcher.backends.slurm import doctor as slurm_doctor
 from launcher.backends.slurm.query import Partition
 from launcher.config import profile_reference, profiles

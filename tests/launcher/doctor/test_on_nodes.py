@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from launcher.agent.health.node_facts import within
 from launcher.config.check import Check
 from launcher.doctor.on_nodes import missing, of_each, verdicts
-from launcher.doctor.probe import within
 from launcher.lifecycle.run_dir import RunDir
 from tests.launcher.engines import Project
 from tests.testbed.slurm import SlurmCluster

@@ -23,6 +23,7 @@ import torch
 from tests.training.faults import parts, save_with_a_fault, shards
 from tests.training.ranks import assert_same_end, spawn, train_in
 from training.bert.checkpointing import Store
+from training.bert.config import TrainConfig
 from training.bert.engine import Engine
 from training.checkpoints.manifest import load, read_manifest
 from training.checkpoints.store import Checkpoints
@@ -30,7 +31,6 @@ from training.context import Context
 from training.distributed.world import World
 from training.errors import CheckpointError, ConfigError
 from training.files import read_lines
-from training.train import TrainConfig
 
 Options = dict[str, Any]
 AT_ONCE = 24  # trials that run side by side; they mostly wait for one another and for the disk

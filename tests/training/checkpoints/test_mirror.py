@@ -9,6 +9,7 @@ import pytest
 
 from tests.training.faults import parts, same
 from tests.training.ranks import train_in
+from training.bert.config import TrainConfig
 from training.checkpoints import mirror as module
 from training.checkpoints.manifest import MANIFEST, load
 from training.checkpoints.mirror import Mirror, open_store
@@ -16,7 +17,7 @@ from training.checkpoints.store import Checkpoints
 from training.distributed.world import World
 from training.errors import CheckpointError, ConfigError
 from training.files import read_lines
-from training.train import TrainConfig, check
+from training.train import check
 
 
 def saved(folder: Path, mirror: Mirror, *steps: int) -> None:

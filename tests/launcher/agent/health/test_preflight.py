@@ -17,7 +17,7 @@ import pytest
 from launcher.agent.coordinator import Coordinator
 from launcher.agent.health import preflight
 from launcher.agent.health.preflight import RUN_FOLDER_BYTES, SCRATCH_BYTES, judge, look, skew
-from launcher.agent.node_ranks import AgentInfo, Message
+from launcher.agent.protocol import AgentInfo, Message
 from launcher.client.plan import make_plan
 from launcher.lifecycle.policy import Outcome
 from launcher.lifecycle.run_dir import RunDir
@@ -126,7 +126,7 @@ def test_a_node_looks_around_in_a_moment_and_leaves_nothing(tmp_path: Path, monk
 
 
 def test_a_node_says_what_fails_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.doctor.probe.PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr("launcher.agent.health.node_facts.PATIENCE_SECONDS", 0.1)
     monkeypatch.setenv("TMPDIR", str(tmp_path / "gone"))
     (tmp_path / "logs").mkdir()
     found = run(tmp_path)
@@ -165,7 +165,7 @@ def ask(
             for emit in said(found, agent):
                 found.inbox.put_nowait(emit)
 
-        monkeypatch.setattr(found, "_tell", send)
+        monkeypatch.setattr(found, "_send", send)
         return await found._preflight(3, [0, 1])
 
     connected = [0, 1]

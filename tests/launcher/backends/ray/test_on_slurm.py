@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.backends.ray.in_job import TOKEN
+from launcher.backends.ray.on_slurm import TOKEN
 from tests.launcher.engines import Project, make_project, until
 from tests.testbed import keeper
 from tests.testbed.slurm import SlurmCluster

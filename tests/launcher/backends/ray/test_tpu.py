@@ -11,7 +11,7 @@ import pytest
 
 from launcher.backends.ray import capacity
 from launcher.backends.ray.cluster import RayNode as Seen
-from launcher.backends.ray.node_actors import NodeActors
+from launcher.backends.ray.node_actor import NodeActors
 from launcher.backends.ray.worker_group import Member, WorkerGroup
 from launcher.client.plan import make_plan
 from launcher.lifecycle.run_dir import RunDir
