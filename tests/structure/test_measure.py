@@ -58,7 +58,7 @@ def test_import_module_with_a_literal_name_counts(tmp_path: Path) -> None:
 def test_names_of_a_package_are_resolved_to_its_modules(tmp_path: Path) -> None:
     files = {
         "__init__.py": "",
-        "a.py": "import launcher\nfrom launcher import agent\nfrom launcher.agent.main import main, NAME\nimport launchers.x",
+        "a.py": "import launcher\nfrom launcher import agent\nfrom launcher.agent import main, NAME\nimport launchers.x",
         "agent/__init__.py": "",
         "agent/main.py": "from . import peers\nfrom .. import a",
         "agent/peers.py": "",
@@ -89,8 +89,8 @@ def test_depth_is_the_longest_chain_and_a_circle_is_one_link(tmp_path: Path) -> 
 
 def test_folders_count_as_one_at_the_top(tmp_path: Path) -> None:
     files = {
-        "a.py": "import launcher.agent.main.x, launcher.agent.main.y",
-        "agent/x.py": "import launcher.agent.main.y, launcher.b",
+        "a.py": "import launcher.agent.x, launcher.agent.y",
+        "agent/x.py": "import launcher.agent.y, launcher.b",
         "agent/y.py": "import launcher.b",
         "b.py": "",
     }
@@ -177,8 +177,8 @@ def test_replaced_words(tmp_path: Path, text: str, expected: tuple[int, str, str
 def test_a_file_name_and_words_of_training(tmp_path: Path) -> None:
     package(tmp_path, {"ahead.py": "blocked = 1"}, "training")
     assert [(hit.file, hit.word) for hit in hits(tmp_path)] == [
-        ("training/data/prefetch.py", "ahead"),
-        ("training/data/prefetch.py", "blocked"),
+        ("training/ahead.py", "ahead"),
+        ("training/ahead.py", "blocked"),
     ]
 
 

@@ -85,7 +85,7 @@ PARTS = frozenset(
         "theirs",
     ]
 )
-"""Words of identifiers, split at underscores and capitals: ``node_actor`` of ``node_actor_name`` and ``RayStewards``."""
+"""Words of identifiers, split at underscores and capitals: ``steward`` of ``steward_name`` and ``RayStewards``."""
 
 INNOCENT = {
     "post": frozenset({"requests", "session", "client", "http", "httpx"}),
