@@ -63,7 +63,7 @@ def is_own(folder: Path) -> bool:
 def check_own(folder: Path, names: Iterable[str]) -> None:
     """Check that a run directory belongs to this user and that nobody else can change what is in it.
 
-    Of the files `names`, and of those below them, a symbolic link is refused. Only numeric user ids are compared.
+    Of the files `names`, and of those below them, a symbolic link out of the directory is refused. Only numeric user ids are compared.
 
     Raises:
         BadRequest: it belongs to another user (the owner is named), others can write to it (the command that ends that is
@@ -78,7 +78,12 @@ def check_own(folder: Path, names: Iterable[str]) -> None:
             except FileNotFoundError:
                 continue
             if stat.S_ISLNK(found.st_mode):
-                raise BadRequest(f"{path} is a symbolic link, which is not followed. `rm {shlex.quote(str(path))}`.")
+                if path.resolve().is_relative_to(folder.resolve()):  # submitit names the script of a job by two names
+                    continue
+                raise BadRequest(
+                    f"{path} is a symbolic link out of the run directory, which is not followed."
+                    f" `rm {shlex.quote(str(path))}`."
+                )
             _check_entry(folder, path, found)
     if top.st_mode & 0o011:  # others can reach what is below
         for path in _tree(folder):
