@@ -19,8 +19,21 @@ from launcher.cli import parse_request, parsers
 from launcher.errors import BadRequest
 from launcher.options import COMMANDS
 from launcher.spec import DEFAULT_TARGET
-from tests.docs.pages import LANGUAGES, NEEDS, PAGES, ROOT, Block, Command, anchors, blocks, inline_commands, links
+from tests.docs.pages import (
+    LANGUAGES,
+    NEEDS,
+    PAGES,
+    ROOT,
+    Block,
+    Command,
+    anchors,
+    blocks,
+    inline_commands,
+    links,
+    prose,
+)
 from tests.launcher.engines import COMMAND
+from tests.structure.words import PROSE
 from training.flags import parse
 from training.train import TrainConfig
 
@@ -50,6 +63,12 @@ def test_every_block_is_of_a_kind_that_is_checked(page: Path) -> None:
             assert not re.search(r"^(\$ |launch )", block.text, re.MULTILINE), (
                 f"{block.place}: a command in a text block"
             )
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "profiles.md"], ids=lambda page: page.stem)
+def test_the_prose_has_none_of_the_replaced_words(page: Path) -> None:
+    """profiles.md is written from docstrings, which tests.structure checks."""
+    assert [match[0] for match in PROSE.finditer(prose(page))] == []
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language in ("python", "toml")], ids=lambda b: b.place)
