@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import inspect
 import os
 import shutil
 import subprocess
@@ -11,20 +11,43 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from launcher import backends, snapshot
 from launcher.errors import BadRequest
 from launcher.plan import check_shared, make_plan, name_of
 from launcher.records import to_data
-from launcher.resolve import resolve
 from launcher.run import Run, find
-from launcher.rundir import RunDir, to_json
-from launcher.spec import Plan, RunSpec, State, Target, check_name
+from launcher.rundir import FORMAT, RunDir, to_json
+from launcher.spec import NOT_RESUMED, Plan, RunSpec, State, check_name, check_options, options
 from training.files import write_atomic
 
+F = TypeVar("F", bound=Callable[..., Any])
 
-def launch(target: str | Callable[..., Any] = RunSpec.target, *args: str, wait: bool = True, **options: Any) -> Run:
+
+def _with_options(*without: str) -> Callable[[F], F]:
+    """Give a function that takes ``**options`` the signature and the documentation of the options of `RunSpec`."""
+
+    def decorate(function: F) -> F:
+        known = options(without)
+        function.__doc__ = inspect.cleandoc(function.__doc__ or "").replace(
+            "{options}", "\n    ".join(f"{name}: {option.help.rstrip(chr(46))}." for name, option in known.items())
+        )
+        own = inspect.signature(function, eval_str=False)
+        keywords = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        keywords += [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+            for f in fields(RunSpec)
+            if f.name in known
+        ]
+        function.__signature__ = own.replace(parameters=keywords)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+@_with_options()
+def launch(target: str | Callable[..., Any] = RunSpec.target, *args: str, wait: bool = True, **given: Any) -> Run:
     """Send `target` to where the accelerators are.
 
     Args:
@@ -32,8 +55,7 @@ def launch(target: str | Callable[..., Any] = RunSpec.target, *args: str, wait: 
             importable name (a notebook's, a nested one) travels by value.
         args: command-line arguments of the target.
         wait: follow the run to its end, printing what rank 0 prints, and raise if it fails.
-        options: as on the command line: ``backend, cluster, gpus, tpus, cpus, nodes, accelerator, topology, name, time,
-            max_restarts``.
+        {options}
 
     Returns:
         The run; ``launch(...).result()`` is what the target returned on rank 0.
@@ -42,29 +64,30 @@ def launch(target: str | Callable[..., Any] = RunSpec.target, *args: str, wait: 
         BadRequest: nothing was sent.
         RunFailed, RunStopped: only with `wait`.
     """
-    known = [f.name for f in fields(RunSpec) if f.name not in ("target", "args")]
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise BadRequest(f"launch() has no option {name!r}{hint}. Options: {', '.join(known)}, wait.")
+    check_options("launch", given, options(), "wait")
     function = target if callable(target) else None
     named = name_of(target) if callable(target) else target
-    run = submit(make_plan(RunSpec(named, tuple(args), **options), Path.cwd(), function), function)
+    run = submit(make_plan(RunSpec(named, tuple(args), **given), Path.cwd(), function), function)
     return _attended(run) if wait else run
 
 
-def resume(name: str | Path, *, runs_folder: str | Path = "runs", wait: bool = True, **options: Any) -> Run:
+@_with_options(*NOT_RESUMED)
+def resume(name: str | Path, *, runs_folder: str | Path = "runs", wait: bool = True, **given: Any) -> Run:
     """Take a run that ended before its goal up again, from its newest checkpoint and with the code it was sent with.
 
     Args:
         name: the run's name or its directory.
-        options: as for `launch`, where something should differ this time (``gpus``, ``time``, ``cluster``, ...).
+        runs_folder: the folder in which a name is looked up.
+        wait: as for `launch`.
+        {options}
+
+    An option that is left out stays as it was when the run was sent.
 
     Raises:
         BadRequest: there is no such run, it is running, or it has succeeded.
     """
-    run = resubmit(find(name, Path(runs_folder)), **options)
+    check_options("resume", given, options(NOT_RESUMED), "runs_folder, wait")
+    run = resubmit(find(name, Path(runs_folder)), **given)
     return _attended(run) if wait else run
 
 
@@ -97,7 +120,7 @@ def submit(plan: Plan, function: Callable[..., Any] | None = None) -> Run:
         raise
 
 
-def resubmit(run: Run, **options: Any) -> Run:
+def resubmit(run: Run, **changes: Any) -> Run:
     """Send a run again; see `resume`. After an error the run directory is what it was."""
     run.dir.check_own()
     state = run.state()
@@ -108,15 +131,15 @@ def resubmit(run: Run, **options: Any) -> Run:
     if not state.done:
         raise BadRequest(f"run {run.name!r} is {state.value}; `launch cancel {run.name}` stops it first.")
     plan = _relocated(run.dir.plan(), run.dir)
-    options = {key: value for key, value in options.items() if value is not None}
-    if options:
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if changes:
         kinds = ("gpus", "tpus", "cpus")
-        if any(kind in options for kind in kinds):
-            options = dict.fromkeys((*kinds, "nodes")) | options
-        spec = replace(plan.spec, name=plan.name, **options)
+        if any(kind in changes for kind in kinds):
+            changes = dict.fromkeys((*kinds, "nodes")) | changes
+        spec = replace(plan.spec, name=plan.name, **changes)
         # Placed afresh as a run of another name; the code, the name and the directory stay.
         fresh = make_plan(replace(spec, target=RunSpec.target, args=(), name=None), plan.cwd)
-        plan = replace(fresh, name=plan.name, run_dir=plan.run_dir, spec=spec, target=plan.target)
+        plan = replace(fresh, name=plan.name, run_dir=plan.run_dir, spec=spec, target=plan.target, project=plan.project)
     else:
         backends.of(plan.cluster).check(plan)
     check_shared(plan.run_dir, plan.cluster)
@@ -157,7 +180,7 @@ def _relocated(plan: Plan, run_dir: RunDir) -> Plan:
 
 def _send(plan: Plan, run_dir: RunDir) -> Run:
     told = {"backend": plan.backend, "cluster": plan.cluster.name, "world_size": plan.placement.world_size}
-    run_dir.event("submitted", **told)
+    run_dir.event("submitted", format=FORMAT, **told)
     backend = backends.of(plan.cluster)
     run_dir.write_job(backend.name, backend.submit(plan))
     return Run(run_dir)
@@ -176,8 +199,8 @@ def _pickle(function: Callable[..., Any] | None, path: Path) -> None:
 
 
 def _copy_code(plan: Plan, run_dir: RunDir) -> None:
-    _, project = _project_of(plan)
-    root, in_git = snapshot.project_root(project)
+    assert plan.project is not None, "a target with entries on the path has a project"
+    root, in_git = snapshot.project_root(plan.project)
     taken = snapshot.take(root, in_git, run_dir.code, exclude=run_dir.path.parent)
     for file in map(Path, plan.target.source):
         if run_dir.code in file.parents and not file.is_file():
@@ -189,14 +212,6 @@ def _copy_code(plan: Plan, run_dir: RunDir) -> None:
     write_atomic(run_dir.snapshot_file, to_json(to_data(record)))
     if taken.diff:
         write_atomic(run_dir.diff_file, taken.diff.encode("utf-8", "surrogateescape"))
-
-
-def _project_of(plan: Plan) -> tuple[Target, Path]:
-    if plan.target.kind == "value":
-        return plan.target, plan.cwd
-    found, project = resolve(plan.spec.target, plan.spec.args, plan.cwd)
-    assert project is not None, "a target with entries on the path has a project"
-    return found, project
 
 
 def _check_target(plan: Plan) -> None:

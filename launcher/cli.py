@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from launcher import living
-from launcher.errors import BadRequest, LaunchError, nearest
-from launcher.options import COMMANDS, SHOW_PARSER, Once, Parser, ShownParser, add_json, add_placement, command
-from launcher.spec import RunSpec, State
+from launcher.errors import OURS, BadRequest, exit_status, nearest
+from launcher.options import COMMANDS, SHOW_PARSER, Once, Parser, ShownParser, add_json, add_options, command, given
+from launcher.spec import NOT_RESUMED, RunSpec, State
 from launcher.version import Version
 
 DESCRIPTION = """\
@@ -50,9 +50,7 @@ def launch_parser() -> Parser:
         description=DESCRIPTION,
         epilog=EPILOG,
     )
-    add_placement(parser)
-    more = parser.add_argument_group("how")
-    more.add_argument("--name", action=Once, metavar="NAME", help="the run's name (default: target and time)")
+    more = add_options(parser)["how"]
     more.add_argument("--dry-run", action="store_true", help="print all that would be sent, and send nothing")
     more.add_argument("--detach", action="store_true", help="return once it is submitted")
     add_json(more)  # type: ignore[arg-type]
@@ -67,10 +65,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         status = _COMMANDS[argv[0]](argv[1:]) if argv and argv[0] in COMMANDS else run_launch(argv)
-    except BadRequest as error:
-        status = _complain(error, "bad request", 2, argv)
-    except LaunchError as error:
-        status = _complain(error, "failed", 1, argv)
+    except OURS as error:
+        status = _complain(error, exit_status(error), argv)
     except BrokenPipeError:
         # `launch logs | head`: nobody reads any more. Point stdout elsewhere, or its last flush would complain too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -78,14 +74,16 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     sys.exit(status)
 
 
-def _complain(error: LaunchError, kind: str, status: int, argv: Sequence[str]) -> int:
+def _complain(error: Exception, status: int, argv: Sequence[str]) -> int:
+    kind = {1: "failed", 2: "bad request", 3: "stopped"}[status]
     if argv[:1] and argv[0] not in COMMANDS:
         with suppress(BadRequest):  # --json after the target is the target's own
             argv, _, _ = _split(launch_parser(), argv)
+    text = re.sub(r"\S{500,}", lambda long: f"{long[0][:100]}...{long[0][-50:]}", str(error))
     if "--json" in argv:
-        print(json.dumps({"error": str(error), "kind": kind}))
+        print(json.dumps({"error": text, "kind": kind}))
     else:
-        print(f"launch: {error}", file=sys.stderr)
+        print(f"launch: {text}", file=sys.stderr)
     return status
 
 
@@ -109,8 +107,7 @@ def parse_request(argv: Sequence[str]) -> tuple[RunSpec, argparse.Namespace]:
             rest = rest[1:]
     else:
         target = RunSpec.target
-    given = {f.name: getattr(parsed, f.name, None) for f in fields(RunSpec) if f.name not in ("target", "args")}
-    return RunSpec(target, tuple(rest), **{k: v for k, v in given.items() if v is not None}), parsed
+    return RunSpec(target, tuple(rest), **given(parsed)), parsed
 
 
 def _split(parser: Parser, argv: Sequence[str]) -> tuple[list[str], list[str], bool]:
@@ -166,15 +163,13 @@ def run_resume(argv: Sequence[str]) -> int:
     parser = command(
         "resume", "With the code and arguments it was sent with; what is given here replaces its placement."
     )
-    add_placement(parser)
+    add_options(parser, NOT_RESUMED)
     parser.add_argument("--detach", action="store_true", help="return once it is submitted")
     options = parser.parse_args(list(argv))
     from launcher.api import resubmit
     from launcher.run import find
 
-    names = {f.name for f in fields(RunSpec)} - {"target", "args", "name"}
-    changes = {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
-    return _attend(resubmit(find(options.run, Path(options.runs)), **changes), options)
+    return _attend(resubmit(find(options.run, Path(options.runs)), **given(options)), options)
 
 
 def run_completion(argv: Sequence[str]) -> int:

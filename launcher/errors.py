@@ -2,10 +2,17 @@
 
 ::
 
-    LaunchError
-    +-- BadRequest (also a ValueError)   what was asked cannot be done; nothing was sent          exit status 2
-    +-- RunFailed                        the run ended without reaching its goal                  exit status 1
-    +-- RunStopped                       the run stopped before its end and can be resumed        exit status 3
+    Exception
+    +-- LaunchError
+    |   +-- BadRequest (also a ValueError)   what was asked cannot be done; nothing was sent          exit status 2
+    |   +-- RunFailed                        the run ended without reaching its goal                  exit status 1
+    |   +-- RunStopped                       the run stopped before its end and can be resumed        exit status 3
+    +-- ValueError
+    |   +-- training.errors.ConfigError      the input of a target is wrong                           exit status 2
+    +-- RuntimeError
+        +-- training.errors.CheckpointError  a checkpoint cannot be written, found or used            exit status 1
+
+`exit_status` holds this table; the command reports each of them in one line, without a traceback.
 
 A target raises what it likes; what it raised travels as text in ``errors/<attempt>/<rank>.json`` and comes back as
 :class:`RunFailed`. A target that finds its *input* wrong raises :class:`training.errors.ConfigError`, which ends the
@@ -14,8 +21,9 @@ run as a bad request.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
+
+from training.errors import CheckpointError, ConfigError, did_you_mean
 
 
 class LaunchError(Exception):
@@ -36,5 +44,15 @@ class RunStopped(LaunchError):
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the closest of `known`, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    return did_you_mean(word, known, " (did you mean {!r}?)")
+
+
+OURS = (LaunchError, ConfigError, CheckpointError)
+"""Errors that are raised on purpose: reported in one line, without a traceback."""
+
+
+def exit_status(error: BaseException) -> int:
+    """The exit status of ``launch`` where `error`, which is one of `OURS`, ends it."""
+    if isinstance(error, BadRequest | ConfigError):
+        return 2
+    return 3 if isinstance(error, RunStopped) else 1

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.errors import BadRequest, LaunchError
 from launcher.options import Once, Parser, add_json, command, whole
-from launcher.spec import State
+from launcher.spec import State, refuse_empty
 
 if TYPE_CHECKING:
     from launcher.config_check import Check
@@ -205,6 +205,9 @@ def run_doctor(argv: Sequence[str]) -> int:
     )
     add_json(parser)
     options = parser.parse_args(list(argv))
+    if not 0 <= options.wait <= 7 * 24 * 3600:
+        raise BadRequest(f"--wait {options.wait}: seconds are needed, 0 to 604800 (7 days).")
+    refuse_empty({"backend": options.backend, "cluster": options.cluster})
     from launcher import backends, profiles
     from launcher.doctor import examine
     from launcher.records import to_data
@@ -230,12 +233,12 @@ def _on_nodes(options: argparse.Namespace, multi_node: bool) -> Iterator[Check]:
     from launcher.on_nodes import examine
     from launcher.spec import RunSpec
 
-    nodes = options.nodes or (2 if multi_node else 1)
+    nodes = (2 if multi_node else 1) if options.nodes is None else options.nodes
     spec = RunSpec(
         "launcher.probe:main",
         backend=options.backend,
         cluster=options.cluster,
-        cpus=None if options.gpus else nodes,
+        cpus=nodes if options.gpus is None else None,
         gpus=options.gpus,
         nodes=nodes,
         accelerator=options.accelerator,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from typing import Any, NoReturn
 
 from launcher.errors import BadRequest
+from launcher.spec import options, refuse_empty
 
 COMMANDS = {
     "list": "the runs of this folder",
@@ -20,8 +22,11 @@ COMMANDS = {
 """The commands besides launching, and what each is for."""
 
 
-SHOW_PARSER = "--show-parser"
-"""As the whole argument list of a command: raise its parser as `ShownParser` instead of running the command."""
+SHOW_PARSER = "\0parser"
+"""As the whole argument list of a command: raise its parser as `ShownParser` instead of running the command.
+
+No command line holds it, since an argument cannot contain a null byte.
+"""
 
 
 class ShownParser(Exception):
@@ -63,29 +68,38 @@ class Once(argparse.Action):
 
 def whole(text: str) -> int:
     """A whole number; argparse quotes this function's name in its complaint."""
+    if len(text) > 30:
+        raise argparse.ArgumentTypeError(f"a whole number is needed, not {len(text)} characters")
+    if not text.isascii():  # int() accepts the digits of every script
+        raise ValueError
     return int(text)
 
 
-def add_placement(parser: Parser) -> None:
-    """The options that say where and how much: fields of RunSpec."""
-    where = parser.add_argument_group("where")
-    once: dict[str, Any] = {"action": Once}
-    where.add_argument("--backend", **once, metavar="NAME", help="local (default), slurm or ray")
-    where.add_argument("--cluster", **once, metavar="NAME|PATH", help="a profile (see `launch clusters`)")
-    where.add_argument("--gpus", **once, type=whole, metavar="N", help="GPUs in all, one rank each")
-    where.add_argument("--tpus", **once, type=whole, metavar="N", help="TPU chips in all, one rank each")
-    where.add_argument("--cpus", **once, type=whole, metavar="N", help="CPU ranks in all, one core each, to debug")
-    where.add_argument("--nodes", **once, type=whole, metavar="N", help="spread them evenly over N nodes")
-    where.add_argument(
-        "--spare-nodes", **once, type=whole, metavar="N", help="N nodes more (SLURM), to take the place of lost ones"
-    )
-    where.add_argument(
-        "--accelerator", **once, metavar="TYPE", help="h100, a100, ..., or a TPU generation: v5e, v5p, ..."
-    )
-    where.add_argument("--topology", **once, metavar="4x4", help="the shape of a TPU slice")
-    run = parser.add_argument_group("the run")
-    run.add_argument("--time", **once, metavar="2h", help="time limit")
-    run.add_argument("--max-restarts", **once, type=whole, metavar="N", help="restarts after crashes (default 3)")
+def add_options(parser: Parser, without: Collection[str] = ()) -> dict[str, argparse._ArgumentGroup]:
+    """Add the options that are fields of RunSpec to `parser`; return their groups by heading."""
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for name, option in options(without).items():
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(option.group)
+        groups[option.group].add_argument(
+            f"--{name.replace('_', '-')}",
+            action=Once,
+            type=str if option.least is None else whole,
+            metavar=option.metavar,
+            help=option.help,
+        )
+    return groups
+
+
+def given(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The options of RunSpec that the command line has, by field.
+
+    Raises:
+        BadRequest: one is empty.
+    """
+    found = {name: value for name in options() if (value := getattr(parsed, name, None)) is not None}
+    refuse_empty(found)
+    return found
 
 
 def add_json(parser: Parser) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 
 from launcher import backends, profiles, snapshot
 from launcher.cluster import Cluster
+from launcher.durations import parse_minutes
 from launcher.errors import BadRequest
 from launcher.placement import Devices, Placement, place
 from launcher.resolve import check_shadowing, python_path, resolve
 from launcher.rundir import RunDir
-from launcher.spec import Plan, RunSpec, Target, check_name, parse_minutes
+from launcher.spec import Plan, RunSpec, Target, check_name
 from launcher.target import signature
 
 DEFAULT_MINUTES = 60
@@ -65,6 +66,7 @@ def make_plan(spec: RunSpec, cwd: Path, function: Callable[..., Any] | None = No
         cwd=cwd,
         time_minutes=parse_minutes(text) if text else DEFAULT_MINUTES,
         environment=_environment(placement, site) | site.variables(),
+        project=project,
     )
     return replace(plan, start=backend.check(plan))
 

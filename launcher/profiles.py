@@ -103,7 +103,7 @@ def read_text(text: str, path: Path) -> dict[str, Any]:
     """
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits; lists thousands deep
         raise BadRequest(f"cluster profile {path}: not valid TOML: {error}.") from None
 
 

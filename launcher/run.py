@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import time
@@ -17,6 +16,7 @@ from launcher.records import to_data
 from launcher.rundir import BEAT_SECONDS, RunDir
 from launcher.spec import State
 from launcher.trust import is_own
+from training.errors import nearest
 from training.files import open_plain, read_json
 
 FRESH_SECONDS = 5 * BEAT_SECONDS
@@ -41,9 +41,19 @@ class Run:
 
     def __init__(self, directory: RunDir) -> None:
         self.dir = directory
+        self._checked = False
 
     def __repr__(self) -> str:
-        return f"Run({self.name!r}, {self.state().value})"
+        try:
+            return f"Run({self.name!r}, {self.state().value})"
+        except BadRequest:
+            return f"Run({self.name!r}, unreadable)"
+
+    def check_format(self) -> None:
+        """Check once that this version can read the run; see `RunDir.check_format`."""
+        if not self._checked:
+            self.dir.check_format()
+            self._checked = True
 
     @property
     def name(self) -> str:
@@ -57,12 +67,13 @@ class Run:
         """Where the run is: by its files first, by its engine where they are silent.
 
         Raises:
-            BadRequest: the files are damaged.
+            BadRequest: the files are damaged, or the run directory has another format version.
         """
         with reading(self.path):
             return self._state()
 
     def _state(self) -> State:
+        self.check_format()
         if result := self.dir.result():
             return State(result["state"])
         job = self.job()
@@ -118,6 +129,7 @@ class Run:
             return self._status()
 
     def _status(self) -> dict[str, Any]:
+        self.check_format()
         plan, job, result = self.dir.plan(), self.job() or {}, self.dir.result() or {}
         records = self.dir.metrics()
         steps = [m for m in records if "loss" in m]
@@ -221,6 +233,7 @@ class Run:
 
     def logs(self, rank: int | None = None, attempt: int | None = None) -> Iterator[str]:
         """The lines of the logs of an attempt (default: the newest), of one rank or of all in turn."""
+        self.check_format()
         folder = self.dir.logs / str(attempt or self.dir.last_attempt())
         files = [p for p in folder.glob("*.log") if re.fullmatch("[0-9]{1,9}", p.stem)] if folder.is_dir() else []
         for file in sorted(files, key=lambda p: int(p.stem)):
@@ -250,6 +263,7 @@ class Run:
     def kill(self) -> State:
         """End the run now, without a checkpoint. Returns its state. Raises as `cancel` does."""
         self.dir.check_own()
+        self.check_format()
         job = self.job()
         if job is not None and not self.state().done:
             # For what outlives the others for a moment, such as a batch script, which would take this for a lost node.
@@ -273,13 +287,15 @@ def find(name: str | Path, folder: Path) -> Run:
     """Return the run called `name` in `folder`, or the one whose directory `name` is.
 
     Raises:
-        BadRequest: there is none; near names are offered.
+        BadRequest: there is none; near names are offered. Or its format version is unknown.
     """
     with suppress(OSError):  # such as a name that is too long for a file
         for path in (folder / name, Path(name)):
             if (path / "plan.json").is_file():
-                return Run(RunDir(path.resolve()))
+                run = Run(RunDir(path.resolve()))
+                run.check_format()
+                return run
     known = [r.path.name for r in rundir.all_runs(folder)]
-    near = difflib.get_close_matches(str(name), known, n=3) or known[:3]
+    near = nearest(str(name), known, most=3) or known[:3]
     hint = f" Runs there: {', '.join(near)}." if near else ""
     raise BadRequest(f"there is no run {str(name)!r} in {folder.resolve()}.{hint} A path to a run directory works too.")

@@ -26,9 +26,13 @@ from launcher.records import from_data, to_data
 from launcher.spec import Plan, State
 from launcher.trust import check_job, check_own
 from training.files import FULL_DISK, append_line, open_plain, read_json, read_lines, write_atomic
+from training.typed import brief
 
 BEAT_SECONDS = 2.0
 """How often whoever supervises a run touches its heartbeat."""
+
+FORMAT = 2
+"""The version of what run directories hold, in ``plan.json`` and in ``submitted`` events; the first had none."""
 
 RESERVE_BYTES = 256 * 1024
 """What a run holds of the disk to be able to tell its end; logs and the last events take their share of it."""
@@ -114,21 +118,36 @@ class RunDir:
             raise BadRequest(f"the run directory {self.path} cannot be made: {error.strerror or error}.") from None
 
     def write_plan(self, plan: Plan) -> None:
-        write_atomic(self.plan_file, to_json(to_data(plan)))
+        write_atomic(self.plan_file, to_json({"format": FORMAT, **to_data(plan)}))
 
     def plan(self) -> Plan:
         """Read the plan back.
 
         Raises:
-            BadRequest: there is none, so this is not a run directory; or it was made by a version that is not this one.
+            BadRequest: there is none, so this is not a run directory; or its format is not `FORMAT`.
         """
         try:
             data = read_json(self.plan_file)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise BadRequest(f"{self.plan_file} cannot be read: {error}.") from None
         if data is None:
             raise BadRequest(f"{self.path} is not a run directory: it has no plan.json.")
+        if isinstance(data, dict):
+            _check_format(self.plan_file, data.pop("format", None))
         return from_data(Plan, data, str(self.plan_file))
+
+    def check_format(self) -> None:
+        """Check that the plan and the log of events are of this version's format, and change nothing.
+
+        Raises:
+            BadRequest: one is not; the text names both versions.
+        """
+        self.plan()
+        first: object = None
+        with suppress(OSError, ValueError, RecursionError), os.fdopen(open_plain(self.events_file), "rb") as file:
+            first = json.loads(file.readline(64 * 1024))
+        if isinstance(first, dict) and (first.get("event") == "submitted" or "format" in first):
+            _check_format(self.events_file, first.get("format"))
 
     def write_job(self, backend: str, job_id: str) -> None:
         """Leave what any shell needs to ask the engine about the run."""
@@ -326,6 +345,14 @@ class RunDir:
             shutil.rmtree(kept, ignore_errors=True)
 
 
+def _check_format(file: Path, found: object) -> None:
+    if type(found) is not int or found != FORMAT:
+        shown = "no format version" if found is None else f"format version {brief(found, 40)}"
+        raise BadRequest(
+            f"{file} has {shown}; this launch reads version {FORMAT}. Use the launch that made the run, or start a new one."
+        )
+
+
 def tail(path: Path, lines: int = 20) -> list[str]:
     """Return the last `lines` lines of a log, reading its end only; an absent file has none."""
     try:
@@ -337,11 +364,18 @@ def tail(path: Path, lines: int = 20) -> list[str]:
 
 
 def all_runs(folder: Path) -> Iterable[RunDir]:
-    """The runs in `folder`, newest first."""
+    """The runs in `folder`, newest first.
+
+    Raises:
+        BadRequest: the folder cannot be read.
+    """
     found = []
-    for path in folder.glob("*/plan.json"):
-        with suppress(OSError):  # removed just now, or not to be read by this user
-            found.append((path.lstat().st_mtime, RunDir(path.parent)))
+    try:
+        for path in folder.glob("*/plan.json"):
+            with suppress(OSError):  # removed just now, or not to be read by this user
+                found.append((path.lstat().st_mtime, RunDir(path.parent)))
+    except OSError as error:  # such as a name that is too long for a folder
+        raise BadRequest(f"the runs folder {folder} cannot be read: {error.strerror or error}.") from None
     return [run for _, run in sorted(found, key=lambda each: each[0], reverse=True)]
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import enum
 import re
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from launcher.cluster import Cluster
-from launcher.errors import BadRequest
+from launcher.errors import BadRequest, nearest
 from launcher.placement import Devices, Placement
 
 DEFAULT_TARGET = "training.train:train"
@@ -37,39 +38,64 @@ class State(enum.StrEnum):
 
 
 @dataclass(frozen=True)
+class Option:
+    """How a field of `RunSpec` is written and documented; stored as its ``metadata["option"]``.
+
+    Attributes:
+        help: one line for ``launch --help`` and the documentation of `launcher.launch`.
+        metavar: the placeholder of the value.
+        group: the heading in ``launch --help``.
+        least, most: the bounds of a whole number; an option without them is text.
+    """
+
+    help: str
+    metavar: str
+    group: str = "where"
+    least: int | None = None
+    most: int = 1_000_000
+
+
+def _option(text: str, metavar: str, **more: Any) -> dict[str, Option]:
+    return {"option": Option(text, metavar, **more)}
+
+
+@dataclass(frozen=True)
 class RunSpec:
-    """What is asked, in the words of the command line. Field names are the options' and the Python keywords'."""
+    """What is asked. Its fields are the options of the command line and the keywords of `launcher.launch`."""
 
     target: str = DEFAULT_TARGET
     args: tuple[str, ...] = ()
-    backend: str | None = None
-    cluster: str | None = None
-    gpus: int | None = None
-    tpus: int | None = None
-    cpus: int | None = None
-    nodes: int | None = None
-    accelerator: str | None = None
-    topology: str | None = None
-    name: str | None = None
-    time: str | None = None
-    max_restarts: int = 3
-    spare_nodes: int = 0
+    backend: str | None = field(default=None, metadata=_option("local (default), slurm or ray", "NAME"))
+    cluster: str | None = field(default=None, metadata=_option("a profile (see `launch clusters`)", "NAME|PATH"))
+    gpus: int | None = field(default=None, metadata=_option("GPUs in all, one rank each", "N", least=1))
+    tpus: int | None = field(default=None, metadata=_option("TPU chips in all, one rank each", "N", least=1))
+    cpus: int | None = field(
+        default=None, metadata=_option("CPU ranks in all, one core each, to debug", "N", least=1, most=100_000)
+    )
+    nodes: int | None = field(
+        default=None, metadata=_option("spread them evenly over N nodes", "N", least=1, most=100_000)
+    )
+    spare_nodes: int = field(
+        default=0,
+        kw_only=True,
+        metadata=_option("N nodes more (SLURM), to take the place of lost ones", "N", least=0, most=100_000),
+    )
+    accelerator: str | None = field(
+        default=None, metadata=_option("h100, a100, ..., or a TPU generation: v5e, v5p, ...", "TYPE")
+    )
+    topology: str | None = field(default=None, metadata=_option("the shape of a TPU slice", "4x4"))
+    time: str | None = field(default=None, kw_only=True, metadata=_option("time limit", "2h", group="the run"))
+    max_restarts: int = field(
+        default=3, kw_only=True, metadata=_option("restarts after crashes (default 3)", "N", group="the run", least=0)
+    )
+    name: str | None = field(
+        default=None, kw_only=True, metadata=_option("the run's name (default: target and time)", "NAME", group="how")
+    )
 
     def __post_init__(self) -> None:
-        for option, least in (
-            ("gpus", 1),
-            ("tpus", 1),
-            ("cpus", 1),
-            ("nodes", 1),
-            ("max_restarts", 0),
-            ("spare_nodes", 0),
-        ):
-            value = getattr(self, option)
-            flag = f"--{option.replace('_', '-')} {value}"
-            if value is not None and type(value) is not int:  # from Python; a flag's text is a number by now
-                raise BadRequest(f"{flag}: a whole number is needed, not {value!r}.")
-            if value is not None and value < least:
-                raise BadRequest(f"{flag}: {'at least 1' if least else '0 or more'} is needed.")
+        for name, option in options().items():
+            if option.least is not None:
+                _check_number(f"--{name.replace('_', '-')}", getattr(self, name), option)
         asked = [f"--{k}" for k in ("gpus", "tpus", "cpus") if getattr(self, k) is not None]
         if len(asked) > 1:
             raise BadRequest(f"{' and '.join(asked)} together: a run uses one kind of device. Give one of them.")
@@ -86,6 +112,52 @@ class RunSpec:
         if self.cpus is not None:
             return Devices("cpu", self.cpus, *shape)
         return None
+
+
+NOT_RESUMED = ("name",)
+"""Options that `resume` does not take: a resumed run keeps them."""
+
+
+def options(without: Collection[str] = ()) -> dict[str, Option]:
+    """The options of a run by their field of `RunSpec`, in the order of ``launch --help``."""
+    return {f.name: f.metadata["option"] for f in fields(RunSpec) if "option" in f.metadata and f.name not in without}
+
+
+def refuse_empty(given: Mapping[str, Any]) -> None:
+    """Refuse an option that is given without a value, which would count as left out.
+
+    Raises:
+        BadRequest: for the first of them; `check_name` refuses an empty name.
+    """
+    for name, value in given.items():
+        if value == "" and name != "name":
+            raise BadRequest(f"--{name.replace('_', '-')} '': a value is needed, or leave the option out.")
+
+
+def check_options(call: str, given: Mapping[str, Any], known: Collection[str], more: str) -> None:
+    """Refuse a keyword of the Python function `call` that is no option, or has no value.
+
+    Raises:
+        BadRequest: with the nearest option, and all of them.
+    """
+    for name in given:
+        if name not in known:
+            raise BadRequest(
+                f"{call}() has no option {name!r}{nearest(name, known)}. Options: {', '.join(known)}, {more}."
+            )
+    refuse_empty(given)
+
+
+def _check_number(flag: str, value: Any, option: Option) -> None:
+    if value is None or option.least is None:
+        return
+    if type(value) is not int:  # from Python; a flag's text is a number by now
+        raise BadRequest(f"{flag} {value}: a whole number is needed, not {value!r}.")
+    shown = f"{flag} {value if abs(value) < 10**20 else '...'}"  # str() refuses a number of more than 4,300 digits
+    if value < option.least:
+        raise BadRequest(f"{shown}: {'at least 1' if option.least else '0 or more'} is needed.")
+    if value > option.most:
+        raise BadRequest(f"{shown}: at most {option.most} is allowed.")
 
 
 TargetKind = Literal["function", "script", "module", "value"]
@@ -123,6 +195,7 @@ class Plan:
     cwd: Path
     time_minutes: int
     environment: dict[str, str] = field(default_factory=dict)
+    project: Path | None = None  # the folder on the submitting machine whose code is copied; None: nothing is
     start: str = ""  # when and where the scheduler would start it, as it said when the plan was made
 
 
@@ -137,19 +210,3 @@ def check_name(name: str) -> None:
             f"--name {name!r}: a run name is up to 100 letters, digits, '.', '_' and '-', and begins with a letter or a"
             " digit, such as 'mrpc-lr3e-5'."
         )
-
-
-def parse_minutes(text: str) -> int:
-    """Return whole minutes (rounded up) for ``90m``, ``2h``, ``1d12h``, ``45s`` or SLURM's ``[D-]HH:MM:SS``.
-
-    Raises:
-        BadRequest: anything else, or nothing at all.
-    """
-    slurm = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text)
-    units = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
-    match = slurm or units
-    days, hours, minutes, seconds = (int(g or 0) for g in match.groups()) if match else (0, 0, 0, 0)
-    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-    if not total:
-        raise BadRequest(f"--time {text!r}: write a duration such as 90m, 2h, 1d12h or 02:30:00.")
-    return -(-total // 60)

@@ -93,7 +93,7 @@ def load(name: str) -> Callable[..., Any]:
         raise BadRequest(f"the target's module {module!r} cannot be imported:\n{short_traceback(error)}") from None
     for part in path.split("."):
         if not hasattr(found, part):
-            raise BadRequest(f"{module} has no {path!r}{nearest(part, vars(found))}.")
+            raise BadRequest(f"{module} has no {path!r}{nearest(part, dir(found))}.")
         found = getattr(found, part)
     if not callable(found):
         raise BadRequest(f"{name} is {type(found).__name__}, not a function.")

@@ -47,7 +47,7 @@ class Topology:
         Raises:
             BadRequest: the text is not two or three whole numbers joined by ``x``.
         """
-        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", text, re.ASCII):
+        if not re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5}){1,2}", text, re.ASCII):
             raise BadRequest(f"--topology {text!r}: write chips along each axis, such as 4x4 or 2x2x2.")
         return cls(tuple(int(n) for n in text.split("x")))
 

@@ -10,7 +10,6 @@ RuntimeError
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -30,7 +29,13 @@ class ReplicaError(RuntimeError):
     """Ranks that should hold the same weights hold different ones. Never worth a retry."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`"; did you mean X?"` for the nearest of `known`, or nothing when none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+def nearest(name: str, known: Iterable[str], most: int = 1) -> list[str]:
+    """The names in `known` that are spelt most like `name`, at most `most`, the nearest first."""
+    import difflib
+
+    return difflib.get_close_matches(name[:200], list(known), n=most)  # the comparison is quadratic in the length
+
+
+def did_you_mean(name: str, known: Iterable[str], text: str = "; did you mean {}?") -> str:
+    """`text` with the nearest of `known` in it, or nothing when none is near."""
+    return "".join(text.format(near) for near in nearest(name, known))

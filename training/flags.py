@@ -17,18 +17,15 @@ import dataclasses
 import enum
 import inspect
 import io
-import math
 import textwrap
 import tokenize
-import types
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from training.errors import ConfigError, did_you_mean
+from training.typed import Mismatch, brief, from_text, required, shape
 
 T = TypeVar("T")
-_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 def parse(cls: type[T], args: Sequence[str], *, prog: str = "") -> T:
@@ -65,16 +62,15 @@ def parse(cls: type[T], args: Sequence[str], *, prog: str = "") -> T:
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise ConfigError(
-                    f"{where}{_dashed(name)} needs a value: {_dashed(name)} {_shape(hints[name])}"
+                    f"{where}{_dashed(name)} needs a value: {_dashed(name)} {shape(hints[name])}"
                     + (f" (a value that starts with dashes is written {_dashed(name)}={rest[0]})" if rest else "")
                 )
             value = rest.pop(0)
         try:
-            values[name] = _convert(hints[name], value)
-        except ValueError as error:
-            allowed = str(error) or _shape(hints[name])
-            raise ConfigError(f"{where}{_dashed(name)}: {value!r} is not {allowed}") from None
-    missing = [_dashed(name) for name, field in fields.items() if _required(field) and name not in values]
+            values[name] = from_text(hints[name], value)
+        except Mismatch as error:
+            raise ConfigError(f"{where}{_dashed(name)}: {brief(value)} is not {error.allowed}") from None
+    missing = [_dashed(name) for name, field in fields.items() if required(field) and name not in values]
     if missing:
         raise ConfigError(f"{where}{' and '.join(missing)} must be given")
     return cls(**values)
@@ -86,9 +82,9 @@ def usage(cls: type[Any]) -> str:
     comments = _comments(cls)
     rows = []
     for name, field in fields.items():
-        flag = f"--[no-]{name.replace('_', '-')}" if hints[name] is bool else f"{_dashed(name)} {_shape(hints[name])}"
+        flag = f"--[no-]{name.replace('_', '-')}" if hints[name] is bool else f"{_dashed(name)} {shape(hints[name])}"
         text = field.metadata.get("help") or comments.get(name, "")
-        if _required(field):
+        if required(field):
             text += " (required)"
         else:
             factory = field.default_factory
@@ -114,7 +110,7 @@ def _fields(cls: type[Any]) -> tuple[dict[str, Any], dict[str, dataclasses.Field
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     hints = get_type_hints(cls)
     for name in fields:
-        _shape(hints[name])  # refuses a type that no flag can have, before anything is parsed
+        shape(hints[name])  # refuses a type that no flag can have, before anything is parsed
     return hints, fields
 
 
@@ -122,82 +118,10 @@ def _dashed(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
 def _spell(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ",".join(map(_spell, value))
     return value.name if isinstance(value, enum.Enum) else str(value)
-
-
-def _shape(hint: Any) -> str:
-    """How a value of type `hint` is written. Raises ConfigError for a type that has no spelling."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return "|".join(dict.fromkeys("none" if part is type(None) else _shape(part) for part in arguments))
-    if origin is Literal:
-        return "|".join(map(str, arguments))
-    if origin in (list, tuple) and arguments:
-        items = [_shape(part) for part in arguments if part is not ...]
-        return ",".join(items) + (",..." if origin is list or arguments[-1] is ... else "")
-    if hint is bool:
-        return "true|false"
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        return "|".join(hint.__members__)
-    if hint in (int, float, str, Path):
-        return {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH"}[hint]
-    raise ConfigError(
-        f"no flag can have the type {hint!r}; use int, float, str, bool, Path, Literal, Enum, list or tuple"
-    )
-
-
-def _convert(hint: Any, text: str) -> Any:
-    """`text` as a value of type `hint`; ValueError, with what is allowed as its message, where it is none."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        for part in sorted(
-            arguments, key=lambda part: part in (str, Path)
-        ):  # they take anything, so they are asked last
-            try:
-                return _convert(part, text)
-            except ValueError:
-                continue
-        raise ValueError(_shape(hint))
-    if hint is type(None):
-        if text.lower() != "none":
-            raise ValueError("none")
-        return None
-    if origin is Literal:
-        for choice in arguments:
-            if text == str(choice):
-                return choice
-        raise ValueError("one of " + ", ".join(map(str, arguments)))
-    if origin in (list, tuple):
-        items = text.split(",") if text else []
-        if origin is list or arguments[-1] is ...:
-            return origin(_convert(arguments[0], item) for item in items)
-        if len(items) != len(arguments):
-            raise ValueError(f"{len(arguments)} values with commas between them")
-        return tuple(_convert(part, item) for part, item in zip(arguments, items, strict=True))
-    if hint is bool:
-        if text.lower() not in _WORDS:
-            raise ValueError("true or false")
-        return _WORDS[text.lower()]
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        if text not in hint.__members__:
-            raise ValueError("one of " + ", ".join(hint.__members__))
-        return hint[text]
-    if hint is Path and not text:
-        raise ValueError("a path")
-    try:
-        value = hint(text)
-    except ValueError:
-        raise ValueError({int: "a whole number", float: "a number"}[hint]) from None
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("a finite number")
-    return value
 
 
 def _comments(cls: type[Any]) -> dict[str, str]:

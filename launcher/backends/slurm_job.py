@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import history
@@ -31,43 +32,63 @@ CONTROLLER_SECONDS = 60.0
 """How long to try again while slurmctld does not answer; it is restarted for upgrades, and fails over in minutes."""
 
 
+@dataclass(frozen=True)
+class JobStart:
+    """One start of a SLURM job.
+
+    Attributes:
+        job: its number.
+        restarts: how often SLURM requeued it before this start.
+    """
+
+    job: str
+    restarts: int
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str]) -> JobStart:
+        """The start that the process with this environment belongs to."""
+        return cls(environment["SLURM_JOB_ID"], int(environment.get("SLURM_RESTART_COUNT", "0")))
+
+    def __str__(self) -> str:
+        return f"{self.job}.{self.restarts}"
+
+
 def seat(run_dir: RunDir, environment: Mapping[str, str]) -> Seat:
     """Read where this task sits from SLURM's variables; the only place that reads them.
 
     The address is the one srun was launched from, which is the first node's as the others reach it: a number, not a name
     that some node might not resolve.
     """
-    job, restarts = environment["SLURM_JOB_ID"], int(environment.get("SLURM_RESTART_COUNT", "0"))
+    start = JobStart.read(environment)
     return Seat(
         node=int(environment["SLURM_NODEID"]),
         nodes=int(environment["SLURM_NNODES"]),
         host=environment["SLURMD_NODENAME"],
         address=environment["SLURM_LAUNCH_NODE_IPADDR"],
-        session=f"{job}.{restarts}",
-        requeue=lambda exclude: requeue(run_dir, job, restarts, exclude),
-        fate=lambda: settled_fate(run_dir, job, restarts),
+        session=str(start),
+        requeue=lambda exclude: requeue(run_dir, start, exclude),
+        fate=lambda: settled_fate(run_dir, start),
     )
 
 
-def requeue(run_dir: RunDir, job: str, restarts: int, exclude: Sequence[str] = ()) -> bool:
-    """Ask for the job's start number `restarts` to be followed by another, away from the hosts `exclude`. Says whether it
+def requeue(run_dir: RunDir, start: JobStart, exclude: Sequence[str] = ()) -> bool:
+    """Ask for `start` to be followed by another, away from the hosts `exclude`. Says whether it
     will be.
 
     Where the site or the profile does not allow a requeue, the same script is submitted as a job that follows this one.
     """
     # From the requeue on SLURM ends this job, and there is little time for anything else.
-    done = _scontrol("requeue", job)
+    done = _scontrol("requeue", start.job)
     if done is None or done.returncode:
         # One that SLURM has put back into the queue by itself is refused, too.
-        if done is not None and (
-            settled_fate(run_dir, job, restarts) == "requeued" or _follow_up(run_dir, job, exclude)
-        ):
+        if done is not None and (settled_fate(run_dir, start) == "requeued" or _follow_up(run_dir, start.job, exclude)):
             return True
         print(
-            f"launch: SLURM does not requeue job {job}: {done.stderr.strip() if done else 'no answer'}", file=sys.stderr
+            f"launch: SLURM does not requeue job {start.job}: {done.stderr.strip() if done else 'no answer'}",
+            file=sys.stderr,
         )
         return False
-    _keep_away(run_dir, job, exclude)
+    _keep_away(run_dir, start.job, exclude)
     return True
 
 
@@ -107,23 +128,23 @@ def _follow_up(run_dir: RunDir, job: str, exclude: Sequence[str]) -> bool:
     return True
 
 
-def settled_fate(run_dir: RunDir, job: str, restarts: int) -> Fate:
+def settled_fate(run_dir: RunDir, start: JobStart) -> Fate:
     """`fate`; and where the job is to start again, that is settled to be away from bad nodes."""
-    found = fate(job, restarts)
+    found = fate(start)
     if found == "requeued":
-        _keep_away(run_dir, job)
+        _keep_away(run_dir, start.job)
     return found
 
 
-def fate(job: str, restarts: int) -> Fate:
-    """What SLURM has in mind for the job's start number `restarts`.
+def fate(start: JobStart) -> Fate:
+    """What SLURM has in mind for the job after `start`.
 
     ``requeued``: it is in the queue again, by an operator's ``scontrol requeue``, a node that went down, or a preemption
     that is through. ``preempting``: SIGTERM was the word that its nodes are wanted; most sites send no other, and a job
     that has left before the grace is over is not started again. Empty: neither, as after scancel.
     """
-    facts = _facts(job)
-    if int(facts.get("Restarts", "0")) > restarts:
+    facts = _facts(start.job)
+    if int(facts.get("Restarts", "0")) > start.restarts:
         return "requeued"
     preempted = facts.get("PreemptTime", "None")
     # Times are of one format, so their order is that of the letters; that of an earlier start is older than this start.
@@ -188,21 +209,23 @@ def orphaned(run_dir: RunDir, status: int, environment: Mapping[str, str]) -> No
 
     Where the run has not come to an end and nobody supervises it any more, this task is the last to see to it.
     """
-    job, restarts = environment["SLURM_JOB_ID"], int(environment.get("SLURM_RESTART_COUNT", "0"))
-    while run_dir.result() is None and _runs(job, restarts):
+    start = JobStart.read(environment)
+    while run_dir.result() is None and _runs(start):
         beat = _modified(run_dir.heartbeat_file)
         time.sleep(5 * BEAT_SECONDS)
         if _modified(run_dir.heartbeat_file) == beat:  # whatever the clocks of the nodes say
             after(run_dir, status, environment)
             break
-    if _runs(job, restarts):  # one that is in the queue again, or began anew, is left there
-        subprocess.run(["scancel", "--state=RUNNING", check_id(SLURM_ID, job)[0]], check=False)
+    if _runs(start):  # one that is in the queue again, or began anew, is left there
+        subprocess.run(["scancel", "--state=RUNNING", check_id(SLURM_ID, start.job)[0]], check=False)
 
 
-def _runs(job: str, restarts: int) -> bool:
-    """Whether the job's start number `restarts` is running, as far as SLURM says."""
-    facts = _facts(job)
-    return facts.get("JobState", "RUNNING") == "RUNNING" and int(facts.get("Restarts", restarts)) == restarts
+def _runs(start: JobStart) -> bool:
+    """Whether this start of the job is running, as far as SLURM says."""
+    facts = _facts(start.job)
+    return (
+        facts.get("JobState", "RUNNING") == "RUNNING" and int(facts.get("Restarts", start.restarts)) == start.restarts
+    )
 
 
 def _modified(path: Path) -> int:
@@ -217,27 +240,27 @@ def after(run_dir: RunDir, status: int, environment: Mapping[str, str]) -> int:
     Nothing, unless the run has been left without an end: then its supervisor was killed, a lost node like any other. An
     agent that never got as far as an attempt would not do better the next time.
     """
-    job, restarts = environment["SLURM_JOB_ID"], int(environment.get("SLURM_RESTART_COUNT", "0"))
-    replaced = (run_dir.job() or {}).get("job_id", job) != job
+    start = JobStart.read(environment)
+    replaced = (run_dir.job() or {}).get("job_id", start.job) != start.job
     told = next(
         (e["event"] for e in reversed(run_dir.events()) if e["event"] in ("submitted", "started", "finished")), ""
     )
     if run_dir.result() is not None or told == "finished" or replaced:
         return status
-    if settled_fate(run_dir, job, restarts) == "requeued":
+    if settled_fate(run_dir, start) == "requeued":
         return status
     recovery, attempt = Recovery(run_dir, run_dir.plan()), run_dir.last_attempt()
     if run_dir.stop_file.exists():
         return recovery.finish(End(State.STOPPED)).exit_status
     # What srun, or Python before our first line, printed last is the likeliest cause.
-    logs = sorted((run_dir.path / "submitit").glob(f"{job}_*_log.err"), key=lambda path: path.stat().st_mtime)
+    logs = sorted((run_dir.path / "submitit").glob(f"{start.job}_*_log.err"), key=lambda path: path.stat().st_mtime)
     outcome = Outcome(
         {},
         lost=[f"the agent on {environment.get('SLURMD_NODENAME', 'node 0')}"],
         step=run_dir.newest_step(),
         traceback="\n".join(tail(logs[-1])) if logs else "",
     )
-    script = BatchScript(lambda hosts: requeue(run_dir, job, restarts, hosts))
+    script = BatchScript(lambda hosts: requeue(run_dir, start, hosts))
     end = recovery.after(script, attempt, outcome, may_restart=told == "started")
     assert isinstance(end, End), "a batch script starts no attempt itself"
     return status if end.requeued else recovery.finish(end).exit_status

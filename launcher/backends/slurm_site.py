@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from launcher import durations
 from launcher.cluster import Cluster, NodeKind
 from launcher.errors import BadRequest
 
@@ -214,11 +215,8 @@ def parse_partition(line: str) -> Partition:
 
 def minutes(limit: str) -> int | None:
     """Minutes of a limit as SLURM prints it, ``[D-]HH:MM:SS``; None for UNLIMITED."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", limit)
-    if match is None:
-        return None
-    days, hours, mins, _ = (int(group or 0) for group in match.groups())
-    return (days * 24 + hours) * 60 + mins
+    total = durations.seconds(limit)
+    return None if total is None else total // 60
 
 
 def default_partition(found: Sequence[Partition]) -> str | None:

@@ -155,7 +155,7 @@ def test_a_queued_job_is_cancelled_at_once(fake: FakeBackend, launch: Launch, ar
     [
         (State.SUCCEEDED, 0, "launch: succeeded in "),
         (State.FAILED, 1, "launch: failed: LookupError"),
-        (State.STOPPED, 3, "launch: stopped before the end; `launch resume e` goes on"),
+        (State.STOPPED, 3, "launch: stopped before the end; `launch resume e` starts the program again"),
     ],
 )
 def test_exit_statuses(fake: FakeBackend, launch: Launch, state: State, code: int, words: str) -> None:
@@ -271,7 +271,7 @@ def test_what_an_interruption_does(
     interrupt(monkeypatch, fake)
     code, _, err = launch("--backend", "fake", "--cpus", "1", "--name", "c", "script.py")
     assert code == 3
-    assert ("stopping at the next step" in err, "no longer watching; c goes on" in err) == (stops, not stops)
+    assert ("stopping: SIGTERM goes to every rank" in err, "no longer watching; c goes on" in err) == (stops, not stops)
     assert status(launch, "c")["state"] == ("stopped" if stops else "running")
 
 

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from launcher.durations import parse_minutes, seconds
 from launcher.errors import BadRequest
 from launcher.placement import Devices
-from launcher.spec import RunSpec, State, check_name, parse_minutes
+from launcher.spec import RunSpec, State, check_name
 
 
 @pytest.mark.parametrize(
@@ -102,11 +103,27 @@ def test_a_duration_in_minutes_rounded_up(text: str, minutes: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0", "0m", "00:00:00", "90", "2 h", "2H", "h", "1h2d", "-1h", "1.5h", "30:00", "1:2:3", "2h\n", "soon"]
-)
+    "text", ["", "0", "0m", "00:00:00", "90", "2 h", "2H", "h", "1h2d", "-1h", "1.5h", "30:00", "1:2:3", "2h\n", "soon",
+     "24:61:61", "24:00:60", "1-24:60:00", "٣h", "٠٢:٣٠:٠٠", "9" * 5000, "9" * 5000 + "h", "1" * 10 + "h", "+1h", "1_0h",
+     "1h1h", "nan", "1e3s", "1--00:00:00", "1-"]
+)  # fmt: skip
 def test_no_duration(text: str) -> None:
-    with pytest.raises(BadRequest, match="write a duration such as 90m, 2h, 1d12h or 02:30:00"):
+    with pytest.raises(BadRequest, match="write a duration such as 90m, 2h, 1d12h or 02:30:00") as refused:
         parse_minutes(text)
+    assert len(str(refused.value)) < 200
+
+
+@pytest.mark.parametrize("text", ["3651d", "999999999d", "999999999-00:00:00", "87601h", "3650d1s", "999999999h"])
+def test_a_duration_that_is_too_long(text: str) -> None:
+    with pytest.raises(BadRequest, match=r"at most 3650d \(10 years\) is allowed"):
+        parse_minutes(text)
+    assert parse_minutes("3650d") == 3650 * 24 * 60
+
+
+@given(st.text(st.characters(), max_size=12) | st.from_regex(r"[0-9]{0,3}[dhms:-]([0-9]{0,2}[dhms:-]?){0,3}"))
+@settings(deadline=None, derandomize=True, max_examples=200)
+def test_any_text_is_a_duration_or_none(text: str) -> None:
+    assert seconds(text) is None or text.isascii()
 
 
 def test_states_and_their_exit_statuses() -> None:

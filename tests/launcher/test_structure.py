@@ -83,6 +83,7 @@ FLOORS = [
     "environment",
     "gpus",
     "binding",
+    "durations",
     "spec",
     "placement",
     "reference",

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.errors import ConfigError, did_you_mean
+from training.errors import ConfigError, did_you_mean, nearest
 from training.model import check_model, load_model, load_tokenizer
 
 
@@ -49,3 +49,10 @@ def test_without_a_network_a_hub_name_is_a_clear_error() -> None:
 def test_near_names() -> None:
     assert did_you_mean("--epoch", ["--epochs", "--lr"]) == "; did you mean --epochs?"
     assert did_you_mean("zzz", ["--epochs"]) == ""
+
+
+def test_the_nearest_names_come_first_and_a_long_word_takes_no_time() -> None:
+    assert nearest("epoch", ["lr", "epochs", "epoch2"], most=3)[:1] == ["epochs"]
+    assert nearest("x" * 1_000_000, ["epochs"]) == []
+    assert did_you_mean("lrr", ["lr"], " ({!r})") == " ('lr')"
+    assert did_you_mean("%s{}", ["%s{x}"]) == "; did you mean %s{x}?"

@@ -1,0 +1,249 @@
+"""Plain data (JSON, TOML) or the text of a flag as values of annotated types: the one decoder behind all of them.
+
+Types: int, float, str, bool, Path, Enum, Literal, Any, `X | None`, unions, list, tuple, dict with string keys, and
+dataclasses of those. In data an enum is its value and None is null; in text an enum is the member's name, None the word
+`none`, and the items of a list have commas between them; dicts and dataclasses have no text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from training.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+
+MAX_DEPTH = 32
+"""Levels of tables and lists in each other; more is refused."""
+
+_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+
+
+class Mismatch(ValueError):
+    """A value that is not of its type.
+
+    Attributes:
+        allowed: what is, such as ``a whole number`` or ``one of a, b``.
+        where: the key path, after which the value was found; empty for text.
+    """
+
+    def __init__(self, allowed: str, where: str = "", value: Any = None) -> None:
+        super().__init__(allowed)
+        self.allowed, self.where, self.value = allowed, where, value
+
+
+def from_data(cls: type[T], data: Any, where: str) -> T:
+    """An instance of the dataclass `cls` made of plain data; `where` names its source in errors.
+
+    Raises:
+        ConfigError: an unknown key (the known ones are listed), a missing key, or a value of the wrong type.
+    """
+    try:
+        _check_depth(data, where)
+        return cast(T, _table(cls, data, where))
+    except Mismatch as error:
+        shown = brief(error.value)
+        allowed = error.allowed
+        text = f"{shown} is not {allowed}" if allowed.startswith("one of") else f"expected {allowed}, got {shown}"
+        raise ConfigError(f"{error.where}: {text}.") from None
+
+
+def brief(value: Any, most: int = 200) -> str:
+    """The repr of `value`, cut in its middle where it is longer than `most` characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # a number of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 4 :]}"
+
+
+def _check_depth(data: Any, where: str) -> None:
+    """Refuse data that is nested too deeply, without a recursion."""
+    level, depth = [data], 0
+    while level := [item for each in level for item in _items(each)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ConfigError(f"{where}: tables and lists are nested more than {MAX_DEPTH} levels deep.")
+
+
+def _items(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    return list(value) if isinstance(value, list | tuple) else []
+
+
+def _table(cls: type[Any], data: Any, where: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise Mismatch("a table", where, data)
+    hints = get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    for key in data:
+        if key not in fields:
+            near = did_you_mean(str(key), fields, " (did you mean {!r}?)")
+            raise ConfigError(f"{where}: unknown key {brief(key)}{near}. Known keys: {', '.join(fields)}.")
+    values = {key: _value(hints[key], value, f"{where}: {key}") for key, value in data.items()}
+    if missing := [name for name, field in fields.items() if required(field) and name not in values]:
+        raise ConfigError(f"{where}: the key {missing[0]!r} is missing.")
+    return cls(**values)
+
+
+def required(field: dataclasses.Field[Any]) -> bool:
+    """Whether the field of a dataclass has no default."""
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """`value`, from plain data, as a value of type `hint`. Raises Mismatch."""
+    origin, arguments = get_origin(hint), get_args(hint)
+
+    def refuse(allowed: str) -> NoReturn:
+        raise Mismatch(allowed, where, value)
+
+    if origin in (Union, types.UnionType):
+        return _union(arguments, lambda part: _value(part, value, where), value)
+    if hint is Any:
+        return _any(value, where)
+    if hint is type(None):
+        return None if value is None else refuse("nothing")
+    if origin is Literal:
+        same = [choice for choice in arguments if choice == value and type(choice) is type(value)]
+        return same[0] if same else refuse("one of " + ", ".join(map(str, arguments)))
+    if origin in (list, tuple):
+        if not isinstance(value, list | tuple):
+            refuse("a list")
+        return origin(_value(h, v, where) for h, v in zip(_each(origin, arguments, value, refuse), value, strict=True))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            refuse("a table")
+        return {str(k): _value(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return _table(cast(type, hint), value, where)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        same = [each for each in hint if each.value == value and type(value) is not bool]
+        return same[0] if same else refuse("one of " + ", ".join(str(each.value) for each in hint))
+    if hint is Path:
+        return Path(_value(str, value, where))
+    if hint is float and type(value) is int:
+        return _float(value, where)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        refuse(_NAMES.get(hint, str(hint)))
+    if hint is float and not math.isfinite(value):
+        refuse("a finite number")
+    return value
+
+
+def _union(parts: tuple[Any, ...], read: Any, value: Any) -> Any:
+    """What the first of `parts` that fits makes of the value; the error is that of the first but None."""
+    first: Mismatch | None = None
+    for part in parts:
+        if part is type(None):
+            if value is None:
+                return None
+            continue
+        try:
+            return read(part)
+        except Mismatch as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def _any(value: Any, where: str) -> Any:
+    """A value of any type, as long as its numbers are numbers."""
+    level = [value]
+    while level:
+        for each in level:
+            if isinstance(each, float) and not math.isfinite(each):
+                raise Mismatch("a finite number", where, each)
+        level = [item for each in level for item in _items(each)]
+    return value
+
+
+def _float(value: int | str, where: str = "") -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise Mismatch("a finite number", where, value)
+    return number
+
+
+def _each(origin: Any, arguments: tuple[Any, ...], items: Any, refuse: Any) -> list[Any]:
+    """The type of each of `items` of a list or tuple."""
+    if origin is list or arguments[-1] is ...:
+        return [arguments[0]] * len(items)
+    if len(items) != len(arguments):
+        refuse(f"{len(arguments)} values")
+    return list(arguments)
+
+
+# ---- text -----------------------------------------------------------------------------------------------------------
+
+
+def shape(hint: Any) -> str:
+    """How a value of type `hint` is written as text. Raises ConfigError for a type that has no spelling."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return "|".join(dict.fromkeys("none" if part is type(None) else shape(part) for part in arguments))
+    if origin is Literal:
+        return "|".join(map(str, arguments))
+    if origin in (list, tuple) and arguments:
+        items = [shape(part) for part in arguments if part is not ...]
+        return ",".join(items) + (",..." if origin is list or arguments[-1] is ... else "")
+    if hint is bool:
+        return "true|false"
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return "|".join(hint.__members__)
+    if hint in (int, float, str, Path):
+        return {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH"}[hint]
+    raise ConfigError(
+        f"no flag can have the type {hint!r}; use int, float, str, bool, Path, Literal, Enum, list or tuple"
+    )
+
+
+def from_text(hint: Any, text: str) -> Any:
+    """`text` as a value of type `hint`. Raises Mismatch, with what is allowed as its message."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        # str and Path take anything, so they are tried last.
+        for part in sorted(arguments, key=lambda part: part in (str, Path)):
+            try:
+                return from_text(part, text)
+            except Mismatch:
+                continue
+        raise Mismatch(shape(hint))
+    if hint is type(None):
+        return None if text.lower() == "none" else _refuse("none")
+    if origin is Literal:
+        choices = {str(choice): choice for choice in reversed(arguments)}
+        return choices[text] if text in choices else _refuse("one of " + ", ".join(map(str, arguments)))
+    if origin in (list, tuple):
+        items = text.split(",") if text else []
+        parts = _each(origin, arguments, items, lambda allowed: _refuse(f"{allowed} with commas between them"))
+        return origin(from_text(part, item) for part, item in zip(parts, items, strict=True))
+    if hint is bool:
+        return _WORDS[text.lower()] if text.lower() in _WORDS else _refuse("true or false")
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return hint[text] if text in hint.__members__ else _refuse("one of " + ", ".join(hint.__members__))
+    if hint is Path and not text:
+        _refuse("a path")
+    if hint in (int, float) and not text.isascii():  # int() and float() accept the digits of every script
+        _refuse(_NAMES[hint])
+    try:
+        return _float(text) if hint is float else hint(text)
+    except Mismatch:
+        raise
+    except ValueError:
+        raise Mismatch(_NAMES[hint]) from None
+
+
+def _refuse(allowed: str) -> NoReturn:
+    raise Mismatch(allowed)
