@@ -137,7 +137,7 @@ def fish(parsers: Parsers, texts: Mapping[str, str]) -> str:
         for action in options(parser):
             spelled = " ".join(f"-{'l' if s.startswith('--') else 's'} {s.lstrip('-')}" for s in action.option_strings)
             value = next((FISH_VALUES[s] for s in action.option_strings if s in FISH_VALUES), "")
-            wants = f" -r {value}".rstrip() if takes_value(action) else ""
+            wants = f" -x {value}" if value else " -r" * takes_value(action)
             lines.append(f"complete -c launch -n '{where}' {spelled}{wants} -d {fish_quoted(action.help or '')}")
     return "\n".join(lines) + "\n"
 

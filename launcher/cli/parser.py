@@ -22,8 +22,11 @@ COMMANDS = {
 """The commands besides launching, and what each is for."""
 
 
-SHOW_PARSER = "--show-parser"
-"""As the whole argument list of a command: raise its parser as `ShownParser` instead of running the command."""
+SHOW_PARSER = "\0parser"
+"""As the whole argument list of a command: raise its parser as `ShownParser` instead of running the command.
+
+No command line holds it, since an argument cannot contain a null byte.
+"""
 
 
 class ShownParser(Exception):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import platform
+import sys
 from typing import Any
 
 ENGINES = ("torch", "ray", "submitit")
@@ -25,7 +25,7 @@ def versions() -> str:
 
     The numbers come from the installed distributions, so nothing of them is imported.
     """
-    found = [f"Python {platform.python_version()}", *(f"{name} {installed(name)}" for name in ENGINES)]
+    found = [f"Python {sys.version.split()[0]}", *(f"{name} {installed(name)}" for name in ENGINES)]
     return f"launch {installed('launch')} ({', '.join(found)})"
 
 

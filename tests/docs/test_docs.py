@@ -19,8 +19,21 @@ from launcher.cli.parser import COMMANDS
 from launcher.config import profiles
 from launcher.errors import BadRequest
 from launcher.request.spec import DEFAULT_TARGET
-from tests.docs.pages import LANGUAGES, NEEDS, PAGES, ROOT, Block, Command, anchors, blocks, inline_commands, links
+from tests.docs.pages import (
+    LANGUAGES,
+    NEEDS,
+    PAGES,
+    ROOT,
+    Block,
+    Command,
+    anchors,
+    blocks,
+    inline_commands,
+    links,
+    prose,
+)
 from tests.launcher.engines import COMMAND
+from tests.structure.words import PROSE
 from training.bert.config import TrainConfig
 from training.flags import parse
 
@@ -50,6 +63,20 @@ def test_every_block_is_of_a_kind_that_is_checked(page: Path) -> None:
             assert not re.search(r"^(\$ |launch )", block.text, re.MULTILINE), (
                 f"{block.place}: a command in a text block"
             )
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "profiles.md"], ids=lambda page: page.stem)
+def test_the_prose_has_none_of_the_replaced_words(page: Path) -> None:
+    """profiles.md is written from docstrings, which tests.structure checks."""
+    assert [match[0] for match in PROSE.finditer(re.sub(r"`[^`]*`", "", prose(page)))] == []
+
+
+def test_every_event_is_in_the_reference() -> None:
+    sources = [path.read_text() for package in ("launcher", "training") for path in (ROOT / package).rglob("*.py")]
+    kinds = {kind for source in sources for kind in re.findall(r'\.event\(\s*"([\w-]+)"', source)}
+    table = (ROOT / "docs/reference/run-directory.md").read_text().split("## Events")[1]
+    first = re.findall(r"^\| (`.+?) \|", table, re.MULTILINE)
+    assert {kind for cell in first for kind in re.findall(r"`([\w-]+)`", cell)} == kinds
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language in ("python", "toml")], ids=lambda b: b.place)

@@ -162,9 +162,9 @@ def options(parser: argparse.ArgumentParser) -> str:
 def test_the_command_line() -> None:
     assert options(launch_parser()) == (
         "-h/--help --backend --cluster --gpus --tpus --cpus --nodes --spare-nodes --accelerator --topology --time"
-        " --max-restarts --name --dry-run --detach --json -m"
+        " --max-restarts --name --dry-run --detach --json --version -m"
     )
-    assert list(COMMANDS) == ["list", "status", "logs", "cancel", "resume", "clusters", "doctor"]
+    assert list(COMMANDS) == ["list", "status", "logs", "cancel", "resume", "clusters", "doctor", "completion"]
 
 
 ONCE = {
