@@ -17,9 +17,9 @@ from launcher.agent.network import reserve_port
 from launcher.agent.node_ranks import NodeRanks, on_signals
 from launcher.agent.peers import CONNECT_SECONDS, PULSE_SECONDS, Peers
 from launcher.agent.protocol import AgentInfo, Message
-from launcher.lifecycle import exit_status
+from launcher.lifecycle.history import JobFate
 from launcher.lifecycle.policy import Outcome
-from launcher.lifecycle.recovery import Elsewhere, JobFate, Recovery
+from launcher.lifecycle.recovery import Elsewhere, Recovery, abort_causes
 from launcher.lifecycle.run_dir import BEAT_SECONDS, RunDir
 from launcher.request.spec import Plan, State
 
@@ -173,7 +173,7 @@ class Coordinator:
             errors = self.run_dir.errors(number)
             lost = [self._host(agent) for agent in attempt.lost]
             ends = Outcome(attempt.exits, errors, stop, lost, host_of, attempt.progress, attempt.hung)
-            aborts = await asyncio.to_thread(exit_status.causes, self.run_dir, number, attempt.exits)
+            aborts = await asyncio.to_thread(abort_causes, self.run_dir, number, attempt.exits)
             return replace(ends, joined=attempt.joined, finished=finished, aborts=aborts)
         finally:
             holder.close()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.lifecycle.recovery import JobFate
+from launcher.lifecycle.history import JobFate
 
 Message = dict[str, Any]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from launcher.agent.health import gpus
 from launcher.config.check import Check
 from launcher.config.cluster import Cluster
 from launcher.errors import BadRequest
@@ -110,3 +112,11 @@ class Backend(ABC):
             BadRequest: it cannot be reached, or needs no profile.
         """
         raise BadRequest(f"--backend {self.name}: this backend does not write profiles.")
+
+
+def this_machine(cluster: Cluster) -> Cluster:
+    """Count the GPUs and cores of this machine, without importing torch."""
+    node = cluster.node
+    shown = gpus.count(os.environ.get("CUDA_VISIBLE_DEVICES")) if node.gpus is None else node.gpus
+    found = replace(node, gpus=shown, cpus=node.cpus or len(os.sched_getaffinity(0)))
+    return replace(cluster, node=found, nodes=1, oversubscribe=True)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
-from launcher.agent.health import gpus
 from launcher.backends import detached
-from launcher.backends.base import Backend, Capabilities
+from launcher.backends.base import Backend, Capabilities, this_machine
 from launcher.config.check import Check
 from launcher.config.cluster import Cluster
 from launcher.errors import BadRequest
@@ -25,16 +22,8 @@ TRY_SECONDS = 120.0
 """How long the import of torch and a first computation on a GPU may take."""
 
 
-def survey(cluster: Cluster) -> Cluster:
-    """Count the GPUs and cores of this machine, without importing torch."""
-    node = cluster.node
-    shown = gpus.count(os.environ.get("CUDA_VISIBLE_DEVICES")) if node.gpus is None else node.gpus
-    found = replace(node, gpus=shown, cpus=node.cpus or len(os.sched_getaffinity(0)))
-    return replace(cluster, node=found, nodes=1, oversubscribe=True)
-
-
 def unusable_gpus() -> str:
-    """Say why torch cannot use the GPUs of this machine; empty if it can. Runs a detached, since torch is slow to import."""
+    """Say why torch cannot use the GPUs of this machine; empty if it can. Runs a process, since torch is slow to import."""
     command = [sys.executable, "-P", "-m", "training.distributed.missing"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TRY_SECONDS)
@@ -53,8 +42,8 @@ class LocalBackend(Backend):
     capabilities = Capabilities(interrupt_stops=True, queue=False, precheck=False, multi_node=False)
 
     def survey(self, cluster: Cluster) -> Cluster:
-        """See `survey`."""
-        return survey(cluster)
+        """Count the GPUs and cores of this machine, without importing torch."""
+        return this_machine(cluster)
 
     def render(self, plan: Plan) -> str:
         """The processes that would start, and the environment of each."""
@@ -94,5 +83,5 @@ class LocalBackend(Backend):
 
     def diagnose(self, cluster: Cluster, cwd: Path) -> Iterator[Check]:
         """Count the devices."""
-        node = survey(cluster).node
+        node = this_machine(cluster).node
         yield Check("devices", True, f"{node.gpus or 'no'} GPUs, {node.cpus} cores")

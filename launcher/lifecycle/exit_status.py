@@ -5,11 +5,10 @@ from __future__ import annotations
 import errno
 import re
 import signal
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from launcher.errors import BadRequest
 from launcher.lifecycle.error_signs import NAMES, SIGNS, Sign
-from launcher.lifecycle.run_dir import RunDir, tail
 from training.errors import ConfigError, DeviceError, ReplicaError
 from training.files import FULL_DISK
 
@@ -108,22 +107,6 @@ def error_not_written_status(problem: OSError) -> int:
 
 
 # ---- ranks that abort ---------------------------------------------------------------------------------------------
-
-
-def causes(run_dir: RunDir, attempt: int, exits: Mapping[int, int]) -> dict[int, tuple[str, str]]:
-    """The kind and the words of what made ranks abort, by rank; those whose logs do not say it are left out.
-
-    `exits` are exit codes by rank; negative: ended by that signal.
-    """
-    found = {}
-    for rank in (rank for rank, code in exits.items() if -code in ABORTS):
-        try:
-            cause = cause_in(tail(run_dir.log(attempt, rank), TAIL_LINES))
-        except OSError:
-            continue
-        if cause is not None:
-            found[rank] = cause
-    return found
 
 
 WHAT = re.compile(r"^\s*what\(\):\s*(.*)")

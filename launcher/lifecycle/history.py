@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
+
+JobFate = Literal["", "preempting", "requeued"]
+"""What a scheduler does with a job whose ranks it asked to stop: nothing more, takes its nodes, or starts it again."""
 
 
 @dataclass(frozen=True)

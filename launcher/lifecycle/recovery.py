@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from launcher.lifecycle import history
+from launcher.lifecycle.exit_status import ABORTS, TAIL_LINES, cause_in
+from launcher.lifecycle.history import JobFate
 from launcher.lifecycle.policy import (
     Action,
     Failure,
@@ -27,9 +30,6 @@ from training.files import read_json
 
 MOUNT_WAIT_SECONDS = 120.0
 """How long to wait, between two attempts, for a run directory that cannot be written: a lost mount may come back."""
-
-JobFate = Literal["", "preempting", "requeued"]
-"""What a scheduler does with a job whose ranks it asked to stop: nothing more, takes its nodes, or starts it again."""
 
 
 class Elsewhere(StrEnum):
@@ -233,3 +233,19 @@ def end_run(
         print(f"launch: {run_dir.result_file}: {error.strerror}: {state.value} {fields}", file=sys.stderr)
     run_dir.event("finished", attempt=attempt, state=state.value)
     return state
+
+
+def abort_causes(run_dir: RunDir, attempt: int, exits: Mapping[int, int]) -> dict[int, tuple[str, str]]:
+    """Return the kind and the message of what made ranks abort, by rank, as far as their logs say it.
+
+    `exits` are exit codes by rank; negative: ended by that signal.
+    """
+    found = {}
+    for rank in (rank for rank, code in exits.items() if -code in ABORTS):
+        try:
+            cause = cause_in(tail(run_dir.log(attempt, rank), TAIL_LINES))
+        except OSError:
+            continue
+        if cause is not None:
+            found[rank] = cause
+    return found

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from launcher.config.cluster import Cluster
 from launcher.errors import BadRequest, nearest
-from launcher.request.placement.place import Devices, Placement
+from launcher.request.placement.devices import Devices, Placement
 
 DEFAULT_TARGET = "training.train:train"
 

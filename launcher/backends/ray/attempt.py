@@ -13,8 +13,8 @@ from launcher.agent.health import preflight
 from launcher.agent.protocol import Message
 from launcher.backends.ray.node_actor import NodeActors
 from launcher.backends.ray.worker_group import WorkerGroup
-from launcher.lifecycle import exit_status
 from launcher.lifecycle.policy import Outcome
+from launcher.lifecycle.recovery import abort_causes
 from launcher.lifecycle.run_dir import RunDir
 
 DRIVER = ""
@@ -84,7 +84,7 @@ class RayAttempt:
         errors = self.run_dir.errors(self.number)
         ends = Outcome(exits, errors, self.stop, lost, host_of, self.ranks.progress, self.ranks.hung, unfit)
         finished = self.run_dir.finished(self.number, 0).exists()
-        aborts = await asyncio.to_thread(exit_status.causes, self.run_dir, self.number, exits)
+        aborts = await asyncio.to_thread(abort_causes, self.run_dir, self.number, exits)
         return replace(ends, joined=self.ranks.joined, finished=finished, aborts=aborts)
 
     async def _watch(self, inbox: asyncio.Queue[tuple[str, Message]]) -> None:

@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher.backends import detached, local
-from launcher.backends.base import Backend, Capabilities
+from launcher.backends import detached
+from launcher.backends.base import Backend, Capabilities, this_machine
 from launcher.config.check import Check
 from launcher.config.cluster import Cluster
 from launcher.errors import BadRequest
@@ -141,7 +141,7 @@ class RayBackend(Backend):
         """Without a cluster this machine is it; a real one is looked at by the driver, which has to connect anyway."""
         where = address(cluster)
         cluster = replace(cluster, ray=replace(cluster.ray, address=where))
-        return cluster if where else local.survey(cluster)
+        return cluster if where else this_machine(cluster)
 
     def render(self, plan: Plan) -> str:
         """The arguments of TorchTrainer, and where the cluster is."""

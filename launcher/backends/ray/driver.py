@@ -28,8 +28,9 @@ from launcher.backends.ray.cluster import draining, join, leave, reservations, s
 from launcher.backends.ray.node_actor import NodeActors
 from launcher.backends.ray.worker_group import Member, WorkerGroup
 from launcher.errors import BadRequest
+from launcher.lifecycle.history import JobFate
 from launcher.lifecycle.policy import ADVICE, Failure, Outcome
-from launcher.lifecycle.recovery import Elsewhere, End, JobFate, Recovery
+from launcher.lifecycle.recovery import Elsewhere, End, Recovery
 from launcher.lifecycle.run_dir import BEAT_SECONDS, RunDir
 from launcher.rank.output import drop_output_on_full_disk
 from launcher.request.spec import Plan, State

@@ -21,8 +21,9 @@ from pathlib import Path
 
 from launcher.agent.protocol import AgentInfo
 from launcher.lifecycle import history
+from launcher.lifecycle.history import JobFate
 from launcher.lifecycle.policy import Outcome
-from launcher.lifecycle.recovery import Elsewhere, End, JobFate, Recovery
+from launcher.lifecycle.recovery import Elsewhere, End, Recovery
 from launcher.lifecycle.run_dir import BEAT_SECONDS, RunDir, tail
 from launcher.lifecycle.trust import SLURM_ID, check_id
 from launcher.rank.output import drop_output_on_full_disk

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.lifecycle.exit_status import advice, cause_in, causes, classify, headline
+from launcher.lifecycle.exit_status import advice, cause_in, classify, headline
 from launcher.lifecycle.policy import ADVICE, RULES, Action, Outcome, Retry, decide
+from launcher.lifecycle.recovery import abort_causes
 from launcher.lifecycle.run_dir import RunDir
 from tests.launcher.engines import Project
 from tests.launcher.error_texts import NCCL, TEXTS
@@ -197,7 +198,7 @@ def test_the_cause_of_an_abort_is_read_from_the_log(tmp_path: Path, log: str, ki
     (run.logs / "2").mkdir(parents=True)
     run.log(2, 1).write_text(log)
     run.log(2, 0).write_text(log)
-    found = causes(run, 2, {0: -signal.SIGKILL, 1: -signal.SIGABRT, 2: -signal.SIGABRT, 3: 1})
+    found = abort_causes(run, 2, {0: -signal.SIGKILL, 1: -signal.SIGABRT, 2: -signal.SIGABRT, 3: 1})
     assert {rank: told for rank, (told, _) in found.items()} == {1: kind}, (
         "a rank that was killed did not abort by itself"
     )
@@ -273,7 +274,7 @@ def test_a_real_abort_of_c_plus_plus(
         )
     assert done.returncode == -signal.SIGABRT
     assert "Fatal Python error: Aborted" in run.log(1, 0).read_text()
-    assert causes(run, 1, {0: done.returncode}) == ({0: cause} if cause else {})
+    assert abort_causes(run, 1, {0: done.returncode}) == ({0: cause} if cause else {})
 
 
 ABORTS_IN_A_RANK = """
