@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from launcher.config.cluster import Cluster
+from launcher.lifecycle.run_dir import RunDir
+from launcher.request.placement.devices import Placement
+from launcher.request.spec import Plan, RunSpec, Target
 from tests.chaos.__main__ import SHARES
 from tests.chaos.faults import FAULTS
 from tests.chaos.play import Ending, Finding, Player, schedule
@@ -72,9 +76,11 @@ def test_the_table_says_what_did_not_heal(tmp_path: Path) -> None:
 
 def test_what_a_run_leaves_behind_is_seen(tmp_path: Path) -> None:
     subject = Subject(make_project(tmp_path, "local"), "x")
-    subject.path.mkdir(parents=True)
+    run_dir = RunDir(subject.path)
+    run_dir.create()
+    site, placement, target = Cluster("local", "local"), Placement(1, 1, "cpu"), Target("script", "x.py")
+    run_dir.write_plan(Plan("x", subject.path, RunSpec("x.py"), "local", site, placement, target, tmp_path, 60))
     subject.temporary.mkdir()
-    (subject.path / "plan.json").write_text("{}")
     assert subject.left_behind(0) == []
     (subject.path / ".result.json.1.tmp").touch()
     (subject.temporary / "pymp-1").mkdir()
