@@ -43,6 +43,9 @@ from launcher.rank.output import drop_output_on_full_disk
 ENTER = "import sys; sys.path[:1] == [''] and sys.path.pop(0); from launcher.rank.worker import enter; enter()"
 """What a fresh interpreter runs. Its first entry of sys.path is the current folder, whose modules are the user's."""
 
+SAME_STOP_SECONDS = 5.0
+"""How long after a SIGTERM from outside the agent's own is taken for the same stop, which a rank is to get once."""
+
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -60,6 +63,7 @@ class ForkServer:
         self.heartbeats = heartbeats  # the descriptor of the memory that the agent watches
         self.ranks: dict[int, int] = {}  # pid -> rank
         self.buffer = b""
+        self.sigterm_at = -float("inf")
         self.forks = False  # ranks are forked; else each is a fresh interpreter
 
     def serve(self) -> int | None:
@@ -68,8 +72,9 @@ class ForkServer:
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         # The terminal's Ctrl-C and SLURM's signals are the agent's business.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self.on_sigterm)
         with selectors.DefaultSelector() as selector:
             selector.register(self.control, selectors.EVENT_READ)
             selector.register(wake, selectors.EVENT_READ)
@@ -88,6 +93,10 @@ class ForkServer:
                         status = self.handle(json.loads(line))
                         if status is not None:
                             return status
+
+    def on_sigterm(self, *_: object) -> None:
+        """Note a SIGTERM from outside: a scheduler sends it to every process of a step, so the ranks have it too."""
+        self.sigterm_at = time.monotonic()
 
     def receive(self) -> list[bytes] | None:
         """Return the whole lines that came, or None when the agent is gone."""
@@ -114,6 +123,8 @@ class ForkServer:
             case {"start": rank, "log": log, "world": world, "environment": environment}:
                 return self.fork(rank, Path(log), world, environment)
             case {"signal": number, "ranks": ranks}:
+                if number == signal.SIGTERM and time.monotonic() - self.sigterm_at < SAME_STOP_SECONDS:
+                    return None
                 for pid, rank in list(self.ranks.items()):
                     if rank in ranks:
                         # A polite signal is for the rank alone, which knows best what its children need.

@@ -165,6 +165,20 @@ def test_a_signal_reaches_its_rank_and_no_other(run: RunDir, server: Server, num
     assert (alive(pids[0]), alive(pids[1])) == (True, False)
 
 
+def test_a_stop_that_a_scheduler_sends_to_every_process_reaches_a_rank_once(run: RunDir, server: Server) -> None:
+    aim(run, "sleep")
+    server.preload()
+    pid = server.start(0)
+    until(lambda: len(server.log(0)) == 3)
+    server.process.send_signal(signal.SIGTERM)  # as the rank has got it, too
+    server.send(signal=signal.SIGTERM, ranks=[0])
+    other = server.start(1, world_size=2)  # answered after the signal was handled
+    assert alive(pid)
+    server.send(signal=signal.SIGKILL, ranks=[0, 1])
+    assert sorted(server.receive_message()["exit"] for _ in range(2)) == [0, 1]
+    assert not alive(other)
+
+
 def test_a_kill_right_after_the_start_is_not_lost(run: RunDir, server: Server) -> None:
     """It may come before the rank has become the leader of its group."""
     aim(run, "sleep")
