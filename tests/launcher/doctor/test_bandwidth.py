@@ -60,7 +60,7 @@ exec "$@"
 RANKS = """
 import json, os, sys
 import torch.distributed
-from launcher import bandwidth, on_nodes
+from launcher.doctor import bandwidth
 from training.context import Context
 from training.distributed.world import World
 
