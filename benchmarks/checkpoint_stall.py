@@ -36,11 +36,12 @@ from training.bert.checkpointing import Store
 from training.bert.config import TrainConfig
 from training.bert.engine import Engine
 from training.bert.model import TINY, load_tokenizer
-from training.checkpoints.state import seed_all
+from training.bert.state import State
 from training.context import Context
 from training.data.sampler import Position, Step
+from training.distributed.random_state import seed_all
 from training.distributed.world import World
-from training.train import State, quiet
+from training.train import quiet
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +118,7 @@ def cases(job: Job, folder: Path) -> dict[str, Case]:
     kept = [torch.empty_like(tensor) for tensor in job.tensors()]
 
     saved: list[float] = []
-    job.checkpoints.on_saved = lambda checkpoint: saved.append(checkpoint.blocked)
+    job.checkpoints.on_saved = lambda checkpoint: saved.append(checkpoint.stall_seconds)
 
     def blocked() -> float:
         job.settle()

@@ -41,8 +41,8 @@ def combine(
     """
     import numpy as np
 
-    mine = np.array([ids, predictions, references], dtype=np.float64).T.reshape(len(ids), 3)
-    rows = group.gather_rows(mine, size if most is None else most)
+    local = np.array([ids, predictions, references], dtype=np.float64).T.reshape(len(ids), 3)
+    rows = group.gather_rows(local, size if most is None else most)
     rows = rows[np.argsort(rows[:, 0], kind="stable")]
     if not np.array_equal(rows[:, 0], np.arange(size)):
         seen = np.bincount(rows[:, 0].astype(np.int64), minlength=size)

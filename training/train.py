@@ -6,14 +6,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from training.bert.config import TrainConfig
 from training.bert.metric_lookup import check_metric, find_metric
 from training.bert.model import check_model
 from training.bert.sources import check_source, find_source
-from training.data.sampler import Position, Step, steps, steps_per_epoch
+from training.bert.state import State
+from training.data.sampler import Step, steps, steps_per_epoch
 from training.errors import ConfigError
 from training.reporting.progress import Progress
 from training.reporting.trackers import Trackers, check_trackers
@@ -21,6 +22,8 @@ from training.reporting.trackers import Trackers, check_trackers
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from training.bert.checkpointing import Store
+    from training.bert.engine import Engine
     from training.bert.tokens import Encoded
     from training.context import Context
 
@@ -50,17 +53,21 @@ def check(config: TrainConfig) -> None:
 def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
     """Train and evaluate; the result is {"accuracy", "f1", "samples", "steps", "epochs", "best", "model"}.
 
-    Goes on from the newest good checkpoint of the run by itself. When the run is asked to stop, saves and returns with
-    `ctx.stopped` true. Raises ConfigError for unusable input and CheckpointError for an unusable checkpoint.
+    Resumes from the newest good checkpoint of the run. When the run is asked to stop, saves a checkpoint and returns
+    with `ctx.stopped` true.
+
+    Raises:
+        ConfigError: the input cannot be used.
+        CheckpointError: no checkpoint of the run can be used.
     """
     from training.bert.checkpointing import Store
     from training.bert.engine import Engine
     from training.bert.model import load_model
+    from training.bert.state import restore
     from training.reporting.curve import draw_curve
 
     check(config)
-    asked, config = config, config.resolved()
-    assert config.epochs
+    requested_batch, config = config.global_batch, config.resolved()
     quiet(ctx)
     tokenizer, data, validation = load_data(ctx, config)
     ctx.runtime.seed(config.seed)
@@ -69,57 +76,24 @@ def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
     store = Store(ctx, config)
     parts = store.find()
     if parts is not None:
-        state = State.resumed(parts["state.json"], state, asked.global_batch)
+        state = State.resumed(parts["state.json"], state, requested_batch)
     per_epoch = steps_per_epoch(len(data), state.global_batch)
+    assert config.epochs, "resolved() has set it"
     total = min(per_epoch * config.epochs, config.max_steps or sys.maxsize)
     engine = Engine(ctx, config, model, tokenizer, total)
     engine.warm_up(data)
     ctx.runtime.seed(config.seed + ctx.world.rank)  # dropout differs from rank to rank
     if parts is not None:
-        engine.restore(parts)
+        restore(engine, parts)
         ctx.event("resumed", step=state.step)
-    metric = find_metric(config.metric, config.num_labels, config.dataset)
-    progress = Progress(total, state, enabled=ctx.world.rank == 0)
-    # accelerate takes every rank for the main one on a device that it does not know, so our own rank decides.
-    names = config.log_with if ctx.world.rank == 0 else ()
-    trackers = Trackers(engine.accelerator, names, ctx.run_dir, asdict(config))
-
-    with closing(store), closing(trackers), closing(progress):
-        while state.step < total and not ctx.stopped:
-            with closing(engine.batches(data, epoch_steps(ctx, config, state, data))) as batches:
-                for step, tensors in batches:
-                    engine.step(step, tensors)
-                    state.step += 1
-                    state.at = step.after
-                    ctx.heartbeat.beat(state.step)
-                    if state.step % config.log_every == 0 or state.step == total:
-                        values = progress.line(state, engine.mean_loss(), engine.scheduler.get_last_lr()[0], per_epoch)
-                        record(ctx, trackers, state, values)
-                    score = None
-                    if state.at.position == 0 or state.step == total:
-                        began = time.monotonic()
-                        with ctx.phase("evaluating"):
-                            evaluation = engine.evaluate(validation, config.eval_batch_size, metric)
-                        seconds = round(time.monotonic() - began, 6)
-                        score = state.note(evaluation)
-                        record(
-                            ctx,
-                            trackers,
-                            state,
-                            {"epoch": state.step / per_epoch, "eval": evaluation, "seconds": seconds},
-                        )
-                        progress.evaluation(state)
-                    stop = state.step < total and ctx.should_stop(state.step)
-                    if stop or score is not None or state.step % config.save_every == 0:
-                        with ctx.phase("saving"):
-                            store.save(engine, state.step, asdict(state), score)
-                    if stop or state.step == total:
-                        break
+    loop = Loop(ctx, config, engine, store, state, total, per_epoch)
+    with closing(store), closing(loop):
+        loop.run(data, validation)
         with ctx.phase("finishing"):
             if ctx.world.rank == 0:
                 draw_curve(ctx.run_dir, f"{config.model} on {config.dataset}")
             store.finish()
-    result = {**state.evaluations[-1]} if state.evaluations else {}
+    result: dict[str, Any] = {**state.evaluations[-1]} if state.evaluations else {}
     result |= {"steps": state.step, "epochs": state.step / per_epoch, "best": state.best}
     if not ctx.stopped:
         with ctx.phase("finishing"):
@@ -130,55 +104,70 @@ def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
 train.check = check  # type: ignore[attr-defined]  # the launcher asks for it before it sends anything
 
 
-@dataclass
-class State:
-    """Where a run is: what `state.json` of a checkpoint holds."""
+class Loop:
+    """The training loop of one rank: steps, metrics, evaluations, checkpoints and the agreed stop."""
 
-    at: Position
-    global_batch: int
-    identity: dict[str, Any]  # what must be the same for the order of the data to have a meaning
-    step: int = 0
-    best: dict[str, Any] | None = None
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    def __init__(
+        self, ctx: Context, config: TrainConfig, engine: Engine, store: Store, state: State, total: int, per_epoch: int
+    ) -> None:
+        self._ctx, self._config, self._engine, self._store, self._state = ctx, config, engine, store, state
+        self._total, self._per_epoch = total, per_epoch
+        self._metric = find_metric(config.metric, config.num_labels, config.dataset)
+        first = ctx.world.rank == 0  # accelerate takes each rank for the main one on a device that it does not know
+        self._progress = Progress(total, state.step, state.global_batch, enabled=first)
+        self._trackers = Trackers(engine.accelerator, config.log_with if first else (), ctx.run_dir, asdict(config))
 
-    @classmethod
-    def fresh(cls, config: TrainConfig, world_size: int, data: Encoded) -> State:
-        identity = {"data": data.fingerprint, "samples": len(data), "length_buckets": config.length_buckets}
-        return cls(Position(config.seed), config.global_batch or (config.batch_size or 1) * world_size, identity)
+    def run(self, data: Encoded, validation: Encoded) -> None:
+        """Train from the position of the state until the last step, or until the run is asked to stop."""
+        while self._state.step < self._total and not self._ctx.stopped:
+            steps = epoch_steps(self._ctx, self._config, self._state, data)
+            with closing(self._engine.batches(data, steps)) as batches:
+                for step, tensors in batches:
+                    self._train_step(step, tensors)
+                    stop = self._after_step(validation)
+                    if stop or self._state.step == self._total:
+                        break
 
-    @classmethod
-    def resumed(cls, saved: dict[str, Any], fresh: State, global_batch: int) -> State:
-        """The saved state; ConfigError where it belongs to other data, another order of them or `global_batch` (0: any)."""
-        state = cls(**{**saved, "at": Position(**saved["at"])})
-        if state.identity["length_buckets"] != fresh.identity["length_buckets"]:
-            raise ConfigError(
-                "--length-buckets cannot be changed within a run, because it changes the order of the data; "
-                "give it as before, or start a new run with another name"
-            )
-        if state.identity != fresh.identity:
-            raise ConfigError(
-                f"the training data have changed since this run began ({state.identity['samples']} samples then, "
-                f"{fresh.identity['samples']} now); put the old data back, or start a new run with another name"
-            )
-        if state.at.seed != fresh.at.seed:
-            raise ConfigError(
-                f"--seed is {fresh.at.seed}, but this run began with --seed {state.at.seed}; "
-                "give that one, or start a new run with another name"
-            )
-        if global_batch not in (0, state.global_batch):
-            raise ConfigError(
-                f"--global-batch is {global_batch}, but this run began with {state.global_batch}, on which the position "
-                "in its data and its learning rate rest; give that one, or start a new run with another name"
-            )
-        return state
+    def close(self) -> None:
+        """Close the progress bar, then the trackers."""
+        with closing(self._trackers), closing(self._progress):
+            pass
 
-    def note(self, evaluation: dict[str, float]) -> float:
-        """Remember an evaluation; its score, the first value of the metric."""
-        score = next(iter(evaluation.values()))
-        self.evaluations.append(evaluation)
-        if self.best is None or score >= self.best["score"]:
-            self.best = {"step": self.step, "score": score, **evaluation}
+    def _train_step(self, step: Step, tensors: list[Any]) -> None:
+        ctx, state, engine = self._ctx, self._state, self._engine
+        engine.step(step, tensors)
+        state.step += 1
+        state.at = step.after
+        ctx.heartbeat.beat(state.step)
+        if state.step % self._config.log_every == 0 or state.step == self._total:
+            lr = engine.scheduler.get_last_lr()[0]
+            self._record(self._progress.line(state.step, engine.mean_loss(), lr, self._per_epoch))
+
+    def _after_step(self, validation: Encoded) -> bool:
+        """Evaluate and save if it is due; whether all ranks stop now. A collective."""
+        ctx, state = self._ctx, self._state
+        score = None
+        if state.at.position == 0 or state.step == self._total:
+            score = self._evaluate(validation)
+        stop = state.step < self._total and ctx.should_stop(state.step)
+        if stop or score is not None or state.step % self._config.save_every == 0:
+            with ctx.phase("saving"):
+                self._store.save(self._engine, state.step, asdict(state), score)
+        return stop
+
+    def _evaluate(self, validation: Encoded) -> float:
+        began = time.monotonic()
+        with self._ctx.phase("evaluating"):
+            evaluation = self._engine.evaluate(validation, self._config.eval_batch_size, self._metric)
+        seconds = round(time.monotonic() - began, 6)
+        score = self._state.note(evaluation)
+        self._record({"epoch": self._state.step / self._per_epoch, "eval": evaluation, "seconds": seconds})
+        self._progress.evaluation(self._state.step, evaluation)
         return score
+
+    def _record(self, values: dict[str, Any]) -> None:
+        self._ctx.log(self._state.step, **values)
+        self._trackers.log(self._state.step, values)
 
 
 def load_data(ctx: Context, config: TrainConfig) -> tuple[PreTrainedTokenizerBase, Encoded, Encoded]:
@@ -222,12 +211,6 @@ def load_data(ctx: Context, config: TrainConfig) -> tuple[PreTrainedTokenizerBas
             "own return the same rows in the same order every time"
         )
     return tokenizer, splits[0], splits[1]
-
-
-def record(ctx: Context, trackers: Trackers, state: State, values: dict[str, Any]) -> None:
-    """Write `values` of the present step to the metrics file and to the trackers."""
-    ctx.log(state.step, **values)
-    trackers.log(state.step, values)
 
 
 def epoch_steps(ctx: Context, config: TrainConfig, state: State, data: Encoded) -> Iterator[Step]:

@@ -83,7 +83,7 @@ class NodeRanks:
             )
         theirs.close()
         reader, self.writer = await asyncio.open_connection(sock=ours)
-        self._send(preload=["training.bert.libraries"] if self._forks() else [])
+        self._send(preload=["training.libraries"] if self._forks() else [])
         self.reading = asyncio.create_task(self._read(reader))
 
     def _forks(self) -> bool:

@@ -19,8 +19,8 @@ from training.bert.config import TrainConfig
 from training.bert.model import load_model, load_tokenizer
 from training.bert.sources import find_source
 from training.bert.tokens import encode
-from training.checkpoints.state import seed_all
 from training.data.sampler import Position, steps
+from training.distributed.random_state import seed_all
 from training.distributed.world import World
 from training.errors import ConfigError
 from training.files import read_lines

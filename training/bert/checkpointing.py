@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from training.bert.state import capture
 from training.checkpoints.manifest import load, read_manifest, verify
 from training.checkpoints.mirror import Mirror
 from training.checkpoints.store import Checkpoint
@@ -122,15 +123,15 @@ class Store:
 
     def save(self, engine: Engine, step: int, state: dict[str, Any], score: float | None) -> None:
         """Save a checkpoint in the background. The engine waits with its next update until all is copied. A collective."""
-        since = time.monotonic()
+        started_at = time.monotonic()
         world = self._ctx.world
         in_parts = engine.sharded and self._one_disk
-        parts = engine.capture(in_parts=in_parts)
+        parts = capture(engine, in_parts=in_parts)
         if world.rank == 0:
             parts["state.json"] = state
         if world.rank == 0 or in_parts:
             part = (world.rank, world.world_size if in_parts else 1)
-            self._ctx.checkpoints.save(step, parts, score=score, part=part, since=since, later=True)
+            self._ctx.checkpoints.save(step, parts, score=score, part=part, started_at=started_at, later=True)
 
     def finish(self) -> None:
         """Wait until the last checkpoint is committed, so that no rank leaves before. A collective."""
@@ -197,6 +198,6 @@ class Store:
         return local
 
     def _saved(self, checkpoint: Checkpoint) -> None:
-        self._ctx.event("saved", step=checkpoint.step, blocked=round(checkpoint.blocked, 6))
+        self._ctx.event("saved", step=checkpoint.step, blocked=round(checkpoint.stall_seconds, 6))
         if self._mirror is not None:
             self._mirror.push(checkpoint)

@@ -6,8 +6,7 @@ from collections.abc import Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from training.checkpoints.sharding import like, load_model_state, local_parts, part_name, shard, whole
-from training.checkpoints.state import join_optimizer, split_optimizer
+from training.checkpoints.sharding import shard
 from training.data.prefetch import prefetch
 from training.data.sampler import Step
 from training.distributed.group import environment
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
     Batch = dict[str, torch.Tensor]
 
-WAYS = ("fused", "foreach", "capturable")  # how AdamW computes what it does, which is the device's matter
 COMPILED_LENGTHS = 32  # with --compile, batches are padded to multiples of so many tokens
 
 
@@ -182,12 +180,12 @@ class Engine:
         try:
             without_gradients = torch.no_grad() if self.sharded else self.runtime.without_gradients()
             with without_gradients, self.accelerator.autocast():
-                mine = batches[self.ctx.world.rank :: self.world_size]
-                for samples in mine:
+                local = batches[self.ctx.world.rank :: self.world_size]
+                for samples in local:
                     logits = self._logits(data, samples)
                     outputs.append(logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1))
                     ids += samples
-                if self.sharded and len(mine) < most // batch_size:
+                if self.sharded and len(local) < most // batch_size:
                     self._logits(data, batches[0])  # takes part in gathering the parameters for the other ranks
         finally:
             self.model.train()
@@ -202,72 +200,3 @@ class Engine:
         logits: torch.Tensor = self.model(**batch).logits.float()
         self.runtime.submit()
         return logits
-
-    def capture(self, *, in_parts: bool) -> dict[str, Any]:
-        """The parts of a checkpoint that the engine knows; the state of all ranks is gathered. A collective.
-
-        Parameters and moments are the engine's own, which the next `step` changes once they are copied; all else, such as
-        buffers, which a forward pass may change, is a copy.
-
-        A sharded model's tensors come `in_parts`, each rank its own, or whole on rank 0.
-        """
-        ranks = self.ctx.group.gather(
-            {"rng": self.runtime.rng_state(), "loss": [float(self.loss_sum.item()), self.loss_steps]}
-        )
-        tensors, plain = split_optimizer(self.optimizer.state_dict())
-        scaler = self.accelerator.scaler
-        model = self.model.state_dict()
-        model |= {name: tensor.clone() for name, tensor in self.model.named_buffers() if name in model}
-        state: dict[str, Any] = {"model.safetensors": model, "optimizer.safetensors": tensors}
-        rank = self.ctx.world.rank
-        if in_parts:
-            state = {part_name(file, rank): local_parts(content, rank) for file, content in state.items()}
-        elif self.sharded:
-            state = {file: whole(content, keep=rank == 0) for file, content in state.items()}
-        if rank:
-            return state
-        return {
-            **state,
-            "rng.safetensors": {
-                f"{rank}.{name}": tensor for rank, state in enumerate(ranks) for name, tensor in state["rng"].items()
-            },
-            "engine.json": {
-                "optimizer": plain,
-                "scheduler": self.scheduler.state_dict(),
-                "scaler": scaler.state_dict() if scaler is not None else None,
-                "losses": [state["loss"] for state in ranks],
-            },
-            "config.json": self.model.config.to_dict() | {"architectures": [type(self.model).__name__]},
-        }
-
-    def restore(self, parts: dict[str, Any]) -> None:
-        """Put back what `capture` took. Raises CheckpointError where it is another model's.
-
-        Where the number of ranks has changed, generators are those that the fresh ranks were seeded with.
-        """
-        import torch
-
-        load_model_state(self.model, parts["model.safetensors"])
-        plain = parts["engine.json"]
-        joined = join_optimizer(parts["optimizer.safetensors"], plain["optimizer"])
-        for saved, fresh in zip(joined["param_groups"], self.optimizer.param_groups, strict=True):
-            saved |= {way: fresh[way] for way in WAYS}
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        for number, fields in joined["state"].items():
-            for field, value in fields.items():
-                if isinstance(value, torch.Tensor) and value.shape == parameters[number].shape:
-                    fields[field] = like(value, parameters[number])
-        self.optimizer.load_state_dict(joined)
-        self.scheduler.load_state_dict(plain["scheduler"])
-        if self.accelerator.scaler is not None and plain["scaler"]:
-            self.accelerator.scaler.load_state_dict(plain["scaler"])
-        if len(plain["losses"]) == self.world_size:
-            rank = self.ctx.world.rank
-            total, self.loss_steps = plain["losses"][rank]
-            self.loss_sum = torch.tensor(total, device=self.ctx.device)
-            mine = {
-                name.partition(".")[2]: tensor
-                for name, tensor in parts["rng.safetensors"].items()
-                if name.partition(".")[0] == str(rank)
-            }
-            self.runtime.set_rng_state(mine)

@@ -22,22 +22,22 @@ class Copy:
 
     Attributes:
         done: set when no tensor of the state is needed any more.
-        blocked: seconds for which training waited.
+        stall_seconds: seconds for which training waited.
     """
 
     def __init__(self, parts: Mapping[str, Any], buffers: Buffers) -> None:
         import torch
 
         self.done = threading.Event()
-        self.blocked = 0.0
-        self._copied: dict[str, Any] = {}
+        self.stall_seconds = 0.0
+        self._contents: dict[str, Any] = {}
         self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._sent: torch.cuda.Event | None = None
         for file, content in parts.items():
             if not file.endswith(".safetensors"):
-                self._copied[file] = json.dumps(content, indent=1).encode()
+                self._contents[file] = json.dumps(content, indent=1).encode()
                 continue
-            self._copied[file] = {}
+            self._contents[file] = {}
             for name, tensor in content.items():
                 source = tensor.detach()
                 buffer = buffers.get((file, name))
@@ -48,7 +48,7 @@ class Copy:
                     self._waiting.append((buffer, source))
                 else:
                     buffer.copy_(source, non_blocking=source.is_cuda)
-                self._copied[file][name] = buffer
+                self._contents[file][name] = buffer
         if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             self._sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._sent.record()
@@ -63,7 +63,7 @@ class Copy:
         finally:  # what fails here is the writer's to tell; nobody shall wait for it
             self._waiting.clear()
             self.done.set()
-        return self._copied
+        return self._contents
 
 
 def _copy(buffer: torch.Tensor, source: torch.Tensor) -> None:

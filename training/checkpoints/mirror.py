@@ -48,8 +48,8 @@ class Mirror:
     def check(self) -> None:
         """Raise ConfigError where the store cannot be read and written; an object of one byte goes there and away."""
         try:
-            self._patiently(self._names)
-            self._patiently(self._write_probe)
+            retried(self._names)
+            retried(self._write_probe)
         except Exception as error:  # each file system has errors of its own
             raise ConfigError(
                 f"--mirror {self._uri}: the store cannot be read and written ({type(error).__name__}: {error}); "
@@ -82,7 +82,7 @@ class Mirror:
     def checkpoints(self) -> list[Checkpoint]:
         """What the store holds, oldest first; `path` is the name in the store. Contents are not verified."""
         found = []
-        for name in self._patiently(self._names):
+        for name in retried(self._names):
             manifest = self._manifest(name)
             if manifest is not None:
                 found.append(Checkpoint(manifest["step"], Path(name), rankable(manifest["score"])))
@@ -104,7 +104,7 @@ class Mirror:
             where = f"{self._root}/{name}"
             for file, entry in parse_manifest(raw, f"{where}/{MANIFEST}", name)["files"].items():
                 self._check_object(f"{where}/{file}", entry["bytes"], entry["bytes"])
-                self._patiently(
+                retried(
                     lambda file=file: self._fs.get_file(f"{where}/{file}", str(staging / file))  # type: ignore[misc]
                 )
             (staging / MANIFEST).write_bytes(raw)
@@ -143,24 +143,24 @@ class Mirror:
         raw = read_plain(path / MANIFEST)
         manifest = parse_manifest(raw, str(path / MANIFEST), path.name)
         files = {file: check_file(path, file, entry) for file, entry in manifest["files"].items()}
-        self._patiently(lambda: self._fs.makedirs(there, exist_ok=True))
+        retried(lambda: self._fs.makedirs(there, exist_ok=True))
         for file, source in files.items():
-            self._patiently(lambda file=file, source=source: self._fs.put_file(str(source), f"{there}/{file}"))  # type: ignore[misc]
-        self._patiently(lambda: self._fs.pipe_file(f"{there}/{MANIFEST}", raw))
-        back = self._patiently(lambda: self._fs.cat_file(f"{there}/{MANIFEST}"))
+            retried(lambda file=file, source=source: self._fs.put_file(str(source), f"{there}/{file}"))  # type: ignore[misc]
+        retried(lambda: self._fs.pipe_file(f"{there}/{MANIFEST}", raw))
+        back = retried(lambda: self._fs.cat_file(f"{there}/{MANIFEST}"))
         if hashlib.sha256(back).digest() != hashlib.sha256(raw).digest():
             raise CheckpointError(f"{there}/{MANIFEST} is not what was written")
 
     def _prune(self) -> None:
         whole = self.checkpoints()
         names = {checkpoint.path.name for checkpoint in kept(whole, self.keep)}
-        for name in self._patiently(self._names):
+        for name in retried(self._names):
             if name not in names:
                 there = f"{self._root}/{name}"
                 with contextlib.suppress(FileNotFoundError):  # first, so that a removal cut short leaves no half
-                    self._patiently(lambda there=there: self._fs.rm_file(f"{there}/{MANIFEST}"))  # type: ignore[misc]
+                    retried(lambda there=there: self._fs.rm_file(f"{there}/{MANIFEST}"))  # type: ignore[misc]
                 with contextlib.suppress(FileNotFoundError):
-                    self._patiently(lambda there=there: self._fs.rm(there, recursive=True))  # type: ignore[misc]
+                    retried(lambda there=there: self._fs.rm(there, recursive=True))  # type: ignore[misc]
 
     def _names(self) -> list[str]:
         self._fs.invalidate_cache()
@@ -184,29 +184,33 @@ class Mirror:
     def _read_manifest(self, name: str) -> bytes:
         path = f"{self._root}/{name}/{MANIFEST}"
         self._check_object(path, 0, MAX_JSON_BYTES)
-        return bytes(self._patiently(lambda: self._fs.cat_file(path)))
+        return bytes(retried(lambda: self._fs.cat_file(path)))
 
     def _check_object(self, path: str, least: int, most: int) -> None:
         """Raise CheckpointError unless the store has a plain object of `least` to `most` bytes under `path`."""
-        found = self._patiently(lambda: self._fs.info(path))
+        found = retried(lambda: self._fs.info(path))
         size = found.get("size")
         if found.get("type") != "file" or found.get("islink"):
             raise CheckpointError(f"{path} cannot be read: it is a link, a folder, a pipe or a device")
         if not isinstance(size, int) or not least <= size <= most:
             raise CheckpointError(f"{path} is not what was written: it has {size} bytes, and not {least} to {most}")
 
-    def _patiently(self, operation: Callable[[], T]) -> T:
-        """`operation`, tried again after errors that may pass."""
-        for attempt in range(RETRIES):
-            try:
-                return operation()
-            except (FileNotFoundError, PermissionError):
+
+def retried(operation: Callable[[], T]) -> T:
+    """Call `operation` up to RETRIES times, with doubled waits between the calls; the last error is raised.
+
+    A missing file and a refused permission are raised at once: they do not pass.
+    """
+    for attempt in range(RETRIES):
+        try:
+            return operation()
+        except (FileNotFoundError, PermissionError):
+            raise
+        except Exception:
+            if attempt == RETRIES - 1:
                 raise
-            except Exception:
-                if attempt == RETRIES - 1:
-                    raise
-                time.sleep(FIRST_WAIT * 2**attempt)
-        raise AssertionError("unreachable")
+            time.sleep(FIRST_WAIT * 2**attempt)
+    raise AssertionError("unreachable")
 
 
 def open_store(uri: str) -> tuple[Any, str]:

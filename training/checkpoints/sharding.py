@@ -44,13 +44,13 @@ def local_parts(tensors: Mapping[str, torch.Tensor], rank: int) -> dict[str, tor
     """What `rank` saves of `tensors`: its piece of each sharded one; of the others everything, on rank 0."""
     from torch.distributed.tensor import DTensor
 
-    mine = {}
+    local = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor):
-            mine[name] = tensor.to_local()
+            local[name] = tensor.to_local()
         elif rank == 0:
-            mine[name] = tensor
-    return mine
+            local[name] = tensor
+    return local
 
 
 def whole(tensors: Mapping[str, torch.Tensor], *, keep: bool = True) -> dict[str, torch.Tensor]:

@@ -13,7 +13,6 @@ Nothing is pickled.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import time
@@ -26,14 +25,14 @@ from typing import TYPE_CHECKING, Any
 
 from training.checkpoints.host_copy import Copy
 from training.checkpoints.manifest import FORMAT, rankable, read_manifest, step_of, verify, write_file, write_manifest
+from training.checkpoints.staging import Staging
 from training.errors import CheckpointError
-from training.files import read_json, sync_folder, write_atomic
+from training.files import sync_folder
 
 if TYPE_CHECKING:
     from training.checkpoints.host_copy import Buffers
 
 PATIENCE = 600.0  # seconds that ranks wait for one another's parts
-POLL_SECONDS = 0.02
 Part = tuple[int, int]  # rank, ranks
 Parts = Mapping[str, Any]  # file name -> Mapping[str, torch.Tensor] for *.safetensors, a JSON value for *.json
 
@@ -44,13 +43,13 @@ class Checkpoint:
 
     Attributes:
         score: its evaluation's, where it has one; higher is better.
-        blocked: seconds for which training waited for it; only `on_saved` is told.
+        stall_seconds: seconds for which training waited for it; only `on_saved` is told.
     """
 
     step: int
     path: Path
     score: float | None = None
-    blocked: float = field(default=0.0, compare=False)
+    stall_seconds: float = field(default=0.0, compare=False)
 
 
 class Checkpoints:
@@ -80,7 +79,7 @@ class Checkpoints:
         score: float | None = None,
         wait: bool = False,
         part: Part = (0, 1),
-        since: float | None = None,
+        started_at: float | None = None,
         later: bool = False,
     ) -> None:
         """Save `parts` as the checkpoint of `step`; returns once the tensors are copied to host memory.
@@ -93,17 +92,17 @@ class Checkpoints:
         a folder that they share; rank 0 commits when all parts are there.
 
         Waits for the save before it, so none overtakes another. With `wait`, returns when the checkpoint is committed
-        (or has failed). A failure to write does not raise: what was committed stays, and `on_failed` is told. `since` is
+        (or has failed). A failure to write does not raise: what was committed stays, and `on_failed` is told. `started_at` is
         when the caller began to gather the parts, by `time.monotonic`: what training waited for counts from there.
         """
-        since = time.monotonic() if since is None else since
+        started_at = time.monotonic() if started_at is None else started_at
         self.wait()
         if self._writer is None:
             self._writer = ThreadPoolExecutor(1, "checkpoint-writer")
         copy = self._copy = Copy(parts, self._host)
         if not later:
             copy.finish()
-        copy.blocked += time.monotonic() - since
+        copy.stall_seconds += time.monotonic() - started_at
         self._under_way = self._writer.submit(self._write, step, copy, score, part)
         if wait:
             self.wait()
@@ -114,7 +113,7 @@ class Checkpoints:
         if copy is not None:
             began = time.monotonic()
             copy.done.wait()
-            copy.blocked += time.monotonic() - began
+            copy.stall_seconds += time.monotonic() - began
 
     def wait(self) -> None:
         """Return when no save is under way."""
@@ -173,67 +172,32 @@ class Checkpoints:
 
     def _write(self, step: int, copy: Copy, score: float | None, part: Part) -> None:
         rank, ranks = part
-        staging = self.folder / f".step-{step:09d}.staging"
+        staging = Staging(self.folder / f".step-{step:09d}.staging", self.patience)
         target = self.folder / f"step-{step:09d}"
         try:
             parts = copy.finish()
             if ranks > 1 or not self._already_there(target):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                if ranks == 1:
-                    shutil.rmtree(staging, ignore_errors=True)
-                self._check_given_up(staging)
-                if staging.is_symlink():
-                    raise CheckpointError(f"{staging} is a symbolic link, which is not followed; remove it")
-                staging.mkdir(exist_ok=ranks > 1)
-                files = {name: write_file(staging / name, content) for name, content in parts.items()}
+                staging.create(shared=ranks > 1)
+                files = {name: write_file(staging.path / name, content) for name, content in parts.items()}
                 if rank:
-                    write_atomic(staging / _report(rank), json.dumps(files))
-                    self._wait_for_commit(staging, target)
+                    staging.report(rank, files)
+                    staging.wait_for_commit(target)
                     return
-                files |= self._others(staging, ranks)
-                write_manifest(staging, {"format": FORMAT, "step": step, "score": score, "files": files})
+                files |= staging.collect(ranks)
+                write_manifest(staging.path, {"format": FORMAT, "step": step, "score": score, "files": files})
                 if ranks > 1 and self._already_there(target):
-                    shutil.rmtree(staging)
+                    shutil.rmtree(staging.path)
                 else:
-                    os.rename(staging, target)
+                    os.rename(staging.path, target)
                 sync_folder(self.folder)
             self.prune()
         except Exception as error:
             if ranks > 1:
-                with contextlib.suppress(OSError):
-                    _given_up(staging).mkdir(exist_ok=True)
-            shutil.rmtree(staging, ignore_errors=True)
+                staging.give_up()
+            staging.remove()
             self.on_failed(step, error)
         else:
-            self.on_saved(Checkpoint(step, target, score, copy.blocked))
-
-    def _others(self, staging: Path, ranks: int) -> dict[str, Any]:
-        """The manifest's entries of the files that ranks 1 and above have written, once all of them have."""
-        files: dict[str, Any] = {}
-        deadline = time.monotonic() + self.patience
-        for rank in range(1, ranks):
-            while (written := read_json(staging / _report(rank))) is None:
-                self._check_given_up(staging)
-                if time.monotonic() > deadline:
-                    raise CheckpointError(
-                        f"rank {rank} has not written its part of {staging.name} in {self.patience:.0f} s"
-                    )
-                time.sleep(POLL_SECONDS)
-            (staging / _report(rank)).unlink()
-            files |= written
-        return files
-
-    def _wait_for_commit(self, staging: Path, target: Path) -> None:
-        deadline = time.monotonic() + self.patience
-        while staging.exists() and time.monotonic() < deadline:
-            self._check_given_up(staging)
-            time.sleep(POLL_SECONDS)
-        if not target.exists():
-            raise CheckpointError(f"{target} has not been committed by rank 0")
-
-    def _check_given_up(self, staging: Path) -> None:
-        if _given_up(staging).exists():
-            raise CheckpointError(f"another rank could not write its part of {staging.name}")
+            self.on_saved(Checkpoint(step, target, score, copy.stall_seconds))
 
     def _already_there(self, target: Path) -> bool:
         """Whether a good checkpoint of this step is committed (a run that fell back comes by again); a bad one goes."""
@@ -242,7 +206,7 @@ class Checkpoints:
         try:
             verify(target)
         except CheckpointError:
-            self._discard(target)
+            _discard(target)
             return False
         return True
 
@@ -252,23 +216,15 @@ class Checkpoints:
         keep = kept(committed, self.keep)
         for checkpoint in committed:
             if checkpoint not in keep and checkpoint.path.name != but:
-                self._discard(checkpoint.path)
-
-    def _discard(self, path: Path) -> None:
-        # Renamed first, so that a removal cut short leaves nothing that looks like a checkpoint.
-        trash = path.with_name(f".{path.name}.trash")
-        shutil.rmtree(trash, ignore_errors=True)
-        os.rename(path, trash)
-        shutil.rmtree(trash, ignore_errors=True)
+                _discard(checkpoint.path)
 
 
-def _report(rank: int) -> str:
-    return f"part-{rank:05d}.json"
-
-
-def _given_up(staging: Path) -> Path:
-    """What a rank leaves that cannot write its part, so that none waits for it, also one that has yet to begin."""
-    return staging.with_suffix(".given-up")
+def _discard(path: Path) -> None:
+    # Renamed first, so that an interrupted removal leaves nothing with the name of a checkpoint.
+    trash = path.with_name(f".{path.name}.trash")
+    shutil.rmtree(trash, ignore_errors=True)
+    os.rename(path, trash)
+    shutil.rmtree(trash, ignore_errors=True)
 
 
 def kept(committed: list[Checkpoint], keep: int) -> list[Checkpoint]:

@@ -120,8 +120,8 @@ def steps(
         batch = samples[at : at + global_batch].tolist()
         share = -(-len(batch) // world_size)  # samples of the busiest rank
         # Ranks take turns, so that shares differ by one at most and a sorted batch spreads its long samples.
-        mine = batch[rank::world_size]
-        microbatches = tuple(tuple(mine[cut : cut + batch_size]) for cut in range(0, share, batch_size))
+        local = batch[rank::world_size]
+        microbatches = tuple(tuple(local[cut : cut + batch_size]) for cut in range(0, share, batch_size))
         used = at + len(batch)
         after = Position(start.seed, start.epoch, used) if used < size else Position(start.seed, start.epoch + 1)
         yield Step(microbatches, len(batch), batch[0], after)

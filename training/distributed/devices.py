@@ -10,8 +10,8 @@ import socket
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from training.checkpoints.state import rng_state, seed_all, set_rng_state
-from training.distributed.missing import driver_fault, why_no_gpu
+from training.distributed.cuda_faults import driver_fault, why_no_gpu
+from training.distributed.random_state import rng_state, seed_all, set_rng_state
 from training.distributed.world import World
 from training.errors import ConfigError, DeviceError
 

@@ -119,12 +119,12 @@ class TorchGroup(Group):
         import torch
         import torch.distributed as dist
 
-        mine = torch.full((most, rows.shape[1]), torch.nan, dtype=torch.float64)
-        mine[: len(rows)] = torch.from_numpy(rows)
+        local = torch.full((most, rows.shape[1]), torch.nan, dtype=torch.float64)
+        local[: len(rows)] = torch.from_numpy(rows)
         everything = torch.empty((self.size * most, rows.shape[1]), dtype=torch.float64)
         # torch 2.13 gives it this name and warns of the old one, which older versions have alone.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(everything, mine, group=self._control)
+        gather(everything, local, group=self._control)
         together: npt.NDArray[np.float64] = everything.numpy()
         return together[~np.isnan(together[:, 0])]
 

@@ -92,7 +92,7 @@ def test_tensors_are_copied_while_training_goes_on_until_it_changes_them(
     store.wait_for_copy()  # nothing left to wait for
     store.close()
     assert same(load(saved[0].path), parts(1))
-    assert 0.1 < saved[0].blocked < 10
+    assert 0.1 < saved[0].stall_seconds < 10
 
 
 def test_a_copy_that_fails_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

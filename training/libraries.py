@@ -1,4 +1,4 @@
-"""Import the libraries of the reference job, ahead of a process that forks its ranks."""
+"""Import the libraries of the reference job once, in the server process that ranks are forked from."""
 
 import accelerate.tracking
 import datasets
