@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-UPWARDS: dict[str, set[tuple[str, str]]] = {
-    "launcher": set(),
-    "training": {
-        ("bert.libraries", "train"),
-        ("corpus.glue", "metrics"),
-        ("distributed.devices", "checkpoints.state"),
-        ("metrics", "distributed.group"),
-        ("reporting.progress", "train"),
-    },
-}
+UPWARDS: dict[str, set[tuple[str, str]]] = {"launcher": set(), "training": set()}
 """(importing module, imported module) against the order of folders."""
 
-CIRCLES: dict[str, set[str]] = {
-    "launcher": set(),
-    "training": {"bert/train", "distributed.devices/distributed.missing", "reporting.progress/train"},
-}
+CIRCLES: dict[str, set[str]] = {"launcher": set(), "training": set()}
 
 LARGER: dict[str, dict[str, set[str]]] = {
     "launcher": {
-        "classes": {"Coordinator", "Driver", "NodeRanks", "Run", "RunDir"},
+        "classes": {"Coordinator", "Driver", "ForkServer", "NodeRanks", "Run", "RunDir"},
         "functions": {"bash", "verdicts"},
         "files": {"lifecycle.run_dir"},
     },
-    "training": {"classes": {"Checkpoints", "Engine", "Mirror"}, "functions": {"train"}},
+    "training": {},
 }
 """Classes, functions, folders and files above their limit."""
 
 UNDOCUMENTED: dict[str, set[str]] = {
+    "training.bert.state": {"fresh"},
     "training.distributed.devices": {
         "device",
         "init_method",
@@ -39,7 +28,6 @@ UNDOCUMENTED: dict[str, set[str]] = {
         "without_gradients",
     },
     "training.distributed.group": {"barrier", "broadcast", "close", "gather", "gather_rows", "post_any"},
-    "training.train": {"fresh"},
 }
 
 WRITTEN_OFTEN: dict[str, int] = {
@@ -55,5 +43,5 @@ WRITTEN_OFTEN: dict[str, int] = {
 
 WRITTEN_STILL: dict[str, int] = {"dict[str, Any] in the protocol": 1, "a message that is a dict": 1}
 
-REPLACED_WORDS = 308
+REPLACED_WORDS = 278
 """How many words are left of those that the style replaces."""
