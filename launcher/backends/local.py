@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from launcher.config.cluster import Cluster
 from launcher.errors import BadRequest
 from launcher.lifecycle.run_dir import RunDir
 from launcher.lifecycle.trust import PROCESS_ID, check_id
+from launcher.request import own_packages
 from launcher.request.spec import Plan, State
 from training.distributed.missing import UNUSABLE
 
@@ -35,7 +35,7 @@ def survey(cluster: Cluster) -> Cluster:
 
 def unusable_gpus() -> str:
     """Say why torch cannot use the GPUs of this machine; empty if it can. Runs a detached, since torch is slow to import."""
-    command = [sys.executable, "-P", "-m", "training.distributed.missing"]
+    command = own_packages.command("training.distributed.missing")
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TRY_SECONDS)
     except subprocess.TimeoutExpired:
