@@ -21,6 +21,7 @@ from launcher.agent.protocol import AgentInfo, Message
 from launcher.lifecycle.exit_status import ERROR_NOT_WRITTEN
 from launcher.lifecycle.run_dir import RunDir
 from launcher.rank.environment import rank_environment, shared_environment
+from launcher.request import own_packages
 from launcher.request.placement import tpu
 from launcher.request.spec import Plan, RunSpec
 from training.distributed.heartbeat import SLOT, Heartbeat
@@ -73,7 +74,7 @@ class NodeRanks:
             os.ftruncate(self.memory, SLOT * self.plan.placement.ranks_per_node)
         with self.run_dir.agent_log(self.agent_info.node).open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", "launcher.rank.forkserver", str(self.run_dir.path), str(self.memory)),
+                *own_packages.command("launcher.rank.forkserver", str(self.run_dir.path), str(self.memory)),
                 pass_fds=[self.memory],
                 stdin=theirs.fileno(),
                 stdout=log,

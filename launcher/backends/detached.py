@@ -12,6 +12,7 @@ from pathlib import Path
 
 from launcher.errors import BadRequest, LaunchError
 from launcher.lifecycle.trust import PROCESS_ID, check_id
+from launcher.request import own_packages
 from launcher.request.spec import State
 from training.files import open_plain
 
@@ -27,7 +28,7 @@ def start(module: str, run_dir: Path, log: Path) -> str:
         # Not a Popen, which would warn of a process that outlives it; outliving is what this one is for.
         pid = os.posix_spawn(
             sys.executable,
-            [sys.executable, "-P", "-m", module, str(run_dir)],
+            own_packages.command(module, str(run_dir)),
             os.environ,
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from launcher.config.cluster import Cluster
 from launcher.errors import BadRequest
 from launcher.lifecycle.run_dir import RunDir
 from launcher.lifecycle.trust import PROCESS_ID, check_id
+from launcher.request import own_packages
 from launcher.request.spec import Plan, State
 from training.distributed.missing import UNUSABLE
 
@@ -24,7 +24,7 @@ TRY_SECONDS = 120.0
 
 def unusable_gpus() -> str:
     """Say why torch cannot use the GPUs of this machine; empty if it can. Runs a process, since torch is slow to import."""
-    command = [sys.executable, "-P", "-m", "training.distributed.missing"]
+    command = own_packages.command("training.distributed.missing")
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TRY_SECONDS)
     except subprocess.TimeoutExpired:

@@ -19,7 +19,7 @@ from launcher.client.run import Run, find
 from launcher.config.codec import to_data
 from launcher.errors import BadRequest
 from launcher.lifecycle.run_dir import FORMAT, RunDir, to_json
-from launcher.request import snapshot
+from launcher.request import own_packages, snapshot
 from launcher.request.spec import NOT_RESUMED, Plan, RunSpec, State, check_name, check_options, options
 from training.files import write_atomic
 
@@ -209,6 +209,8 @@ def _copy_code(plan: Plan, run_dir: RunDir) -> None:
                 f"{root / file.relative_to(run_dir.code)} is not copied with the run: git ignores it (`git add -f` takes"
                 " it along), or it lies in the runs folder."
             )
+    if plan.target.kind in ("script", "module"):
+        own_packages.make_regular(plan.target.path)
     record = {key: value for key, value in asdict(taken).items() if key != "diff"}
     write_atomic(run_dir.snapshot_file, to_json(to_data(record)))
     if taken.diff:
@@ -219,7 +221,7 @@ def _check_target(plan: Plan) -> None:
     """Import the target here before it waits in a queue; where its ranks start at once, they report the same."""
     if not backends.of(plan.cluster).capabilities.precheck or plan.target.kind != "function":
         return
-    command = [sys.executable, "-P", "-m", "launcher.client.preimport"]
+    command = own_packages.command("launcher.client.preimport")
     done = subprocess.run(command, input=to_json(to_data(plan)), capture_output=True, text=True, check=False)
     if done.returncode:
         raise BadRequest(done.stderr.strip())

@@ -54,7 +54,7 @@ def make_plan(spec: RunSpec, cwd: Path, function: Callable[..., Any] | None = No
     if project is not None:
         root, _ = snapshot.project_root(project)
         path = python_path(root, run_dir.code, project)
-        check_shadowing([str(project)])
+        check_shadowing(found, project)
         found = replace(found, path=path, **_moved(found, root, run_dir.code))
     text = spec.time or site.time
     plan = Plan(

@@ -39,8 +39,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher.rank.output import drop_output_on_full_disk
+from launcher.request.own_packages import IMPORT_OURS
 
-ENTER = "import sys; sys.path[:1] == [''] and sys.path.pop(0); from launcher.rank.worker import enter; enter()"
+ENTER = f"import sys; sys.path[:1] == [''] and sys.path.pop(0); {IMPORT_OURS}from launcher.rank.worker import enter; enter()"
 """What a fresh interpreter runs. Its first entry of sys.path is the current folder, whose modules are the user's."""
 
 SAME_STOP_SECONDS = 5.0

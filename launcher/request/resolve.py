@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import BadRequest, nearest
+from launcher.request import own_packages
+from launcher.request.own_packages import ROOT, code_of, spec_in
 from launcher.request.spec import Target
 from launcher.request.target import on_path
 
@@ -53,18 +55,20 @@ def _find_module(module: str, cwd: Path, asked: str) -> Path:
         importlib.invalidate_caches()
         folder: Path | None = None
         parts = module.split(".")
-        spec = _find_spec(parts[0])
+        spec = _find_spec(parts[0], as_program=asked.startswith("-m "))
         for part in parts[1:]:
             # Looking below a package would import it; its folder says as much.
             if spec is None or not spec.submodule_search_locations:
                 spec = None
                 break
             folder = Path(next(iter(spec.submodule_search_locations)))
-            spec = _spec_in(folder, part)
+            spec = spec_in(folder, part)
         if spec is not None and spec.submodule_search_locations and asked.startswith("-m "):
-            spec = _spec_in(Path(next(iter(spec.submodule_search_locations))), "__main__")
+            spec = spec_in(Path(next(iter(spec.submodule_search_locations))), "__main__")
     if spec is None or not spec.origin or not spec.has_location:
-        check_shadowing([str(cwd)])  # ours may have been found where theirs was meant
+        for name, _, code in own_packages.find([cwd]):
+            if name == parts[0]:
+                raise _shadowed(name, code)  # ours may have been found where theirs was meant
         where = folder or cwd
         near = nearest(parts[-1], [p.stem for p in where.glob("*.py")] + [p.parent.name for p in where.glob("*/*.py")])
         raise BadRequest(
@@ -73,15 +77,16 @@ def _find_module(module: str, cwd: Path, asked: str) -> Path:
     return Path(spec.origin)
 
 
-def _find_spec(name: str) -> Any:
+def _find_spec(name: str, as_program: bool) -> Any:
+    if as_program and name in own_packages.NAMES:
+        # In this process the name stands for this toolkit's package; a program's own comes first.
+        for folder in sys.path:
+            if code_of(folder, name) is not None:
+                return spec_in(folder, name)
     try:
         return importlib.util.find_spec(name)
     except (ImportError, ValueError):
         return None
-
-
-def _spec_in(folder: Path, name: str) -> Any:
-    return importlib.machinery.PathFinder.find_spec(name, [str(folder)])
 
 
 def _check_function(origin: Path, module: str, function: str) -> None:
@@ -123,26 +128,27 @@ def _project_folder(origin: Path, module: str) -> Path | None:
     return origin.parents[above]
 
 
-def check_shadowing(path: Sequence[str]) -> None:
-    """Refuse a project whose own ``training`` or ``launcher`` package would be taken for ours, or ours for it.
+def check_shadowing(target: Target, project: Path) -> None:
+    """Refuse a function of a `project` whose own `training` or `launcher` package it would not find.
+
+    A rank that calls a function has imported this toolkit's packages; a script or module gets a process without them.
 
     Raises:
-        BadRequest: both are named.
+        BadRequest: both packages are named.
     """
-    for package in ("training", "launcher"):
-        ours = _find_spec(package)
-        for folder in path:
-            theirs = _spec_in(Path(folder), package)
-            if theirs is None or ours is None:
-                continue
-            # Without an __init__.py, a folder of that name is a package only if there is code in it.
-            origin = theirs.origin or next(Path(folder, package).glob("*.py"), None)
-            if origin and Path(origin).resolve() != Path(ours.origin).resolve():
-                raise BadRequest(
-                    f"two packages are called {package!r}: yours at {origin} and this toolkit's at {ours.origin}."
-                    f" A rank can import only one of them. Rename yours, or move it into a package of its own"
-                    f" (myproject.{package})."
-                )
+    if target.kind in ("script", "module"):
+        return
+    for name, _, code in own_packages.find([project]):
+        raise _shadowed(name, code)
+
+
+def _shadowed(name: str, code: Path) -> BadRequest:
+    return BadRequest(
+        f"two packages are called {name!r}: yours at {code} and this toolkit's at {ROOT / name / '__init__.py'}."
+        f" The rank of a function can import only one of them. Rename yours, move it into a package of its own"
+        f" (myproject.{name}), or make the target a script (`launch train.py`) or a module (`launch -m package.module`),"
+        f" which finds yours."
+    )
 
 
 def python_path(root: Path, code: Path, first: Path) -> tuple[str, ...]:

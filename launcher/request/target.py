@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.errors import BadRequest, nearest
+from launcher.request import own_packages
 from launcher.request.spec import Target
 
 if TYPE_CHECKING:
@@ -29,9 +30,11 @@ def call(target: Target, pickle: Path, context: Callable[[], Context]) -> Any:
     match target.kind:
         case "script":
             sys.path[:0] = [folder for folder in target.path if folder not in sys.path]
+            own_packages.give_way([*target.path, Path(target.name).parent])
             run_script(Path(target.name), target.args)
             return None
         case "module":
+            own_packages.give_way(target.path)
             run_module(target.name, target.args, target.path)
             return None
     with on_path(target.path):

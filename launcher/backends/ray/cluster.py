@@ -10,13 +10,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import chdir, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.agent.peers import CONNECT_SECONDS
 from launcher.backends.ray.backend import settings
 from launcher.errors import BadRequest
+from launcher.request.own_packages import ROOT
 from launcher.request.placement.tpu import Topology
 from launcher.request.spec import Plan
 
@@ -172,11 +173,14 @@ def connect(plan: Plan) -> None:
         cpus = plan.placement.world_size * max(1, plan.placement.cpus_per_rank)
         cpus = max(cpus, os.cpu_count() or 1)
         os.environ.setdefault("RAY_worker_niceness", "0")  # by itself 15; it is here for this run alone
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **common)
+        with chdir(ROOT):  # see below
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **common)
         return
     _reach(address)
     try:
-        ray.init(address=address, **common)
+        # Ray puts the driver's current folder first on its workers' sys.path: they should find this toolkit's packages.
+        with chdir(ROOT):
+            ray.init(address=address, **common)
     except (ConnectionError, ValueError, RuntimeError) as error:
         hint = "" if "RAY_AUTH_MODE" in os.environ else _TOKEN_HINT
         raise BadRequest(f"Ray at {address} cannot be reached: {error}{hint}") from None

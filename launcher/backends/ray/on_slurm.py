@@ -37,6 +37,7 @@ from launcher.errors import BadRequest
 from launcher.lifecycle.recovery import End, Recovery
 from launcher.lifecycle.run_dir import RunDir
 from launcher.lifecycle.trust import SLURM_ID, check_id
+from launcher.request import own_packages
 from launcher.request.spec import Plan, State
 from training.files import read_json, write_atomic
 
@@ -171,7 +172,7 @@ class RayNode:
 
     def _drive(self, address: str) -> int:
         environment = self._environment() | {"RAY_ADDRESS": address}
-        command = [sys.executable, "-P", "-m", "launcher.backends.ray.driver", str(self.run_dir.path)]
+        command = own_packages.command("launcher.backends.ray.driver", str(self.run_dir.path))
         with self.run_dir.agent_log(0).open("ab") as log:
             driver = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, preexec_fn=_unmoved

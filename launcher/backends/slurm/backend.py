@@ -21,6 +21,7 @@ from launcher.errors import BadRequest
 from launcher.lifecycle import history
 from launcher.lifecycle.run_dir import RunDir
 from launcher.lifecycle.trust import SLURM_ID, check_id
+from launcher.request import own_packages
 from launcher.request.spec import Plan, State
 from training.files import write_atomic
 
@@ -121,6 +122,8 @@ def _teardown(plan: Plan) -> list[str]:
     """
     python = shlex.join(node_command.python(plan))
     look = f"{python} -P -m launcher.backends.slurm.job {shlex.quote(str(plan.run_dir))} $status"
+    if (clean := own_packages.python_path_without_others()) is not None:
+        look = f"PYTHONPATH={shlex.quote(clean)} {look}"
     # By this shell's own entry in /proc, since others' may be hidden.
     parent = "$(sed -n 's/^PPid:[[:space:]]*//p' /proc/$$/status)"
     orphaned = f'[ "{parent}" = $PPID ] || scancel --state=RUNNING $SLURM_JOB_ID'
@@ -251,7 +254,7 @@ class SlurmBackend(Backend):
         """Hand the job to sbatch and keep what it got in ``script.sh``. `task` runs on each node; by itself an agent."""
         import submitit
 
-        from launcher.backends.slurm.job import AgentTask
+        from launcher.backends.slurm.job import AgentTask, with_our_packages
 
         if shutil.which("srun") is None or shutil.which("sbatch") is None:
             raise BadRequest(query.UNREACHABLE.format("the command srun or sbatch is missing."))
@@ -262,7 +265,7 @@ class SlurmBackend(Backend):
                 query.outside_of_a_job(),
                 contextlib.redirect_stderr(io.StringIO()),
             ):  # submitit repeats what sbatch said
-                job = executor.submit(task or AgentTask(plan.run_dir))
+                job = executor.submit(with_our_packages(task or AgentTask(plan.run_dir)))
         except submitit.core.utils.FailedJobError as error:
             refusal = query.refusal_text(str(error))
             heard = "Batch job submission failed" in refusal and "Unable to contact" not in refusal

@@ -27,6 +27,7 @@ from launcher.lifecycle.recovery import Elsewhere, End, Recovery
 from launcher.lifecycle.run_dir import BEAT_SECONDS, RunDir, tail
 from launcher.lifecycle.trust import SLURM_ID, check_id
 from launcher.rank.output import drop_output_on_full_disk
+from launcher.request.own_packages import ROOT
 from launcher.request.spec import State
 
 CONTROLLER_SECONDS = 60.0
@@ -192,6 +193,29 @@ class AgentTask:
 
         run_dir = RunDir(self.run_dir)
         as_task(run_dir, lambda where: asyncio.run(run_agent(run_dir, where)))
+
+
+def with_our_packages(task: Callable[[], None]) -> Callable[[], None]:
+    """Wrap `task` so that it finds this toolkit's packages on a node; pickled by value, since it imports none of them.
+
+    submitit's process has the current folder, which is the user's, first on sys.path, and then PYTHONPATH.
+    """
+    import cloudpickle
+
+    data, root = cloudpickle.dumps(task), str(ROOT)
+
+    def run() -> None:
+        import pickle
+        import sys
+
+        path = list(sys.path)
+        sys.path[:] = [root, *path[1:]]
+        import training  # noqa: F401
+
+        sys.path[:] = path
+        pickle.loads(data)()
+
+    return run
 
 
 def as_task(run_dir: RunDir, work: Callable[[AgentInfo], int]) -> None:

@@ -145,23 +145,27 @@ def test_what_is_not(project: Path, name: str, words: str) -> None:
 
 @pytest.mark.parametrize("package", ["training", "launcher"])
 @pytest.mark.parametrize("file", ["{}/__init__.py", "{}.py", "{}/code_without_init.py"])
-def test_a_package_of_our_own_name_is_refused_and_both_are_named(tmp_path: Path, package: str, file: str) -> None:
+def test_a_package_of_our_own_name_is_refused_for_a_function_and_both_are_named(
+    tmp_path: Path, package: str, file: str
+) -> None:
     theirs = tmp_path / file.format(package)
     theirs.parent.mkdir(exist_ok=True)
     theirs.write_text("def main(): ...")
     (tmp_path / "train.py").touch()
     ours = str(Path(target.__file__).parents[2] / package / "__init__.py")
     with pytest.raises(BadRequest) as refused:
-        resolve.check_shadowing([str(tmp_path)])
+        resolve.check_shadowing(Target("function", "mine:main"), tmp_path)
     assert f"yours at {theirs} and this toolkit's at {ours}" in str(refused.value)
     with pytest.raises(BadRequest, match=f"two packages are called '{package}'"):
         resolve.resolve(f"{package}.mine:main", [], tmp_path)
+    for kind in ("script", "module"):
+        resolve.check_shadowing(Target(kind, "train.py"), tmp_path)
 
 
 def test_a_folder_of_our_name_that_holds_no_code_is_fine(tmp_path: Path) -> None:
     (tmp_path / "training").mkdir()
     (tmp_path / "training/data.csv").touch()
-    resolve.check_shadowing([str(tmp_path)])
+    resolve.check_shadowing(Target("function", "mine:main"), tmp_path)
 
 
 # ---- what a function takes ------------------------------------------------------------------------------------------

@@ -1,0 +1,87 @@
+"""A project's own `training` or `launcher`: how this toolkit's processes avoid it, and how its programs get it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+
+NAMES = ("training", "launcher")
+
+ROOT = Path(__file__).resolve().parents[2]
+"""The folder that holds both packages of this toolkit."""
+
+IMPORT_OURS = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import launcher, training; sys.path.pop(0); "
+"""First statements of each process of this toolkit: PYTHONPATH may lead to a user's package of the same name."""
+
+_RUN_MODULE = IMPORT_OURS + "import runpy; sys.argv.pop(0); runpy._run_module_as_main(sys.argv[0])"
+
+
+def command(module: str, *args: str) -> list[str]:
+    """The command that runs ``python -P -m module args`` with this toolkit's packages, whatever PYTHONPATH holds."""
+    return [sys.executable, "-P", "-c", _RUN_MODULE, module, *args]
+
+
+def spec_in(folder: Path | str, name: str) -> ModuleSpec | None:
+    """Find the module `name` in `folder` alone, without importing it."""
+    return PathFinder.find_spec(name, [str(folder)])
+
+
+def code_of(folder: Path | str, name: str) -> Path | None:
+    """The file by which `folder` has a package or module `name`; a folder without any Python file is none."""
+    spec = spec_in(folder, name)
+    if spec is None:
+        return None
+    if spec.origin and spec.has_location:
+        return Path(spec.origin)
+    package = Path(folder, name)
+    return next((file for pattern in ("*.py", "*/*.py") for file in sorted(package.glob(pattern))), None)
+
+
+def find(folders: Iterable[Path | str]) -> Iterator[tuple[str, Path, Path]]:
+    """Yield name, folder and file of each package in `folders` that is called like one of ours and is no copy of it."""
+    importlib.invalidate_caches()
+    for name in NAMES:
+        for folder in folders:
+            code = code_of(folder, name)
+            if code is not None and not _is_ours(code, name):
+                yield name, Path(folder), code
+
+
+def _is_ours(code: Path, name: str) -> bool:
+    """Whether `code` is this toolkit's package, or a snapshot of it."""
+    ours = ROOT / name / "__init__.py"
+    return code.name == ours.name and code.is_file() and code.read_bytes() == ours.read_bytes()
+
+
+def make_regular(folders: Iterable[Path | str]) -> None:
+    """Add the ``__init__.py`` that a project's own package in the snapshot lacks.
+
+    Python prefers a package with that file, which ours has, to a folder without it that comes earlier on sys.path.
+    """
+    for name, folder, code in find(folders):
+        package = folder / name
+        if package in code.parents:
+            (package / "__init__.py").touch()
+
+
+def give_way(folders: Iterable[Path | str]) -> None:
+    """Forget the packages of this toolkit whose names the program's own packages in `folders` have.
+
+    Code of this toolkit that runs keeps its references; it must not import from a forgotten package afterwards.
+    """
+    for package in {name for name, _, _ in find(folders)}:
+        for module in [m for m in sys.modules if m == package or m.startswith(f"{package}.")]:
+            del sys.modules[module]
+
+
+def python_path_without_others() -> str | None:
+    """Return PYTHONPATH without folders that hold other packages of our names; None if it has none of them."""
+    folders = os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.environ.get("PYTHONPATH") else []
+    others = {str(folder) for _, folder, _ in find([Path(folder) for folder in folders])}
+    if not others:
+        return None
+    return os.pathsep.join(folder for folder in folders if str(Path(folder)) not in others)
