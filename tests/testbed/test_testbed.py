@@ -197,7 +197,7 @@ def test_submitit_runs_on_two_nodes(on_slurm: SlurmCluster, tmp_path: Path) -> N
     import submitit
 
     executor = submitit.AutoExecutor(folder=tmp_path, cluster="slurm")
-    executor.update_parameters(nodes=2, tasks_per_node=1, timeout_min=2, slurm_partition="debug")
+    executor.update_parameters(nodes=2, tasks_per_node=1, timeout_min=20, slurm_partition="debug")
     assert executor.submit(where).results() == [("node1", "0"), ("node2", "1")]
 
 

@@ -290,7 +290,8 @@ def test_a_runs_folder_that_the_nodes_do_not_share(folder: Path, launch: Launch)
 def test_a_project_with_a_package_of_our_name(folder: Path, launch: Launch) -> None:
     (folder / "training").mkdir()
     (folder / "training/__init__.py").touch()
-    for target in ("script.py", "training.mine:main", "cli_module:function"):
+    assert launch("--dry-run", "script.py")[0] == 0, "a script sees its own"
+    for target in ("training.mine:main", "cli_module:function"):
         status, _, err = launch("--dry-run", target)
         assert status == 2
         assert (
