@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 from launcher import backends
 from launcher.client.plan import check_shared, make_plan, name_of
 from launcher.client.run import Run, find
-from launcher.config.codec import to_data
+from launcher.config.codec import to_data, to_json
 from launcher.errors import BadRequest
-from launcher.lifecycle.run_dir import FORMAT, RunDir, to_json
+from launcher.lifecycle.run_dir import FORMAT, RunDir
 from launcher.request import own_packages, snapshot
 from launcher.request.spec import NOT_RESUMED, Plan, RunSpec, State, check_name, check_options, options
 from training.files import write_atomic

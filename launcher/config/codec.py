@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,3 +39,8 @@ def from_data(cls: type[T], data: Mapping[str, Any], where: str) -> T:
         return typed.from_data(cls, data, where)
     except ConfigError as error:
         raise BadRequest(str(error)) from None
+
+
+def to_json(data: Any) -> str:
+    """Return `data` as the text of a JSON file for people to read."""
+    return json.dumps(data, indent=2) + "\n"

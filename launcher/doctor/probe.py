@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from launcher.agent.health import environment_record, gpus
 from launcher.agent.health.node_facts import PATIENCE_SECONDS, _until, appears, renames, versions, within
 from launcher.agent.network import source_towards
+from launcher.config.codec import to_json
 from launcher.doctor import bandwidth
-from launcher.lifecycle.run_dir import to_json
 from training.files import write_atomic
 
 if TYPE_CHECKING:

@@ -1,0 +1,180 @@
+"""The file names of a run directory, and what the processes of a run record there."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from launcher.config.codec import to_json
+from training.files import FULL_DISK, append_line, open_plain, read_json, read_lines, write_atomic
+
+RESERVE_BYTES = 256 * 1024
+"""What a run holds of the disk to be able to tell its end; logs and the last events take their share of it."""
+
+
+class FileOfRun:
+    """A file or folder of the run directory by its name there."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run_dir: RunFiles, _: object = None) -> Path:
+        return run_dir.path / self.name
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files of one run, by name."""
+
+    path: Path
+
+    plan_file = FileOfRun("plan.json")
+    job_file = FileOfRun("job.json")
+    script_file = FileOfRun("script.sh")
+    code = FileOfRun("code")
+    snapshot_file = FileOfRun("snapshot.json")
+    diff_file = FileOfRun("code.diff")
+    target_pickle = FileOfRun("target.pkl")
+    value_pickle = FileOfRun("value.pkl")
+    value_file = FileOfRun("value.json")
+    """What the target returned, where that is a dict that JSON can hold."""
+    stop_file = FileOfRun("stop")
+    """Asks the run to stop at the next step boundary; `Context` looks for it too."""
+    events_file = FileOfRun("events.jsonl")
+    metrics_file = FileOfRun("metrics.jsonl")
+    result_file = FileOfRun("result.json")
+    heartbeat_file = FileOfRun("heartbeat")
+    rendezvous_file = FileOfRun("rendezvous.json")
+    answer_file = FileOfRun("poll.json")
+    """What the engine said when it was last asked for the job."""
+    reserve_file = FileOfRun(".reserve")
+    head_file = FileOfRun("ray-head.json")
+    """Where the head of a Ray is that lives inside the run's job."""
+    token_file = FileOfRun(".ray-token")
+    """What a Ray that lives inside the run's job wants to hear from all that connect to it; for this user alone."""
+    session_file = FileOfRun("session.json")
+    logs = FileOfRun("logs")
+
+    def log(self, attempt: int, rank: int) -> Path:
+        return self.logs / str(attempt) / f"{rank}.log"
+
+    def finished(self, attempt: int, rank: int) -> Path:
+        """What a program creates to say that it is complete; its name is in the rank's LAUNCH_FINISHED."""
+        return self.logs / str(attempt) / f"{rank}.finished"
+
+    def agent_log(self, node: int) -> Path:
+        return self.logs / f"agent-{node}.log"
+
+    def error(self, attempt: int, rank: int) -> Path:
+        return self.path / "errors" / str(attempt) / f"{rank}.json"
+
+    # ---- while it runs --------------------------------------------------------------------------------------------
+
+    def event(self, event: str, /, **fields: Any) -> bool:
+        """Add to the log of events. Where that cannot be written, the run goes on and the supervisor's own log has it.
+
+        Says whether it could.
+        """
+        record = {"time": time.time(), "event": event, **fields}
+        try:
+            self._making_room(lambda: append_line(self.events_file, record))
+        except OSError as error:
+            print(f"launch: {self.events_file}: {error.strerror}: {record}", file=sys.stderr)
+            return False
+        return True
+
+    def reserve(self) -> None:
+        """Hold a little of the disk, so that the end of a run can be told also when the disk is full."""
+        with suppress(OSError):
+            write_atomic(self.reserve_file, bytes(RESERVE_BYTES))
+
+    def _making_room(self, write: Callable[[], None]) -> None:
+        """Call `write`; where the disk is full, give up the reserve and call it again."""
+        try:
+            write()
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            self.reserve_file.unlink(missing_ok=True)
+            write()
+
+    def events(self) -> list[dict[str, Any]]:
+        return read_lines(self.events_file)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return read_lines(self.metrics_file)
+
+    def newest_step(self) -> int | None:
+        """The newest step in the metrics; None where the target logs none."""
+        return max((int(m.get("step", 0)) for m in self.metrics()), default=None)
+
+    def claim_attempt(self) -> int:
+        """Return the next attempt's number and make its folders; no two callers get the same one."""
+        number = self.last_attempt() + 1
+        while True:
+            with suppress(FileExistsError):
+                self._making_room(partial(self._make_attempt, number))
+                return number
+            number += 1
+
+    def _make_attempt(self, number: int) -> None:
+        self.logs.mkdir(exist_ok=True)
+        errors = self.path / "errors" / str(number)
+        errors.mkdir(parents=True, exist_ok=True)
+        (self.logs / str(number)).mkdir()  # last: it is the claim
+
+    def last_attempt(self) -> int:
+        """The number of the newest attempt; 0 before the first."""
+        if not self.logs.is_dir():
+            return 0
+        return max((int(p.name) for p in self.logs.iterdir() if re.fullmatch("[0-9]{1,9}", p.name)), default=0)
+
+    def beat(self) -> None:
+        """Say that the run is supervised right now."""
+        handle = open_plain(self.heartbeat_file, os.O_WRONLY | os.O_CREAT)
+        try:
+            os.utime(handle)
+        finally:
+            os.close(handle)
+
+    def claim_session(self, host: str) -> str:
+        """Take the run over as its one supervisor and return what says so; an earlier one sees it and leaves."""
+        token = secrets.token_hex(8)
+        text = to_json({"session": token, "host": host, "time": time.time()})
+        self._making_room(lambda: write_atomic(self.session_file, text))
+        return token
+
+    def session(self) -> str | None:
+        """What the newest `claim_session` returned."""
+        return (read_json(self.session_file) or {}).get("session")
+
+    def heartbeat_age(self) -> float | None:
+        """Seconds since the last beat, by this machine's clock; None when there was none."""
+        with suppress(FileNotFoundError):
+            return time.time() - self.heartbeat_file.lstat().st_mtime
+        return None
+
+    def request_stop(self, reason: str) -> None:
+        write_atomic(self.stop_file, to_json({"reason": reason, "time": time.time()}))
+
+    def errors(self, attempt: int) -> list[dict[str, Any]]:
+        """The error records of an attempt, the likeliest cause first.
+
+        A rank that raises breaks the collectives of the others, which then raise too: such errors come last, whatever
+        the clocks of their nodes say; among the rest the earliest is first.
+        """
+        folder = self.path / "errors" / str(attempt)
+        found = []
+        for path in folder.glob("*.json") if folder.is_dir() else ():
+            with suppress(OSError, ValueError):
+                found.append(read_json(path))
+        return sorted((e for e in found if e), key=lambda e: (e.get("kind") == "communication", e.get("time", 0.0)))
