@@ -45,10 +45,10 @@ def run_clusters(argv: Sequence[str]) -> int:
 def _new_cluster(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="launch clusters new",
-        description="Look at the SLURM or Ray at hand and write ./cluster_configs/NAME.toml.",
+        description="Inspect the available SLURM or Ray and write ./cluster_configs/NAME.toml.",
     )
     parser.add_argument("name", nargs="?", default="mine", metavar="NAME", help="of the profile (default: mine)")
-    parser.add_argument("--backend", action=Once, metavar="NAME", help="slurm or ray (default: the one at hand)")
+    parser.add_argument("--backend", action=Once, metavar="NAME", help="slurm or ray (default: the available one)")
     add_json(parser)
     options = parser.parse_args(list(argv))
     from launcher.doctor.new_profile import create

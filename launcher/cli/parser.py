@@ -129,7 +129,7 @@ Send one train/eval function, or a script, to where the accelerators are.
 
 EPILOG = (
     """\
-commands (launch COMMAND --help tells more):
+commands (launch COMMAND --help shows the options):
 """
     + "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
     + """

@@ -65,9 +65,9 @@ def run_status(argv: Sequence[str]) -> int:
     print(f"  on          {status['backend']} ({status['cluster']}), job {status['job_id']}: {placement['why']}")
     if commit := status["code"].get("commit"):
         print(f"  code        {commit[:12]}{' and uncommitted changes' if status['code'].get('dirty') else ''}")
-    print(f"  attempt     {status['attempt']}{_setbacks(status['failed_attempts'])}")
+    print(f"  attempt     {status['attempt']}{_failures(status['failed_attempts'])}")
     if status["excluded_nodes"]:
-        print(f"  nodes       stays away from {', '.join(status['excluded_nodes'])}, which failed it")
+        print(f"  nodes       excluded: {', '.join(status['excluded_nodes'])}")
     for title in ("progress", "evaluation", "metrics"):
         if status[title]:
             print(
@@ -80,7 +80,7 @@ def run_status(argv: Sequence[str]) -> int:
     return 0
 
 
-def _setbacks(failed_attempts: Sequence[Mapping[str, Any]]) -> str:
+def _failures(failed_attempts: Sequence[Mapping[str, Any]]) -> str:
     """Why there were attempts before, in brackets."""
     fields = [each["kind"] + (f" on {each['host']}" if each["host"] else "") for each in failed_attempts]
     return f" ({', '.join(fields)} before)" if fields else ""

@@ -64,7 +64,7 @@ def _find_module(module: str, cwd: Path, asked: str) -> Path:
         if spec is not None and spec.submodule_search_locations and asked.startswith("-m "):
             spec = _spec_in(Path(next(iter(spec.submodule_search_locations))), "__main__")
     if spec is None or not spec.origin or not spec.has_location:
-        check_shadowing([str(cwd)])  # ours may have been found where theirs was meant
+        check_shadowing([str(cwd)])  # this toolkit's package may hide one of the project
         where = folder or cwd
         near = nearest(parts[-1], [p.stem for p in where.glob("*.py")] + [p.parent.name for p in where.glob("*/*.py")])
         raise BadRequest(
