@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
-from launcher.errors import BadRequest
+from launcher.cli.version import Version
+from launcher.errors import BadRequest, nearest
 from launcher.request.spec import options, refuse_empty
 
 COMMANDS = {
@@ -116,3 +117,67 @@ def command(name: str, more: str = "", run: bool = True) -> Parser:
     parser.add_argument("--runs", default="runs", metavar="DIR", help="the folder of runs (default: runs)")
     add_json(parser)
     return parser
+
+
+DESCRIPTION = """\
+Send one train/eval function, or a script, to where the accelerators are.
+
+  launch                                             a small BERT on bundled data, here and offline, in a minute
+  launch --backend slurm --gpus 8                    the same on SLURM
+  launch --backend ray --gpus 8                      the same on Ray
+  launch --gpus 2 train.py --lr 3e-5                 a script written for torchrun or accelerate, unchanged
+  launch mypackage.train:main --epochs 5             a function; the fields of its config dataclass are flags
+  launch -- --model bert-base-uncased --dataset glue/mrpc      arguments of the default target follow --
+"""
+
+EPILOG = (
+    """\
+commands (launch COMMAND --help shows the options):
+"""
+    + "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+    + """
+
+exit status: 0 succeeded; 1 the run failed; 2 the request was wrong and nothing was sent; 3 stopped before the end,
+and `launch resume` goes on
+"""
+)
+
+
+def launch_parser() -> Parser:
+    """The options of ``launch`` itself; the target and what follows it are split off before."""
+    parser = Parser(
+        prog="launch",
+        usage="launch [OPTIONS] [TARGET] [ARGS]...",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+    )
+    more = add_options(parser)["how"]
+    more.add_argument("--dry-run", action="store_true", help="print all that would be sent, and send nothing")
+    more.add_argument("--detach", action="store_true", help="return once it is submitted")
+    add_json(more)  # type: ignore[arg-type]
+    more.add_argument("--version", action=Version, help="print the versions of launch, Python and the engines")
+    more.add_argument("-m", dest="module", action=Once, metavar="MODULE", help="run a module as a script")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="TARGET [ARGS]", help=argparse.SUPPRESS)
+    return parser
+
+
+def split(parser: Parser, argv: Sequence[str]) -> tuple[list[str], list[str], bool]:
+    """Return our options, what follows them, and whether ``--`` stood between."""
+    takes_value = {s: a.nargs != 0 for a in parser._actions for s in a.option_strings}
+    index = 0
+    while index < len(argv):
+        word = argv[index]
+        if word == "--":
+            return list(argv[:index]), list(argv[index + 1 :]), True
+        if not word.startswith("-") or word == "-":
+            return list(argv[:index]), list(argv[index:]), False
+        name = word.split("=", 1)[0]
+        if name not in takes_value:
+            raise BadRequest(
+                f"unknown option {name}{nearest(name, takes_value)}. `launch --help` lists them; options of the target"
+                " come after it (or after -- where the target is left out)."
+            )
+        index += 2 if takes_value[name] and "=" not in word else 1
+        if name == "-m":
+            return list(argv[:index]), list(argv[index:]), True
+    return list(argv), [], False

@@ -1,23 +1,20 @@
-"""Living with runs: the commands that look at runs and at clusters, from any shell."""
+"""Commands on existing runs: list, status, logs and cancel."""
 
 from __future__ import annotations
 
-import argparse
-import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.cli.parser import Once, Parser, add_json, command, whole
+from launcher.cli.parser import Once, command, whole
 from launcher.errors import BadRequest, LaunchError
-from launcher.request.spec import State, refuse_empty
+from launcher.request.spec import State
 
 if TYPE_CHECKING:
     from launcher.client.run import Run
-    from launcher.config.check import Check
 
 
 def run_list(argv: Sequence[str]) -> int:
@@ -68,9 +65,9 @@ def run_status(argv: Sequence[str]) -> int:
     print(f"  on          {status['backend']} ({status['cluster']}), job {status['job_id']}: {placement['why']}")
     if commit := status["code"].get("commit"):
         print(f"  code        {commit[:12]}{' and uncommitted changes' if status['code'].get('dirty') else ''}")
-    print(f"  attempt     {status['attempt']}{_setbacks(status['failed_attempts'])}")
+    print(f"  attempt     {status['attempt']}{_failures(status['failed_attempts'])}")
     if status["excluded_nodes"]:
-        print(f"  nodes       stays away from {', '.join(status['excluded_nodes'])}, which failed it")
+        print(f"  nodes       excluded: {', '.join(status['excluded_nodes'])}")
     for title in ("progress", "evaluation", "metrics"):
         if status[title]:
             print(
@@ -83,7 +80,7 @@ def run_status(argv: Sequence[str]) -> int:
     return 0
 
 
-def _setbacks(failed_attempts: Sequence[Mapping[str, Any]]) -> str:
+def _failures(failed_attempts: Sequence[Mapping[str, Any]]) -> str:
     """Why there were attempts before, in brackets."""
     fields = [each["kind"] + (f" on {each['host']}" if each["host"] else "") for each in failed_attempts]
     return f" ({', '.join(fields)} before)" if fields else ""
@@ -134,117 +131,3 @@ def run_cancel(argv: Sequence[str]) -> int:
     state = run.kill() if options.now else run.cancel()
     print(json.dumps({"name": run.name, "state": state.value}) if options.json else f"{run.name}: {state.value}")
     return 0
-
-
-def run_clusters(argv: Sequence[str]) -> int:
-    """``launch clusters`` and ``launch clusters new [NAME]``."""
-    if argv[:1] == ["new"]:
-        return _new_cluster(argv[1:])
-    options = command("clusters", "`launch clusters new [NAME]` writes a first one.", run=False).parse_args(list(argv))
-    from launcher.config import profiles
-
-    rows = []
-    for profile in profiles.profiles(Path.cwd()):
-        try:
-            site = profiles.load(profile.name, Path.cwd())
-            backend, text = str(site.backend), site.description
-        except BadRequest as error:
-            backend, text = "?", f"unusable: {error}"
-        rows.append(
-            {
-                "name": profile.name,
-                "backend": backend,
-                "where": profile.where,
-                "path": str(profile.path),
-                "description": text,
-            }
-        )
-    if options.json:
-        print(json.dumps(rows))
-        return 0
-    for row in rows:
-        print(f"{row['name']:<24} {row['backend']:<6} {row['where']:<8} {row['description']}")
-    print("\nlooked in: " + ", ".join(f"{folder} ({where})" for where, folder in profiles.folders(Path.cwd())))
-    return 0
-
-
-def _new_cluster(argv: Sequence[str]) -> int:
-    parser = Parser(
-        prog="launch clusters new",
-        description="Look at the SLURM or Ray at hand and write ./cluster_configs/NAME.toml.",
-    )
-    parser.add_argument("name", nargs="?", default="mine", metavar="NAME", help="of the profile (default: mine)")
-    parser.add_argument("--backend", action=Once, metavar="NAME", help="slurm or ray (default: the one at hand)")
-    add_json(parser)
-    options = parser.parse_args(list(argv))
-    from launcher.doctor.new_profile import create
-
-    path = create(options.name, options.backend, Path.cwd())
-    print(
-        json.dumps({"name": options.name, "path": str(path)})
-        if options.json
-        else f"{path}: look at it, then use it with --cluster {options.name}"
-    )
-    return 0
-
-
-def run_doctor(argv: Sequence[str]) -> int:
-    """``launch doctor``."""
-    parser = Parser(
-        prog="launch doctor", description="Check this machine and an engine; exit status 1 if something is wrong."
-    )
-    parser.add_argument("--backend", action=Once, metavar="NAME", help="local (default), slurm or ray")
-    parser.add_argument("--cluster", action=Once, metavar="NAME|PATH", help="a profile (see `launch clusters`)")
-    nodes = parser.add_argument_group("on the nodes")
-    nodes.add_argument("--on-nodes", action="store_true", help="send a short run that looks around there")
-    nodes.add_argument("--nodes", action=Once, type=whole, metavar="N", help="on how many (default 2; 1 if local)")
-    nodes.add_argument("--gpus", action=Once, type=whole, metavar="N", help="with so many GPUs in all (default: none)")
-    nodes.add_argument("--accelerator", action=Once, metavar="TYPE", help="of this type")
-    nodes.add_argument(
-        "--wait", action=Once, type=whole, default=120, metavar="S", help="seconds for the nodes to find each other"
-    )
-    add_json(parser)
-    options = parser.parse_args(list(argv))
-    if not 0 <= options.wait <= 7 * 24 * 3600:
-        raise BadRequest(f"--wait {options.wait}: seconds are needed, 0 to 604800 (7 days).")
-    refuse_empty({"backend": options.backend, "cluster": options.cluster})
-    from launcher import backends
-    from launcher.config import profiles
-    from launcher.config.codec import to_data
-    from launcher.doctor.checks import examine
-
-    site = profiles.choose(options.cluster, options.backend, Path.cwd())
-    multi_node = backends.of(site).capabilities.multi_node
-    checks = []
-    for check in itertools.chain(examine(site, Path.cwd()), _on_nodes(options, multi_node)):
-        checks.append(check)
-        if not options.json:
-            word = "FAIL" if not check.ok else "note" if check.note else "ok"
-            print(f"{word:<4}  {check.name:<12} {check.found}", flush=True)
-            if check.remedy and (not check.ok or check.note):
-                print(f"      -> {check.remedy}")
-    if options.json:
-        print(json.dumps(to_data(checks)))
-    return 0 if all(check.ok for check in checks) else 1
-
-
-def _on_nodes(options: argparse.Namespace, multi_node: bool) -> Iterator[Check]:
-    if not options.on_nodes:
-        return
-    from launcher.doctor.on_nodes import examine
-    from launcher.request.spec import RunSpec
-
-    nodes = (2 if multi_node else 1) if options.nodes is None else options.nodes
-    spec = RunSpec(
-        "launcher.doctor.probe:main",
-        backend=options.backend,
-        cluster=options.cluster,
-        cpus=nodes if options.gpus is None else None,
-        gpus=options.gpus,
-        nodes=nodes,
-        accelerator=options.accelerator,
-        name=f"doctor-{time.strftime('%Y%m%d-%H%M%S')}",
-        time="10m",
-        max_restarts=0,
-    )
-    yield from examine(spec, Path.cwd(), options.wait, lambda text: print(f"      {text}", file=sys.stderr, flush=True))

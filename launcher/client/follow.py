@@ -56,7 +56,7 @@ class Follower:
         plan = run.dir.plan()
         self.backend, self.has_queue = plan.backend, backends.of(plan.cluster).capabilities.queue
         self.events = Tail(run.dir.events_file)
-        # Ends of earlier submissions: what came before them was told then.
+        # Ends of earlier submissions: earlier events were printed then.
         self.ended = sum(e["event"] == "finished" for e in run.dir.events()) - (run.dir.result() is not None)
         self.log: Tail | None = None
         self.metrics = Tail(run.dir.metrics_file)  # read on from where it was: it grows for as long as the run lasts

@@ -128,7 +128,7 @@ def _check_folder(run_dir: Path, site: Cluster) -> None:
 
 
 def check_shared(run_dir: Path, site: Cluster) -> None:
-    """Refuse a run directory that the nodes do not share, as far as the profile tells.
+    """Refuse a run directory that the nodes do not share, as far as the profile states it.
 
     Raises:
         BadRequest: it lies in none of the profile's shared folders.

@@ -104,7 +104,7 @@ class Run:
         return job
 
     def _poll(self, backend: str, job_id: str) -> State:
-        """What the engine says; an answer that somebody got moments ago is taken for one."""
+        """Return the state that the engine reports; reuse an answer up to `poll_seconds` old."""
         engine = backends.get(backend)
         lasts = engine.capabilities.poll_seconds
         if lasts and (answer := self.dir.answer(job_id, lasts)):

@@ -1,4 +1,4 @@
-"""A cluster: what exists and how this site wants to be asked for it. A profile is one in TOML (`launcher.config.profiles`)."""
+"""A cluster: its resources and submission options. A profile is one in TOML (`launcher.config.profiles`)."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Container:
 
 @dataclass(frozen=True)
 class Slurm:
-    """How this SLURM wants to be asked. A field is the sbatch option of the same name unless it says otherwise.
+    """SLURM submission options. A field is the sbatch option of the same name unless it says otherwise.
 
     Attributes:
         partition: or several, with commas; left out, the cluster's default.

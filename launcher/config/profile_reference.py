@@ -14,7 +14,7 @@ TABLES: tuple[tuple[str, type, str], ...] = (
     ("The profile itself", Cluster, ""),
     ("`[node]`: one node, where all are alike", Node, "node."),
     ("`[[kinds]]`: the kinds of nodes, where they are not", NodeKind, "kinds."),
-    ("`[slurm]`: how this SLURM wants to be asked", Slurm, "slurm."),
+    ("`[slurm]`: SLURM submission options", Slurm, "slurm."),
     ("`[slurm.container]`: what agents and ranks run in", Container, "slurm.container."),
     ("`[ray]`: how this Ray is reached", Ray, "ray."),
 )
@@ -24,9 +24,9 @@ HEAD = """\
 
 <!-- Written by `python -m launcher.config.profile_reference > docs/profiles.md`; a test holds that it is current. -->
 
-A profile is a TOML file that says what a cluster has and how it wants to be asked. `launch clusters` lists those that
+A profile is a TOML file that says what a cluster has and how jobs are submitted to it. `launch clusters` lists those that
 were found: in `./cluster_configs`, in the user's configuration folder, and the ones shipped; the first of a name wins.
-`launch clusters new NAME` looks at the SLURM or Ray at hand and writes a first one. What a profile leaves out is asked
+`launch clusters new NAME` inspects the available SLURM or Ray and writes a first one. What a profile leaves out is asked
 of the engine. An unknown key is an error that lists the known ones.
 
 `extends = "other"` builds on another profile, table by table; a key that is given replaces the other's. One level:
@@ -62,13 +62,13 @@ def _summary(cls: type) -> str:
 
 
 def _rows(cls: type, prefix: str) -> str:
-    told = attributes(cls)
+    texts = attributes(cls)
     hints = typing.get_type_hints(cls)
     rows = ""
     for field in dataclasses.fields(cls):
         if not dataclasses.is_dataclass(field.type) and not dataclasses.is_dataclass(hints[field.name]):
             rows += (
-                f"| `{prefix}{field.name}` | {_kind(hints[field.name])} | {_default(field)} | {told[field.name]} |\n"
+                f"| `{prefix}{field.name}` | {_kind(hints[field.name])} | {_default(field)} | {texts[field.name]} |\n"
             )
     return rows
 

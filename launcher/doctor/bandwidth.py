@@ -44,13 +44,13 @@ def pairs(ctx: Context) -> dict[str, Any]:
     """
     import torch.distributed as dist
 
-    seats = ctx.group.gather((ctx.world.node_rank, ctx.world.local_rank))
-    first = {node: rank for rank, (node, local) in enumerate(seats) if local == 0}  # Ray may fill nodes unevenly
+    ranks = ctx.group.gather((ctx.world.node_rank, ctx.world.local_rank))
+    first = {node: rank for rank, (node, local) in enumerate(ranks) if local == 0}  # Ray may fill nodes unevenly
     if len(first) == 1:
         return {}
     everything = tournament(len(first))
     chosen, started = spread(everything, MOST_ROUNDS), time.monotonic()
-    mine: list[dict[str, Any]] = []
+    local_pairs: list[dict[str, Any]] = []
     done = 0
     for number, meetings in enumerate(chosen):
         # Every rank takes part in the making of every group, in one order: that is torch's rule.
@@ -59,7 +59,7 @@ def pairs(ctx: Context) -> dict[str, Any]:
             if ctx.world.rank in (first[pair[0]], first[pair[1]]):
                 latency, rate = _between(ctx, group)
                 if ctx.world.rank == first[pair[0]]:
-                    mine.append({"nodes": list(pair), "latency": latency, "bytes_per_second": rate})
+                    local_pairs.append({"nodes": list(pair), "latency": latency, "bytes_per_second": rate})
         ctx.group.barrier()
         for pair, group in zip(meetings, groups, strict=True):
             if ctx.world.rank in (first[pair[0]], first[pair[1]]):
@@ -67,21 +67,21 @@ def pairs(ctx: Context) -> dict[str, Any]:
         done = number + 1
         if ctx.group.broadcast(time.monotonic() - started > PAIRS_SECONDS):
             break
-    found = [pair for each in ctx.group.gather(mine) for pair in each]
+    found = [pair for each in ctx.group.gather(local_pairs) for pair in each]
     return {"pairs": found, "rounds": len(everything), "rounds_measured": done}
 
 
 def tournament(nodes: int) -> list[list[tuple[int, int]]]:
-    """The rounds in which each two of `nodes` meet once, by the circle method: one stays, the others move on by a seat.
+    """The rounds in which each two of `nodes` meet once, by the circle method: one stays, the others move on by one place.
 
     Where their number is odd, one of them sits out in each round.
     """
-    seats = list(range(nodes + nodes % 2))  # the last one of an odd number meets a node that is not there
+    circle = list(range(nodes + nodes % 2))  # the last one of an odd number meets a node that is not there
     rounds = []
-    for _ in range(len(seats) - 1):
-        meetings = [(seats[n], seats[-1 - n]) for n in range(len(seats) // 2)]
+    for _ in range(len(circle) - 1):
+        meetings = [(circle[n], circle[-1 - n]) for n in range(len(circle) // 2)]
         rounds.append([(min(pair), max(pair)) for pair in meetings if max(pair) < nodes])
-        seats[1:] = [seats[-1], *seats[1:-1]]
+        circle[1:] = [circle[-1], *circle[1:-1]]
     return rounds
 
 

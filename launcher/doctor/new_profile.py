@@ -1,4 +1,4 @@
-"""``launch clusters new``: write a first profile of the SLURM or the Ray at hand, with comments."""
+"""``launch clusters new``: write a first profile of the available SLURM or Ray, with comments."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from launcher.request.spec import check_name
 
 
 def create(name: str, backend: str | None, cwd: Path) -> Path:
-    """Write ``./cluster_configs/NAME.toml`` for the engine at hand and return its path.
+    """Write ``./cluster_configs/NAME.toml`` for the available engine and return its path.
 
     Raises:
-        BadRequest: there is no engine at hand, it cannot be reached, or a profile of that name is there.
+        BadRequest: no engine is available, it cannot be reached, or a profile of that name is there.
     """
     check_name(name)
     path = cwd / "cluster_configs" / f"{name}.toml"
@@ -29,7 +29,7 @@ def create(name: str, backend: str | None, cwd: Path) -> Path:
 
 
 def _choose(name: str | None) -> Backend:
-    """The backend called `name`; without a name, the first that is at hand."""
+    """The backend called `name`; without a name, the first available one."""
     clusters = {known: backends.get(known) for known in backends.names()}
     clusters = {known: backend for known, backend in clusters.items() if backend.capabilities.multi_node}
     if name is not None and name not in clusters:
@@ -37,7 +37,7 @@ def _choose(name: str | None) -> Backend:
     chosen = clusters[name] if name else next((each for each in clusters.values() if each.at_hand()), None)
     if chosen is None:
         raise BadRequest(
-            "there is no SLURM (the command sinfo) and no Ray (RAY_ADDRESS) at hand. Log in to a submission host, set"
+            "no SLURM (the command sinfo) and no Ray (RAY_ADDRESS) is available. Log in to a submission host, set"
             " RAY_ADDRESS, or say which with --backend."
         )
     return chosen

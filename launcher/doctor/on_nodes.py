@@ -32,7 +32,7 @@ def examine(spec: RunSpec, cwd: Path, patience: float, report: Callable[[str], N
 
     Args:
         patience: seconds for the nodes to find each other once the job has started; waiting in the queue does not count.
-        tell: is told what is waited for.
+        report: called with a line of text about the current wait.
     """
     try:
         plan = make_plan(spec, cwd)
@@ -152,7 +152,7 @@ def verdicts(found: Facts) -> Iterator[Check]:
 
 
 def of_pairs(found: Facts) -> Check:
-    """Whether two of the nodes are much slower with each other than most are; a note where that cannot be told for sure."""
+    """Whether two of the nodes are much slower with each other than most are; a note if the measurements do not decide it."""
     hosts = {node["node"]: node["host"] for node in found["nodes"]}
     table = tuple(pair | {"nodes": [hosts[node] for node in pair["nodes"]]} for pair in found["pairs"])
     by_rate = sorted(table, key=lambda pair: float(pair["bytes_per_second"]))
@@ -209,7 +209,10 @@ def _devices(nodes: Sequence[Facts]) -> Iterator[Check]:
             if seen.get("faults"):
                 text = f"{node['host']}: {'; '.join(seen['faults'])}"
                 yield Check(
-                    "GPU health", False, text, "tell the cluster's keepers; slurm.exclude in the profile avoids it"
+                    "GPU health",
+                    False,
+                    text,
+                    "report to the cluster administrators; slurm.exclude in the profile avoids it",
                 )
 
 

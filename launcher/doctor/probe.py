@@ -30,14 +30,14 @@ def main(ctx: Context) -> dict[str, Any]:
     folder = ctx.run_dir / "doctor"
     folder.mkdir(exist_ok=True)
     own = folder / f"{ctx.world.node_rank}.json"
-    mine = alone(ctx)
+    local = alone(ctx)
     if ctx.world.local_rank == 0:
         # Left before anything is tried together: where that fails, this much is known.
-        write_atomic(own, to_json(mine))
+        write_atomic(own, to_json(local))
     else:
         _until(own.exists, ALONE_SECONDS)  # a rank that fails first would have the one that writes killed
-    mine |= together(ctx, folder, mine["host"])
-    found = ctx.group.gather(mine)
+    local |= together(ctx, folder, local["host"])
+    found = ctx.group.gather(local)
     nodes = [each for each in found if each["local_rank"] == 0]
     return {"nodes": nodes, **bandwidth.speed(ctx), **bandwidth.pairs(ctx)}
 

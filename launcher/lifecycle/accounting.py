@@ -82,7 +82,7 @@ class _Attempt:
     number: int
     ranks: int
     queue: float
-    since: float  # devices are held from here on
+    held_from: float  # devices are held from here on
     ended: float | None = None
     last_sign: float = 0.0  # the newest time in either log
     resumed: int | None = None  # the step it went on from, where it says so
@@ -129,7 +129,7 @@ def _attempts(events: Iterable[Record], logs: Mapping[int, Sequence[Record]], no
         kind, time = event.get("event"), event.get("time")
         if not isinstance(time, int | float):
             continue
-        mine = next((a for a in reversed(found) if a.number == event.get("attempt", a.number)), None)
+        attempt = next((a for a in reversed(found) if a.number == event.get("attempt", a.number)), None)
         if kind == "submitted":
             waiting, held = time, None
         elif kind == "started":
@@ -139,26 +139,26 @@ def _attempts(events: Iterable[Record], logs: Mapping[int, Sequence[Record]], no
             queue = max(0.0, time - waiting) if waiting is not None else 0.0
             log = logs.get(number)
             last_sign = max(time, log[-1]["time"]) if log else time
-            found.append(_Attempt(number, ranks, queue, since=time if held is None else held, last_sign=last_sign))
+            found.append(_Attempt(number, ranks, queue, held_from=time if held is None else held, last_sign=last_sign))
             waiting = held = None
-        elif kind == "requeued" and mine is None:  # by an attempt of which no rank had started
+        elif kind == "requeued" and attempt is None:  # by an attempt of which no rank had started
             waiting, held = time, None
-        elif mine is not None:
-            mine.last_sign = max(mine.last_sign, time)
+        elif attempt is not None:
+            attempt.last_sign = max(attempt.last_sign, time)
             match kind:
                 case "failed" | "finished":
-                    mine.ended = time
+                    attempt.ended = time
                 case "restarted":
-                    mine.ended = held = time
+                    attempt.ended = held = time
                 case "requeued":
-                    mine.ended = waiting = time
+                    attempt.ended = waiting = time
                     held = None  # a node was lost, and the next attempt is on others
                 case "resumed":
-                    mine.resumed = event["step"]
+                    attempt.resumed = event["step"]
                 case "saved" if isinstance(event.get("blocked"), int | float):
-                    mine.stalls[event["step"]] = event["blocked"]
+                    attempt.stalls[event["step"]] = event["blocked"]
                 case "saved":
-                    mine.silent_saves = True
+                    attempt.silent_saves = True
     if found and found[-1].ended is None:
         found[-1].ended = now
     return found
@@ -173,7 +173,7 @@ def _habits(logs: Iterable[Sequence[Record]]) -> tuple[float, int]:
             if gap > 0 and seconds >= 0 and not ("eval" in before or "eval" in after):
                 paces.append(seconds / gap)
                 gaps.append(gap)
-    # Where nothing tells, the steps before a first record are those since step 0, and they took no time.
+    # If the log has no two records of steps, the steps before a first record are those since step 0, and they took no time.
     return statistics.median(paces) if paces else 0.0, round(statistics.median(gaps)) if gaps else sys.maxsize
 
 
@@ -194,7 +194,7 @@ def _account(attempt: _Attempt, log: Sequence[Record], at: int, newest: int, pac
     """The account of an attempt that went on from step `at` when `newest` was the newest step ever done."""
     parts = _Parts()
     new = again = 0
-    time, step = attempt.since, at
+    time, step = attempt.held_from, at
     first_pace = _habits([log[:4]])[0] or pace  # of the steps nearest to the first ones: paces drift
     for record in log:
         parts.left = max(0.0, record["time"] - time)

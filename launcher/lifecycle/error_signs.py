@@ -1,4 +1,4 @@
-"""Texts by which errors of drivers and libraries are told apart, as data. The first sign that matches decides.
+"""Texts by which errors of drivers and libraries are classified, as data. The first sign that matches decides.
 
 The texts are those of the sources named beside them; ``tests/launcher/error_texts.py`` has whole messages.
 """
@@ -207,7 +207,7 @@ SIGNS = (
         "Cannot re-initialize CUDA in forked subprocess",
         advice="CUDA_LAUNCH_BLOCKING=1 shows the operation that fails; fix it and start again.",
     ),
-    # ---- ranks that lost each other: torch/csrc/distributed/c10d, third_party/gloo ----------------------------------------
+    # ---- failed communication between ranks: torch/csrc/distributed/c10d, third_party/gloo --------------------------------
     _sign(
         "communication",
         "Connection closed by peer",

@@ -25,13 +25,13 @@ class FailedAttempt:
 
 @dataclass(frozen=True)
 class History:
-    """The setbacks since the run was last submitted by a person, oldest first.
+    """The failed attempts since the run was last submitted by a person, oldest first.
 
     Attributes:
-        setbacks: attempts that failed.
+        failed_attempts: attempts that failed.
         preempted: the newest step at the last time the scheduler took the nodes away; None: it never did, or the target
             does not say its steps.
-        excluded: hosts that the run stays away from, of the cluster that it was last sent to.
+        excluded: excluded hosts of the cluster that it was last sent to.
         losses: how many of the newest stops in a row a program without a Context lost everything at.
     """
 
@@ -47,7 +47,7 @@ class History:
         return bool(known) and last is not None and (last.kind, last.rank, last.step) == (kind, rank, step)
 
     def failures_without_progress(self, step: int | None) -> int:
-        """How many of the newest setbacks had no step of progress after them, now that `step` is the newest."""
+        """How many of the newest failed attempts had no step of progress after them, now that `step` is the newest."""
         return len(self._without_progress(step))
 
     def failures_without_progress_on(self, host: str | None, step: int | None) -> int:
@@ -69,7 +69,7 @@ class History:
 
 
 def read(events: Iterable[Mapping[str, Any]]) -> History:
-    """The history that the events of a run tell."""
+    """Build the history from the events of a run."""
     history, cluster = History(), None
     for event in events:
         match event:

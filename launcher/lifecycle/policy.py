@@ -25,7 +25,7 @@ class Action(StrEnum):
 
     FINISH = "finish"
     STOP = "stop"
-    RESTART = "restart"  # on the nodes at hand
+    RESTART = "restart"  # on the present nodes
     MOVE = "move"  # on other nodes: the scheduler is asked to start the job again
     FAIL = "fail"
 
@@ -40,7 +40,7 @@ class Retry(StrEnum):
 
 @dataclass(frozen=True)
 class Rule:
-    """What follows from a kind of failure: where to try again, and what to tell a person when nothing more is tried."""
+    """What follows from a kind of failure: where to try again, and the advice to the user if it ends the run."""
 
     retry: Retry
     advice: str
@@ -70,7 +70,7 @@ RULES: dict[str, Rule] = {
         Retry.HERE, "Ray says more in its own logs on the nodes, and in `ray status`; then `launch resume`."
     ),
     "communication": Rule(
-        Retry.HERE, "The ranks lost each other; look at the network between the nodes, then `launch resume`."
+        Retry.HERE, "Communication between ranks failed; look at the network between the nodes, then `launch resume`."
     ),
     "hung": Rule(Retry.HERE, "The stacks of all ranks are in their logs; then `launch resume`."),
     "device": Rule(
@@ -222,7 +222,7 @@ def decide(
 
 
 def unfit(failure: Failure, history: History, step: int | None) -> tuple[str, ...]:
-    """The hosts to stay away from after `failure`: a sick device's at once, another's when it failed often in vain."""
+    """The hosts to exclude after `failure`: at once for a device, else after repeated failures without progress."""
     if failure.host is None:
         return ()
     strikes = 1 if failure.kind in ("device", "storage", "unfit node") else FAILURES_BEFORE_EXCLUSION
@@ -248,7 +248,7 @@ def no_progress(history: History, step: int | None, allowed: int) -> Failure | N
 
 
 def backoff_seconds(history: History, step: int | None) -> float:
-    """Seconds to wait before the next attempt: none while the run gets on, else 1, 2, 4, ... for each vain one."""
+    """Seconds to wait before the next attempt: none while the run gets on, else 1, 2, 4, ... for each failure without progress."""
     failures = history.failures_without_progress(step)
     return min(LONGEST_BACK_OFF, 2.0 ** (failures - 1)) if failures else 0.0
 

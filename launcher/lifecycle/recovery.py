@@ -48,7 +48,7 @@ class Relocation(Protocol):
         """Whether the run can go on away from some of its nodes."""
 
     def spare(self, outcome: Outcome) -> bool:
-        """Return whether enough nodes are at hand to go on without the lost and the unfit ones."""
+        """Return whether enough nodes are available to go on without the lost and the unfit ones."""
 
     def fate(self) -> JobFate:
         """Return what the scheduler does with this job; empty if a person asked for the stop."""

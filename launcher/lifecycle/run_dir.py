@@ -27,7 +27,7 @@ from training.files import open_plain, read_json, write_atomic
 from training.typed import brief
 
 BEAT_SECONDS = 2.0
-"""How often whoever supervises a run touches its heartbeat."""
+"""Seconds between two heartbeats of the supervisor of a run."""
 
 FORMAT = 2
 """The version of what run directories hold, in ``plan.json`` and in ``submitted`` events; the first had none."""
@@ -40,7 +40,7 @@ class RunDir(RunFiles):
     # ---- written once ---------------------------------------------------------------------------------------------
 
     def create(self) -> None:
-        """Make the directory, and the runs folder that holds it (which git is told to ignore).
+        """Make the directory, and the runs folder that holds it (which git ignores).
 
         Raises:
             BadRequest: a run of this name exists, or the folder cannot be written.
@@ -134,7 +134,7 @@ class RunDir(RunFiles):
         return None
 
     def keep_answer(self, job_id: str, state: State) -> None:
-        """Keep what the engine said for whoever asks next; a run directory that cannot be written keeps nothing."""
+        """Cache the state that the engine reported; nothing is cached if the run directory cannot be written."""
         with suppress(OSError):
             write_atomic(self.answer_file, to_json({"job_id": job_id, "state": state.value, "time": time.time()}))
 

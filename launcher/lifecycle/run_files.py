@@ -18,7 +18,7 @@ from launcher.config.codec import to_json
 from training.files import FULL_DISK, append_line, open_plain, read_json, read_lines, write_atomic
 
 RESERVE_BYTES = 256 * 1024
-"""What a run holds of the disk to be able to tell its end; logs and the last events take their share of it."""
+"""Disk space in bytes that a run reserves for its last events and its result."""
 
 
 class FileOfRun:
@@ -60,7 +60,7 @@ class RunFiles:
     head_file = FileOfRun("ray-head.json")
     """Where the head of a Ray is that lives inside the run's job."""
     token_file = FileOfRun(".ray-token")
-    """What a Ray that lives inside the run's job wants to hear from all that connect to it; for this user alone."""
+    """The authentication token of a Ray cluster inside the run's job; readable by this user."""
     session_file = FileOfRun("session.json")
     logs = FileOfRun("logs")
 
@@ -93,7 +93,7 @@ class RunFiles:
         return True
 
     def reserve(self) -> None:
-        """Hold a little of the disk, so that the end of a run can be told also when the disk is full."""
+        """Reserve `RESERVE_BYTES` of the disk, so that the result can be written when the disk is full."""
         with suppress(OSError):
             write_atomic(self.reserve_file, bytes(RESERVE_BYTES))
 

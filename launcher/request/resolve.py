@@ -68,7 +68,7 @@ def _find_module(module: str, cwd: Path, asked: str) -> Path:
     if spec is None or not spec.origin or not spec.has_location:
         for name, _, code in own_packages.find([cwd]):
             if name == parts[0]:
-                raise _shadowed(name, code)  # ours may have been found where theirs was meant
+                raise _shadowed(name, code)  # this toolkit's package may hide one of the project
         where = folder or cwd
         near = nearest(parts[-1], [p.stem for p in where.glob("*.py")] + [p.parent.name for p in where.glob("*/*.py")])
         raise BadRequest(

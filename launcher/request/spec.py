@@ -17,7 +17,7 @@ DEFAULT_TARGET = "training.train:train"
 
 
 class State(enum.StrEnum):
-    """Where a run is. LOST: it ended and left no result; UNKNOWN: nobody could tell just now, so it is never an end."""
+    """Where a run is. LOST: it ended and left no result; UNKNOWN: the state could not be determined, so it is never final."""
 
     QUEUED = "queued"
     RUNNING = "running"

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cli.main import parse_request, parsers
+from launcher.cli.launch import parse_request
+from launcher.cli.main import parsers
 from launcher.cli.parser import COMMANDS
 from launcher.config import profiles
 from launcher.errors import BadRequest

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import launcher
-from launcher.cli.main import launch_parser, main
-from launcher.cli.parser import COMMANDS
+from launcher.cli.main import main
+from launcher.cli.parser import COMMANDS, launch_parser
 from tests.structure import debts
 from tests.structure.measure import LIMITS, Package, measure
 from tests.structure.patterns import Sources

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from launcher.cli.main import main, parse_request
+from launcher.cli.launch import parse_request
+from launcher.cli.main import main
 from launcher.cli.parser import COMMANDS
 from launcher.config.cluster import Cluster
 from launcher.lifecycle.run_dir import RunDir

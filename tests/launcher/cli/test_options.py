@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 import launcher
-from launcher.cli.main import launch_parser, main, parse_request
+from launcher.cli.launch import parse_request
+from launcher.cli.main import main
+from launcher.cli.parser import launch_parser
 from launcher.errors import BadRequest
 from launcher.request.spec import NOT_RESUMED, RunSpec, options
 

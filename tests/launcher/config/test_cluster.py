@@ -277,7 +277,7 @@ def test_a_first_profile_is_not_written_over_another(tmp_path: Path, monkeypatch
     with pytest.raises(BadRequest, match="a run name is up to 100 letters"):
         create("../other", "slurm", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(BadRequest, match=r"no SLURM \(the command sinfo\) and no Ray \(RAY_ADDRESS\) at hand"):
+    with pytest.raises(BadRequest, match=r"no SLURM \(the command sinfo\) and no Ray \(RAY_ADDRESS\) is available"):
         create("other", None, tmp_path)
     with pytest.raises(BadRequest, match="SLURM cannot be reached from here: the command scontrol is missing"):
         create("other", "slurm", tmp_path)

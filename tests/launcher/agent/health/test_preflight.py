@@ -269,7 +269,7 @@ def test_a_run_goes_on_away_from_a_node_whose_gpu_has_errors(slurm_project: Proj
     assert fields == f"{sick}: GPU 0 (GPU-0) has 4 uncorrected ECC errors (tell the cluster's keepers)"
     shown = slurm_project.call("status", "s").stdout
     assert f"attempt     2 (unfit node on {sick} before)" in shown
-    assert f"stays away from {sick}" in shown
+    assert f"excluded: {sick}" in shown
 
 
 def fast_clock(project: Project) -> str:
@@ -304,7 +304,7 @@ def test_a_spare_node_takes_the_place_of_one_whose_clock_is_off(slurm_project: P
     assert f"ExcNodeList={sick} " in on_slurm.run("scontrol", "show", "job", "--oneliner", job)
     assert sick not in again
     assert [s["kind"] for s in slurm_project.status("p")["failed_attempts"]] == ["unfit node"], "it was not met again"
-    assert f"stays away from {sick}" in slurm_project.call("status", "p").stdout
+    assert f"excluded: {sick}" in slurm_project.call("status", "p").stdout
 
 
 @pytest.mark.slow

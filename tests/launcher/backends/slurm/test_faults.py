@@ -132,7 +132,7 @@ def test_a_run_leaves_the_node_of_a_sick_gpu(slurm_project: Project) -> None:
     assert first != second
     assert [(e["reason"], e["exclude"]) for e in events if e["event"] == "requeued"] == [("device", [first])]
     shown = slurm_project.call("status", "s").stdout
-    assert f"stays away from {first}" in shown
+    assert f"excluded: {first}" in shown
 
 
 def test_where_no_requeue_is_allowed_another_job_follows(slurm_project: Project, on_slurm: SlurmCluster) -> None:

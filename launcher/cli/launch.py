@@ -1,0 +1,161 @@
+"""``launch`` and ``launch resume``: parse the request, submit it and follow the run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.cli.parser import add_options, command, given, launch_parser, split
+from launcher.errors import BadRequest
+from launcher.request.spec import NOT_RESUMED, RunSpec, State
+
+
+def parse_request(argv: Sequence[str]) -> tuple[RunSpec, argparse.Namespace]:
+    """Split argv into our options, the target, and the target's arguments.
+
+    Raises:
+        BadRequest: an unknown option, an option given twice, or a value of the wrong kind.
+    """
+    parser = launch_parser()
+    options, rest, separated = split(parser, argv)
+    parsed = parser.parse_args(options)
+    if parsed.module is not None:
+        target = f"-m {parsed.module}"
+    elif rest and not separated:
+        target, rest = rest[0], rest[1:]
+        if rest[:1] == ["--"]:
+            rest = rest[1:]
+    else:
+        target = RunSpec.target
+    return RunSpec(target, tuple(rest), **given(parsed)), parsed
+
+
+def run_launch(argv: Sequence[str]) -> int:
+    """``launch [OPTIONS] [TARGET] [ARGS]...``."""
+    if argv and argv[0] in ("-h", "--help"):
+        launch_parser().print_help()
+        return 0
+    spec, options = parse_request(argv)
+    if spec.args and spec.args[0] in ("-h", "--help") and ":" in spec.target:
+        return target_help(spec)
+    from launcher import backends
+    from launcher.cli.describe import describe, describe_ranks
+    from launcher.client.api import submit
+    from launcher.client.plan import make_plan
+    from launcher.config.codec import to_data
+
+    plan = make_plan(spec, Path.cwd())
+    if options.dry_run:
+        sent = backends.of(plan.cluster).render(plan)
+        if options.json:
+            print(json.dumps({"plan": to_data(plan), "sent": sent}, indent=2))
+        else:
+            print(describe(plan) + describe_ranks(plan) + "\n" + sent, end="")
+        return 0
+    if not (options.json or options.detach):
+        print(describe(plan), flush=True)
+    return _attend(submit(plan), options)
+
+
+def run_resume(argv: Sequence[str]) -> int:
+    """``launch resume RUN``."""
+    parser = command(
+        "resume", "With the code and arguments it was sent with; what is given here replaces its placement."
+    )
+    add_options(parser, NOT_RESUMED)
+    parser.add_argument("--detach", action="store_true", help="return once it is submitted")
+    options = parser.parse_args(list(argv))
+    from launcher.client.api import resubmit
+    from launcher.client.run import find
+
+    return _attend(resubmit(find(options.run, Path(options.runs)), **given(options)), options)
+
+
+def _attend(run: Any, options: argparse.Namespace) -> int:
+    """Follow a run to its end, unless asked not to; report it; return the exit status."""
+    if options.detach:
+        print(json.dumps(run.status()) if options.json else f"{run.name}\nlaunch status {run.name} shows how it goes")
+        return 0
+    state = _follow(run, sys.stderr if options.json else sys.stdout)
+    if state is None:
+        return State.STOPPED.exit_status
+    _drop_refused(run)
+    if options.json:
+        print(json.dumps(run.status()))
+    else:
+        from launcher.cli.describe import summary
+
+        print(summary(run))
+    return state.exit_status
+
+
+def _follow(run: Any, out: Any) -> State | None:
+    """Follow; None when a cluster run was left to itself by Ctrl-C.
+
+    Here, the first Ctrl-C asks for a checkpoint and the second ends at once; on a cluster it only stops watching.
+    """
+    from launcher import backends
+    from launcher.client.follow import Follower
+
+    follower = Follower(run, out)
+    try:
+        return follower.follow()
+    except KeyboardInterrupt:
+        if not backends.of(run.dir.plan().cluster).capabilities.interrupt_stops:
+            print(
+                f"\nlaunch: no longer watching; {run.name} goes on. Come back with `launch logs -f {run.name}`, see"
+                f" `launch status {run.name}`, end it with `launch cancel {run.name}`.",
+                file=sys.stderr,
+            )
+            return None
+    print(f"\nlaunch: {_how_it_stops(run)}; Ctrl-C again ends at once", file=sys.stderr)
+    run.dir.request_stop("Ctrl-C")
+    try:
+        return follower.follow()
+    except KeyboardInterrupt:
+        killed: State = run.kill()
+        return killed
+
+
+def _how_it_stops(run: Any) -> str:
+    """What a request to stop does to a run: only a program with a Context, which logs its steps, stops at a step."""
+    plan = run.dir.plan()
+    if run.dir.metrics_file.exists():
+        return "stopping at the next step, with a checkpoint if the program saves one"
+    return (
+        f"stopping: SIGTERM goes to every rank, {plan.cluster.grace:g} seconds before those that still run are killed"
+    )
+
+
+def _drop_refused(run: Any) -> None:
+    """A run whose target refused its input at the start leaves nothing: it counts as never sent.
+
+    Raises:
+        BadRequest: with the target's words.
+    """
+    failure = (run.dir.result() or {}).get("failure")
+    if failure and failure["kind"] == "bad request" and run.dir.last_attempt() <= 1 and not run.dir.metrics():
+        import shutil
+
+        shutil.rmtree(run.path, ignore_errors=True)
+        raise BadRequest(failure["message"])
+
+
+def target_help(spec: RunSpec) -> int:
+    """``launch module:function --help``: the flags of the function's config dataclass."""
+    from launcher.request.resolve import resolve
+    from launcher.request.target import load, signature
+    from training.flags import usage
+
+    resolve(spec.target, (), Path.cwd())
+    sys.path.insert(0, str(Path.cwd()))
+    takes_context, config = signature(load(spec.target))
+    if config is not None:
+        print(f"launch [OPTIONS] {spec.target} [ARGS]...\n\n{usage(config)}")
+    else:
+        print(f"{spec.target} takes {'a Context and reads its arguments itself' if takes_context else 'no arguments'}.")
+    return 0
