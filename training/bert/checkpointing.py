@@ -198,7 +198,11 @@ class Store:
         return local
 
     def _saved(self, checkpoint: Checkpoint) -> None:
-        fields = {"step": checkpoint.step, "blocked": round(checkpoint.stall_seconds, 6)}  # the ledger reads this key
-        self._ctx.event("saved", **fields)
+        self._ctx.event("saved", **_saved_fields(checkpoint))
         if self._mirror is not None:
             self._mirror.push(checkpoint)
+
+
+def _saved_fields(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The fields of the event `saved`. The launcher's accounting reads `blocked`, in seconds."""
+    return {"step": checkpoint.step, "blocked": round(checkpoint.stall_seconds, 6)}
