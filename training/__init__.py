@@ -1,4 +1,4 @@
-"""One train/eval function and the parts it is made of; usable with the launcher and without it."""
+"""A train and evaluation function and its parts; independent of the launcher."""
 
 from training.distributed.world import World
 from training.errors import CheckpointError, ConfigError

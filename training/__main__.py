@@ -1,4 +1,7 @@
-"""The reference job without the launcher: `python -m training RUN_DIR [FLAGS]`, or `torchrun ... -m training RUN_DIR`."""
+"""Run the reference job without the launcher.
+
+`python -m training RUN_DIR [FLAGS]`, or `torchrun ... -m training RUN_DIR [FLAGS]`.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,14 @@ from training.errors import CheckpointError, ConfigError
 from training.flags import parse, usage
 from training.train import check, train
 
-STOPPED = 3  # exit status of a run that was stopped and can go on
+STOPPED = 3  # exit status of a run that was stopped and can be resumed
 
 
 def main(args: Sequence[str]) -> int:
-    """Train as the rank that the environment describes; the exit status: 0, 2 for a wrong request, 3 when stopped."""
+    """Train as the rank that the environment describes.
+
+    Returns the exit status: 0, 2 for wrong input, or 3 if the run was stopped.
+    """
     if not args or args[0].startswith("-"):
         print(f"usage: python -m training RUN_DIR [FLAGS]\n\n{usage(TrainConfig)}")
         return 0 if "--help" in args else 2

@@ -1,4 +1,4 @@
-"""Context: what a train/eval function is given. Its world, its run directory, and what it does together with others."""
+"""The Context of a train/eval function: its world, run directory, device, process group and checkpoints."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
     from training.checkpoints.store import Checkpoints
 
-STAT_SECONDS = 0.25  # how often at most rank 0 looks for the file `stop`; a shared disk may take long to answer
+STAT_SECONDS = 0.25  # between two checks of rank 0 for the file `stop`, because a shared file system may be slow
 
 
 class Context:
-    """One rank of a run. Used as a context manager, or closed by hand, so that no group or thread is left over."""
+    """One rank of a run. Use it as a context manager, or call `close`, which ends its process group and threads."""
 
     def __init__(
         self, run_dir: Path, world: World, *, args: tuple[str, ...] = (), heartbeat: Heartbeat | None = None
@@ -34,15 +34,15 @@ class Context:
         self.args = args
         self.heartbeat = heartbeat or Heartbeat()
         self.heartbeat.beat()
-        self.stopped = False  # True once should_stop has said so
-        self.stop_reason = ""  # what this rank was told; empty on ranks that only heard of it from others
+        self.stopped = False  # set by should_stop
+        self.stop_reason = ""  # the reason given to this rank; empty if another rank was asked to stop
         self._vote: Vote | None = None
         self._next_stat = 0.0
         self._lines = Lines()
 
     @classmethod
     def single_process(cls, run_dir: str | Path) -> Context:
-        """A Context for this process alone, on its GPU if it has one; for notebooks and plain Python."""
+        """Return a Context of one process, on its GPU if it has one, for notebooks and plain Python."""
         import torch
 
         run_dir = Path(run_dir)
@@ -57,21 +57,21 @@ class Context:
 
     @property
     def runtime(self) -> Runtime:
-        """What the device computes with, and how that differs from the others."""
+        """The runtime of this rank's device."""
         return RUNTIMES[self.world.device]
 
     @cached_property
     def device(self) -> torch.device:
-        """The device of this rank. Raises DeviceError if there is none that can be used."""
+        """The device of this rank. Raises DeviceError if it is missing or cannot be used."""
         if self.runtime.group_first:
             _ = self.group
         return self.runtime.device(self.world)
 
     @cached_property
     def group(self) -> Group:
-        """All ranks of the run; made on first use, by all of them."""
+        """The process group of all ranks. The first use creates it and is a collective."""
         if not self.runtime.group_first:
-            _ = self.device  # such as NCCL, which needs to know it
+            _ = self.device  # NCCL needs the device
         return make_group(self.world)
 
     @cached_property
@@ -82,9 +82,9 @@ class Context:
         return Checkpoints(self.run_dir / "checkpoints")
 
     def log(self, step: int, **values: Any) -> None:
-        """Append {"time", "attempt", "step", **values} to `metrics.jsonl`; rank 0 only, elsewhere nothing happens.
+        """Append {"time", "attempt", "step", **values} to `metrics.jsonl`; other ranks than 0 write nothing.
 
-        A full disk does not end training: the lines wait until there is room, at the latest until `close`.
+        A full disk does not end training: lines are kept until the disk has free space, at the latest until `close`.
         """
         self.heartbeat.note(step)
         if self.world.rank == 0:
@@ -97,9 +97,9 @@ class Context:
         self._lines.append(self.run_dir / "events.jsonl", record)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Say that this rank is at something that takes longer than a step, such as ``evaluating``, inside the block.
+        """Report that this rank is in a phase other than training, such as ``evaluating``, inside the block.
 
-        A launcher that watches for hangs allows much more time there than between two calls of `should_stop`.
+        A launcher that detects hangs allows a phase more time than a step.
         """
         return self.heartbeat.phase(name)
 
@@ -108,9 +108,9 @@ class Context:
         self.stop_reason = reason
 
     def should_stop(self, step: int) -> bool:
-        """Whether all ranks stop now; the same answer on every rank. Every rank calls it once after every step.
+        """Return whether all ranks stop now, the same answer on every rank. A collective, to call after each step.
 
-        The question of one step is answered at the next, so that nobody waits: the vote travels while the step runs.
+        The vote of one step is read at the next, so that its communication overlaps with the step.
         """
         self.heartbeat.beat(step)
         if self.stopped:
@@ -124,12 +124,12 @@ class Context:
         return self.stopped
 
     def close(self) -> None:
-        """Finish what is under way (a save, a vote, lines) and leave the group. Twice is as good as once.
+        """Finish the save, the vote and the lines in progress and leave the group. May be called twice.
 
-        Raises OSError where lines still wait for room on the disk.
+        Raises OSError if lines cannot be written because the disk is full.
         """
         vote, self._vote = self._vote, None
-        if vote is not None:  # the last vote has no next step to be read at; leaving it under way would upset the group
+        if vote is not None:  # a vote in progress would disturb the end of the group
             with contextlib.suppress(RuntimeError):
                 vote.settle()
         if "checkpoints" in self.__dict__:

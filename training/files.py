@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and logs that are appended to a line at a time."""
+"""Write files atomically, append lines of JSON, and read both with limits."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-"""What a file system says that has no room left: none at all, or none for this user."""
+"""Errors of a file system without free space: none at all, or none within the quota."""
 
 
 MAX_JSON_BYTES = 16 << 20
 """Limit of one JSON file, and of one line of a file of JSON lines."""
 
 MAX_LINES_BYTES = 1 << 30
-"""Limit of what `read_lines` reads: of a larger file, the end."""
+"""Limit of `read_lines`, which reads the end of a larger file."""
 
 
 class NotPlain(OSError, ValueError):
-    """A file that is not opened: it is a link, a directory, a pipe or a device, or it exceeds its limit of bytes."""
+    """A file is refused: it is a link, a directory, a pipe or a device, or exceeds its limit of bytes."""
 
     def __init__(self, path: Path, why: str) -> None:
         super().__init__(errno.EINVAL, why, str(path))
@@ -50,7 +50,10 @@ def open_plain(path: Path, flags: int = os.O_RDONLY, mode: int = 0o600) -> int:
 
 
 def read_plain(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
-    """The content of a regular file of at most `limit` bytes. Raises NotPlain for a larger one, else as `open_plain`."""
+    """Return the content of a regular file of at most `limit` bytes.
+
+    Raises NotPlain for a larger file, and the errors of `open_plain`.
+    """
     with os.fdopen(open_plain(path), "rb") as file:
         raw = file.read(limit + 1)
     if len(raw) > limit:
@@ -59,7 +62,7 @@ def read_plain(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
 
 
 def parse_json(raw: bytes) -> Any:
-    """The JSON value in `raw`. Raises ValueError, also for brackets nested too deeply."""
+    """Return the JSON value in `raw`. Raises ValueError, also for brackets nested too deeply."""
     try:
         return json.loads(raw)
     except RecursionError:
@@ -67,14 +70,14 @@ def parse_json(raw: bytes) -> Any:
 
 
 def write_atomic(path: Path, data: bytes | str, mode: int = 0o600) -> None:
-    """Write `data` to `path` so that a reader, also after a crash, sees the old file or the new one, never a part.
+    """Write `data` to `path` atomically: a reader sees the old file or the new one, also after a crash.
 
-    The file is readable by its owner alone; a `mode` of 0o666 leaves it to the umask, as for files made to be shared.
-    Raises OSError as the file system does; no temporary file is left then.
+    With the default `mode` only the owner can read the file; with 0o666 the umask decides.
+    Raises the OSError of the file system, after the temporary file is removed.
     """
     raw = data.encode() if isinstance(data, str) else data
     name = str(path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp"))
-    # The kernel applies the umask: reading it would mean setting it, for all threads of the process.
+    # The kernel applies the umask, which cannot be read without setting it for all threads of the process.
     handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -90,10 +93,10 @@ def write_atomic(path: Path, data: bytes | str, mode: int = 0o600) -> None:
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Append `record` as one line of JSON by one write, so that lines of several processes never mix.
+    """Append `record` as one line of JSON by one write, so that lines of several processes do not mix.
 
-    Raises OSError as the file system does, ENOSPC where it is full, and NotPlain for a link, which is not followed.
-    Where the last writer died in the middle of a line, the torn piece is closed off first and only it is lost.
+    An incomplete last line, left by a killed writer, is terminated first. Raises NotPlain for a symbolic link, and the
+    OSError of the file system, such as ENOSPC.
     """
     line = json.dumps(record, separators=(",", ":"), default=str).encode() + b"\n"
     handle = open_plain(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
@@ -101,27 +104,27 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
         size = os.fstat(handle).st_size
         if size and os.pread(handle, 1, size - 1) != b"\n":
             line = b"\n" + line
-        while line:  # a disk that fills up takes a part, and raises at the next try
+        while line:  # a disk that fills up accepts a part and raises at the next write
             line = line[os.write(handle, line) :]
     finally:
         os.close(handle)
 
 
 class Lines:
-    """Appends lines to files, and where the disk is full keeps them for when there is room: nothing is lost, in order.
+    """Append lines to files in order, and keep them in memory while the disk is full.
 
     Attributes:
-        most: how many are kept; more raise OSError.
+        most: lines that are kept; more raise OSError.
     """
 
     most = 100_000
 
     def __init__(self) -> None:
         self._kept: deque[tuple[Path, Mapping[str, Any]]] = deque()
-        self._lock = threading.Lock()  # what saves in the background has its say, too
+        self._lock = threading.Lock()  # the writer of checkpoints appends from its own thread
 
     def append(self, path: Path, record: Mapping[str, Any]) -> None:
-        """As `append_line`, now or later. Raises OSError for anything but a full disk."""
+        """Append a line now, or later if the disk is full. Raises the other errors of `append_line`."""
         with self._lock:
             self._kept.append((path, record))
             try:
@@ -131,7 +134,7 @@ class Lines:
                     raise
 
     def flush(self) -> None:
-        """Write what was kept. Raises OSError where there is no room still."""
+        """Write the kept lines. Raises OSError if the disk is still full."""
         with self._lock:
             self._write()
 
@@ -142,9 +145,9 @@ class Lines:
 
 
 def read_json(path: Path) -> Any | None:
-    """The JSON value in `path`, or None where there is no such file.
+    """Return the JSON value in `path`, or None if there is no such file.
 
-    Raises ValueError for other content, more than `MAX_JSON_BYTES` of it, or anything but a plain file.
+    Raises ValueError for other content, for more than `MAX_JSON_BYTES`, and for anything but a plain file.
     """
     try:
         return parse_json(read_plain(path))
@@ -153,7 +156,7 @@ def read_json(path: Path) -> Any | None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines; an absent file has none, and a torn line (a writer died) is left out."""
+    """Return the records of a file of JSON lines, without incomplete lines; an absent file has none."""
     try:
         handle = open_plain(path)
     except FileNotFoundError:
@@ -170,7 +173,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` (created, renamed, removed) last through a power cut."""
+    """Flush the entries of `folder` to disk, so that created, renamed and removed names survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,14 +1,14 @@
-"""Command-line flags from a dataclass: its fields are the flags, its types the checks, its comments the help.
+"""Parse command-line flags into a dataclass: fields are flags, types are checks, comments are the help.
 
     @dataclass(frozen=True)
     class Config:
-        batch_size: int = 8  # samples a rank takes at once
+        batch_size: int = 8  # samples of a rank in one batch
         amp: bool = True     # --amp or --no-amp
 
     config = parse(Config, ["--batch-size", "16", "--no-amp"])
 
 Types: int, float, str, bool, Path, Literal, Enum (by member name), `X | None` (the word `none`), unions, and list or
-tuple of those, written with commas. Dashes and underscores are the same; names are never abbreviated.
+tuple of those, written with commas. Dashes and underscores are equivalent; names cannot be abbreviated.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ T = TypeVar("T")
 
 
 def parse(cls: type[T], args: Sequence[str], *, prog: str = "") -> T:
-    """An instance of the dataclass `cls` made of the flags in `args`.
+    """Return an instance of the dataclass `cls` from the flags in `args`.
 
-    Raises ConfigError, and never SystemExit, for an unknown flag, a value of the wrong type, a flag without a value or
-    given twice, a required flag left out, a word that is no flag, and whatever ConfigError `cls` itself raises.
+    Raises ConfigError for an unknown flag, a value of the wrong type, a flag without a value or given twice, a missing
+    required flag, a word that is not a flag, and if `cls` itself raises it.
     """
     hints, fields = _fields(cls)
     where = f"{prog}: " if prog else ""
@@ -78,7 +78,7 @@ def parse(cls: type[T], args: Sequence[str], *, prog: str = "") -> T:
 
 
 def usage(cls: type[Any]) -> str:
-    """One line for each flag of the dataclass `cls`: its name, what it takes, its help and its default."""
+    """Return the help of the dataclass `cls`: name, type, comment and default of each flag."""
     hints, fields = _fields(cls)
     comments = _comments(cls)
     rows = []
@@ -111,7 +111,7 @@ def _fields(cls: type[Any]) -> tuple[dict[str, Any], dict[str, dataclasses.Field
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     hints = get_type_hints(cls)
     for name in fields:
-        shape(hints[name])  # refuses a type that no flag can have, before anything is parsed
+        shape(hints[name])  # raises ConfigError for a type that a flag cannot have
     return hints, fields
 
 
@@ -126,7 +126,7 @@ def _spell(value: Any) -> str:
 
 
 def _comments(cls: type[Any]) -> dict[str, str]:
-    """Field name -> the comment on its line; nothing where the source is not at hand (a class made in a shell)."""
+    """Return the comment on the line of each field; empty if there is no source, as for a class made in a shell."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
         try:
@@ -145,19 +145,19 @@ def _comments(cls: type[Any]) -> dict[str, str]:
                     found[lines[token.start[0]]] = text
                     previous = lines[token.start[0]]
                 elif previous and token.line.strip().startswith("#") and token.start[1] > 4:
-                    found[previous] += " " + text  # a comment that goes on, set under the first
+                    found[previous] += " " + text  # a comment that continues on the next line
     return found
 
 
 def check_function(flag: str, name: str) -> None:
-    """Raise ConfigError unless `name` can be one of a function; imports nothing."""
+    """Raise ConfigError unless `name` has the form package.module:function. Imports nothing."""
     module, _, function = name.partition(":")
     if not all(part.isidentifier() for part in [*module.split("."), function]):
-        raise ConfigError(f"{flag} {name}: a function of your own is written package.module:function")
+        raise ConfigError(f"{flag} {name}: a function is written package.module:function")
 
 
 def find_function(flag: str, name: str) -> Any:
-    """The function `name`. Raises ConfigError where it cannot be imported."""
+    """Import and return the function `name`. Raises ConfigError if it cannot be imported."""
     module, _, function = name.partition(":")
     try:
         return getattr(importlib.import_module(module), function)

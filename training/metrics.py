@@ -1,4 +1,4 @@
-"""Exact metrics over all ranks: each sample counts once, by its id, and the number of samples is checked."""
+"""Compute metrics over all ranks exactly: each sample counts once, and the number of samples is checked."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Metric = Callable[["npt.NDArray[np.float64]", "npt.NDArray[np.float64]"], dict[s
 
 
 def evaluation_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """The batches of an evaluation: samples sorted by length, so that little is padded.
+    """Return the batches of an evaluation: samples sorted by length, which reduces padding.
 
-    They do not depend on the number of ranks, each of which takes whole batches in turn. A sample thus always meets the
-    same padding and the same arithmetic, and gets the same prediction to the bit.
+    The batches are independent of the number of ranks; each rank evaluates whole batches in turn. The padding of a
+    sample, and so its prediction to the bit, is therefore the same for any number of ranks.
     """
     ordered = sorted(range(len(lengths)), key=lambda sample: (lengths[sample], sample))
     return [ordered[at : at + batch_size] for at in range(0, len(ordered), batch_size)]
@@ -34,10 +34,10 @@ def combine(
     references: Sequence[float],
     most: int | None = None,
 ) -> dict[str, float]:
-    """The metric over the predictions of all ranks, and "samples", their number; on every rank.
+    """Return the metric over the predictions of all ranks, and their number as "samples". A collective.
 
-    One collective. Each rank brings any share of the `size` samples, also none, but at most `most`. Raises RuntimeError unless every id of
-    range(size) has come exactly once.
+    Each rank contributes up to `most` of the `size` samples. Raises RuntimeError unless each id of range(size) is
+    contributed exactly once.
     """
     import numpy as np
 
@@ -54,7 +54,7 @@ def combine(
 
 
 def accuracy_and_f1(predictions: npt.NDArray[np.float64], references: npt.NDArray[np.float64]) -> dict[str, float]:
-    """GLUE's metric for mrpc and qqp: the share of right answers, and F1 of class 1 (0 where neither side has any)."""
+    """GLUE's metric of mrpc and qqp: accuracy, and F1 of class 1 (0 if no sample has or gets class 1)."""
     right = int((predictions == references).sum())
     positive = int(((predictions == 1) & (references == 1)).sum())
     claimed, true = int((predictions == 1).sum()), int((references == 1).sum())
@@ -65,12 +65,12 @@ def accuracy_and_f1(predictions: npt.NDArray[np.float64], references: npt.NDArra
 
 
 def accuracy(predictions: npt.NDArray[np.float64], references: npt.NDArray[np.float64]) -> dict[str, float]:
-    """The share of right answers, for any number of classes."""
+    """The share of correct predictions, for any number of classes."""
     return {"accuracy": int((predictions == references).sum()) / len(references)}
 
 
 def pearson_and_spearman(predictions: npt.NDArray[np.float64], references: npt.NDArray[np.float64]) -> dict[str, float]:
-    """GLUE's metric for stsb, a regression: both correlations (0 where one side is constant), and the squared error."""
+    """GLUE's metric of stsb, a regression: both correlations (0 if one input is constant) and the mean squared error."""
     import numpy as np
 
     return {
@@ -89,7 +89,7 @@ def _correlation(left: npt.NDArray[np.float64], right: npt.NDArray[np.float64]) 
 
 
 def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Ranks from 1, equal values sharing the mean of theirs."""
+    """Ranks from 1; equal values share their mean rank."""
     import numpy as np
 
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
@@ -99,5 +99,5 @@ def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def metric_for(num_labels: int) -> Metric:
-    """The metric of a task: two classes accuracy and F1, more classes accuracy, regression (1) the correlations."""
+    """Return the metric of a task: accuracy and F1 for 2 classes, accuracy for more, correlations for regression (1)."""
     return {1: pearson_and_spearman, 2: accuracy_and_f1}.get(num_labels, accuracy)

@@ -197,7 +197,7 @@ def load_data(ctx: Context, config: TrainConfig) -> tuple[PreTrainedTokenizerBas
     if ctx.world.local_rank == 0:
         try:
             loaded = load()
-        except ConfigError as error:  # told to all ranks, or they would wait for this one for ever
+        except ConfigError as error:  # sent to all ranks, which would otherwise wait for this one
             problem = str(error)
     problems = [text for text in ctx.group.gather(problem) if text]
     if problems:

@@ -1,4 +1,4 @@
-"""Plain data (JSON, TOML) or the text of a flag as values of annotated types: the one decoder behind all of them.
+"""Decode plain data (JSON, TOML) or the text of a flag into values of annotated types.
 
 Types: int, float, str, bool, Path, Enum, Literal, Any, `X | None`, unions, list, tuple, dict with string keys, and
 dataclasses of those. In data an enum is its value and None is null; in text an enum is the member's name, None the word
@@ -20,18 +20,18 @@ from training.errors import ConfigError, did_you_mean
 T = TypeVar("T")
 
 MAX_DEPTH = 32
-"""Levels of tables and lists in each other; more is refused."""
+"""Levels of tables and lists inside each other; more raise ConfigError."""
 
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
 
 
 class Mismatch(ValueError):
-    """A value that is not of its type.
+    """A value does not have the annotated type.
 
     Attributes:
-        allowed: what is, such as ``a whole number`` or ``one of a, b``.
-        where: the key path, after which the value was found; empty for text.
+        allowed: the values that do, such as ``a whole number`` or ``one of a, b``.
+        where: the path of keys to the value; empty for text.
     """
 
     def __init__(self, allowed: str, where: str = "", value: Any = None) -> None:
@@ -40,7 +40,7 @@ class Mismatch(ValueError):
 
 
 def from_data(cls: type[T], data: Any, where: str) -> T:
-    """An instance of the dataclass `cls` made of plain data; `where` names its source in errors.
+    """Return an instance of the dataclass `cls` from plain data; `where` names its source in errors.
 
     Raises:
         ConfigError: an unknown key (the known ones are listed), a missing key, or a value of the wrong type.
@@ -56,7 +56,7 @@ def from_data(cls: type[T], data: Any, where: str) -> T:
 
 
 def brief(value: Any, most: int = 200) -> str:
-    """The repr of `value`, cut in its middle where it is longer than `most` characters."""
+    """Return the repr of `value`, shortened in its middle to about `most` characters."""
     try:
         text = repr(value)
     except ValueError:  # a number of more than 4,300 digits
@@ -65,7 +65,7 @@ def brief(value: Any, most: int = 200) -> str:
 
 
 def _check_depth(data: Any, where: str) -> None:
-    """Refuse data that is nested too deeply, without a recursion."""
+    """Raise ConfigError for data that is nested too deeply; without recursion."""
     level, depth = [data], 0
     while level := [item for each in level for item in _items(each)]:
         depth += 1
@@ -140,7 +140,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 
 
 def _union(parts: tuple[Any, ...], read: Any, value: Any) -> Any:
-    """What the first of `parts` that fits makes of the value; the error is that of the first but None."""
+    """Return the result of the first type in `parts` that fits; else raise the error of the first one except None."""
     first: Mismatch | None = None
     for part in parts:
         if part is type(None):
@@ -156,7 +156,7 @@ def _union(parts: tuple[Any, ...], read: Any, value: Any) -> Any:
 
 
 def _any(value: Any, where: str) -> Any:
-    """A value of any type, as long as its numbers are numbers."""
+    """Return a value of any type. Raises Mismatch for a number that is not finite."""
     level = [value]
     while level:
         for each in level:
@@ -189,7 +189,7 @@ def _each(origin: Any, arguments: tuple[Any, ...], items: Any, refuse: Any) -> l
 
 
 def shape(hint: Any) -> str:
-    """How a value of type `hint` is written as text. Raises ConfigError for a type that has no spelling."""
+    """Describe how a value of type `hint` is written as text. Raises ConfigError for a type without such a form."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return "|".join(dict.fromkeys("none" if part is type(None) else shape(part) for part in arguments))
@@ -210,10 +210,10 @@ def shape(hint: Any) -> str:
 
 
 def from_text(hint: Any, text: str) -> Any:
-    """`text` as a value of type `hint`. Raises Mismatch, with what is allowed as its message."""
+    """Return `text` as a value of type `hint`. Raises Mismatch, whose message names the allowed values."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        # str and Path take anything, so they are tried last.
+        # str and Path accept any text, so they are tried last.
         for part in sorted(arguments, key=lambda part: part in (str, Path)):
             try:
                 return from_text(part, text)

@@ -1,4 +1,4 @@
-"""What the reference job does with checkpoints: find one on all ranks, save, mirror, and publish the final model."""
+"""Checkpoints of the reference job: find one on all ranks, save, mirror, and publish the final model."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Store:
         group, folder = self._ctx.group, self._ctx.checkpoints.folder
         probe: Path | None = None
         if self._ctx.world.rank == 0:
-            with contextlib.suppress(OSError):  # a disk on which nothing can be written is told of by the first save
+            with contextlib.suppress(OSError):  # the first save reports a disk that cannot be written
                 folder.mkdir(parents=True, exist_ok=True)
                 fresh = folder / f".step-probe-{secrets.token_hex(8)}"  # `clean` would remove it, too
                 fresh.touch()
@@ -198,6 +198,11 @@ class Store:
         return local
 
     def _saved(self, checkpoint: Checkpoint) -> None:
-        self._ctx.event("saved", step=checkpoint.step, blocked=round(checkpoint.stall_seconds, 6))
+        self._ctx.event("saved", **_saved_fields(checkpoint))
         if self._mirror is not None:
             self._mirror.push(checkpoint)
+
+
+def _saved_fields(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The fields of the event `saved`. The launcher's accounting reads `blocked`, in seconds."""
+    return {"step": checkpoint.step, "blocked": round(checkpoint.stall_seconds, 6)}

@@ -1,8 +1,8 @@
 """Where sentence pairs come from, and whether they fit: a file, the Hub, or a function of the user's.
 
 A data set has a length and row numbers. A stream has neither, and without them no epoch is exact: how many steps it has
-is unknown, ranks cannot share a shuffle of it, and a resumed run cannot tell which samples it has met. So a stream is
-refused, with the line that makes a file of it.
+is unknown, ranks cannot share a shuffle of it, and a resumed run cannot skip the samples it has used. So a stream
+raises ConfigError, whose message has the line that writes it to a file.
 """
 
 from __future__ import annotations

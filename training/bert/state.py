@@ -20,7 +20,7 @@ WAYS = ("fused", "foreach", "capturable")  # implementations of AdamW, which dep
 
 @dataclass
 class State:
-    """Where a run is: what `state.json` of a checkpoint holds."""
+    """The position of a run, as `state.json` of a checkpoint holds it."""
 
     at: Position
     global_batch: int
@@ -31,12 +31,13 @@ class State:
 
     @classmethod
     def fresh(cls, config: TrainConfig, world_size: int, data: Encoded) -> State:
+        """Return the state of a run before its first step."""
         identity = {"data": data.fingerprint, "samples": len(data), "length_buckets": config.length_buckets}
         return cls(Position(config.seed), config.global_batch or (config.batch_size or 1) * world_size, identity)
 
     @classmethod
     def resumed(cls, saved: dict[str, Any], fresh: State, global_batch: int) -> State:
-        """The saved state; ConfigError where it belongs to other data, another order of them or `global_batch` (0: any)."""
+        """Return the saved state. Raises ConfigError for other data, another order or another `global_batch` (0: any)."""
         state = cls(**{**saved, "at": Position(**saved["at"])})
         if state.identity["length_buckets"] != fresh.identity["length_buckets"]:
             raise ConfigError(
@@ -61,7 +62,7 @@ class State:
         return state
 
     def note(self, evaluation: dict[str, float]) -> float:
-        """Remember an evaluation; its score, the first value of the metric."""
+        """Add an evaluation and return its score, the first value of the metric."""
         score = next(iter(evaluation.values()))
         self.evaluations.append(evaluation)
         if self.best is None or score >= self.best["score"]:

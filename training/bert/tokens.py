@@ -70,7 +70,7 @@ def encode(
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         loaded = _load(entry)
-        assert loaded is not None, f"{entry} was written a moment ago"
+        assert loaded is not None, f"{entry} has been written and cannot be loaded"
     return Encoded(loaded, fingerprint)
 
 

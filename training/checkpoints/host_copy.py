@@ -60,7 +60,7 @@ class Copy:
                 _copy(buffer, source)
             if self._sent is not None:
                 self._sent.synchronize()
-        finally:  # what fails here is the writer's to tell; nobody shall wait for it
+        finally:  # the writer reports an error; training must not wait for it
             self._waiting.clear()
             self.done.set()
         return self._contents

@@ -1,7 +1,7 @@
 """What lies in the folder of a checkpoint: its files, and a manifest by which every byte of them is checked.
 
 Tensors by name are in `*.safetensors`, JSON values in `*.json`; nothing is pickled. The manifest holds the bytes and a
-hash of each file, and a hash of its own, so that a torn or changed checkpoint is told from a whole one. The hash of files
+hash of each file, and a hash of its own, which detects an incomplete or changed checkpoint. The hash of files
 is XXH3 (https://github.com/Cyan4973/xxHash), which finds damage as surely as a cryptographic one and takes a fifth of the
 time that training would have to give for it; it is no proof against somebody who means to deceive.
 """
@@ -95,7 +95,7 @@ def verify(path: Path) -> None:
 def write_manifest(folder: Path, body: dict[str, Any]) -> None:
     """Write `body` and its own hash to the manifest of `folder`, and fsync the folder."""
     text = _spell({**body, "sha256": hashlib.sha256(_spell(body)).hexdigest()})
-    write_atomic(folder / MANIFEST, text, 0o666)  # read by whoever reads the tensors beside it
+    write_atomic(folder / MANIFEST, text, 0o666)  # as readable as the tensors beside it
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

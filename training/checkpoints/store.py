@@ -43,7 +43,7 @@ class Checkpoint:
 
     Attributes:
         score: its evaluation's, where it has one; higher is better.
-        stall_seconds: seconds for which training waited for it; only `on_saved` is told.
+        stall_seconds: seconds for which training waited for it; set for `on_saved` only.
     """
 
     step: int
@@ -92,7 +92,7 @@ class Checkpoints:
         a folder that they share; rank 0 commits when all parts are there.
 
         Waits for the save before it, so none overtakes another. With `wait`, returns when the checkpoint is committed
-        (or has failed). A failure to write does not raise: what was committed stays, and `on_failed` is told. `started_at` is
+        (or has failed). A failure to write does not raise: what was committed stays, and `on_failed` is called. `started_at` is
         when the caller began to gather the parts, by `time.monotonic`: what training waited for counts from there.
         """
         started_at = time.monotonic() if started_at is None else started_at

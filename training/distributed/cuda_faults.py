@@ -12,9 +12,9 @@ from training.distributed.visible import visible_devices
 
 
 def why_no_gpu(index: int, visible: int, problem: str = "") -> str:
-    """The likeliest cause that torch cannot use GPU `index` while it counts `visible` ones.
+    """Return the likely cause that torch cannot use GPU `index` of `visible` ones.
 
-    `problem` is what CUDA said, if it was tried; else it is asked, where torch sees no GPU at all.
+    `problem` is the error of CUDA, if known; without it, CUDA is initialized if torch sees no GPU.
     """
     import torch
 
@@ -22,7 +22,7 @@ def why_no_gpu(index: int, visible: int, problem: str = "") -> str:
     if visible == 0 and torch.version.cuda is None and torch.version.hip is None:
         return f"torch is a CPU build ({torch.__version__}); install its build for CUDA"
     if visible == 0:
-        problem = problem or _what_cuda_says()
+        problem = problem or _cuda_error()
     if found := driver_fault(problem):
         return found
     if variable is not None:
@@ -36,7 +36,7 @@ def why_no_gpu(index: int, visible: int, problem: str = "") -> str:
 
 
 def driver_fault(problem: str) -> str:
-    """What is wrong with the driver or with the build of torch, where `problem` is an error that says so; else empty."""
+    """Return the fault of the driver or the build of torch that the error text `problem` names; else an empty string."""
     import torch
 
     if "too old" in problem or "driver version is insufficient" in problem:
@@ -58,7 +58,7 @@ def _version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def _what_cuda_says() -> str:
+def _cuda_error() -> str:
     import torch
 
     try:

@@ -1,6 +1,6 @@
-"""The runtimes that ranks compute with: the CPU, CUDA, and two for TPUs (torch_tpu, and torch_xla through accelerate).
+"""Runtimes: what differs between the CPU, CUDA, and TPUs (torch_tpu, and torch_xla through accelerate).
 
-All in which they differ is here, a class each, so that nobody else has to ask which one it is.
+A class for each runtime holds all its differences; other modules do not compare device types.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 
 class Runtime:
-    """The CPU; and the others, as far as they are like it.
+    """The runtime of the CPU, and the base of the others.
 
     Attributes:
-        backend: of the process group.
-        fused: AdamW can be one kernel; where not, torch chooses how to compute it.
-        any_shape: a batch of a new shape costs nothing; elsewhere a program is compiled for it.
-        by_itself: the device works while Python goes on, so that the next batches can be made meanwhile.
-        group_first: the device can be used only once the process group is made; elsewhere the group needs the device.
-        pins: copies to the device are fast from page-locked memory.
-        ddp: DDP averages the gradients; elsewhere the optimizer of accelerate does.
+        backend: backend of the process group.
+        fused: AdamW can run as one kernel; otherwise torch chooses its implementation.
+        dynamic_shapes: batches may differ in shape; otherwise a program is compiled for each shape.
+        async_dispatch: the device computes while Python continues, so the next batches can be prepared meanwhile.
+        group_first: the process group is created before the device is used; otherwise after it.
+        pin_memory_by_default: copies to the device are faster from page-locked memory.
+        ddp: DDP averages the gradients; otherwise the optimizer of accelerate does.
         shards: parameters can be sharded over the ranks (FSDP2).
-        precisions: what forward and backward passes can be computed in.
+        precisions: precisions of forward and backward passes.
     """
 
     backend: ClassVar[str] = "gloo"
@@ -45,28 +45,30 @@ class Runtime:
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16")
 
     def device(self, world: World) -> torch.device:
-        """The device of the rank that `world` describes. Raises DeviceError if there is none that can be used."""
+        """Return the device of the rank. Raises DeviceError if it is missing or cannot be used."""
         import torch
 
         return torch.device("cpu")
 
     def init_method(self, world: World) -> str:
-        """Where the ranks of the process group meet."""
+        """Return the rendezvous address of the process group."""
         host = f"[{world.master_addr}]" if ":" in world.master_addr else world.master_addr  # IPv6
         return f"tcp://{host}:{world.master_port}"
 
     def check(self, precision: str, *, shard: bool) -> None:
-        """Raise ConfigError for what this runtime cannot do."""
+        """Raise ConfigError if this runtime does not support the precision, or sharding."""
         if precision not in self.precisions:
-            raise ConfigError(f"--precision {precision} does not exist here; use one of {', '.join(self.precisions)}")
+            raise ConfigError(
+                f"--precision {precision} is not supported by this device; use one of {', '.join(self.precisions)}"
+            )
         if shard and not self.shards:
             raise ConfigError("--shard does not work on torch_xla; leave it out, or use torch_tpu or GPUs")
 
     def submit(self) -> None:
-        """Let the device begin with what it was given so far, where it does not by itself."""
+        """Start the recorded operations on a device that does not start them at once."""
 
     def without_gradients(self) -> AbstractContextManager[Any]:
-        """A block in which nothing is kept for a backward pass."""
+        """Return a context manager in which no gradients are recorded."""
         import torch
 
         return torch.inference_mode()
@@ -76,16 +78,16 @@ class Runtime:
         seed_all(seed)
 
     def rng_state(self) -> dict[str, torch.Tensor]:
-        """The state of every random generator of this process, as tensors by name."""
+        """Return the state of every random generator of this process, as tensors by name."""
         return rng_state()
 
     def set_rng_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Put back what `rng_state` took; a generator that the run had not where it was saved stays as it was seeded."""
+        """Restore a state returned by `rng_state`; a generator that is absent from it keeps its seed."""
         set_rng_state(state)
 
 
 class Accelerator(Runtime):
-    """A device of its own, of which torch has a module (`torch.cuda`, `torch.tpu`)."""
+    """A device with a torch module of its own (`torch.cuda`, `torch.tpu`)."""
 
     name: ClassVar[str]
     async_dispatch = True
@@ -96,30 +98,34 @@ class Accelerator(Runtime):
         return torch.get_device_module(self.name)
 
     def seed(self, seed: int) -> None:
+        """Seed the generators of the host and of the device."""
         super().seed(seed)
         self._module().manual_seed_all(seed)
 
     def rng_state(self) -> dict[str, torch.Tensor]:
+        """Return the state of the generators of the host and of the device."""
         return {**super().rng_state(), self.name: self._module().get_rng_state()}
 
     def set_rng_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Restore the generators of the host and, if saved, of the device."""
         super().set_rng_state(state)
         if self.name in state:
             self._module().set_rng_state(state[self.name])
 
 
 class Cuda(Accelerator):
-    """NVIDIA's GPUs. The local rank indexes the visible ones; where each rank sees only one, it is that."""
+    """NVIDIA GPUs. The local rank indexes the visible GPUs, or the rank uses the only GPU that it sees."""
 
     name = "cuda"
     backend = "cpu:gloo,cuda:nccl"
     pin_memory_by_default = True
 
     def device(self, world: World) -> torch.device:
+        """Return the device of the rank. Raises DeviceError if it is missing or cannot be used."""
         import torch
 
         visible = torch.cuda.device_count()
-        # Ranks that see one GPU each were given it by the variable; without it, all see the same one.
+        # With the variable, one visible GPU belongs to this rank; without it, all ranks see the same GPU.
         own = visible == 1 and (world.local_world_size == 1 or "CUDA_VISIBLE_DEVICES" in os.environ)
         index = 0 if own else world.local_rank
         needs = f"local rank {world.local_rank} on {socket.gethostname()} needs GPU {index}"
@@ -144,7 +150,7 @@ class Cuda(Accelerator):
 
 
 class TorchTpu(Accelerator):
-    """TPUs through torch_tpu: one process a chip, which it finds by the variables that the process was started with."""
+    """TPUs through torch_tpu: one process for each chip, selected by environment variables."""
 
     name = "tpu"
     backend = "tpu_dist"
@@ -153,6 +159,7 @@ class TorchTpu(Accelerator):
     precisions = ("fp32", "bf16")
 
     def device(self, world: World) -> torch.device:
+        """Return the device of the rank. Raises DeviceError if it is missing or cannot be used."""
         import torch
 
         _need("torch_tpu")
@@ -160,7 +167,7 @@ class TorchTpu(Accelerator):
 
 
 class TorchXla(Runtime):
-    """TPUs through torch_xla. Operations are recorded, and compiled and run when a value is asked for or at `submit`."""
+    """TPUs through torch_xla. Recorded operations are compiled and run at `submit`, or when a value is read."""
 
     backend = "xla"
     fused = False
@@ -172,47 +179,53 @@ class TorchXla(Runtime):
     precisions = ("fp32", "bf16")
 
     def device(self, world: World) -> torch.device:
+        """Return the device of the rank. Raises DeviceError if it is missing or cannot be used."""
         device: torch.device = _need("torch_xla").device()
         return device
 
     def init_method(self, world: World) -> str:
+        """Return the rendezvous address of the process group."""
         _need("torch_xla.distributed.xla_backend")
-        return "xla://"  # at MASTER_ADDR, once it has told the chips of each other
+        return "xla://"  # at MASTER_ADDR, with the topology of the TPU runtime
 
     def submit(self) -> None:
         _need("torch_xla").sync()
 
     def without_gradients(self) -> AbstractContextManager[Any]:
+        """Return a context manager in which no gradients are recorded."""
         import torch
 
-        return torch.no_grad()  # its tensors cannot be those of the inference mode
+        return torch.no_grad()  # torch_xla does not support inference mode
 
     def seed(self, seed: int) -> None:
+        """Seed the generators of the host and of the device."""
         super().seed(seed)
         _need("torch_xla").manual_seed(seed)
 
     def rng_state(self) -> dict[str, torch.Tensor]:
+        """Return the state of the generators of the host and of the device."""
         import torch
 
         state = _need("torch_xla.core.xla_model").get_rng_state()
         return {**super().rng_state(), "xla": torch.tensor([state], dtype=torch.uint64)}
 
     def set_rng_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Restore the generators of the host and, if saved, of the device."""
         super().set_rng_state(state)
         if "xla" in state:
             _need("torch_xla.core.xla_model").set_rng_state(int(state["xla"].item()))
 
 
 RUNTIMES: dict[str, Runtime] = {"cpu": Runtime(), "cuda": Cuda(), "tpu": TorchTpu(), "xla": TorchXla()}
-"""By `World.device`."""
+"""Runtimes by `World.device`."""
 
 
 def _need(module: str) -> Any:
     """Import a TPU runtime.
 
     Raises:
-        ConfigError: it is not installed, so the profile names a runtime that this environment does not have.
-        DeviceError: it is, and cannot be loaded on this machine.
+        ConfigError: it is not installed in this environment.
+        DeviceError: it is installed and cannot be loaded on this machine.
     """
     import importlib
 

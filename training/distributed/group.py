@@ -1,4 +1,4 @@
-"""Group: what ranks do together. For one process it does nothing, so nobody asks whether there are others."""
+"""Group: the collectives of all ranks; for a single process they are the identity."""
 
 from __future__ import annotations
 
@@ -17,62 +17,62 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-TIMEOUT = timedelta(minutes=30)  # a rank that waits longer than this for the others gives up with an error
+TIMEOUT = timedelta(minutes=30)  # of a collective; then it raises an error
 SETTLE = timedelta(seconds=5)
 
 
 class Group:
-    """One process on its own: every collective is the identity."""
+    """The group of a single process: each collective is the identity."""
 
     rank: int = 0
     size: int = 1
 
     def barrier(self) -> None:
-        """Return once every rank has come here."""
+        """Wait until all ranks have called this."""
 
     def broadcast(self, value: Any, src: int = 0) -> Any:
-        """The `value` of rank `src`, on every rank. Objects are pickled."""
+        """Return the `value` of rank `src` on every rank. Objects are pickled."""
         return value
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, in the order of the ranks, on every rank. Objects are pickled."""
+        """Return the values of all ranks, in rank order, on every rank. Objects are pickled."""
         return [value]
 
     def gather_rows(self, rows: npt.NDArray[np.float64], most: int) -> npt.NDArray[np.float64]:
-        """The rows, float64 of shape (any number up to `most`, columns), of all ranks below one another.
+        """Return the concatenated rows of all ranks: float64, shape (up to `most`, columns) on each rank.
 
-        One collective; `most` is the same on every rank, and no row holds a NaN in its first column.
+        `most` is the same on every rank, and no row has NaN in its first column.
         """
         return rows
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is true on at least one rank."""
+        """Return whether `flag` is true on at least one rank."""
         return flag
 
     def post_any(self, flag: bool) -> Vote:
-        """As `any`, but returns at once; the answer is read from the Vote later. Every rank posts in the same order."""
+        """Start `any` and return at once; the Vote holds the result. All ranks call this in the same order."""
         return Vote(flag)
 
     def close(self) -> None:
-        """Destroy what this group created; a process group that somebody else made stays."""
+        """Destroy the process groups that this group created, and no others."""
 
 
 class Vote:
-    """The answer of a `post_any`, which may still be on its way."""
+    """The result of `post_any`, which may still be in progress."""
 
     def __init__(self, flag: bool) -> None:
         self._flag = flag
 
     def result(self) -> bool:
-        """The answer, the same on every rank; waits for the slowest rank's post."""
+        """Wait for the votes of all ranks and return the result, the same on every rank."""
         return self._flag
 
     def settle(self) -> None:
-        """Wait at most SETTLE for the answer, which nobody wants any more; RuntimeError where it does not come."""
+        """Wait up to SETTLE (5 s) for the end of the collective. Raises RuntimeError if it does not end."""
 
 
 class TorchGroup(Group):
-    """All ranks of `world`, over torch.distributed. Control messages go over gloo, so they never wait for a GPU."""
+    """The group of all ranks, over torch.distributed. Control messages use gloo, and so do not wait for a GPU."""
 
     def __init__(self, world: World, timeout: timedelta = TIMEOUT) -> None:
         import torch.distributed as dist
@@ -88,19 +88,21 @@ class TorchGroup(Group):
                 world_size=world.world_size,
                 timeout=timeout,
             )
-            if dist.get_rank() != world.rank:  # torch_xla counts by the chips' own order
+            if dist.get_rank() != world.rank:  # torch_xla numbers ranks by the order of the chips
                 raise ConfigError(
-                    f"rank {world.rank} of the run is number {dist.get_rank()} to its TPU runtime; "
+                    f"rank {world.rank} of the run has number {dist.get_rank()} in its TPU runtime; "
                     "have the nodes in the order of the slice's hosts (TPU_WORKER_ID)"
                 )
         self._control = dist.new_group(backend="gloo", timeout=timeout)
 
     def barrier(self) -> None:
+        """Wait until all ranks have called this."""
         import torch.distributed as dist
 
         dist.barrier(group=self._control)
 
     def broadcast(self, value: Any, src: int = 0) -> Any:
+        """Return the `value` of rank `src` on every rank. Objects are pickled."""
         import torch.distributed as dist
 
         box = [value]
@@ -108,6 +110,7 @@ class TorchGroup(Group):
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
+        """Return the values of all ranks, in rank order, on every rank. Objects are pickled."""
         import torch.distributed as dist
 
         box: list[Any] = [None] * self.size
@@ -115,6 +118,7 @@ class TorchGroup(Group):
         return box
 
     def gather_rows(self, rows: npt.NDArray[np.float64], most: int) -> npt.NDArray[np.float64]:
+        """Return the concatenated rows of all ranks, by one collective of `most` rows a rank."""
         import numpy as np
         import torch
         import torch.distributed as dist
@@ -122,7 +126,7 @@ class TorchGroup(Group):
         local = torch.full((most, rows.shape[1]), torch.nan, dtype=torch.float64)
         local[: len(rows)] = torch.from_numpy(rows)
         everything = torch.empty((self.size * most, rows.shape[1]), dtype=torch.float64)
-        # torch 2.13 gives it this name and warns of the old one, which older versions have alone.
+        # torch 2.13 renamed it and warns about the old name.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         gather(everything, local, group=self._control)
         together: npt.NDArray[np.float64] = everything.numpy()
@@ -132,6 +136,7 @@ class TorchGroup(Group):
         return self.post_any(flag).result()
 
     def post_any(self, flag: bool) -> Vote:
+        """Start `any` and return at once; the Vote holds the result."""
         import torch
         import torch.distributed as dist
 
@@ -139,6 +144,7 @@ class TorchGroup(Group):
         return _TorchVote(tensor, dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._control, async_op=True))
 
     def close(self) -> None:
+        """Destroy the process groups that this group created, and no others."""
         import torch.distributed as dist
 
         if not dist.is_initialized():
@@ -163,13 +169,13 @@ class _TorchVote(Vote):
 
 
 def make_group(world: World) -> Group:
-    """The group of all ranks of `world`; opens sockets only where there is more than one."""
+    """Return the group of all ranks of `world`. A single rank opens no socket."""
     return TorchGroup(world) if world.world_size > 1 else Group()
 
 
 @contextlib.contextmanager
 def environment(variables: dict[str, str | None]) -> Iterator[None]:
-    """Set (or, for None, unset) environment variables while the block runs; afterwards all are as they were."""
+    """Set (or, for None, unset) environment variables inside the block, and restore them after it."""
     before = {name: os.environ.get(name) for name in variables}
     try:
         _set(variables)

@@ -1,4 +1,4 @@
-"""The pulse of a rank: where it is and when it last moved, in memory that whoever watches it shares."""
+"""Share the step, the phase and the time of the last progress of a rank through shared memory."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-_LAYOUT = struct.Struct("<qd16s")  # step, time of the last move, phase
+_LAYOUT = struct.Struct("<qd16s")  # step, time of the last progress, phase
 SLOT = 64
-"""Bytes that the pulse of one rank takes; a slot each, so that no two ranks write to the same cache line."""
+"""Bytes of the heartbeat of one rank: a cache line, which no other rank writes to."""
 
 STARTING, TRAINING = "starting", "training"
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A pulse as it was read.
+    """The heartbeat of a rank at one moment.
 
     Attributes:
-        step: the newest optimizer step that is done in this attempt; 0 before the first, -1 for a rank that never said
-            anything, such as a script's.
-        phase: what the rank is at, such as ``training`` or ``evaluating``; at most 16 letters.
-        age: seconds since it last moved.
+        step: the last optimizer step done in this attempt; 0 before the first, -1 for a rank that has not reported,
+            such as a script.
+        phase: the activity, such as ``training`` or ``evaluating``; at most 16 bytes.
+        age: seconds since the last progress.
     """
 
     step: int = -1
@@ -33,25 +33,25 @@ class Reading:
 
 
 class Heartbeat:
-    """Writes and reads one slot of a shared memory. Without one it writes to memory of its own that nobody reads.
+    """Write and read one slot of shared memory; without `memory`, a private buffer.
 
-    A write costs about a microsecond and no system call. Times are those of the monotonic clock, which all processes of
-    a machine share; a reader may see a write half done, and then sees it whole at its next look.
+    A write takes about a microsecond and no system call. Times are those of the monotonic clock, which all processes of
+    a machine share. Writes are not atomic: a reader may see an incomplete one, and sees it complete at its next read.
     """
 
     def __init__(self, memory: mmap.mmap | bytearray | None = None, slot: int = 0) -> None:
         self._memory = bytearray(SLOT) if memory is None else memory
         self._offset = 0 if memory is None else slot * SLOT
         self._step, self._phase = 0, STARTING
-        self._beats = False  # whether this rank says itself which steps are done
+        self._beats = False  # whether this rank reports its steps by `beat`
 
     @classmethod
     def of(cls, descriptor: int, slot: int) -> Heartbeat:
-        """The pulse in `slot` of the memory behind an inherited file descriptor, which stays open."""
+        """Return the heartbeat in `slot` of the memory of an inherited file descriptor, which stays open."""
         return cls(mmap.mmap(descriptor, 0), slot)
 
     def beat(self, step: int | None = None) -> None:
-        """Say that this rank moved; with `step`, that it has done that step and is training."""
+        """Report progress of this rank; with `step`, that this step is done and the rank is training."""
         if step is not None:
             self._step, self._beats = step, True
             if self._phase == STARTING:
@@ -59,14 +59,14 @@ class Heartbeat:
         _LAYOUT.pack_into(self._memory, self._offset, self._step, time.monotonic(), self._phase.encode()[:16])
 
     def note(self, step: int) -> None:
-        """Say that `step` is done, from a rank that is not watched for it; one that beats after its steps only moved."""
+        """Report that `step` is done, unless the rank reports its steps by `beat`; then report progress only."""
         if not self._beats:
             self._step = max(self._step, step)
         self.beat()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Say that this rank is at something other than a step, for as long as the block runs."""
+        """Report the phase `name` while the block runs."""
         previous, self._phase = self._phase, name
         self.beat()
         try:
@@ -76,7 +76,7 @@ class Heartbeat:
             self.beat()
 
     def read(self) -> Reading:
-        """What the rank of this slot last said; before its first word, that it is starting and moved just now."""
+        """Return the last report of the rank in this slot; before the first, phase ``starting`` and age 0."""
         step, moved, phase = _LAYOUT.unpack_from(self._memory, self._offset)
         if not moved:
             return Reading()
@@ -84,5 +84,5 @@ class Heartbeat:
         return Reading(step, name, max(0.0, time.monotonic() - moved))
 
     def clear(self) -> None:
-        """Forget the rank that had this slot before."""
+        """Erase the report of the rank that used this slot before."""
         self._memory[self._offset : self._offset + SLOT] = bytes(SLOT)

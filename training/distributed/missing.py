@@ -14,7 +14,7 @@ UNUSABLE = 3
 
 
 def main() -> int:
-    """Compute on the first GPU; the exit status, 0 if that worked."""
+    """Compute on the first GPU and return the exit status: 0, or UNUSABLE."""
     import torch
 
     try:

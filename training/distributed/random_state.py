@@ -10,17 +10,17 @@ if TYPE_CHECKING:
 
 
 def seed_all(seed: int) -> None:
-    """Seed Python's, numpy's and torch's generators."""
+    """Seed the generators of Python, numpy and torch."""
     import numpy as np
     import torch
 
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # the generator of old, because models and user code draw from it
+    np.random.seed(seed % 2**32)  # the legacy generator, which models and user code draw from
     torch.manual_seed(seed)
 
 
 def rng_state() -> dict[str, torch.Tensor]:
-    """The state of the generators that `seed_all` seeds, as tensors."""
+    """Return the state of the generators that `seed_all` seeds, as tensors by name."""
     import numpy as np
     import torch
 
@@ -37,7 +37,7 @@ def rng_state() -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(state: dict[str, torch.Tensor]) -> None:
-    """Put back what `rng_state` took."""
+    """Restore a state returned by `rng_state`."""
     import numpy as np
     import torch
 

@@ -1,4 +1,4 @@
-"""Copies of a model on several ranks (DDP): gradients are averaged between them, and that they stay equal is checked."""
+"""Replicate a model over ranks (DDP), and check that all replicas stay equal."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def replicate(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """Wrap `model`, which is on `device`, in DDP over the default process group. A collective.
 
-    `device_ids` names the device of this rank, if it has an index. The local rank is another number if each rank sees one
-    GPU only, as with MIG.
+    `device_ids` is the device of this rank, if it has an index. It differs from the local rank if each rank sees only one
+    GPU, as with MIG.
     """
     import torch
 
@@ -25,10 +25,10 @@ def replicate(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
 
 
 def check_replicas(group: Group, model: torch.nn.Module, also: Any = None) -> None:
-    """Raise ReplicaError, on all ranks, unless all of them hold the same parameters to the bit. A collective.
+    """Raise ReplicaError on all ranks unless all hold the same parameters to the bit. A collective.
 
-    Parameters are copied to the CPU one after the other and hashed (XXH3, 64 bits); sharded ones (FSDP2) are left out, since
-    each rank holds another part. `also` is any value with a `repr` that has to be the same on all ranks.
+    Parameters are copied to the CPU one at a time and hashed (XXH3, 64 bits). Sharded parameters (FSDP2) are excluded,
+    because each rank holds a different part. The `repr` of `also` must be equal on all ranks as well.
     """
     if group.size == 1:
         return
@@ -68,7 +68,7 @@ def _prints(model: torch.nn.Module) -> dict[str, str]:
 
 
 def _odd(values: list[Any]) -> list[int]:
-    """The ranks whose value is not that of most; if two values are as frequent, the one of the lowest rank counts."""
+    """The ranks whose value differs from the most frequent one; the lowest rank decides between equally frequent values."""
     keys = [repr(value) for value in values]
     usual = Counter(keys).most_common(1)[0][0]
     return [rank for rank, key in enumerate(keys) if key != usual]

@@ -1,4 +1,4 @@
-"""Parse CUDA_VISIBLE_DEVICES as CUDA does. The one parser of this project, for both packages."""
+"""Parse CUDA_VISIBLE_DEVICES as CUDA does."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ _NUMBER = re.compile(r"[+-]?[0-9]+")
 
 
 def visible_devices(text: str | None, count: int | None = None) -> list[str] | None:
-    """The devices that a value of CUDA_VISIBLE_DEVICES shows, in order; None if it is not set, and shows all.
+    """Return the devices that a value of CUDA_VISIBLE_DEVICES selects, in order; None if it is not set.
 
-    An entry is a number, ``GPU-<uuid>`` or ``MIG-<uuid>``. The first one that is none of these, or a number below 0, ends
-    the list; a device named twice makes it empty. Of ``1gpu`` the number counts, as in C's ``strtoul``. Source: the CUDA
+    Unset, the variable selects all devices.
+
+    An entry is a number, ``GPU-<uuid>`` or ``MIG-<uuid>``. Any other entry, or a negative number,
+    ends the list; a device named twice makes it empty. ``1gpu`` is read as 1, as by C's ``strtoul``. Source: the CUDA
     C++ Programming Guide, "CUDA Environment Variables", and `torch.cuda._parse_visible_devices`.
 
     Args:
-        count: GPUs of the machine, where that is known: a number that is not below it ends the list, too.
+        count: GPUs of the machine, if known; a number of `count` or more ends the list as well.
     """
     if text is None:
         return None

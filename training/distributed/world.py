@@ -1,4 +1,4 @@
-"""World: the facts of one rank. Whoever starts the rank makes it and hands it over; nothing is detected."""
+"""World: the rank, sizes, address and device of one process, given to it by its launcher."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from training.distributed.visible import visible_devices
 from training.errors import ConfigError
 
 DeviceType = Literal["cpu", "cuda", "tpu", "xla"]
-"""A kind of device, as torch calls it. TPUs have two: of torch_tpu and of torch_xla."""
+"""A device type of torch. TPUs have two: that of torch_tpu (tpu) and that of torch_xla (xla)."""
 
 
 @dataclass(frozen=True)
 class World:
-    """Where one process stands among all processes of a run. Raises ConfigError where the numbers contradict."""
+    """The position of one process among all processes of a run. Raises ConfigError for contradictory numbers."""
 
     rank: int = 0
     local_rank: int = 0
@@ -24,10 +24,10 @@ class World:
     local_world_size: int = 1
     num_nodes: int = 1
     master_addr: str = "127.0.0.1"
-    master_port: int = 0  # 0 is enough for one process, which opens no socket
+    master_port: int = 0  # 0 for a single process, which opens no socket
     device: DeviceType = "cpu"
-    threads: int = 0  # CPU threads a rank inside an operation; 0 leaves torch's own choice
-    attempt: int = 1  # counts from 1: how often the run has been started
+    threads: int = 0  # CPU threads of a rank in one operation; 0 means the default of torch
+    attempt: int = 1  # number of the attempt, from 1
     run_id: str = ""
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class World:
             raise ConfigError(f"World: threads={self.threads} must be 0 or more and attempt={self.attempt} 1 or more")
 
     def environment(self) -> dict[str, str]:
-        """The variables that torchrun sets for a rank, and those that send accelerate to the right device."""
+        """Return the variables that torchrun sets for a rank, and those by which accelerate selects the device."""
         variables: dict[str, object] = {
             "RANK": self.rank,
             "LOCAL_RANK": self.local_rank,
@@ -77,9 +77,9 @@ class World:
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> World:
-        """The World that torchrun (or `environment`) describes in `env`; a single CPU process where it says nothing.
+        """Return the World that torchrun (or `environment`) describes in `env`; a single CPU process by default.
 
-        Raises ConfigError for a variable that is no number.
+        Raises ConfigError for a variable that is not a whole number.
         """
 
         def number(default: int, *names: str) -> int:
@@ -89,7 +89,7 @@ class World:
                         return int(env[name])
                     except ValueError:
                         raise ConfigError(
-                            f"the environment has {name}={env[name]!r}, which is no whole number"
+                            f"the environment has {name}={env[name]!r}, which is not a whole number"
                         ) from None
             return default
 
