@@ -210,7 +210,7 @@ def with_our_packages(task: Callable[[], None]) -> Callable[[], None]:
 
         path = list(sys.path)
         sys.path[:] = [root, *path[1:]]
-        import launcher  # noqa: F401
+        import launcher.errors  # noqa: F401
         import training  # noqa: F401
 
         sys.path[:] = path
