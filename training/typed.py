@@ -1,7 +1,7 @@
 """Decode plain data (JSON, TOML) or the text of a flag into values of annotated types.
 
-Types: int, float, str, bool, Path, Enum, Literal, Any, `X | None`, unions, list, tuple, dict with string keys, and
-dataclasses of those. In data an enum is its value and None is null; in text an enum is the member's name, None the word
+Types: int, float, str, bool, Path, Enum, Literal, Any, `X | None`, unions, list, tuple, dict with keys of str or int,
+and dataclasses of those. In data an enum is its value and None is null; in text an enum is the member's name, None the word
 `none`, and the items of a list have commas between them; dicts and dataclasses have no text.
 """
 
@@ -11,7 +11,8 @@ import dataclasses
 import enum
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -82,8 +83,7 @@ def _items(value: Any) -> list[Any]:
 def _table(cls: type[Any], data: Any, where: str) -> Any:
     if not isinstance(data, Mapping):
         raise Mismatch("a table", where, data)
-    hints = get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    hints, fields = _fields(cast(Hashable, cls))
     for key in data:
         if key not in fields:
             near = did_you_mean(str(key), fields, " (did you mean {!r}?)")
@@ -92,6 +92,12 @@ def _table(cls: type[Any], data: Any, where: str) -> Any:
     if missing := [name for name, field in fields.items() if required(field) and name not in values]:
         raise ConfigError(f"{where}: the key {missing[0]!r} is missing.")
     return cls(**values)
+
+
+@cache
+def _fields(cls: Any) -> tuple[dict[str, Any], dict[str, dataclasses.Field[Any]]]:
+    """Return the types and the fields of a dataclass, by name."""
+    return get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls) if f.init}
 
 
 def required(field: dataclasses.Field[Any]) -> bool:
@@ -122,7 +128,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             refuse("a table")
-        return {str(k): _value(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+        return {_key(arguments[0], k, refuse): _value(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
         return _table(cast(type, hint), value, where)
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
@@ -137,6 +143,16 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if hint is float and not math.isfinite(value):
         refuse("a finite number")
     return value
+
+
+def _key(hint: Any, key: Any, refuse: Any) -> Any:
+    """Return the key of a table as a value of type `hint`; JSON writes every key as a string."""
+    if hint is not int:
+        return str(key)
+    try:
+        return int(key)
+    except ValueError:
+        refuse("a table with whole numbers as keys")
 
 
 def _union(parts: tuple[Any, ...], read: Any, value: Any) -> Any:

@@ -5,11 +5,23 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, assert_never
 
 from launcher.agent.hang_detection import HangDetector, RankStatus, StackLocation, find_culprit
 from launcher.agent.node_ranks import STACK_SECONDS
-from launcher.agent.protocol import Message
+from launcher.agent.protocol import (
+    AgentMessage,
+    DumpStacks,
+    Heartbeats,
+    Joined,
+    Lost,
+    NodeChecked,
+    RankExit,
+    Signal,
+    Stacks,
+    StopRequest,
+    ToAgent,
+)
 from launcher.lifecycle.exit_status import BAD_REQUEST, DISK_FULL, ERROR_NOT_WRITTEN, RAISED
 
 ERROR_GRACE_SECONDS = 0.5
@@ -20,7 +32,7 @@ DEATH_SECONDS = 30.0
 
 
 class Attempt:
-    """Hears what happens to the ranks of one attempt and says what to tell the agents about it.
+    """The state of the ranks of one attempt: what their agents report goes in, what to send to the agents comes out.
 
     Attributes:
         nodes: which agent is which node of the placement.
@@ -28,7 +40,7 @@ class Attempt:
         lost: agents that are gone.
         step: the newest step that a rank had done; -1 before the first.
         hung: the rank at fault and the sentence about it, once the attempt hung.
-        joined: False once a rank has ended that never opened a Context.
+        joined: False once a rank without a Context has ended.
     """
 
     def __init__(
@@ -37,7 +49,7 @@ class Attempt:
         nodes: Mapping[int, int],
         ranks_per_node: int,
         hang_after: float,
-        send: Callable[[Message], None],
+        send: Callable[[ToAgent], None],
     ) -> None:
         self.attempt, self.nodes, self.ranks_per_node = attempt, nodes, ranks_per_node
         self.send = send
@@ -51,7 +63,7 @@ class Attempt:
         self._killed = self._stopping = False
         self._beats: dict[int, RankStatus] = {}
         self._watch = HangDetector(hang_after)
-        self._suspects: dict[int, RankStatus] | None = None  # what the ranks said when they were found to hang
+        self._suspects: dict[int, RankStatus] | None = None  # the status of the ranks when they were found to hang
         self._places: dict[int, StackLocation] = {}
 
     def _ranks_of(self, node: int) -> range:
@@ -63,12 +75,12 @@ class Attempt:
 
     @property
     def progress(self) -> int | None:
-        """The newest step for people and for the policy; None where ranks have not done, or do not say, any."""
+        """The newest step, for people and for the policy; None if no rank has reported one."""
         return self.step if self.step > 0 else None
 
     @property
     def all_with_context(self) -> bool:
-        """Whether every rank has said, by its pulse, that it has a Context."""
+        """Whether every rank has reported a step, so that it has a Context."""
         beats = self._beats.values()
         return self.joined and len(beats) == len(self.alive) and all(beat.step >= 0 for beat in beats)
 
@@ -82,7 +94,7 @@ class Attempt:
             self.kill_at = None
         self._stopping = not together
         self.kill_within(grace)
-        self.send({"signal": int(signal.SIGTERM)})
+        self.send(Signal(signal.SIGTERM))
         return {"ranks": len(self.alive), "context": together, "grace": grace}
 
     def kill_within(self, seconds: float) -> None:
@@ -93,7 +105,7 @@ class Attempt:
         self.kill_at = wanted if self.kill_at is None else min(self.kill_at, wanted)
 
     def on_deadline(self) -> None:
-        """The time of `kill_at` has come: kill; and where that was done before, give up the nodes that are not rid of them."""
+        """Kill the ranks at `kill_at`; if that was done before, give up the nodes on which ranks are left."""
         if self._killed:
             stuck = {agent for agent, node in self.nodes.items() if self.alive & set(self._ranks_of(node))}
             self.lost += sorted(stuck - {*self.lost})
@@ -101,38 +113,49 @@ class Attempt:
             return
         if self._suspects is not None and self.hung is None:
             self.hung = find_culprit(self._suspects, self._places)
-        self.send({"signal": int(signal.SIGKILL)})
+        self.send(Signal(signal.SIGKILL))
         self._killed, self.kill_at = True, asyncio.get_running_loop().time() + DEATH_SECONDS
 
-    def on_message(self, agent: int, message: Message) -> None:
-        """Take in what an agent says."""
+    def on_message(self, agent: int, message: AgentMessage) -> None:
+        """Update the state by a message of an agent."""
         match message:
-            case {"exit": rank, "code": code, "step": step}:
-                self.alive.discard(rank)
-                self._beats.pop(rank, None)
-                self.step = max(self.step, step)
-                self.joined = self.joined and step >= 0
-                if not self._killed:
-                    self.exits[rank] = code
-                    if self._stopping and step < 0:
-                        return
-                    # A scheduler's SIGTERM may reach a rank before it reaches the agent.
-                    if code < 0 and code != -signal.SIGTERM:
-                        self.kill_within(0.0)
-                    elif code < 0 or code in (RAISED, BAD_REQUEST, DISK_FULL, ERROR_NOT_WRITTEN):
-                        self.kill_within(ERROR_GRACE_SECONDS)
-            case {"lost": _} if (
-                agent in self.nodes
-            ):  # a spare one, or one that went before this attempt, is none of ours
-                self.lost.append(agent)
-                gone = set(self._ranks_of(self.nodes[agent]))
-                self.alive -= gone
-                self._beats = {rank: beat for rank, beat in self._beats.items() if rank not in gone}
-                self.kill_within(0.0)
-            case {"beats": beats}:
-                self._on_statuses({int(rank): RankStatus(*fields) for rank, fields in beats.items()})
-            case {"stacks": places}:
-                self._places |= {int(rank): StackLocation(*fields) for rank, fields in places.items()}
+            case RankExit():
+                self._on_exit(message)
+            case Lost():
+                self._on_lost(agent)
+            case Heartbeats(ranks):
+                self._on_statuses(ranks)
+            case Stacks(ranks):
+                self._places |= ranks
+            case StopRequest() | NodeChecked() | Joined():
+                pass
+            case _:
+                assert_never(message)
+
+    def _on_exit(self, end: RankExit) -> None:
+        self.alive.discard(end.rank)
+        self._beats.pop(end.rank, None)
+        self.step = max(self.step, end.step)
+        self.joined = self.joined and end.step >= 0
+        if self._killed:
+            return
+        self.exits[end.rank] = end.code
+        if self._stopping and end.step < 0:
+            return
+        # A scheduler's SIGTERM may reach a rank before it reaches the agent.
+        if end.code < 0 and end.code != -signal.SIGTERM:
+            self.kill_within(0.0)
+        elif end.code < 0 or end.code in (RAISED, BAD_REQUEST, DISK_FULL, ERROR_NOT_WRITTEN):
+            self.kill_within(ERROR_GRACE_SECONDS)
+
+    def _on_lost(self, agent: int) -> None:
+        if agent not in self.nodes:  # a spare one, or one that was lost before this attempt
+            return
+        self.lost.append(agent)
+        gone = set(self._ranks_of(self.nodes[agent]))
+        self.alive -= gone
+        self._beats = {rank: beat for rank, beat in self._beats.items() if rank not in gone}
+        self.kill_within(0.0)
 
     def _on_statuses(self, beats: Mapping[int, RankStatus]) -> None:
         self._beats |= {rank: beat for rank, beat in beats.items() if rank in self.alive}
@@ -142,5 +165,5 @@ class Attempt:
             return
         if self._watch.see(self._beats, asyncio.get_running_loop().time()):
             self._suspects = dict(self._beats)
-            self.send({"stacks": self.attempt})
+            self.send(DumpStacks(self.attempt))
             self.kill_within(STACK_SECONDS + 2.0)  # the messages need a moment, too

@@ -1,14 +1,13 @@
 """The node agent: one on every node. Node 0's also coordinates (`launcher.agent.coordinator`).
 
-The agents of a run speak JSON lines over TCP. Node 0 listens and leaves its address in ``rendezvous.json``; the others
-connect to it and do as they are told. When a connection ends, the node behind it is lost: the coordinator decides what
-happens to the run, and a node that lost its coordinator kills its ranks and leaves.
+Node 0 listens and writes its address to ``rendezvous.json``; the other agents connect to it and act on its messages. When
+a connection ends, the node behind it is lost: the coordinator decides what happens to the run, and an agent that lost its
+coordinator kills its ranks and exits.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import sys
 import time
@@ -17,9 +16,10 @@ from pathlib import Path
 
 from launcher.agent.coordinator import Coordinator
 from launcher.agent.node_ranks import NodeRanks, on_signals
-from launcher.agent.peers import CONNECT_SECONDS, PULSE_SECONDS, SILENCE_SECONDS
-from launcher.agent.protocol import AgentInfo, Message
+from launcher.agent.peers import CONNECT_SECONDS, HEARTBEAT_SECONDS, SILENCE_SECONDS
+from launcher.agent.protocol import AgentInfo, End, FromAgent, Hello, StopRequest, ToAgent
 from launcher.lifecycle.run_dir import RunDir
+from launcher.rank.messages import decode, encode
 from launcher.rank.output import drop_output_on_full_disk
 from launcher.request.spec import Plan, State
 from training.files import read_json
@@ -41,10 +41,10 @@ async def run_agent(run_dir: RunDir, agent_info: AgentInfo) -> int:
 
 
 async def follow(run_dir: RunDir, plan: Plan, agent_info: AgentInfo) -> int:
-    """Be the agent of a node other than node 0: do what the coordinator says until it says `end` or is gone."""
-    outgoing: asyncio.Queue[Message] = asyncio.Queue()
+    """Be the agent of a node other than node 0: act on the coordinator's messages until it sends `End` or is gone."""
+    outgoing: asyncio.Queue[FromAgent] = asyncio.Queue()
     ranks = NodeRanks(run_dir, plan, agent_info, outgoing.put_nowait)
-    on_signals(lambda number: outgoing.put_nowait({"signal": number}))
+    on_signals(lambda number: outgoing.put_nowait(StopRequest(number)))
     await ranks.open()
     tasks: list[asyncio.Task[None]] = []
     try:
@@ -55,9 +55,9 @@ async def follow(run_dir: RunDir, plan: Plan, agent_info: AgentInfo) -> int:
         tasks += [asyncio.create_task(_send_all(outgoing, writer)), asyncio.create_task(_report(outgoing, ranks))]
         with suppress(TimeoutError, ConnectionError):
             while words := await _read_line(reader):
-                message = json.loads(words)
-                if "end" in message:
-                    return int(message["end"])
+                message: ToAgent = decode(ToAgent, words)
+                if isinstance(message, End):
+                    return message.exit_status
                 ranks.handle(message)
         print(f"node {agent_info.node}: the coordinator on node 0 is gone", file=sys.stderr)
         return 1
@@ -75,17 +75,17 @@ async def _read_line(reader: asyncio.StreamReader) -> bytes:
     raise TimeoutError
 
 
-async def _send_all(outgoing: asyncio.Queue[Message], writer: asyncio.StreamWriter) -> None:
+async def _send_all(outgoing: asyncio.Queue[FromAgent], writer: asyncio.StreamWriter) -> None:
     while True:
-        writer.write(json.dumps(await outgoing.get()).encode() + b"\n")
+        writer.write(encode(await outgoing.get()))
         await writer.drain()
 
 
-async def _report(outgoing: asyncio.Queue[Message], ranks: NodeRanks) -> None:
-    """Say every second that this node is alive, and how its ranks get on."""
+async def _report(outgoing: asyncio.Queue[FromAgent], ranks: NodeRanks) -> None:
+    """Report once a second that this node is alive, and the status of its ranks."""
     while True:
-        outgoing.put_nowait({"beats": ranks.report()})
-        await asyncio.sleep(PULSE_SECONDS)
+        outgoing.put_nowait(ranks.report())
+        await asyncio.sleep(HEARTBEAT_SECONDS)
 
 
 async def connect(run_dir: RunDir, agent_info: AgentInfo) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
@@ -102,8 +102,7 @@ async def connect(run_dir: RunDir, agent_info: AgentInfo) -> tuple[asyncio.Strea
         if found and found["session"] == agent_info.session:
             with suppress(OSError):
                 reader, writer = await asyncio.open_connection(found["address"], found["port"])
-                hello = {"hello": agent_info.node, "token": found["token"], "host": agent_info.host}
-                writer.write(json.dumps(hello).encode() + b"\n")
+                writer.write(encode(Hello(agent_info.node, found["token"], agent_info.host)))
                 return reader, writer
         if (run_dir.result() or {}).get("state") == State.SUCCEEDED:
             return None

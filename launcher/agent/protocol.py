@@ -1,29 +1,50 @@
-"""What agents, their coordinator and the backends exchange."""
+"""Messages between the node agents of a run and the process that coordinates them; the same on every engine.
+
+The coordinator is that of node 0 (`launcher.agent.coordinator`) or the Ray driver. Between nodes messages are lines of
+JSON over TCP, on Ray arguments of calls.
+
+====================  ===================================================
+to an agent           its answer
+====================  ===================================================
+`Start`               `RankExit` for each rank, when it ends
+`Signal`              none
+`DumpStacks`          `Stacks`
+`CheckNode`           `NodeChecked`
+`Alive`, once a       `Heartbeats`, once a second without being asked
+second
+`End`                 none; the agent ends its ranks and exits
+====================  ===================================================
+
+An agent also sends `StopRequest` for each signal that it receives.
+"""
 
 from __future__ import annotations
 
+import signal
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from launcher.agent.hang_detection import RankStatus, StackLocation
 from launcher.lifecycle.history import JobFate
-
-Message = dict[str, Any]
+from launcher.rank.messages import JsonObject
+from launcher.request.placement import tpu
+from launcher.request.spec import Plan
+from training.distributed.world import World
 
 
 @dataclass(frozen=True)
 class AgentInfo:
-    """Where an agent sits. The backend makes it; the agent reads no environment.
+    """The position of an agent among those of its job. The backend makes it; the agent reads no environment.
 
     Attributes:
         host: this node's name, for people.
         address: node 0's IP address, as the other nodes reach it.
-        session: differs between two submissions of a run, and between two starts of a job, so that nobody takes an old
-            rendezvous for a new one.
-        requeue: asks the scheduler to start the job again later, away from the given hosts; says whether it will. None
-            where nobody can.
-        fate: asks the scheduler what it has in mind for the job.
+        session: differs between two submissions of a run, and between two starts of a job, so that an old rendezvous is
+            not taken for a new one.
+        requeue: asks the scheduler to start the job again later, away from the given hosts; returns whether it will.
+            None if there is no scheduler.
+        fate: asks the scheduler what it does with the job.
     """
 
     node: int = 0
@@ -33,3 +54,208 @@ class AgentInfo:
     session: str = ""
     requeue: Callable[[Sequence[str]], bool] | None = None
     fate: Callable[[], JobFate] = lambda: ""
+
+
+# ---- to an agent ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Start:
+    """Start ranks of an attempt.
+
+    Attributes:
+        worlds: one for each rank of this node.
+        environments: variables of a rank beside those of its world, by rank; on Ray and on TPUs.
+    """
+
+    attempt: int
+    worlds: list[World]
+    environments: dict[int, dict[str, str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, plan: Plan, attempt: int, node: int, hosts: Sequence[str], port: int) -> Start:
+        """Return the message to the agent on node number `node` of the placement; `hosts` are the addresses of all nodes."""
+        placement = plan.placement
+        each = placement.ranks_per_node
+        worlds = [
+            World(
+                rank=node * each + local,
+                local_rank=local,
+                node_rank=node,
+                world_size=placement.world_size,
+                local_world_size=each,
+                num_nodes=placement.nodes,
+                master_addr=hosts[0],
+                master_port=port,
+                device=placement.device,
+                threads=placement.threads,
+                attempt=attempt,
+                run_id=plan.name,
+            )
+            for local in range(each)
+        ]
+        if not placement.on_tpu:
+            return cls(attempt, worlds)
+        session = f"{plan.name}-{attempt}"
+        environments = {w.rank: tpu.environment_of(placement, hosts, node, w.local_rank, session) for w in worlds}
+        return cls(attempt, worlds, environments)
+
+
+@dataclass(frozen=True)
+class Signal:
+    """Send the signal `number` to `ranks`; None means all ranks of the node."""
+
+    number: int
+    ranks: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class DumpStacks:
+    """Write the stacks of every rank into its log, and report the locations."""
+
+    attempt: int
+
+
+@dataclass(frozen=True)
+class CheckNode:
+    """Run the preflight checks. `visible` are the run's GPUs, as CUDA_VISIBLE_DEVICES names them; None: the agent's own."""
+
+    attempt: int
+    visible: str | None = None
+
+
+@dataclass(frozen=True)
+class Alive:
+    """The coordinator is alive."""
+
+
+@dataclass(frozen=True)
+class End:
+    """The run has ended."""
+
+    exit_status: int
+
+
+# ---- from an agent --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The first message of a connection. `token` is that of the rendezvous file."""
+
+    node: int
+    token: str
+    host: str
+
+
+@dataclass(frozen=True)
+class RankExit:
+    """A rank has ended.
+
+    Attributes:
+        code: its exit status; negative: it was ended by that signal.
+        step: the newest step that it reported; -1 if it never opened a Context.
+    """
+
+    rank: int
+    code: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Heartbeats:
+    """The status of each running rank of the node."""
+
+    ranks: dict[int, RankStatus]
+
+
+@dataclass(frozen=True)
+class Stacks:
+    """The stack location of each running rank of the node."""
+
+    ranks: dict[int, StackLocation]
+
+
+@dataclass(frozen=True)
+class NodeChecked:
+    """What the preflight checks found (`launcher.agent.health.preflight.look`)."""
+
+    attempt: int
+    facts: JsonObject
+
+
+@dataclass(frozen=True)
+class StopRequest:
+    """The run is to stop: an agent received the signal `number`, or the run directory holds the file `stop`."""
+
+    number: int = signal.SIGTERM
+    by_file: bool = False
+
+
+# ---- what the coordinator's own process reports ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Joined:
+    """An agent has connected."""
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The connection of an agent has ended, or it has been silent for too long."""
+
+
+# ---- workers of Ray Train -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WorkerReady:
+    """A worker of Ray Train, number `worker` of the worker group `group`, has started with `environment`."""
+
+    worker: int
+    group: int
+    environment: dict[str, str]
+
+
+@dataclass(frozen=True)
+class WorkerGone:
+    """The process of a worker of Ray Train has ended."""
+
+    worker: int
+    group: int
+
+
+@dataclass(frozen=True)
+class GroupEnded:
+    """Ray Train has ended the worker group `group`."""
+
+    group: int
+
+
+@dataclass(frozen=True)
+class Drained:
+    """Ray takes nodes away: the time at which each goes, in seconds since the epoch, by node id; 0: not known."""
+
+    nodes: dict[str, float]
+
+
+@dataclass(frozen=True)
+class EndWorker:
+    """A worker of Ray Train has to return; `error` is the run's failure, empty if there is none."""
+
+    worker: int
+    error: str
+
+
+@dataclass(frozen=True)
+class KillWorker:
+    """The process of a worker of Ray Train has to be killed."""
+
+    worker: int
+
+
+ToAgent = Start | Signal | DumpStacks | CheckNode | Alive | End
+FromAgent = RankExit | Heartbeats | Stacks | NodeChecked | StopRequest
+AgentMessage = FromAgent | Joined | Lost
+ToNodeActor = ToAgent | EndWorker | KillWorker
+RayMessage = AgentMessage | WorkerReady | WorkerGone | GroupEnded | Drained

@@ -25,6 +25,7 @@ from typing import Any
 from launcher.backends.base import Backend, Capabilities
 from launcher.config.cluster import Cluster, Node
 from launcher.errors import BadRequest
+from launcher.lifecycle import history
 from launcher.lifecycle.policy import Failure
 from launcher.lifecycle.recovery import end_run
 from launcher.lifecycle.run_dir import RunDir
@@ -116,7 +117,7 @@ class FakeBackend(Backend):
         job = self.jobs[job_id]
         run_dir = RunDir(job.plan.run_dir)
         attempt = run_dir.claim_attempt()
-        run_dir.event("started", attempt=attempt, world_size=job.plan.placement.world_size, hosts=[host])
+        history.record_started(run_dir, attempt, job.plan.placement.world_size, [host])
         job.state = State.RUNNING
         return run_dir
 

@@ -47,16 +47,15 @@ class LocalBackend(Backend):
 
     def render(self, plan: Plan) -> str:
         """The processes that would start, and the environment of each."""
-        from launcher.agent.node_ranks import NodeRanks
-        from launcher.agent.protocol import AgentInfo
-        from launcher.rank.environment import rank_environment
+        from launcher.agent.protocol import AgentInfo, Start
+        from launcher.rank.environment import finished_variable, rank_environment
 
         run_dir = RunDir(plan.run_dir)
-        ranks = NodeRanks(run_dir, plan, AgentInfo(), lambda message: None)
         lines = [f"agent: python -m launcher.agent.main {plan.run_dir}"]
-        here = AgentInfo().address
-        for world in ranks.worlds(attempt=1, address=here, port=1):
-            environment = rank_environment({}, plan, world, ranks.variables(world, [here]))
+        start = Start.of(plan, attempt=1, node=0, hosts=[AgentInfo().address], port=1)
+        for world in start.worlds:
+            own = start.environments.get(world.rank, {}) | finished_variable(run_dir, world)
+            environment = rank_environment({}, plan, world, own)
             environment["MASTER_PORT"] = "<a free port>"
             lines.append(f"rank {world.rank}: {plan.target.kind} {plan.target.name} {json.dumps(plan.target.args)}")
             lines += [f"    {key}={value}" for key, value in sorted(environment.items())]

@@ -275,7 +275,7 @@ class Run:
                 raise BadRequest(f"{self.dir.job_file}: {error}") from None
         if self.dir.result() is None:
             self.dir.write_result(State.STOPPED, attempts=self.dir.last_attempt())
-            self.dir.event("finished", state=State.STOPPED.value)
+            history.record_finished(self.dir, State.STOPPED.value)
         return self.state()
 
 

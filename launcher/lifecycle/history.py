@@ -1,10 +1,10 @@
-"""What the log of a run says of its attempts so far: how often it failed, where, and whether it got on in between."""
+"""The events of a run: what they say of its attempts so far, and those that more than one place records."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 JobFate = Literal["", "preempting", "requeued"]
 """What a scheduler does with a job whose ranks it asked to stop: nothing more, takes its nodes, or starts it again."""
@@ -90,3 +90,45 @@ def read(events: Iterable[Mapping[str, Any]]) -> History:
                 excluded = tuple(dict.fromkeys((*history.excluded, *event.get("exclude", ()))))
                 history = replace(history, preempted=taken, excluded=excluded)
     return history
+
+
+class EventLog(Protocol):
+    """What events are recorded in: a `RunDir`."""
+
+    def event(self, kind: str, /, **fields: Any) -> bool:
+        """Append an event; return whether it could be written."""
+
+
+def record_started(log: EventLog, attempt: int, world_size: int, hosts: Sequence[str]) -> None:
+    """Record that the ranks of an attempt start on `hosts`."""
+    log.event("started", attempt=attempt, world_size=world_size, hosts=list(hosts))
+
+
+def record_stopping(log: EventLog, reason: str, **fields: Any) -> None:
+    """Record that the ranks stop; `fields` say how they were asked to, if this process asked them."""
+    log.event("stopping", reason=reason, **fields)
+
+
+def record_preempted(log: EventLog, **fields: Any) -> None:
+    """Record that the scheduler takes nodes away; `fields` are its signal and reason, or the nodes."""
+    log.event("preempted", **fields)
+
+
+def record_waiting(log: EventLog, message: str, **fields: Any) -> None:
+    """Record what the run waits for."""
+    log.event("waiting", message=message, **fields)
+
+
+def record_excluded(log: EventLog, attempt: int, hosts: Sequence[str]) -> None:
+    """Record that the next attempts run on none of `hosts`."""
+    log.event("excluded", attempt=attempt, exclude=list(hosts))
+
+
+def record_failed(log: EventLog, fields: Mapping[str, Any]) -> bool:
+    """Record a failed attempt; return whether the event could be written."""
+    return log.event("failed", **fields)
+
+
+def record_finished(log: EventLog, state: str, **fields: Any) -> None:
+    """Record that the submission has ended in `state`."""
+    log.event("finished", **fields, state=state)

@@ -184,7 +184,7 @@ def record_failure(
 ) -> bool:
     """Write the events of a failed attempt that is followed by another; return whether they could be written."""
     fields = _failure_fields(attempt, failure, step)
-    recorded = run_dir.event("failed", **fields)
+    recorded = history.record_failed(run_dir, fields)
     run_dir.event("restarted", **fields, restarts_left=restarts_left)
     return recorded
 
@@ -224,14 +224,14 @@ def end_run(
         "seconds": round(time.monotonic() - started, 3),
     }
     if failure is not None:
-        run_dir.event("failed", **_failure_fields(attempt, failure, step))
+        history.record_failed(run_dir, _failure_fields(attempt, failure, step))
         rank = failure.rank if failure.rank is not None else 0
         fields["failure"] = asdict(failure) | {"log": tail(run_dir.log(attempt, rank))}
     try:
         run_dir.write_result(state, **fields)
     except OSError as error:  # then the exit status is all that says it
         print(f"launch: {run_dir.result_file}: {error.strerror}: {state.value} {fields}", file=sys.stderr)
-    run_dir.event("finished", attempt=attempt, state=state.value)
+    history.record_finished(run_dir, state.value, attempt=attempt)
     return state
 
 

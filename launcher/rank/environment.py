@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from launcher.lifecycle.run_dir import RunDir
 from launcher.request.spec import Plan
 from training.distributed.world import World
 
@@ -38,6 +39,11 @@ def rank_environment(inherited: Mapping[str, str], plan: Plan, world: World, own
         environment |= slurm_step(world, environment)
         environment = {k: v for k, v in environment.items() if v or not k.startswith("SLURM_")}
     return environment
+
+
+def finished_variable(run_dir: RunDir, world: World) -> dict[str, str]:
+    """Return LAUNCH_FINISHED: the file that a program creates to report that it has finished, though it was asked to stop."""
+    return {"LAUNCH_FINISHED": str(run_dir.finished(world.attempt, world.rank))}
 
 
 def shared_environment(inherited: Mapping[str, str], plan: Plan) -> dict[str, str]:

@@ -5,20 +5,10 @@ interpreter that begins with the environment of its rank. Only the reference job
 imported its libraries by then: no module of a user is imported here. `multiprocessing`'s server has no control over
 sessions, logs and orphans.
 
-The protocol is one JSON object a line, over one socket (file descriptor 0):
+The messages (`launcher.rank.messages`) are lines over one socket, file descriptor 0.
 
-======================================================  ===============================================================
-from the agent                                          back
-======================================================  ===============================================================
-``{"preload": [module, ...]}``; none: ranks are fresh     ``{"ready": seconds}`` once the imports are done
-interpreters
-``{"start": rank, "log": path, "world": {...},``          ``{"started": rank, "pid": n}``, at its end ``{"exit": rank, "code": n}``
-``"environment": {...}}``: all variables of the rank
-``{"signal": n, "ranks": [...]}``                         nothing
-======================================================  ===============================================================
-
-End of file means that the agent is gone: every rank is killed and the server leaves. A rank's descendants die with it,
-those that moved to a session of their own included, because the server is their reaper (PR_SET_CHILD_SUBREAPER).
+End of file means that the agent is gone: every rank is killed and the server exits. A rank's descendants are killed with
+it, including those in a session of their own, because the server is their reaper (PR_SET_CHILD_SUBREAPER).
 """
 
 from __future__ import annotations
@@ -35,9 +25,22 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import assert_never
 
+from launcher.rank.messages import (
+    FromForkServer,
+    Preload,
+    RankEnded,
+    RankStarted,
+    Ready,
+    SignalRanks,
+    StartRank,
+    ToForkServer,
+    decode,
+    encode,
+)
 from launcher.rank.output import drop_output_on_full_disk
 from launcher.request.own_packages import IMPORT_OURS
 
@@ -91,7 +94,7 @@ class ForkServer:
                         self.kill_all()
                         return None
                     for line in lines:
-                        status = self.handle(json.loads(line))
+                        status = self.handle(decode(ToForkServer, line))
                         if status is not None:
                             return status
 
@@ -110,84 +113,77 @@ class ForkServer:
         *lines, self.buffer = (self.buffer + data).split(b"\n")
         return lines
 
-    def send(self, **message: Any) -> None:
+    def send(self, message: FromForkServer) -> None:
         with suppress(OSError):
-            self.control.sendall(json.dumps(message).encode() + b"\n")
+            self.control.sendall(encode(message))
 
-    def handle(self, message: dict[str, Any]) -> int | None:
-        """Do what the agent says. Returns a rank's exit status in a forked child, None in the server."""
+    def handle(self, message: ToForkServer) -> int | None:
+        """Do what the agent asks for. Return a rank's exit status in a forked child, None in the server."""
         match message:
-            case {"preload": modules}:
+            case Preload(modules):
                 started = time.monotonic()
                 self.forks = bool(modules) and preload(modules)
-                self.send(ready=round(time.monotonic() - started, 3))
-            case {"start": rank, "log": log, "world": world, "environment": environment}:
-                return self.fork(rank, Path(log), world, environment)
-            case {"signal": number, "ranks": ranks}:
-                if number == signal.SIGTERM and time.monotonic() - self.sigterm_at < SAME_STOP_SECONDS:
-                    return None
-                for pid, rank in list(self.ranks.items()):
-                    if rank in ranks:
-                        # A polite signal is for the rank alone, which knows best what its children need.
-                        if number == signal.SIGKILL:
-                            kill_group(pid)
-                        else:
-                            os.kill(pid, number)
+                self.send(Ready(round(time.monotonic() - started, 3)))
+            case StartRank():
+                return self.fork(message)
+            case SignalRanks(number, ranks):
+                self.send_signal(number, ranks)
+            case _:
+                assert_never(message)
         return None
 
-    def fork(self, rank: int, log: Path, world: dict[str, Any], environment: dict[str, str]) -> int | None:
-        """Start a rank. Returns its exit status in the forked child, None in the server."""
+    def send_signal(self, number: int, ranks: Sequence[int]) -> None:
+        """Send a signal to `ranks`, unless it is the SIGTERM that they have received from outside."""
+        if number == signal.SIGTERM and time.monotonic() - self.sigterm_at < SAME_STOP_SECONDS:
+            return
+        for pid, rank in list(self.ranks.items()):
+            if rank in ranks:
+                # Only SIGKILL is for the rank's children, too.
+                if number == signal.SIGKILL:
+                    kill_group(pid)
+                else:
+                    os.kill(pid, number)
+
+    def fork(self, start: StartRank) -> int | None:
+        """Start a rank. Return its exit status in the forked child, None in the server."""
         sys.stdout.flush()
         sys.stderr.flush()
         server = os.getpid()
-        # Held back until the rank's own dispositions hold: this server ignores SIGTERM, and a stop would be lost.
-        held = (signal.SIGTERM,)
-        signal.pthread_sigmask(signal.SIG_BLOCK, held)
+        # Blocked until the rank's own dispositions hold: this server ignores SIGTERM, and a stop would be lost.
+        blocked = (signal.SIGTERM,)
+        signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         pid = os.fork()
         if pid:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
-            self.ranks[pid] = rank
-            self.send(started=rank, pid=pid)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
+            self.ranks[pid] = start.world.rank
+            self.send(RankStarted(start.world.rank, pid))
             return None
         _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != server:
             os._exit(1)  # the server died between the fork and the line above
         os.setsid()
-        signal.set_wakeup_fd(-1)
-        # SIGUSR2 stays ignored, also across exec: SLURM sends it to every process of a step, and it is for the agent.
-        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
-        try:
-            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        except OSError as error:
-            from launcher.lifecycle.exit_status import error_not_written_status
-
-            print(f"launch: rank {rank}: {log}: {error.strerror}", file=sys.stderr)
-            os._exit(error_not_written_status(error))
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        os.close(output)
-        # Last, so that the socket (descriptor 0) is gone from the rank: its end must not hold the server's open.
+        restore_signals()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
+        redirect_output(start)
+        # Last, so that the socket (descriptor 0) is gone from the rank, which would keep the server's connection open.
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
         os.close(null)
         self.control.detach()
         if not self.forks or poisoned():
-            arguments = [str(self.run_dir), json.dumps(world), str(self.heartbeats)]
-            os.execve(sys.executable, [sys.executable, "-c", ENTER, *arguments], environment)
+            arguments = [str(self.run_dir), json.dumps(asdict(start.world)), str(self.heartbeats)]
+            os.execve(sys.executable, [sys.executable, "-c", ENTER, *arguments], start.environment)
         os.environ.clear()
-        os.environ.update(environment)
+        os.environ.update(start.environment)
         numpy = sys.modules.get("numpy")
         if numpy is not None:
-            numpy.random.seed()  # it was seeded by its import, once for all ranks of the node
+            numpy.random.seed()  # its import has seeded it, once for all ranks of the node
         from launcher.rank.worker import main
 
-        return main(self.run_dir, world, self.heartbeats)
+        return main(self.run_dir, start.world, self.heartbeats)
 
     def reap(self) -> None:
-        """Tell the agent about every rank that has ended, once what it left behind is killed."""
+        """Report every rank that has ended to the agent, after its remaining processes are killed."""
         while True:
             try:
                 # Look before reaping: while the rank is a zombie its process group cannot be given to anyone else.
@@ -204,7 +200,7 @@ class ForkServer:
             if rank is not None:
                 if not self.ranks:
                     self.kill_orphans()
-                self.send(exit=rank, code=os.waitstatus_to_exitcode(status))
+                self.send(RankEnded(rank, os.waitstatus_to_exitcode(status)))
 
     def kill_orphans(self) -> None:
         """Kill what ranks left behind; orphans of descendants come to this process one generation at a time."""
@@ -228,6 +224,31 @@ class ForkServer:
                 os.waitpid(pid, 0)
             del self.ranks[pid]
         self.kill_orphans()
+
+
+def restore_signals() -> None:
+    """Give a forked rank the default handlers.
+
+    SIGUSR2 stays ignored, also across exec: SLURM sends it to every process of a step, and it is for the agent.
+    """
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def redirect_output(start: StartRank) -> None:
+    """Append the output of this process to the rank's log; exit if that cannot be opened."""
+    try:
+        output = os.open(start.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError as error:
+        from launcher.lifecycle.exit_status import error_not_written_status
+
+        print(f"launch: rank {start.world.rank}: {start.log}: {error.strerror}", file=sys.stderr)
+        os._exit(error_not_written_status(error))
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
 
 
 def kill_group(pid: int) -> None:

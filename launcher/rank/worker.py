@@ -112,7 +112,7 @@ def _leave_error(run_dir: RunDir, world: World, error: BaseException, kind: str)
     plain = isinstance(error, DeviceError | ReplicaError)  # where our own code was says nothing about them
     text = f"{error}\n" if plain or kind == "bad request" else short_traceback(error)
     if kind == "communication":
-        # The echo of another rank's failure; in full it would drown the cause for whoever watches rank 0.
+        # The echo of another rank's failure; in full it would drown the cause in the log of rank 0.
         line = headline(str(error))
         sys.stderr.write(f"launch: rank {world.rank} lost its peers: {type(error).__name__}: {line}\n")
     else:
@@ -156,18 +156,18 @@ def _leave_value(run_dir: RunDir, value: Any) -> None:
             write_atomic(run_dir.value_file, json.dumps(value))
 
 
-def main(run_dir: Path, world: dict[str, Any], heartbeats: int) -> int:
+def main(run_dir: Path, world: World, heartbeats: int) -> int:
     """Run a rank in this process; return its exit status."""
     faulthandler.enable(2)  # a crash in native code leaves the Python stack in the log
     faulthandler.register(signal.SIGQUIT, 2)  # and the agent asks a rank that hangs for it
-    rank = from_data(World, world, "world")
-    return work(RunDir(run_dir), rank, Heartbeat.of(heartbeats, rank.local_rank))
+    return work(RunDir(run_dir), world, Heartbeat.of(heartbeats, world.local_rank))
 
 
 def enter() -> NoReturn:
     """Run a rank in a fresh interpreter, whose arguments are the run directory, the world and a file descriptor."""
     drop_output_on_full_disk()
-    finish(main(Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])))
+    world = from_data(World, json.loads(sys.argv[2]), "world")
+    finish(main(Path(sys.argv[1]), world, int(sys.argv[3])))
 
 
 def finish(status: int) -> NoReturn:

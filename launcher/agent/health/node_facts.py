@@ -10,16 +10,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
 from launcher.agent.health import environment_record
 from training.files import write_atomic
 
-if TYPE_CHECKING:
-    pass
-
-
 T = TypeVar("T")
+
+Facts = dict[str, Any]
+"""What the checks of a node found, as JSON can hold it."""
 
 
 PATIENCE_SECONDS = 5.0

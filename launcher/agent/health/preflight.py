@@ -16,6 +16,8 @@ from functools import cache, partial
 from typing import Any, TypeVar
 
 from launcher.agent.health import gpus, node_facts
+from launcher.agent.health.node_facts import Facts
+from launcher.agent.protocol import NodeChecked
 from launcher.lifecycle.run_dir import RunDir
 
 LIMIT_SECONDS = 30.0
@@ -27,8 +29,8 @@ ANSWER_SECONDS = 40.0
 RUN_FOLDER_BYTES, SCRATCH_BYTES = 2**30, 2**28
 """The least that has to be free: room for a checkpoint in the run folder, for sockets and caches in ``TMPDIR``."""
 
-Facts = Mapping[str, Any]
 T = TypeVar("T")
+M = TypeVar("M")
 Agent = TypeVar("Agent", int, str)
 """What answers for a node: an agent by its number, a steward of Ray's by the id of its node."""
 
@@ -92,9 +94,9 @@ async def ask(
     attempt: int,
     agents: Sequence[Agent],
     send: Callable[[Agent], None],
-    inbox: asyncio.Queue[tuple[Agent, dict[str, Any]]],
+    inbox: asyncio.Queue[tuple[Agent, M]],
     awaited: Callable[[Agent], bool],
-    other: Callable[[Agent, dict[str, Any]], None],
+    other: Callable[[Agent, M], None],
 ) -> dict[Agent, Facts]:
     """Ask all `agents` to look around for `attempt`; what each that answered in time said, and when by this clock.
 
@@ -111,8 +113,8 @@ async def ask(
         async with asyncio.timeout(ANSWER_SECONDS):
             while any(awaited(agent) for agent in agents if agent not in answers):
                 agent, message = await inbox.get()
-                if message.get("looked") == attempt:
-                    answers[agent] = message["facts"] | {"asked": asked, "answered": time.time()}
+                if isinstance(message, NodeChecked) and message.attempt == attempt:
+                    answers[agent] = message.facts | {"asked": asked, "answered": time.time()}
                 else:
                     other(agent, message)
     return answers

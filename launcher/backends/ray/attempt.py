@@ -1,4 +1,4 @@
-"""One attempt on a lease of Ray: the ranks are started through the stewards and watched to their end."""
+"""One attempt on a worker group of Ray Train: the ranks are started through the node actors and supervised to their end."""
 
 from __future__ import annotations
 
@@ -6,42 +6,59 @@ import asyncio
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
+from typing import assert_never
 
 from launcher.agent.attempt import Attempt
 from launcher.agent.health import preflight
-from launcher.agent.protocol import Message
+from launcher.agent.protocol import (
+    CheckNode,
+    Drained,
+    GroupEnded,
+    Heartbeats,
+    Joined,
+    Lost,
+    NodeChecked,
+    RankExit,
+    RayMessage,
+    Signal,
+    Stacks,
+    StopRequest,
+    WorkerGone,
+    WorkerReady,
+)
 from launcher.backends.ray.node_actor import NodeActors
-from launcher.backends.ray.worker_group import WorkerGroup
+from launcher.backends.ray.worker_group import Inbox, WorkerGroup
+from launcher.lifecycle import history
 from launcher.lifecycle.policy import Outcome
 from launcher.lifecycle.recovery import abort_causes
 from launcher.lifecycle.run_dir import RunDir
 
 DRIVER = ""
-"""Where messages of the driver itself come from; the others come from nodes, by Ray's ids."""
+"""The sender of the driver's own messages; the others are sent by nodes, whose names are Ray's ids."""
+
+BY_FILE = "the file stop"
+"""Why the run stops if its directory holds the file `stop`."""
 
 ANSWER_SECONDS = 5.0
-"""How long, after a rank was killed, the nodes are waited for that may have gone with it."""
+"""How long, after a rank was killed, to wait for an answer of its node, which may be gone as well."""
 
 DYING_SECONDS = 1.0
-"""How long a node that lost a worker of Ray's may still answer, should it be about to go."""
+"""How long a node that is going down may still answer after one of its workers has ended."""
 
 BEFORE_DRAINED = 2.0
-"""How many seconds before a drained node goes the ranks have to be gone; the next lease waits for nothing else."""
+"""How many seconds before a drained node goes its ranks have to be gone."""
 
 
 class RayAttempt:
-    """Hears what nodes and the driver say during one attempt, and tells the stewards what follows.
-
-    `note` takes in what matters beyond the attempt; `going` are the nodes that are being drained already.
-    """
+    """Runs one attempt. `note` records the messages that matter beyond it."""
 
     def __init__(
         self,
         run_dir: RunDir,
         worker_group: WorkerGroup,
         node_actors: NodeActors,
-        note: Callable[[str, Message, WorkerGroup | None], None],
+        note: Callable[[str, RayMessage, WorkerGroup | None], None],
     ) -> None:
         self.run_dir, self.worker_group, self.node_actors, self.note = run_dir, worker_group, node_actors, note
         self.cluster = worker_group.plan.cluster
@@ -50,8 +67,8 @@ class RayAttempt:
         self.ranks = Attempt(self.number, one_each, 1, self.cluster.hang_after, node_actors.send_all)
         self.stop = ""  # why the ranks were asked to stop
 
-    async def run(self, inbox: asyncio.Queue[tuple[str, Message]], going: Mapping[str, float]) -> Outcome:
-        """Bring the attempt to its end."""
+    async def run(self, inbox: Inbox, going: Mapping[str, float]) -> Outcome:
+        """Run the attempt to its end. `going` are the nodes that are being drained already."""
         worker_group = self.worker_group
         unfit: dict[str, str] = {}
         ended = asyncio.create_task(self._report_end(inbox))
@@ -60,7 +77,7 @@ class RayAttempt:
                 unfit = await self._preflight(inbox)
             if not unfit and not self.stop and not worker_group.broken:
                 hosts = [str(node) for node in worker_group.nodes()]
-                self.run_dir.event("started", attempt=self.number, world_size=worker_group.ranks, hosts=hosts)
+                history.record_started(self.run_dir, self.number, worker_group.ranks, hosts)
                 await self._start()
                 self._check_drains(going)
                 await self._watch(inbox)
@@ -70,8 +87,8 @@ class RayAttempt:
             while not inbox.empty():
                 self._take_in(*inbox.get_nowait())
         if any(code < 0 for code in self.ranks.exits.values()):
-            # A node that goes down ends its processes one by one, and may have told of a rank before its steward went.
-            if worker_group.broken:  # a worker went, too; the next lease takes longer than this
+            # A node that goes down ends its processes one by one, and may report the end of a rank before its actor ends.
+            if worker_group.broken:  # a worker has ended, too; the next worker group takes longer than this
                 await asyncio.sleep(DYING_SECONDS)
             await self.node_actors.settle([node.id for node in worker_group.nodes()], ANSWER_SECONDS)
             while not inbox.empty():
@@ -80,15 +97,15 @@ class RayAttempt:
         lost = list(dict.fromkeys(host_of[rank] for rank in self.ranks.lost))
         exits = self.ranks.exits
         if worker_group.broken and not exits and not lost:
-            exits = {0: -signal.SIGKILL}  # Ray ended its workers, and we our ranks
+            exits = {0: -signal.SIGKILL}  # Ray ended its workers, after which the ranks were killed
         errors = self.run_dir.errors(self.number)
         ends = Outcome(exits, errors, self.stop, lost, host_of, self.ranks.progress, self.ranks.hung, unfit)
         finished = self.run_dir.finished(self.number, 0).exists()
         aborts = await asyncio.to_thread(abort_causes, self.run_dir, self.number, exits)
         return replace(ends, joined=self.ranks.joined, finished=finished, aborts=aborts)
 
-    async def _watch(self, inbox: asyncio.Queue[tuple[str, Message]]) -> None:
-        """Take in what is said until the last rank has ended."""
+    async def _watch(self, inbox: Inbox) -> None:
+        """Receive messages until the last rank has ended."""
         while not self.ranks.over:
             try:
                 async with asyncio.timeout_at(self.ranks.kill_at):
@@ -98,12 +115,12 @@ class RayAttempt:
             else:
                 self._take_in(node, message)
 
-    async def _preflight(self, inbox: asyncio.Queue[tuple[str, Message]]) -> dict[str, str]:
-        """Ask the nodes how they are; return what is wrong with each that is unfit."""
+    async def _preflight(self, inbox: Inbox) -> dict[str, str]:
+        """Check the nodes; return what is wrong with each that is unfit."""
         worker_group, nodes = self.worker_group, {node.id: str(node) for node in self.worker_group.nodes()}
 
         def send(node: str) -> None:
-            self.node_actors.send(node, {"look": self.number, "visible": worker_group.visible_on(node)})
+            self.node_actors.send(node, CheckNode(self.number, worker_group.visible_on(node)))
 
         answers = await preflight.ask(
             self.number,
@@ -115,8 +132,8 @@ class RayAttempt:
         )
         if self.stop or worker_group.broken:
             return {}
-        fields = {nodes[node]: facts for node, facts in answers.items()}
-        return preflight.judge(fields, {name: len(worker_group.ranks_on(node)) for node, name in nodes.items()})
+        facts = {nodes[node]: found for node, found in answers.items()}
+        return preflight.judge(facts, {name: len(worker_group.ranks_on(node)) for node, name in nodes.items()})
 
     async def _start(self) -> None:
         from ray.exceptions import RayError
@@ -124,54 +141,53 @@ class RayAttempt:
         try:
             port = await self.node_actors.port(self.worker_group.members[0].node.id)
         except (RayError, KeyError):
-            port = 1  # its node is gone, which is told next; no rank will get far
-        worlds = self.worker_group.worlds(self.number, port)
-        for node in self.worker_group.nodes():
-            mine = self.worker_group.ranks_on(node.id)
-            start = {"start": self.number, "address": worlds[0].master_addr, "port": port}
-            start["worlds"] = [asdict(worlds[rank]) for rank in mine]
-            start["environments"] = {rank: self.worker_group.environment(rank) for rank in mine}
-            if not self.node_actors.send(node.id, start):
-                self._lost(node.id)
+            port = 1  # the node is gone, which is reported next; the ranks of this attempt cannot connect
+        for node, start in self.worker_group.starts(self.number, port).items():
+            if not self.node_actors.send(node, start):
+                self._lost(node)
 
-    async def _report_end(self, inbox: asyncio.Queue[tuple[str, Message]]) -> None:
+    async def _report_end(self, inbox: Inbox) -> None:
         await self.worker_group.done.wait()
-        inbox.put_nowait((DRIVER, {"ended": self.worker_group.number}))
+        inbox.put_nowait((DRIVER, GroupEnded(self.worker_group.number)))
 
-    def _take_in(self, node: str, message: Message) -> None:
+    def _take_in(self, node: str, message: RayMessage) -> None:
         self.note(node, message, self.worker_group)
         match message:
-            case {"exit": rank}:
+            case RankExit(rank):
                 self.ranks.on_message(rank, message)
-            case {"beats": _} | {"stacks": _}:
+            case Heartbeats() | Stacks():
                 self.ranks.on_message(0, message)
-            case {"gone": worker, "lease": number} if number == self.worker_group.number:
-                # Its claim is gone, so its rank has to go, too; that one's end is then the cause of the others'.
-                self.node_actors.send(node, {"kill": self.worker_group.rank_of(worker)})
-            case {"lost": _}:
+            case WorkerGone(worker, group) if group == self.worker_group.number:
+                # Without its worker a rank has no claim to its devices. Its end is then the cause of the others'.
+                self.node_actors.send(node, Signal(signal.SIGKILL, [self.worker_group.rank_of(worker)]))
+            case Lost():
                 self._lost(node)
-            case {"ended": number} if number == self.worker_group.number:
+            case GroupEnded(group) if group == self.worker_group.number:
                 self.worker_group.broken = True
                 self.ranks.kill_within(1.0)
-            case {"stop": reason}:
-                self._ask_to_stop(reason, self.cluster.grace)
-            case {"drained": going}:
+            case StopRequest():
+                self._ask_to_stop(BY_FILE, self.cluster.grace)
+            case Drained(going):
                 self._check_drains(going)
+            case WorkerGone() | GroupEnded() | WorkerReady() | NodeChecked() | Joined():
+                pass
+            case _:
+                assert_never(message)
 
     def _lost(self, node: str) -> None:
         for rank in self.worker_group.ranks_on(node):
-            self.ranks.on_message(rank, {"lost": rank})
+            self.ranks.on_message(rank, Lost())
 
     def _check_drains(self, going: Mapping[str, float]) -> None:
-        """Ray wants a node back: the ranks stop together, in time, and the run goes on elsewhere."""
-        ours = {node.id: node for node in self.worker_group.nodes() if node.id in going}
-        if not ours or self.stop:
+        """Stop the ranks in time if Ray drains one of their nodes; the run then goes on elsewhere."""
+        used = {node.id: node for node in self.worker_group.nodes() if node.id in going}
+        if not used or self.stop:
             return
-        left = [going[node] - time.time() - BEFORE_DRAINED for node in ours if going[node]]
-        names = ", ".join(map(str, ours.values()))
-        self.run_dir.event("preempted", attempt=self.number, node=names)
+        left = [going[node] - time.time() - BEFORE_DRAINED for node in used if going[node]]
+        names = ", ".join(map(str, used.values()))
+        history.record_preempted(self.run_dir, attempt=self.number, node=names)
         self._ask_to_stop(f"Ray takes {names} away", max(1.0, min([self.cluster.grace, *left])))
 
     def _ask_to_stop(self, reason: str, grace: float) -> None:
         self.stop = self.stop or reason
-        self.run_dir.event("stopping", reason=reason, **self.ranks.ask_to_stop(grace))
+        history.record_stopping(self.run_dir, reason, **self.ranks.ask_to_stop(grace))

@@ -41,9 +41,9 @@ class ClusterCapacity:
         """The nodes that are up, without the struck ones and those called as in `but`."""
         return [node for node in look() if str(node) not in (*self.away, *but)]
 
-    def strike(self, nodes: Sequence[str], attempt: int) -> None:
-        """Stay away from `nodes` from now on."""
-        self.run_dir.event("excluded", attempt=attempt, exclude=list(nodes))
+    def exclude(self, nodes: Sequence[str], attempt: int) -> None:
+        """Exclude `nodes` from now on."""
+        history.record_excluded(self.run_dir, attempt, nodes)
         self.away = tuple(dict.fromkeys((*self.away, *nodes)))
 
     def readmit(self) -> bool:
@@ -123,7 +123,7 @@ class ClusterCapacity:
         patience = self.plan.cluster.ray.wait
         if self.lacking is None:
             self.lacking = time.monotonic(), lacks
-            self.run_dir.event("waiting", message=f"{self._staying_away()}{lacks}", seconds=patience)
+            history.record_waiting(self.run_dir, f"{self._staying_away()}{lacks}", seconds=patience)
         if time.monotonic() - self.lacking[0] < patience:
             return None
         gone = f"node {', '.join(dict.fromkeys(self.lost))} stopped answering, and " if self.lost else ""

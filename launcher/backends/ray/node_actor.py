@@ -1,8 +1,7 @@
 """The node agent on Ray: an actor on each node, which starts the ranks there through the node's forkserver.
 
-A worker of Ray Train is a rank's claim to its devices and the environment that Ray gave it; the rank itself is forked
-beside it from a process that imported everything once. So an attempt imports nothing, a rank that died starts again
-without Ray noticing, and targets run in a main thread, where signals work.
+A worker of Ray Train holds the devices of a rank and the environment that Ray gave it; the rank itself is a process beside
+it. So a rank that died starts again without a new worker, and targets run in a main thread, in which signals work.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,44 +18,19 @@ from typing import Any
 
 from launcher.agent.network import reserve_port
 from launcher.agent.node_ranks import NodeRanks
-from launcher.agent.peers import PULSE_SECONDS
-from launcher.agent.protocol import AgentInfo, Message
+from launcher.agent.peers import HEARTBEAT_SECONDS
+from launcher.agent.protocol import (
+    AgentInfo,
+    EndWorker,
+    KillWorker,
+    Lost,
+    RayMessage,
+    ToNodeActor,
+    WorkerGone,
+    WorkerReady,
+)
 from launcher.backends.ray.cluster import RayNode
-from launcher.config.codec import from_data
 from launcher.lifecycle.run_dir import RunDir
-from training.distributed.world import World
-
-
-class RayRanks(NodeRanks):
-    """The ranks of one node, whose worlds and environments come with the message that starts them."""
-
-    given: list[World]
-    environments: dict[int, dict[str, str]]
-
-    def handle(self, message: Message) -> None:
-        """Do what the driver says; in addition to what other agents understand, ``{"kill": rank}``."""
-        match message:
-            case {"start": _, "worlds": worlds, "environments": environments}:
-                self.given = [from_data(World, world, "world") for world in worlds]
-                self.environments = {int(rank): each for rank, each in environments.items()}
-                super().handle(message | {"node": 0})
-            case {"kill": rank} if self.writer is not None:
-                self._send(signal=int(signal.SIGKILL), ranks=[rank])
-            case _:
-                super().handle(message)
-
-    def worlds(self, attempt: int, address: str, port: int) -> list[World]:
-        """The worlds that the driver gave; Ray chose the nodes."""
-        return self.given
-
-    def environment(self, world: World, hosts: Sequence[str]) -> dict[str, str]:
-        return self.environments[world.rank]
-
-    def _inherited(self) -> dict[str, str]:
-        environment = super()._inherited()
-        if not environment.get("CUDA_VISIBLE_DEVICES", "-"):
-            del environment["CUDA_VISIBLE_DEVICES"]  # Ray hides the devices from this actor; ranks are given theirs
-        return environment
 
 
 class NodeActor:
@@ -64,23 +38,25 @@ class NodeActor:
 
     def __init__(self, run_dir: str, number: int, towards: str) -> None:
         self.run_dir = RunDir(Path(run_dir))
+        if not os.environ.get("CUDA_VISIBLE_DEVICES", "-"):
+            del os.environ["CUDA_VISIBLE_DEVICES"]  # Ray hides the devices from this actor; ranks are given theirs
         plan = self.run_dir.plan()
         # Ray may put any number of the ranks on this node.
         placement = replace(plan.placement, nodes=1, ranks_per_node=plan.placement.world_size)
         agent_info = AgentInfo(number, nodes=2 if towards else 1, address=towards)
-        self.ranks = RayRanks(self.run_dir, replace(plan, placement=placement), agent_info, self._emit)
-        self.said: asyncio.Queue[Message] = asyncio.Queue()
-        self.commands_of: dict[int, asyncio.Queue[Message]] = {}
+        self.ranks = NodeRanks(self.run_dir, replace(plan, placement=placement), agent_info, self._emit)
+        self.outbox: asyncio.Queue[RayMessage] = asyncio.Queue()
+        self.commands_of: dict[int, asyncio.Queue[EndWorker]] = {}
         self.pids: dict[int, int] = {}
         self.holder: socket.socket | None = None
         self.opening: asyncio.Task[None] | None = None
         self.beating: asyncio.Task[None] | None = None
 
-    def _emit(self, message: Message) -> None:
-        self.said.put_nowait(message)
+    def _emit(self, message: RayMessage) -> None:
+        self.outbox.put_nowait(message)
 
     async def sees(self, path: str) -> bool:
-        """Whether this node sees that file."""
+        """Return whether that file exists on this node."""
         return Path(path).is_file()
 
     async def open(self) -> None:
@@ -94,22 +70,22 @@ class NodeActor:
     async def _beat(self) -> None:
         while True:
             if self.ranks.running:
-                self._emit({"beats": self.ranks.report()})
-            await asyncio.sleep(PULSE_SECONDS)
+                self._emit(self.ranks.report())
+            await asyncio.sleep(HEARTBEAT_SECONDS)
 
-    async def news(self) -> list[Message]:
-        """What happened since the last call; waits until there is something."""
-        messages = [await self.said.get()]
-        while not self.said.empty():
-            messages.append(self.said.get_nowait())
+    async def receive(self) -> list[RayMessage]:
+        """Return the messages since the last call; wait until there is one."""
+        messages = [await self.outbox.get()]
+        while not self.outbox.empty():
+            messages.append(self.outbox.get_nowait())
         return messages
 
-    async def send(self, message: Message) -> None:
-        """Do what the driver says, or pass an order on to a worker of Ray Train."""
+    async def send(self, message: ToNodeActor) -> None:
+        """Do what the driver asks for, or pass a command on to a worker of Ray Train."""
         match message:
-            case {"command": worker}:
+            case EndWorker(worker):
                 self.commands_of[worker].put_nowait(message)
-            case {"kill_worker": worker}:
+            case KillWorker(worker):
                 with suppress(ProcessLookupError):
                     os.kill(self.pids[worker], signal.SIGKILL)
             case _:
@@ -125,34 +101,34 @@ class NodeActor:
     # ---- the workers of Ray Train on this node ------------------------------------------------------------------------
 
     async def register(self, worker_group: int, worker: int, pid: int, environment: dict[str, str]) -> None:
-        """A worker of a lease is ready: `environment` is what Ray gave it, `pid` its process, whose end is news."""
+        """Register a worker of a worker group: `environment` is what Ray gave it, `pid` its process, whose end is reported."""
         await self.open()
         own = {k: v for k, v in environment.items() if os.environ.get(k) != v and not k.startswith("RAY_")}
         self.commands_of[worker] = asyncio.Queue()
         self.pids[worker] = pid
-        with suppress(OSError):  # a container of its own, or gone already: then Ray's word has to do
+        with suppress(OSError):  # in a container of its own, or gone already: then only Ray reports its end
             descriptor = os.pidfd_open(pid)
             asyncio.get_running_loop().add_reader(descriptor, self._gone, worker_group, worker, descriptor)
-        self._emit({"registered": worker, "lease": worker_group, "environment": own})
+        self._emit(WorkerReady(worker, worker_group, own))
 
     def _gone(self, worker_group: int, worker: int, descriptor: int) -> None:
         asyncio.get_running_loop().remove_reader(descriptor)
         os.close(descriptor)
-        self._emit({"gone": worker, "lease": worker_group})
+        self._emit(WorkerGone(worker, worker_group))
 
-    async def commands(self, worker: int) -> Message:
-        """The next order for `worker`; waits until there is one."""
+    async def commands(self, worker: int) -> EndWorker:
+        """Return the next command for `worker`; wait until there is one."""
         return await self.commands_of[worker].get()
 
 
 ANSWER_SECONDS = 60.0
-"""How long new stewards are waited for; a node that is too busy to start one must not hold up the others."""
+"""How long to wait for new node actors; a node that is too busy to start one must not delay the others."""
 
 
 class NodeActors:
-    """Starts an actor on each node and listens to it. What it says goes to `emit`, with the id of its node."""
+    """Starts an actor on each node and receives its messages, which go to `emit` with the id of its node."""
 
-    def __init__(self, run_dir: RunDir, emit: Callable[[str, Message], None]) -> None:
+    def __init__(self, run_dir: RunDir, emit: Callable[[str, RayMessage], None]) -> None:
         self.run_dir, self.emit = run_dir, emit
         self.nodes: dict[str, RayNode] = {}
         self._actors: dict[str, Any] = {}
@@ -160,7 +136,7 @@ class NodeActors:
         self._count = 0
 
     async def ensure(self, nodes: Iterable[RayNode], towards: str, several: bool) -> list[RayNode]:
-        """Have one on each of `nodes`; return the nodes that do not see the run directory. `towards`: the head's address."""
+        """Start one on each of `nodes`; return the nodes without the run directory. `towards`: the head's address."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -190,21 +166,21 @@ class NodeActors:
         try:
             return bool(await self._actors[node].sees.remote(path))
         except (RayError, KeyError):
-            return True  # gone meanwhile, which is another matter
+            return True  # the node is gone, which `Lost` reports
 
     async def _listen(self, node: str) -> None:
         from ray.exceptions import RayError
 
         try:
             while True:
-                for message in await self._actors[node].news.remote():
+                for message in await self._actors[node].receive.remote():
                     self.emit(node, message)
         except RayError:  # the actor died, alone or with its node
             del self._actors[node]
-            self.emit(node, {"lost": node})
+            self.emit(node, Lost())
 
     async def settle(self, nodes: Iterable[str], seconds: float) -> None:
-        """Wait until each of `nodes` answers, or has been told of as lost; not longer than `seconds`."""
+        """Wait until each of `nodes` answers or is reported as lost, `seconds` at most."""
         asked = [asyncio.ensure_future(self._answers_or_is_lost(node)) for node in nodes if node in self._actors]
         if asked:
             await asyncio.wait(asked, timeout=seconds)
@@ -215,16 +191,16 @@ class NodeActors:
         try:
             await self._actors[node].sees.remote("")
         except RayError:
-            await asyncio.wait([self._listening[node]])  # it tells of it
+            await asyncio.wait([self._listening[node]])  # which reports it
 
     def open(self, nodes: Iterable[str]) -> None:
-        """Let their forkservers import already."""
+        """Start their forkservers."""
         for node in nodes:
             if node in self._actors:
                 self._actors[node].open.remote()
 
-    def send(self, node: str, message: Message) -> bool:
-        """Send `message`; returns False for a node that is gone, with which the message is lost."""
+    def send(self, node: str, message: ToNodeActor) -> bool:
+        """Send `message`; return False if the node is gone."""
         if node not in self._actors:
             return False
         self._actors[node].send.remote(message)
@@ -234,15 +210,15 @@ class NodeActors:
         """Reserve a port there.
 
         Raises:
-            ray.exceptions.RayError: the steward is gone.
+            ray.exceptions.RayError: the node actor is gone.
         """
         return int(await self._actors[node].port.remote())
 
-    def send_all(self, message: Message) -> None:
+    def send_all(self, message: ToNodeActor) -> None:
         for node in list(self._actors):
             self.send(node, message)
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stop receiving."""
         for task in self._listening.values():
             task.cancel()

@@ -1,4 +1,4 @@
-"""A worker of Ray Train: a rank's claim to its devices. It hands over what Ray gave it and does as the driver says."""
+"""A worker of Ray Train: it holds the devices of a rank, and reports the environment that Ray gave it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import ray.train
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from launcher.agent.protocol import EndWorker
+
 NODE_ACTOR_SECONDS = 60.0
-"""How long a worker looks for the steward of its node; the driver starts one wherever a node joins."""
+"""How long a worker looks for the node actor of its node; the driver starts one on each node that joins."""
 
 
 class RunEnded(RuntimeError):
@@ -40,7 +42,7 @@ class RankConfig(BackendConfig):  # type: ignore[misc]
 
 
 SPARED = ("DatasetsCallback", "PlacementGroupCleanerCallback")
-"""What Ray Train starts an actor each for, with an import of a second or more, in each lease: data sets, of which it has
+"""What Ray Train starts an actor each for, with an import of a second or more, in each worker group: datasets, of which it has
 none here, and the end of a controller that dies alone, after which our driver leaves and Ray ends all that the job has."""
 
 
@@ -57,7 +59,7 @@ def node_actor_name(run_dir: str, node: str) -> str:
 
 
 def hold_rank(config: dict[str, Any]) -> None:
-    """The train function: enrol with the steward of this node, then do as told until the end.
+    """The train function: register with the node actor of this node, then wait for `EndWorker`.
 
     Raises:
         RunEnded: the run failed.
@@ -65,13 +67,10 @@ def hold_rank(config: dict[str, Any]) -> None:
     context = ray.get_runtime_context()
     worker = ray.train.get_context().get_world_rank()
     node_actor = _find(node_actor_name(config["run_dir"], context.get_node_id()))
-    ray.get(node_actor.register.remote(config["lease"], worker, os.getpid(), dict(os.environ)))
-    while True:
-        match ray.get(node_actor.commands.remote(worker)):
-            case {"end": ""}:
-                return
-            case {"end": text}:
-                raise RunEnded(text)
+    ray.get(node_actor.register.remote(config["group"], worker, os.getpid(), dict(os.environ)))
+    command: EndWorker = ray.get(node_actor.commands.remote(worker))
+    if command.error:
+        raise RunEnded(command.error)
 
 
 def _find(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""A lease: the workers that one `fit` of Ray Train holds, from its start to its end."""
+"""A worker group: the workers that one `fit` of Ray Train holds, from its start to its end."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from launcher.agent.protocol import RayMessage, Start
 from launcher.backends.ray.cluster import SLICE, TOPOLOGY, WORKER, RayNode
 from launcher.request.placement.tpu import Topology, rank_environment
 from launcher.request.spec import Plan
 from training.distributed.visible import visible_devices
 from training.distributed.world import World
+
+Inbox = asyncio.Queue[tuple[str, RayMessage]]
+"""Messages to the driver, with the id of the node that sent each."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class WorkerGroup:
     """One `fit`, in a thread of its own.
 
     Attributes:
-        members: the workers that are ready; all of them, in the order of their ranks, once the lease is `complete`.
+        members: the workers that are ready; all of them, in the order of their ranks, once the group is `complete`.
         broken: one of its workers is gone, so it cannot carry another attempt.
         error: why it ended, or what `fit` raised.
         lost_before: how many nodes the run had lost when it began.
@@ -63,14 +67,14 @@ class WorkerGroup:
         run["failure_config"] = FailureConfig(**run["failure_config"])
         LeanTrainer(
             hold_rank,
-            train_loop_config={"run_dir": str(self.plan.run_dir), "lease": self.number},
+            train_loop_config={"run_dir": str(self.plan.run_dir), "group": self.number},
             backend_config=RankConfig(),
             scaling_config=ScalingConfig(**asked["scaling_config"]),
             run_config=RunConfig(**run),
         ).fit()
 
     def register(self, member: Member) -> None:
-        """A worker is ready."""
+        """Add a worker that is ready."""
         self.members.append(member)
         if self.complete:
             self.members.sort(key=_order)
@@ -116,6 +120,15 @@ class WorkerGroup:
     def rank_of(self, worker: int) -> int:
         return next(rank for rank, member in enumerate(self.members) if member.worker == worker)
 
+    def starts(self, attempt: int, port: int) -> dict[str, Start]:
+        """Return the message that starts the ranks of each node, by node id."""
+        worlds = self.worlds(attempt, port)
+        ranks = {node.id: self.ranks_on(node.id) for node in self.nodes()}
+        return {
+            node: Start(attempt, [worlds[rank] for rank in local], {rank: self.environment(rank) for rank in local})
+            for node, local in ranks.items()
+        }
+
     def worlds(self, attempt: int, port: int) -> list[World]:
         """The world of each rank, in order."""
         nodes = [node.id for node in self.nodes()]
@@ -146,13 +159,13 @@ class WorkerGroup:
         slices = list(dict.fromkeys(_slice(each) for each in self.members))
         hosts = [self._hosts(name) for name in slices]
         number = slices.index(_slice(member))
-        here = [each for each in self.members if each.node.id == member.node.id]
+        local = [each for each in self.members if each.node.id == member.node.id]
         return rank_environment(
             [list(each.values()) for each in hosts],
             number,
             list(hosts[number]).index(member.node.id),
-            here.index(member),
-            len(here),
+            local.index(member),
+            len(local),
             self.plan.placement.topology or "1x1",
             f"{self.plan.name}-{self.number}",
         )

@@ -1,4 +1,4 @@
-"""The real forkserver over a socketpair: it starts ranks, tells their ends, and leaves nobody behind."""
+"""The real forkserver over a socketpair: it starts ranks, reports their ends, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -11,15 +11,25 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from launcher.config.cluster import Cluster
 from launcher.lifecycle.run_dir import RunDir
 from launcher.rank.environment import rank_environment
+from launcher.rank.messages import (
+    FromForkServer,
+    Preload,
+    RankEnded,
+    RankStarted,
+    Ready,
+    SignalRanks,
+    StartRank,
+    ToForkServer,
+    decode,
+    encode,
+)
 from launcher.request.placement.place import Placement
 from launcher.request.spec import Plan, RunSpec, Target
 from training.distributed.heartbeat import SLOT
@@ -49,48 +59,50 @@ class Server:
 
     def __init__(self, run: RunDir, log: Path) -> None:
         self.run = run
-        self.ours, theirs = socket.socketpair()
-        self.ours.settimeout(60)
+        self.local, remote = socket.socketpair()
+        self.local.settimeout(60)
         self.buffer = b""
         heartbeats = os.memfd_create("pulses")
         os.ftruncate(heartbeats, 16 * SLOT)
-        with theirs, log.open("wb") as output:
+        with remote, log.open("wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "launcher.rank.forkserver", str(run.path), str(heartbeats)],
-                stdin=theirs.fileno(), stdout=output, stderr=output, start_new_session=True, pass_fds=[heartbeats],
+                stdin=remote.fileno(), stdout=output, stderr=output, start_new_session=True, pass_fds=[heartbeats],
                 env=os.environ | {"PYTHONPATH": str(run.path)},
             )  # fmt: skip
         os.close(heartbeats)
 
-    def send(self, **message: Any) -> None:
-        self.ours.sendall(json.dumps(message).encode() + b"\n")
+    def send(self, message: ToForkServer) -> None:
+        self.local.sendall(encode(message))
 
-    def receive_message(self) -> dict[str, Any]:
+    def receive_message(self) -> FromForkServer:
         while b"\n" not in self.buffer:
-            data = self.ours.recv(4096)
+            data = self.local.recv(4096)
             assert data, "the forkserver is gone"
             self.buffer += data
         line, _, self.buffer = self.buffer.partition(b"\n")
-        return dict(json.loads(line))
+        message: FromForkServer = decode(FromForkServer, line)
+        return message
 
     def preload(self, *modules: str) -> None:
-        self.send(preload=list(modules))
-        assert "ready" in self.receive_message()
+        self.send(Preload(list(modules)))
+        assert isinstance(self.receive_message(), Ready)
 
     def start(self, rank: int, world_size: int = 1) -> int:
         world = World(rank, rank, 0, world_size, world_size, 1, master_port=1)
         environment = rank_environment(os.environ, self.run.plan(), world, {})
-        self.send(start=rank, log=str(self.run.path / f"{rank}.log"), world=asdict(world), environment=environment)
-        told = self.receive_message()
-        assert told["started"] == rank
-        return int(told["pid"])
+        self.send(StartRank(world, str(self.run.path / f"{rank}.log"), environment))
+        started = self.receive_message()
+        assert isinstance(started, RankStarted)
+        assert started.rank == rank
+        return started.pid
 
     def log(self, rank: int) -> list[str]:
         path = self.run.path / f"{rank}.log"
         return path.read_text().splitlines() if path.exists() else []
 
     def close(self) -> None:
-        self.ours.close()
+        self.local.close()
         assert self.process.wait(30) == 0
 
 
@@ -136,14 +148,14 @@ def daemon(run: RunDir) -> list[int]:
     return [int(pid) for pid in (run.path / "daemon").read_text().split()]
 
 
-def test_ranks_start_from_what_was_imported_once_and_their_ends_are_told(run: RunDir, server: Server) -> None:
+def test_ranks_start_from_what_was_imported_once_and_their_ends_are_reported(run: RunDir, server: Server) -> None:
     aim(run, "exit", "a 'b' $(c)\n")
     server.preload("fs_preloaded")
     for rank in range(3):
         server.start(rank, world_size=3)
-    told = [server.receive_message() for _ in range(3)]
+    ends = {server.receive_message() for _ in range(3)}
     # A script's own exit status is a rank's "raised"; what it was is in the error that it left.
-    assert {each["exit"]: each["code"] for each in told} == {0: 0, 1: 1, 2: 1}
+    assert ends == {RankEnded(0, 0), RankEnded(1, 1), RankEnded(2, 1)}
     for rank in range(3):
         assert sorted(server.log(rank)[:3]) == [
             "preloaded: True",
@@ -160,8 +172,8 @@ def test_a_signal_reaches_its_rank_and_no_other(run: RunDir, server: Server, num
     server.preload()
     pids = [server.start(rank, world_size=2) for rank in range(2)]
     until(lambda: len(server.log(0)) == len(server.log(1)) == 3)
-    server.send(signal=number, ranks=[1])
-    assert server.receive_message() == {"exit": 1, "code": code}
+    server.send(SignalRanks(number, [1]))
+    assert server.receive_message() == RankEnded(1, code)
     assert (alive(pids[0]), alive(pids[1])) == (True, False)
 
 
@@ -171,11 +183,11 @@ def test_a_stop_that_a_scheduler_sends_to_every_process_reaches_a_rank_once(run:
     pid = server.start(0)
     until(lambda: len(server.log(0)) == 3)
     server.process.send_signal(signal.SIGTERM)  # as the rank has got it, too
-    server.send(signal=signal.SIGTERM, ranks=[0])
+    server.send(SignalRanks(signal.SIGTERM, [0]))
     other = server.start(1, world_size=2)  # answered after the signal was handled
     assert alive(pid)
-    server.send(signal=signal.SIGKILL, ranks=[0, 1])
-    assert sorted(server.receive_message()["exit"] for _ in range(2)) == [0, 1]
+    server.send(SignalRanks(signal.SIGKILL, [0, 1]))
+    assert {server.receive_message() for _ in range(2)} == {RankEnded(0, -9), RankEnded(1, -9)}
     assert not alive(other)
 
 
@@ -185,15 +197,15 @@ def test_a_kill_right_after_the_start_is_not_lost(run: RunDir, server: Server) -
     server.preload()
     for _ in range(20):
         server.start(0)
-        server.send(signal=signal.SIGKILL, ranks=[0])
-        assert server.receive_message() == {"exit": 0, "code": -9}
+        server.send(SignalRanks(signal.SIGKILL, [0]))
+        assert server.receive_message() == RankEnded(0, -9)
 
 
-def test_a_rank_killed_from_outside_is_told(run: RunDir, server: Server) -> None:
+def test_a_rank_killed_from_outside_is_reported(run: RunDir, server: Server) -> None:
     aim(run, "sleep")
     server.preload()
     os.kill(server.start(0), signal.SIGKILL)
-    assert server.receive_message() == {"exit": 0, "code": -9}
+    assert server.receive_message() == RankEnded(0, -9)
 
 
 def test_what_a_rank_leaves_behind_goes_with_it(run: RunDir, server: Server) -> None:
@@ -201,7 +213,7 @@ def test_what_a_rank_leaves_behind_goes_with_it(run: RunDir, server: Server) -> 
     server.preload()
     server.start(0)
     pids = daemon(run)
-    assert server.receive_message() == {"exit": 0, "code": 0}
+    assert server.receive_message() == RankEnded(0, 0)
     until(lambda: not any(map(alive, pids)), seconds=5)
 
 
@@ -225,7 +237,7 @@ def test_after_an_import_that_fails_ranks_are_fresh_interpreters(run: RunDir, se
     aim(run, "exit")
     server.preload("fs_preloaded", "fs_raises")
     server.start(0)
-    assert server.receive_message() == {"exit": 0, "code": 0}
+    assert server.receive_message() == RankEnded(0, 0)
     assert "preloaded: False" in server.log(0)
     assert "RuntimeError" in (run.path / "server.log").read_text()
 
@@ -251,7 +263,7 @@ def test_a_fork_in_which_cuda_would_fail_becomes_a_fresh_interpreter(run: RunDir
     aim(run, "exit")
     server.preload("fs_preloaded", "fs_poison")
     server.start(0)
-    assert server.receive_message() == {"exit": 0, "code": 0}
+    assert server.receive_message() == RankEnded(0, 0)
     assert "preloaded: False" in server.log(0)
 
 
@@ -259,7 +271,7 @@ def test_without_imports_ranks_are_fresh_interpreters(run: RunDir, server: Serve
     aim(run, "exit", "two words")
     server.preload()
     server.start(1, world_size=2)
-    assert server.receive_message() == {"exit": 1, "code": 1}
+    assert server.receive_message() == RankEnded(1, 1)
     assert "preloaded: False" in server.log(1)
     assert "rank 1 of 2 ['exit', 'two words']" in server.log(1)
     assert (run.path / "server.log").read_text() == ""

@@ -17,7 +17,8 @@ import pytest
 from launcher.agent.coordinator import Coordinator
 from launcher.agent.health import preflight
 from launcher.agent.health.preflight import RUN_FOLDER_BYTES, SCRATCH_BYTES, judge, look, skew
-from launcher.agent.protocol import AgentInfo, Message
+from launcher.agent.job_attempt import JobAttempt
+from launcher.agent.protocol import AgentInfo, AgentMessage, CheckNode, Lost, NodeChecked, StopRequest, ToAgent
 from launcher.client.plan import make_plan
 from launcher.lifecycle.policy import Outcome
 from launcher.lifecycle.run_dir import RunDir
@@ -148,7 +149,7 @@ def test_what_hangs_on_a_node_does_not_hold_up_the_rest(tmp_path: Path, monkeypa
 
 
 def ask(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, said: Callable[[Coordinator, int], list[tuple[int, Message]]]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, said: Callable[[Coordinator, int], list[tuple[int, AgentMessage]]]
 ) -> Outcome | None:
     """Let a coordinator ask nodes 0 and 1; when it asks one, `said` is what comes in from which."""
     (folder / "idle.py").write_text(IDLE)
@@ -160,25 +161,25 @@ def ask(
         found.peers.hosts[1] = "n1"
         monkeypatch.setattr(found.peers, "connected", lambda: connected)
 
-        def send(agent: int, message: Message) -> None:
-            assert message == {"look": 3}
+        def send(agent: int, message: ToAgent) -> None:
+            assert message == CheckNode(3)
             for emit in said(found, agent):
                 found.inbox.put_nowait(emit)
 
-        monkeypatch.setattr(found, "_send", send)
-        return await found._preflight(3, [0, 1])
+        monkeypatch.setattr(found.agents, "send", send)
+        return await JobAttempt(3, found.run_dir, plan, found.agents, found.stops, found.inbox).preflight([0, 1])
 
     connected = [0, 1]
     return asyncio.run(inside())
 
 
-def answer(**more: Any) -> Message:
+def answer(**more: Any) -> NodeChecked:
     now = time.time()
-    return {"looked": 3, "facts": {**facts(), "heard": now, "said": now, **more}}
+    return NodeChecked(3, {**facts(), "heard": now, "said": now, **more})
 
 
 def test_where_all_are_fit_nothing_keeps_the_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    late = {"looked": 2, "facts": {}}  # by who was given up in the attempt before
+    late = NodeChecked(2, {})  # of a node that was given up in the attempt before
     assert ask(tmp_path, monkeypatch, lambda _, agent: [(1, late), (agent, answer())]) is None
 
 
@@ -192,11 +193,11 @@ def test_who_is_silent_is_unfit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_who_is_lost_meanwhile_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def said(found: Coordinator, agent: int) -> list[tuple[int, Message]]:
+    def said(found: Coordinator, agent: int) -> list[tuple[int, AgentMessage]]:
         if agent == 0:
             return [(0, answer())]
         found.peers.connected().remove(1)
-        return [(1, {"lost": 1})]
+        return [(1, Lost())]
 
     found = ask(tmp_path, monkeypatch, said)
     assert found is not None
@@ -204,7 +205,7 @@ def test_who_is_lost_meanwhile_is_lost(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_stop_does_not_wait_for_the_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = ask(tmp_path, monkeypatch, lambda _, agent: [(0, {"signal": int(signal.SIGTERM)})] if agent else [])
+    found = ask(tmp_path, monkeypatch, lambda _, agent: [(0, StopRequest(signal.SIGTERM))] if agent else [])
     assert found == Outcome({}, stop="SIGTERM")
 
 

@@ -1,0 +1,217 @@
+"""One attempt inside the allocation of a job: preflight, start, supervision and outcome."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+from launcher.agent.attempt import Attempt
+from launcher.agent.health import preflight
+from launcher.agent.network import reserve_port
+from launcher.agent.node_ranks import NodeRanks
+from launcher.agent.peers import Peers
+from launcher.agent.protocol import AgentInfo, AgentMessage, CheckNode, Start, StopRequest, ToAgent
+from launcher.lifecycle import history
+from launcher.lifecycle.policy import Outcome
+from launcher.lifecycle.recovery import abort_causes
+from launcher.lifecycle.run_dir import RunDir
+from launcher.request.placement.place import Placement
+from launcher.request.spec import Plan
+
+LOOP_SECONDS, SCHEDULER_SECONDS = 0.05, 0.5
+"""How long after the last rank's end a signal to this process may still arrive; under a scheduler also from other nodes."""
+
+Inbox = asyncio.Queue[tuple[int, AgentMessage]]
+
+
+class Agents:
+    """The agents of a job: that of this node and, over `peers`, the others.
+
+    Attributes:
+        excluded: agents of unfit nodes. They stay connected, since the job's exit status is also theirs.
+    """
+
+    def __init__(self, agent_info: AgentInfo, local: NodeRanks, peers: Peers) -> None:
+        self.agent_info, self.local, self.peers = agent_info, local, peers
+        self.excluded: set[int] = set()
+
+    def available(self) -> list[int]:
+        """Return the connected agents that ranks may be started on."""
+        return [agent for agent in self.peers.connected() if agent not in self.excluded]
+
+    def absent(self) -> list[str]:
+        """Return the hosts whose agents are not connected."""
+        connected = self.peers.connected()
+        return [self.host(node) for node in range(self.agent_info.nodes) if node not in connected]
+
+    def host(self, agent: int) -> str:
+        """Return the name of the agent's node."""
+        return self.peers.hosts.get(agent, f"node {agent}, which never joined,")
+
+    def host_of_rank(self, agents: Sequence[int], placement: Placement) -> dict[int, str]:
+        """Return the host of each rank if `agents` are the nodes of the placement."""
+        return {rank: self.host(agents[rank // placement.ranks_per_node]) for rank in range(placement.world_size)}
+
+    def send(self, agent: int, message: ToAgent) -> None:
+        """Send `message` to one agent."""
+        if agent != self.agent_info.node:
+            self.peers.send(agent, message)
+        else:
+            self.local.handle(message)
+
+    def send_all(self, message: ToAgent) -> None:
+        """Send `message` to every connected agent."""
+        for agent in self.peers.connected():
+            self.send(agent, message)
+
+
+class StopRequests:
+    """The requests to stop that a job has received.
+
+    Attributes:
+        first: the signal of the first request; None if there was none.
+        preempted: whether SLURM announced by SIGUSR2 that it takes the nodes.
+    """
+
+    def __init__(self, run_dir: RunDir, plan: Plan) -> None:
+        self.run_dir, self.plan = run_dir, plan
+        self.started = time.monotonic()
+        self.first: signal.Signals | None = None
+        self.preempted = False
+
+    @property
+    def reason(self) -> str:
+        """The name of the first signal; empty if there was no request."""
+        return self.first.name if self.first else ""
+
+    def note(self, message: AgentMessage) -> None:
+        """Record `message` if it is a request to stop."""
+        if not isinstance(message, StopRequest):
+            return
+        self.first = self.first or signal.Signals(message.number)
+        if message.number == signal.SIGUSR2 and not self.preempted:
+            self.preempted = True
+            history.record_preempted(
+                self.run_dir, signal="SIGUSR2", reason="time limit" if self._late() else "preemption"
+            )
+
+    def _late(self) -> bool:
+        """Whether the time limit is near; SLURM may send its signal up to 60 s before it is due."""
+        limit = self.plan.time_minutes * 60
+        return bool(limit) and time.monotonic() - self.started > limit - self.plan.cluster.grace - 60
+
+
+class JobAttempt:
+    """Runs attempt `number` on the available agents."""
+
+    def __init__(
+        self, number: int, run_dir: RunDir, plan: Plan, agents: Agents, stops: StopRequests, inbox: Inbox
+    ) -> None:
+        self.number, self.run_dir, self.plan = number, run_dir, plan
+        self.agents, self.stops, self.inbox = agents, stops, inbox
+
+    async def run(self) -> Outcome:
+        """Start all ranks and supervise them to their end."""
+        if self.stops.first:
+            return Outcome({}, stop=self.stops.reason)
+        placement = self.plan.placement
+        used = self.agents.available()[: placement.nodes]  # those after them are spare
+        if len(used) < placement.nodes:
+            return Outcome({}, lost=self.agents.absent())
+        if self.plan.cluster.preflight and (outcome := await self.preflight(used)):
+            return outcome
+        nodes = {agent: node for node, agent in enumerate(used)}
+        hang_after = self.plan.cluster.hang_after
+        attempt = Attempt(self.number, nodes, placement.ranks_per_node, hang_after, self.agents.send_all)
+        holder = reserve_port()
+        try:
+            self._start(used, holder.getsockname()[1])
+            while not attempt.over:
+                await self._receive(attempt)
+            if not attempt.joined and not self.stops.first:
+                await self._settle(attempt)
+            return await self._outcome(attempt, used)
+        finally:
+            holder.close()
+
+    def _start(self, used: Sequence[int], port: int) -> None:
+        peers, placement = self.agents.peers, self.plan.placement
+        hosts = [peers.hosts[agent] for agent in used]
+        history.record_started(self.run_dir, self.number, placement.world_size, hosts)
+        addresses = [peers.addresses[agent] for agent in used]
+        for node, agent in enumerate(used):
+            self.agents.send(agent, Start.of(self.plan, self.number, node, addresses, port))
+
+    async def _outcome(self, attempt: Attempt, used: Sequence[int]) -> Outcome:
+        stop, finished = self.stops.reason, self.run_dir.finished(self.number, 0).exists()
+        host_of_rank = self.agents.host_of_rank(used, self.plan.placement)
+        for agent in attempt.lost:
+            self.agents.peers.drop(agent)
+        errors = self.run_dir.errors(self.number)
+        lost = [self.agents.host(agent) for agent in attempt.lost]
+        outcome = Outcome(attempt.exits, errors, stop, lost, host_of_rank, attempt.progress, attempt.hung)
+        aborts = await asyncio.to_thread(abort_causes, self.run_dir, self.number, attempt.exits)
+        return replace(outcome, joined=attempt.joined, finished=finished, aborts=aborts)
+
+    async def _receive(self, attempt: Attempt) -> None:
+        try:
+            async with asyncio.timeout_at(attempt.kill_at):
+                agent, message = await self.inbox.get()
+        except TimeoutError:
+            attempt.on_deadline()
+            return
+        attempt.on_message(agent, message)
+        if isinstance(message, StopRequest):
+            # The first request is passed on; a second Ctrl-C, or the end of the grace, kills.
+            first = not self.stops.first
+            again = self.stops.first == message.number == signal.SIGINT
+            self.stops.note(message)
+            if first:
+                fields = attempt.ask_to_stop(self.plan.cluster.grace)
+                history.record_stopping(self.run_dir, self.stops.reason, **fields)
+            elif again:
+                attempt.kill_within(0.0)
+
+    async def _settle(self, attempt: Attempt) -> None:
+        """Take in a stop that ended the ranks before this process received it.
+
+        A scheduler sends SIGTERM to every process of a step, and the ranks' ends may be received first. A request by the
+        file `stop` does not count: it reaches the ranks through this process alone.
+        """
+        fate = self.agents.agent_info.fate
+        seconds = SCHEDULER_SECONDS if self.agents.agent_info.requeue is not None else LOOP_SECONDS
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not self.stops.first:
+                    _, message = await self.inbox.get()
+                    if not (isinstance(message, StopRequest) and message.by_file):
+                        self.stops.note(message)
+        if not self.stops.first and -signal.SIGTERM in attempt.exits.values() and fate():
+            self.stops.first = signal.SIGTERM
+        if self.stops.first:
+            history.record_stopping(self.run_dir, self.stops.reason)
+
+    async def preflight(self, used: Sequence[int]) -> Outcome | None:
+        """Check the nodes of `used`; return the outcome if the attempt cannot start, None if it can."""
+        agents = self.agents
+        answers = await preflight.ask(
+            self.number,
+            used,
+            lambda agent: agents.send(agent, CheckNode(self.number)),
+            self.inbox,
+            awaited=lambda agent: not self.stops.first and agent in agents.peers.connected(),
+            other=lambda _, message: self.stops.note(message),
+        )
+        if self.stops.first:
+            return Outcome({}, stop=self.stops.reason)
+        if gone := set(used) - {*agents.peers.connected()}:
+            return Outcome({}, lost=[agents.host(agent) for agent in sorted(gone)])
+        ranks = dict.fromkeys(map(agents.host, used), self.plan.placement.ranks_per_node)
+        unfit = preflight.judge({agents.host(agent): facts for agent, facts in answers.items()}, ranks)
+        agents.excluded |= {agent for agent in used if agents.host(agent) in unfit}
+        hosts = agents.host_of_rank(used, self.plan.placement)
+        return Outcome({}, hosts=hosts, unfit=unfit) if unfit else None

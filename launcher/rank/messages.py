@@ -1,0 +1,93 @@
+"""Messages between processes: lines of JSON, and the messages between a node agent and its forkserver.
+
+A line is ``{"<class>": {<field>: <value>, ...}}``.
+
+=====================  ====================================================================================
+agent to forkserver
+`Preload`              import modules; the answer is `Ready`
+`StartRank`            start a rank; the answers are `RankStarted` and, when it has ended, `RankEnded`
+`SignalRanks`          send a signal to ranks; no answer
+=====================  ====================================================================================
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
+
+from training.distributed.world import World
+from training.typed import from_data
+
+JsonObject = dict[str, Any]
+"""A part of a message that is only reported: what is in it depends on the machine."""
+
+
+@dataclass(frozen=True)
+class Preload:
+    """Import `modules` and fork ranks from there; without any, each rank is a fresh interpreter."""
+
+    modules: list[str]
+
+
+@dataclass(frozen=True)
+class StartRank:
+    """Start the rank of `world` with all of its environment variables; its output is appended to the file `log`."""
+
+    world: World
+    log: str
+    environment: dict[str, str]
+
+
+@dataclass(frozen=True)
+class SignalRanks:
+    """Send the signal `number` to `ranks`."""
+
+    number: int
+    ranks: list[int]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The imports of `Preload` are done, after `seconds`."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RankStarted:
+    """A rank has started, as the process `pid`."""
+
+    rank: int
+    pid: int
+
+
+@dataclass(frozen=True)
+class RankEnded:
+    """A rank has ended with the exit status `code`; negative: by that signal."""
+
+    rank: int
+    code: int
+
+
+ToForkServer = Preload | StartRank | SignalRanks
+FromForkServer = Ready | RankStarted | RankEnded
+
+
+def encode(message: Any) -> bytes:
+    """Return a message, an instance of a dataclass, as a line."""
+    return json.dumps({type(message).__name__: asdict(message)}).encode() + b"\n"
+
+
+def decode(kinds: Any, line: bytes) -> Any:
+    """Return the message on a line; `kinds` is the class, or the union of the classes, that is expected.
+
+    Raises:
+        ValueError: the line is none of them (ConfigError if only a field is wrong).
+    """
+    data = json.loads(line)
+    known = {kind.__name__: kind for kind in get_args(kinds) or (kinds,)}
+    if not isinstance(data, dict) or len(data) != 1 or not known.keys() >= data.keys():
+        raise ValueError(f"a message that is none of {', '.join(known)}: {line[:80]!r}")
+    [(name, fields)] = data.items()
+    return from_data(known[name], fields, name)
