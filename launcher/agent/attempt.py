@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, assert_never
 
 from launcher.agent.hang_detection import HangDetector, RankStatus, StackLocation, find_culprit
-from launcher.agent.node_ranks import STACK_SECONDS
 from launcher.agent.protocol import (
     AgentMessage,
     DumpStacks,
@@ -22,13 +21,8 @@ from launcher.agent.protocol import (
     StopRequest,
     ToAgent,
 )
+from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle.exit_status import BAD_REQUEST, DISK_FULL, ERROR_NOT_WRITTEN, RAISED
-
-ERROR_GRACE_SECONDS = 0.5
-"""How long other ranks get, after one raised, to leave their own errors before they are killed."""
-
-DEATH_SECONDS = 30.0
-"""How long a killed rank may take to be gone. One that hangs in a driver or a file system (the D state) never is."""
 
 
 class Attempt:
@@ -114,7 +108,7 @@ class Attempt:
         if self._suspects is not None and self.hung is None:
             self.hung = find_culprit(self._suspects, self._places)
         self.send(Signal(signal.SIGKILL))
-        self._killed, self.kill_at = True, asyncio.get_running_loop().time() + DEATH_SECONDS
+        self._killed, self.kill_at = True, asyncio.get_running_loop().time() + TIMEOUTS.killed_rank
 
     def on_message(self, agent: int, message: AgentMessage) -> None:
         """Update the state by a message of an agent."""
@@ -146,7 +140,7 @@ class Attempt:
         if end.code < 0 and end.code != -signal.SIGTERM:
             self.kill_within(0.0)
         elif end.code < 0 or end.code in (RAISED, BAD_REQUEST, DISK_FULL, ERROR_NOT_WRITTEN):
-            self.kill_within(ERROR_GRACE_SECONDS)
+            self.kill_within(TIMEOUTS.error_grace)
 
     def _on_lost(self, agent: int) -> None:
         if agent not in self.nodes:  # a spare one, or one that was lost before this attempt
@@ -166,4 +160,4 @@ class Attempt:
         if self._watch.see(self._beats, asyncio.get_running_loop().time()):
             self._suspects = dict(self._beats)
             self.send(DumpStacks(self.attempt))
-            self.kill_within(STACK_SECONDS + 2.0)  # the messages need a moment, too
+            self.kill_within(TIMEOUTS.stack_dump + 2.0)  # the messages need a moment, too

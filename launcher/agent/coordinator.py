@@ -10,13 +10,14 @@ from contextlib import suppress
 from launcher.agent.health import environment_record
 from launcher.agent.job_attempt import Agents, Inbox, JobAttempt, StopRequests
 from launcher.agent.node_ranks import NodeRanks, on_signals
-from launcher.agent.peers import CONNECT_SECONDS, HEARTBEAT_SECONDS, Peers
+from launcher.agent.peers import Peers
 from launcher.agent.protocol import AgentInfo, AgentMessage, StopRequest
+from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle import history
 from launcher.lifecycle.history import JobFate
 from launcher.lifecycle.policy import Outcome
 from launcher.lifecycle.recovery import Elsewhere, Recovery
-from launcher.lifecycle.run_dir import BEAT_SECONDS, RunDir
+from launcher.lifecycle.run_dir import RunDir
 from launcher.request.spec import Plan, State
 
 
@@ -58,9 +59,9 @@ class Coordinator:
         return state.exit_status
 
     async def _wait_for_peers(self) -> None:
-        """Wait until every node has joined or a stop is requested, `CONNECT_SECONDS` at most."""
+        """Wait until every node has joined or a stop is requested, `Timeouts.connect` at most."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(CONNECT_SECONDS):
+            async with asyncio.timeout(TIMEOUTS.connect):
                 while len(self.peers.connected()) < self.agent_info.nodes and not self.stops.first:
                     _, message = await self.inbox.get()
                     self.stops.note(message)
@@ -71,9 +72,9 @@ class Coordinator:
             # Not in this thread: a shared disk may take a minute to answer, and the other nodes would think us gone.
             if await asyncio.to_thread(self._look, session) and not self.stops.first:
                 self._emit(StopRequest(by_file=True))
-            for _ in range(round(BEAT_SECONDS / HEARTBEAT_SECONDS)):
+            for _ in range(round(TIMEOUTS.run_heartbeat / TIMEOUTS.heartbeat)):
                 self._emit(self.local.report())
-                await asyncio.sleep(HEARTBEAT_SECONDS)
+                await asyncio.sleep(TIMEOUTS.heartbeat)
 
     def _look(self, session: str) -> bool:
         """Touch the heartbeat; returns whether somebody asked for a stop."""

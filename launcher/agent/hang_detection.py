@@ -8,13 +8,11 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from launcher.config.timeouts import TIMEOUTS
 from training.distributed.heartbeat import STARTING, TRAINING
 
 LONGER_ELSEWHERE = 10.0
 """How much more patience there is outside of training steps, where evaluations, saves and compilations take their time."""
-
-ASLEEP_SECONDS = 10.0
-"""Looks come every second; after a longer gap the machine, the job or this process was suspended."""
 
 STOPPED_STATES = "T"
 """States of /proc/PID/stat in which a process does nothing until it is told to: stopped by a signal (not by a debugger)."""
@@ -53,7 +51,7 @@ class HangDetector:
         """Look at the ranks, at time `now` in seconds; return whether the run is hung."""
         if not beats or not self.hang_after:
             return False
-        if self._looked is not None and now - self._looked > ASLEEP_SECONDS:
+        if self._looked is not None and now - self._looked > TIMEOUTS.suspended:
             self._woke = now  # everything stood still, this process included; what ranks said before says nothing
         self._looked = now
         beats = {rank: replace(beat, age=min(beat.age, now - self._woke)) for rank, beat in beats.items()}

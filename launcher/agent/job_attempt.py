@@ -15,15 +15,13 @@ from launcher.agent.network import reserve_port
 from launcher.agent.node_ranks import NodeRanks
 from launcher.agent.peers import Peers
 from launcher.agent.protocol import AgentInfo, AgentMessage, CheckNode, Start, StopRequest, ToAgent
+from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle import history
 from launcher.lifecycle.policy import Outcome
 from launcher.lifecycle.recovery import abort_causes
 from launcher.lifecycle.run_dir import RunDir
 from launcher.request.placement.place import Placement
 from launcher.request.spec import Plan
-
-LOOP_SECONDS, SCHEDULER_SECONDS = 0.05, 0.5
-"""How long after the last rank's end a signal to this process may still arrive; under a scheduler also from other nodes."""
 
 Inbox = asyncio.Queue[tuple[int, AgentMessage]]
 
@@ -183,7 +181,7 @@ class JobAttempt:
         file `stop` does not count: it reaches the ranks through this process alone.
         """
         fate = self.agents.agent_info.fate
-        seconds = SCHEDULER_SECONDS if self.agents.agent_info.requeue is not None else LOOP_SECONDS
+        seconds = TIMEOUTS.late_signal_scheduler if self.agents.agent_info.requeue is not None else TIMEOUTS.late_signal
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while not self.stops.first:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from launcher.agent.coordinator import Coordinator
 from launcher.agent.node_ranks import NodeRanks, on_signals
-from launcher.agent.peers import CONNECT_SECONDS, HEARTBEAT_SECONDS, SILENCE_SECONDS
 from launcher.agent.protocol import AgentInfo, End, FromAgent, Hello, StopRequest, ToAgent
+from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle.run_dir import RunDir
 from launcher.rank.messages import decode, encode
 from launcher.rank.output import drop_output_on_full_disk
@@ -68,10 +68,10 @@ async def follow(run_dir: RunDir, plan: Plan, agent_info: AgentInfo) -> int:
 
 
 async def _read_line(reader: asyncio.StreamReader) -> bytes:
-    """The next line. Raises TimeoutError after `SILENCE_SECONDS`, of which a time when this process slept is but a part."""
+    """The next line. Raises TimeoutError after `Timeouts.silence`, of which a time when this process slept is but a part."""
     for _ in range(SLICES):
         with suppress(TimeoutError):
-            return await asyncio.wait_for(reader.readline(), SILENCE_SECONDS / SLICES)
+            return await asyncio.wait_for(reader.readline(), TIMEOUTS.silence / SLICES)
     raise TimeoutError
 
 
@@ -85,16 +85,16 @@ async def _report(outgoing: asyncio.Queue[FromAgent], ranks: NodeRanks) -> None:
     """Report once a second that this node is alive, and the status of its ranks."""
     while True:
         outgoing.put_nowait(ranks.report())
-        await asyncio.sleep(HEARTBEAT_SECONDS)
+        await asyncio.sleep(TIMEOUTS.heartbeat)
 
 
 async def connect(run_dir: RunDir, agent_info: AgentInfo) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
     """Connect to the coordinator; None where the run has succeeded before, and there is none.
 
     Raises:
-        TimeoutError: it left no rendezvous, or did not answer, within `CONNECT_SECONDS`.
+        TimeoutError: it left no rendezvous, or did not answer, within `Timeouts.connect`.
     """
-    deadline = time.monotonic() + CONNECT_SECONDS
+    deadline = time.monotonic() + TIMEOUTS.connect
     while time.monotonic() < deadline:
         # Listing the folder makes an NFS client look again; a file that was absent once stays absent in its cache.
         os.listdir(run_dir.path)
@@ -108,7 +108,7 @@ async def connect(run_dir: RunDir, agent_info: AgentInfo) -> tuple[asyncio.Strea
             return None
         await asyncio.sleep(0.1)
     raise TimeoutError(
-        f"node {agent_info.node}: no coordinator after {CONNECT_SECONDS:.0f} s. Node 0 did not start, or its address"
+        f"node {agent_info.node}: no coordinator after {TIMEOUTS.connect:.0f} s. Node 0 did not start, or its address"
         f" {agent_info.address} cannot be reached from here, or {run_dir.path} is not the same folder on both nodes."
     )
 

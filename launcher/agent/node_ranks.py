@@ -30,6 +30,7 @@ from launcher.agent.protocol import (
     Start,
     ToAgent,
 )
+from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle.exit_status import ERROR_NOT_WRITTEN
 from launcher.lifecycle.run_dir import RunDir
 from launcher.rank.environment import finished_variable, rank_environment, shared_environment
@@ -48,12 +49,6 @@ from launcher.rank.messages import (
 from launcher.request import own_packages
 from launcher.request.spec import Plan, RunSpec
 from training.distributed.heartbeat import SLOT, Heartbeat
-
-CLOSE_SECONDS = 20.0
-"""How long the end of a node's ranks is waited for, once they are killed."""
-
-STACK_SECONDS = 1.0
-"""How long ranks get to write their stacks; it is done by a signal handler in C, which no stuck Python code holds up."""
 
 
 class NodeRanks:
@@ -207,7 +202,7 @@ class NodeRanks:
         sizes = {rank: log.stat().st_size for rank, log in logs.items() if log.exists()}
         if self.writer is not None:
             self._send(SignalRanks(signal.SIGQUIT, sorted(logs)))
-        await asyncio.sleep(STACK_SECONDS)
+        await asyncio.sleep(TIMEOUTS.stack_dump)
         found = {}
         for rank, size in sizes.items():
             with logs[rank].open("rb") as log:
@@ -221,7 +216,7 @@ class NodeRanks:
             self.writer.close()
         if self.process is not None:
             with suppress(TimeoutError):  # a rank in the D state cannot be killed, and must not hold the nodes
-                await asyncio.wait_for(self.process.wait(), CLOSE_SECONDS)
+                await asyncio.wait_for(self.process.wait(), TIMEOUTS.ranks_end)
         if self.reading is not None:
             self.running.clear()
             await self.reading

@@ -15,21 +15,10 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from launcher.agent.protocol import AgentInfo, AgentMessage, Alive, End, FromAgent, Hello, Joined, Lost, ToAgent
+from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle.run_dir import RunDir
 from launcher.rank.messages import decode, encode
 from training.files import write_atomic
-
-CONNECT_SECONDS = 300.0
-"""How long the agents of a run wait for each other at the start; nodes of one allocation can boot minutes apart."""
-
-HEARTBEAT_SECONDS = 1.0
-"""How often agents report that they are alive, and the status of their ranks."""
-
-SILENCE_SECONDS = 20.0
-"""How long a connected agent may be silent before its node counts as lost; a machine without power closes no connection."""
-
-CLOSE_GRACE_SECONDS = 10.0
-"""How long the coordinator waits, after the end, for the other agents to disconnect."""
 
 
 class Peers:
@@ -85,15 +74,15 @@ class Peers:
         looked = time.monotonic()
         while True:
             now = time.monotonic()
-            if now - looked > 3 * HEARTBEAT_SECONDS:  # this process itself was held up
+            if now - looked > 3 * TIMEOUTS.heartbeat:  # this process itself was held up
                 self._received_at = dict.fromkeys(self._received_at, now)
             looked = now
             for node in list(self._writers):
                 self.send(node, Alive())
-                if now - self._received_at[node] > SILENCE_SECONDS:
+                if now - self._received_at[node] > TIMEOUTS.silence:
                     self.drop(node)
                     self.emit(node, Lost())
-            await asyncio.sleep(HEARTBEAT_SECONDS)
+            await asyncio.sleep(TIMEOUTS.heartbeat)
 
     def drop(self, node: int) -> None:
         """Close the connection of `node`, whose agent then ends its ranks."""
@@ -120,7 +109,7 @@ class Peers:
             self._beating.cancel()
         if self._server is not None:
             self._server.close()
-        deadline = time.monotonic() + CLOSE_GRACE_SECONDS
+        deadline = time.monotonic() + TIMEOUTS.disconnect
         while self._writers and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         for writer in self._writers.values():

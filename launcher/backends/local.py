@@ -11,6 +11,7 @@ from launcher.backends import detached
 from launcher.backends.base import Backend, Capabilities, this_machine
 from launcher.config.check import Check
 from launcher.config.cluster import Cluster
+from launcher.config.timeouts import TIMEOUTS
 from launcher.errors import BadRequest
 from launcher.lifecycle.run_dir import RunDir
 from launcher.lifecycle.trust import PROCESS_ID, check_id
@@ -18,17 +19,14 @@ from launcher.request import own_packages
 from launcher.request.spec import Plan, State
 from training.distributed.missing import UNUSABLE
 
-TRY_SECONDS = 120.0
-"""How long the import of torch and a first computation on a GPU may take."""
-
 
 def unusable_gpus() -> str:
     """Say why torch cannot use the GPUs of this machine; empty if it can. Runs a process, since torch is slow to import."""
     command = own_packages.command("training.distributed.missing")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TRY_SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUTS.gpu_trial)
     except subprocess.TimeoutExpired:
-        return f"the first of them does not answer within {TRY_SECONDS:g} s"
+        return f"the first of them does not answer within {TIMEOUTS.gpu_trial:g} s"
     if done.returncode == 0:
         return ""
     lines = (done.stdout if done.returncode == UNUSABLE else done.stderr).strip().splitlines()

@@ -14,11 +14,10 @@ from typing import Any, TextIO
 
 from launcher import backends
 from launcher.client.run import Run
+from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle.accounting import Account, keep
 from launcher.request.spec import State
 from training.files import open_plain
-
-LOOK_SECONDS = 0.2
 
 
 class Tail:
@@ -85,7 +84,7 @@ class Follower:
             self.out.flush()
             if state.done:
                 return state
-            time.sleep(LOOK_SECONDS)
+            time.sleep(TIMEOUTS.follow)
 
     def _print_events(self) -> None:
         for event in _records(self.events):

@@ -12,16 +12,14 @@ from typing import Any
 
 from launcher import backends
 from launcher.config.codec import to_data
+from launcher.config.timeouts import TIMEOUTS
 from launcher.errors import BadRequest, LaunchError, RunFailed, RunStopped
 from launcher.lifecycle import accounting, history, run_dir
-from launcher.lifecycle.run_dir import BEAT_SECONDS, RunDir
+from launcher.lifecycle.run_dir import RunDir
 from launcher.lifecycle.trust import is_own
 from launcher.request.spec import State
 from training.errors import nearest
 from training.files import open_plain, read_json
-
-FRESH_SECONDS = 5 * BEAT_SECONDS
-"""A heartbeat younger than this says that the run is alive without asking its engine."""
 
 
 @contextmanager
@@ -81,7 +79,7 @@ class Run:
         if job is None:
             return State.UNKNOWN  # being submitted just now, or the submitting process died in the middle of it
         age = self.dir.heartbeat_age()
-        alive = age is not None and abs(age) < FRESH_SECONDS
+        alive = age is not None and abs(age) < TIMEOUTS.run_heartbeat_age
         if alive and backends.get(job["backend"]).capabilities.poll_seconds:
             return self._phase()  # no need to ask
         hint = self._poll(job["backend"], job["job_id"])
@@ -255,8 +253,10 @@ class Run:
         if state.done:
             return state
         self.dir.request_stop("cancelled")
-        # The grace begins once the supervisor has seen the request, which it looks for every BEAT_SECONDS.
-        deadline = time.monotonic() + (0 if state is State.QUEUED else self.dir.plan().cluster.grace + FRESH_SECONDS)
+        # The grace begins once the supervisor has seen the request, which it looks for every TIMEOUTS.run_heartbeat.
+        deadline = time.monotonic() + (
+            0 if state is State.QUEUED else self.dir.plan().cluster.grace + TIMEOUTS.run_heartbeat_age
+        )
         while not self.state().done and time.monotonic() < deadline:
             time.sleep(0.2)
         return self.kill()

@@ -1,7 +1,7 @@
-"""How fast the nodes of an allocation talk: an all-reduce of all of them together, and one of each two of them.
+"""Bandwidth between the nodes of an allocation: an all-reduce of all of them together, and one of each two of them.
 
 Each two nodes are measured as in a round-robin tournament: in a round every node is in one pair, and all pairs of a round
-measure at the same time, so that n nodes take n - 1 rounds and nobody shares a link with a pair of another round.
+measure at the same time: n nodes take n - 1 rounds, and no pair shares a link with a pair of another round.
 """
 
 from __future__ import annotations
@@ -10,20 +10,19 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from launcher.config.timeouts import TIMEOUTS
+
 if TYPE_CHECKING:
     from training.context import Context
 
 BYTES = 16 * 2**20
 TRIALS = 3
 
-SMALL_BYTES, SLOW_SECONDS = 2**20, 0.2
-"""Two nodes that need so long for so little are not asked for more: a broken link must not hold up the others for minutes."""
+SMALL_BYTES = 2**20
+"""The first, small measurement of a pair; over a broken link it takes so long (`Timeouts.slow_pair`) that it is the last."""
 
 MOST_ROUNDS = 15
 """All rounds for up to 16 nodes; of more, so many spread evenly: then every node is measured with 15 others."""
-
-PAIRS_SECONDS = 30.0
-"""No further round is begun after this time."""
 
 
 def speed(ctx: Context) -> dict[str, float]:
@@ -65,7 +64,7 @@ def pairs(ctx: Context) -> dict[str, Any]:
             if ctx.world.rank in (first[pair[0]], first[pair[1]]):
                 dist.destroy_process_group(group)
         done = number + 1
-        if ctx.group.broadcast(time.monotonic() - started > PAIRS_SECONDS):
+        if ctx.group.broadcast(time.monotonic() - started > TIMEOUTS.bandwidth_rounds):
             break
     found = [pair for each in ctx.group.gather(local_pairs) for pair in each]
     return {"pairs": found, "rounds": len(everything), "rounds_measured": done}
@@ -95,7 +94,7 @@ def _between(ctx: Context, group: Any) -> tuple[float, float]:
     """Seconds for 4 bytes, and bytes a second, between the two ranks of `group`; both of them get the same."""
     latency = _seconds(ctx, 4, 10, group)
     small = _seconds(ctx, SMALL_BYTES, 1, group)
-    if small > SLOW_SECONDS:
+    if small > TIMEOUTS.slow_pair:
         return latency, SMALL_BYTES / small
     return latency, BYTES / _seconds(ctx, BYTES, 1, group)
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher import backends
-from launcher.agent.health.node_facts import SKEW_SECONDS, differences
+from launcher.agent.health.node_facts import differences
 from launcher.client.api import submit
 from launcher.client.plan import make_plan
 from launcher.client.run import Run
 from launcher.config.check import Check
+from launcher.config.timeouts import TIMEOUTS
 from launcher.errors import BadRequest, LaunchError
 from launcher.lifecycle.run_dir import RunDir, tail
 from launcher.request.placement.devices import many
@@ -116,7 +117,7 @@ def verdicts(found: Facts) -> Iterator[Check]:
         "set `runs` in the profile to a folder that all nodes mount",
     )
     skew = {node["host"]: node["clock"] for node in nodes}
-    off = {host: seconds for host, seconds in skew.items() if abs(seconds) > SKEW_SECONDS}
+    off = {host: seconds for host, seconds in skew.items() if abs(seconds) > TIMEOUTS.clock_skew}
     yield Check(
         "clocks",
         not off,

@@ -11,18 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.agent.health import environment_record, gpus
-from launcher.agent.health.node_facts import PATIENCE_SECONDS, _until, appears, renames, versions, within
+from launcher.agent.health.node_facts import _until, appears, renames, versions, within
 from launcher.agent.network import source_towards
 from launcher.config.codec import to_json
+from launcher.config.timeouts import TIMEOUTS
 from launcher.doctor import bandwidth
 from training.files import write_atomic
 
 if TYPE_CHECKING:
     from training.context import Context
-
-
-ALONE_SECONDS = 30.0
-"""How long the ranks of a node may be apart before they have anything to do with each other."""
 
 
 def main(ctx: Context) -> dict[str, Any]:
@@ -35,7 +32,7 @@ def main(ctx: Context) -> dict[str, Any]:
         # Left before anything is tried together: where that fails, this much is known.
         write_atomic(own, to_json(local))
     else:
-        _until(own.exists, ALONE_SECONDS)  # a rank that fails first would have the one that writes killed
+        _until(own.exists, TIMEOUTS.probe_ranks)  # a rank that fails first would have the one that writes killed
     local |= together(ctx, folder, local["host"])
     found = ctx.group.gather(local)
     nodes = [each for each in found if each["local_rank"] == 0]
@@ -81,7 +78,7 @@ def hub() -> dict[str, Any]:
     offline = os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "TRUE", "on")
     reached = None
     if not offline and not os.environ.get("https_proxy"):
-        reached = within(PATIENCE_SECONDS, lambda: _connects("huggingface.co", 443)) or False
+        reached = within(TIMEOUTS.probe, lambda: _connects("huggingface.co", 443)) or False
     there = os.access(cache, os.R_OK | os.X_OK)
     return {"cache": str(cache), "chosen": "HF_HOME" in os.environ, "there": there, "reached": reached}
 
@@ -103,7 +100,7 @@ def together(ctx: Context, folder: Path, host: str) -> dict[str, Any]:
         unreached = [
             f"{peer['host']} ({peer['address']})"
             for peer, port in zip(peers, ports, strict=True)
-            if not within(PATIENCE_SECONDS, lambda a=peer["address"], p=port: _connects(a, p))  # type: ignore[misc]
+            if not within(TIMEOUTS.probe, lambda a=peer["address"], p=port: _connects(a, p))  # type: ignore[misc]
         ]
         group.barrier()
     hosts = sorted({peer["host"] for peer in peers})
@@ -112,12 +109,12 @@ def together(ctx: Context, folder: Path, host: str) -> dict[str, Any]:
         "renames": renames(folder / f"rank-{ctx.world.rank}"),
         "clock": clock - peers[0]["clock"],
         "unreached": unreached,
-        "unresolved": [host for host in hosts if not within(PATIENCE_SECONDS, lambda h=host: _resolves(h))],  # type: ignore[misc]
+        "unresolved": [host for host in hosts if not within(TIMEOUTS.probe, lambda h=host: _resolves(h))],  # type: ignore[misc]
     }
 
 
 def _connects(host: str, port: int) -> bool:
-    socket.create_connection((host, port), timeout=PATIENCE_SECONDS).close()
+    socket.create_connection((host, port), timeout=TIMEOUTS.probe).close()
     return True
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
+from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle import history
 from launcher.lifecycle.exit_status import ABORTS, TAIL_LINES, cause_in
 from launcher.lifecycle.history import JobFate
@@ -27,9 +28,6 @@ from launcher.lifecycle.policy import (
 from launcher.lifecycle.run_dir import RunDir, tail
 from launcher.request.spec import Plan, State
 from training.files import read_json
-
-MOUNT_WAIT_SECONDS = 120.0
-"""How long to wait, between two attempts, for a run directory that cannot be written: a lost mount may come back."""
 
 
 class Elsewhere(StrEnum):
@@ -170,8 +168,8 @@ class Recovery:
 
 
 async def wait_until_writable(run_dir: RunDir) -> None:
-    """Wait, at most `MOUNT_WAIT_SECONDS`, while the run directory cannot be written."""
-    deadline = asyncio.get_running_loop().time() + MOUNT_WAIT_SECONDS
+    """Wait, at most `Timeouts.mount`, while the run directory cannot be written."""
+    deadline = asyncio.get_running_loop().time() + TIMEOUTS.mount
     while asyncio.get_running_loop().time() < deadline:
         with suppress(OSError):
             await asyncio.to_thread(run_dir.beat)  # a shared disk may take long to answer

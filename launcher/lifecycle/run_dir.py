@@ -26,9 +26,6 @@ from launcher.request.spec import Plan, State
 from training.files import open_plain, read_json, write_atomic
 from training.typed import brief
 
-BEAT_SECONDS = 2.0
-"""Seconds between two heartbeats of the supervisor of a run."""
-
 FORMAT = 2
 """The version of what run directories hold, in ``plan.json`` and in ``submitted`` events; the first had none."""
 

@@ -29,6 +29,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import assert_never
 
+from launcher.config.timeouts import TIMEOUTS
 from launcher.rank.messages import (
     FromForkServer,
     Preload,
@@ -46,9 +47,6 @@ from launcher.request.own_packages import IMPORT_OURS
 
 ENTER = f"import sys; sys.path[:1] == [''] and sys.path.pop(0); {IMPORT_OURS}from launcher.rank.worker import enter; enter()"
 """What a fresh interpreter runs. Its first entry of sys.path is the current folder, whose modules are the user's."""
-
-SAME_STOP_SECONDS = 5.0
-"""How long after a SIGTERM from outside the agent's own is taken for the same stop, which a rank is to get once."""
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -134,7 +132,7 @@ class ForkServer:
 
     def send_signal(self, number: int, ranks: Sequence[int]) -> None:
         """Send a signal to `ranks`, unless it is the SIGTERM that they have received from outside."""
-        if number == signal.SIGTERM and time.monotonic() - self.sigterm_at < SAME_STOP_SECONDS:
+        if number == signal.SIGTERM and time.monotonic() - self.sigterm_at < TIMEOUTS.same_stop:
             return
         for pid, rank in list(self.ranks.items()):
             if rank in ranks:

@@ -20,5 +20,5 @@ WRITTEN_OFTEN: dict[str, int] = {}
 
 WRITTEN_STILL: dict[str, int] = {}
 
-REPLACED_WORDS = 88
+REPLACED_WORDS = 86
 """How many words are left of those that the style replaces."""

@@ -13,10 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from launcher.config.timeouts import TIMEOUTS
 from training.distributed.visible import visible_devices
-
-DRIVER_SECONDS = 12.0
-"""How long the driver may take; without its persistence mode it first wakes every GPU, a second each."""
 
 PROC = Path("/proc/driver/nvidia/gpus")
 """A folder for each GPU, made by the driver."""
@@ -27,7 +25,7 @@ ROWS = "gpu_uuid,remapped_rows.pending,remapped_rows.failure"
 retire pages, later ones remap rows, and each says ``[N/A]`` to the other."""
 
 
-def report(visible: str | None, limit: float = DRIVER_SECONDS) -> dict[str, Any] | None:
+def report(visible: str | None, limit: float = TIMEOUTS.gpu_driver) -> dict[str, Any] | None:
     """``{"count": GPUs that can be used, "faults": [one sentence each]}``; None where there is no nvidia-smi to ask.
 
     Args:
@@ -49,7 +47,7 @@ def report(visible: str | None, limit: float = DRIVER_SECONDS) -> dict[str, Any]
     return read(listed, rows, visible)
 
 
-def count(visible: str | None, limit: float = DRIVER_SECONDS, proc: Path = PROC) -> int:
+def count(visible: str | None, limit: float = TIMEOUTS.gpu_driver, proc: Path = PROC) -> int:
     """Count the GPUs and MIG instances that are visible to a process of this machine; whether they work is not tested.
 
     Args:

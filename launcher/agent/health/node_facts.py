@@ -13,20 +13,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from launcher.agent.health import environment_record
+from launcher.config.timeouts import TIMEOUTS
 from training.files import write_atomic
 
 T = TypeVar("T")
 
 Facts = dict[str, Any]
 """What the checks of a node found, as JSON can hold it."""
-
-
-PATIENCE_SECONDS = 5.0
-"""For one name, one connection, one file to appear on another node."""
-
-
-SKEW_SECONDS = 1.0
-"""Clocks further apart make the times of events and logs of different nodes misleading, and break certificates and caches."""
 
 
 RENAMES = 20
@@ -90,7 +83,7 @@ def appears(path: Path) -> float:
         os.listdir(path.parent)  # makes an NFS client look again
         return path.exists()
 
-    return time.monotonic() - started if _until(there, PATIENCE_SECONDS) else -1.0
+    return time.monotonic() - started if _until(there, TIMEOUTS.probe) else -1.0
 
 
 def _until(condition: Callable[[], bool], seconds: float) -> bool:

@@ -18,13 +18,8 @@ from typing import Any, TypeVar
 from launcher.agent.health import gpus, node_facts
 from launcher.agent.health.node_facts import Facts
 from launcher.agent.protocol import NodeChecked
+from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle.run_dir import RunDir
-
-LIMIT_SECONDS = 30.0
-"""For each of the things that a node looks at; a mount or a driver that hangs must not hold up the others."""
-
-ANSWER_SECONDS = 40.0
-"""How long a node may take to tell what it found."""
 
 RUN_FOLDER_BYTES, SCRATCH_BYTES = 2**30, 2**28
 """The least that has to be free: room for a checkpoint in the run folder, for sockets and caches in ``TMPDIR``."""
@@ -36,7 +31,7 @@ Agent = TypeVar("Agent", int, str)
 
 
 async def look(run_dir: RunDir, attempt: int, node: int, device: str, visible: str | None) -> dict[str, Any]:
-    """What this node says of itself, as JSON can hold it; takes `LIMIT_SECONDS` and a moment at most.
+    """What this node says of itself, as JSON can hold it; takes `Timeouts.node_check` and a moment at most.
 
     `visible`: the run's GPUs there, as CUDA_VISIBLE_DEVICES names them; None: all.
     Each thing that it looked at is a dict; one with a ``fault`` could not be found out, and that is the sentence about it.
@@ -49,9 +44,9 @@ async def look(run_dir: RunDir, attempt: int, node: int, device: str, visible: s
     }
     if device == "cuda":
         parts["gpus"] = lambda: gpus.report(visible) or {}
-    waits = (asyncio.to_thread(node_facts.within, LIMIT_SECONDS, partial(_told, part)) for part in parts.values())
+    waits = (asyncio.to_thread(node_facts.within, TIMEOUTS.node_check, partial(_told, part)) for part in parts.values())
     found = dict(zip(parts, await asyncio.gather(*waits), strict=True))
-    late = {"fault": f"did not answer within {LIMIT_SECONDS:g} s"}
+    late = {"fault": f"did not answer within {TIMEOUTS.node_check:g} s"}
     return {"heard": heard, "said": time.time()} | {
         name: late if part is None else part for name, part in found.items()
     }
@@ -110,7 +105,7 @@ async def ask(
     for agent in agents:
         send(agent)
     with suppress(TimeoutError):
-        async with asyncio.timeout(ANSWER_SECONDS):
+        async with asyncio.timeout(TIMEOUTS.node_answer):
             while any(awaited(agent) for agent in agents if agent not in answers):
                 agent, message = await inbox.get()
                 if isinstance(message, NodeChecked) and message.attempt == attempt:
@@ -150,7 +145,7 @@ def judge(answers: Mapping[str, Facts], ranks: Mapping[str, int]) -> dict[str, s
 
 
 _KEEPERS = "tell the cluster's keepers"
-_SILENT = f"it did not say within {ANSWER_SECONDS:g} s how it is ({_KEEPERS})"
+_SILENT = f"it did not say within {TIMEOUTS.node_answer:g} s how it is ({_KEEPERS})"
 _ONE_ENVIRONMENT = "use one environment for all nodes"
 _MOUNT = "look at its mounts; `runs` in the profile has to be a folder that all nodes share"
 
@@ -183,10 +178,10 @@ def _hold_clocks(faults: Mapping[str, list[str]], answers: Mapping[str, Facts]) 
     ahead = {host: skew(facts) for host, facts in answers.items()}
     if not ahead:
         return
-    measure = _most_agreed(ahead, lambda mine, other: abs(mine - other) <= node_facts.SKEW_SECONDS)
+    measure = _most_agreed(ahead, lambda mine, other: abs(mine - other) <= TIMEOUTS.clock_skew)
     for host, seconds in ahead.items():
         off = seconds - ahead[measure]
-        if abs(off) > node_facts.SKEW_SECONDS:
+        if abs(off) > TIMEOUTS.clock_skew:
             words = "ahead of" if off > 0 else "behind"
             faults[host].append(f"its clock is {abs(off):.1f} s {words} {measure}'s (have its time service seen to)")
 

@@ -29,6 +29,7 @@ from launcher.agent.protocol import (
 )
 from launcher.backends.ray.node_actor import NodeActors
 from launcher.backends.ray.worker_group import Inbox, WorkerGroup
+from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle import history
 from launcher.lifecycle.policy import Outcome
 from launcher.lifecycle.recovery import abort_causes
@@ -39,15 +40,6 @@ DRIVER = ""
 
 BY_FILE = "the file stop"
 """Why the run stops if its directory holds the file `stop`."""
-
-ANSWER_SECONDS = 5.0
-"""How long, after a rank was killed, to wait for an answer of its node, which may be gone as well."""
-
-DYING_SECONDS = 1.0
-"""How long a node that is going down may still answer after one of its workers has ended."""
-
-BEFORE_DRAINED = 2.0
-"""How many seconds before a drained node goes its ranks have to be gone."""
 
 
 class RayAttempt:
@@ -89,8 +81,8 @@ class RayAttempt:
         if any(code < 0 for code in self.ranks.exits.values()):
             # A node that goes down ends its processes one by one, and may report the end of a rank before its actor ends.
             if worker_group.broken:  # a worker has ended, too; the next worker group takes longer than this
-                await asyncio.sleep(DYING_SECONDS)
-            await self.node_actors.settle([node.id for node in worker_group.nodes()], ANSWER_SECONDS)
+                await asyncio.sleep(TIMEOUTS.ray_node_dying)
+            await self.node_actors.settle([node.id for node in worker_group.nodes()], TIMEOUTS.ray_node_answer)
             while not inbox.empty():
                 self._take_in(*inbox.get_nowait())
         host_of = {rank: str(member.node) for rank, member in enumerate(worker_group.members)}
@@ -183,7 +175,7 @@ class RayAttempt:
         used = {node.id: node for node in self.worker_group.nodes() if node.id in going}
         if not used or self.stop:
             return
-        left = [going[node] - time.time() - BEFORE_DRAINED for node in used if going[node]]
+        left = [going[node] - time.time() - TIMEOUTS.ray_before_drained for node in used if going[node]]
         names = ", ".join(map(str, used.values()))
         history.record_preempted(self.run_dir, attempt=self.number, node=names)
         self._ask_to_stop(f"Ray takes {names} away", max(1.0, min([self.cluster.grace, *left])))

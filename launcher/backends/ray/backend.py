@@ -15,15 +15,13 @@ from launcher.backends import detached
 from launcher.backends.base import Backend, Capabilities, this_machine
 from launcher.config.check import Check
 from launcher.config.cluster import Cluster
+from launcher.config.timeouts import TIMEOUTS
 from launcher.errors import BadRequest
 from launcher.lifecycle.run_dir import RunDir
 from launcher.lifecycle.trust import PROCESS_ID, check_id
 from launcher.request.placement.devices import Placement
 from launcher.request.placement.tpu import SINGLE_HOST_CHIPS, Topology, pod_type
 from launcher.request.spec import Plan, State
-
-ACCEPT_SECONDS = 180.0
-"""How long `submit` waits for the driver's word that the cluster can run this; starting a Ray of our own takes seconds."""
 
 
 def address(cluster: Cluster) -> str | None:
@@ -115,7 +113,7 @@ def _strategy(plan: Plan) -> str:
 
 def _await_acceptance(plan: Plan, job_id: str) -> None:
     run_dir = RunDir(plan.run_dir)
-    deadline = time.monotonic() + ACCEPT_SECONDS
+    deadline = time.monotonic() + TIMEOUTS.ray_accept
     while time.monotonic() < deadline:
         result = run_dir.result()
         failure = (result or {}).get("failure")
@@ -128,7 +126,7 @@ def _await_acceptance(plan: Plan, job_id: str) -> None:
             lines = run_dir.agent_log(0).read_text().splitlines()[-5:]
             raise BadRequest("the Ray driver ended before it reached the cluster. Its last lines:\n" + "\n".join(lines))
         time.sleep(0.1)
-    raise BadRequest(f"Ray at {plan.cluster.ray.address} did not answer within {ACCEPT_SECONDS:.0f} s.")
+    raise BadRequest(f"Ray at {plan.cluster.ray.address} did not answer within {TIMEOUTS.ray_accept:.0f} s.")
 
 
 class RayBackend(Backend):
@@ -182,10 +180,6 @@ class RayBackend(Backend):
         return profile_text(where, nodes_at(where))
 
 
-CONNECT_SECONDS = 5.0
-"""How long the head has to accept a connection; `ray.init` would try for five minutes."""
-
-
 def reachable(where: str | None) -> Check:
     """Whether the head at the address `where` accepts connections."""
     if where is None:
@@ -201,7 +195,7 @@ def _connect(where: str) -> None:
     """Open a connection to ``host:port`` and close it; ``auto`` and ``ray://`` addresses are left to Ray."""
     host, _, port = where.rpartition(":")
     if where != "auto" and "://" not in where:
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        socket.create_connection((host, int(port)), timeout=TIMEOUTS.ray_head).close()
 
 
 def nodes_at(where: str) -> list[Mapping[str, Any]]:

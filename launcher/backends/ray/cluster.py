@@ -14,17 +14,14 @@ from contextlib import chdir, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.agent.peers import CONNECT_SECONDS
 from launcher.backends.ray.backend import settings
+from launcher.config.timeouts import TIMEOUTS
 from launcher.errors import BadRequest
 from launcher.request.own_packages import ROOT
 from launcher.request.placement.tpu import Topology
 from launcher.request.spec import Plan
 
 SHOWN = ("CPU", "GPU", "TPU")
-LEAVE_SECONDS = 20.0
-"""How long a cluster may take to let a driver go; one that is gone never answers."""
-
 _TOKEN_HINT = (
     ". If it wants a token, as those do that `ray start` made where a token lay in ~/.ray, set RAY_AUTH_MODE=token."
 )
@@ -193,7 +190,7 @@ async def join(plan: Plan) -> None:
         BadRequest: nobody answers there.
     """
     connect(plan)
-    deadline = time.monotonic() + CONNECT_SECONDS
+    deadline = time.monotonic() + TIMEOUTS.connect
     while plan.cluster.ray.inside and len(look()) < plan.placement.nodes and time.monotonic() < deadline:
         await asyncio.sleep(0.2)
 
@@ -211,7 +208,7 @@ async def leave() -> None:
 
     threading.Thread(target=shut_down, daemon=True).start()
     with suppress(TimeoutError):
-        async with asyncio.timeout(LEAVE_SECONDS):
+        async with asyncio.timeout(TIMEOUTS.ray_leave):
             await left.wait()
 
 

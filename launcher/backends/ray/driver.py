@@ -36,26 +36,15 @@ from launcher.backends.ray.capacity import ClusterCapacity
 from launcher.backends.ray.cluster import draining, join, leave, reservations, shortage
 from launcher.backends.ray.node_actor import NodeActors
 from launcher.backends.ray.worker_group import Inbox, Member, WorkerGroup
+from launcher.config.timeouts import TIMEOUTS
 from launcher.errors import BadRequest
 from launcher.lifecycle import history
 from launcher.lifecycle.history import JobFate
 from launcher.lifecycle.policy import ADVICE, Failure, Outcome
 from launcher.lifecycle.recovery import Elsewhere, End, Recovery
-from launcher.lifecycle.run_dir import BEAT_SECONDS, RunDir
+from launcher.lifecycle.run_dir import RunDir
 from launcher.rank.output import drop_output_on_full_disk
 from launcher.request.spec import Plan, State
-
-LOOK_SECONDS = 0.5
-"""How often the driver looks for a request to stop, and for drained and new nodes."""
-
-DEATH_SECONDS = 15.0
-"""How long Ray may take to report that a node is gone after the actor on it has ended."""
-
-IN_USE_SECONDS = 30.0
-"""How long a worker group may take to start before the event `waiting` is written."""
-
-CLOSE_GRACE_SECONDS = 10.0
-"""How long Ray Train gets to end a worker group; its workers are then killed, and it gets as long again."""
 
 
 @dataclass
@@ -118,7 +107,7 @@ class WorkerGroups:
             nodes = self.capacity.nodes()
             if self.requests.stop:
                 return End(State.STOPPED)
-            late = time.monotonic() - DEATH_SECONDS
+            late = time.monotonic() - TIMEOUTS.ray_node_listed
             if any(self._lost_at.get(node.id, late) > late for node in nodes):
                 await self._receive_one()
                 continue
@@ -133,9 +122,9 @@ class WorkerGroups:
             await self._receive_one()
 
     async def _receive_one(self, group: WorkerGroup | None = None) -> None:
-        """Take in the next messages, if there are any within `LOOK_SECONDS`."""
+        """Take in the next messages, if there are any within `Timeouts.ray_look`."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(LOOK_SECONDS):
+            async with asyncio.timeout(TIMEOUTS.ray_look):
                 self.note(*await self.inbox.get(), group)
                 while not self.inbox.empty():
                     self.note(*self.inbox.get_nowait(), group)
@@ -146,7 +135,7 @@ class WorkerGroups:
         while not group.complete:
             if group.done.is_set() or group.broken or self.requests.stop:
                 return False
-            if not recorded and time.monotonic() - started > IN_USE_SECONDS:
+            if not recorded and time.monotonic() - started > TIMEOUTS.ray_in_use:
                 recorded = True
                 history.record_waiting(self.run_dir, "the cluster's nodes are in use by others, or starting")
             await self.capacity.start_actors(self.capacity.nodes())
@@ -190,7 +179,7 @@ class WorkerGroups:
             self.node_actors.send(member.node.id, EndWorker(member.worker, error if rank == 0 else ""))
         for _ in range(2):
             with suppress(TimeoutError):
-                async with asyncio.timeout(CLOSE_GRACE_SECONDS):
+                async with asyncio.timeout(TIMEOUTS.ray_group_end):
                     await group.done.wait()
                     return
             for member in group.members:
@@ -243,7 +232,7 @@ class Driver:
         while True:
             with suppress(OSError):
                 self.run_dir.beat()
-            time.sleep(BEAT_SECONDS / 4)
+            time.sleep(TIMEOUTS.run_heartbeat / 4)
 
     async def _look(self) -> None:
         """Look for the file `stop` and for drained nodes, and report them."""
@@ -258,7 +247,7 @@ class Driver:
             if new := going.keys() - requests.drained.keys():
                 requests.drained = going
                 self.inbox.put_nowait((DRIVER, Drained({node: going[node] for node in new})))
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(TIMEOUTS.ray_look)
 
     # ---- the engine of the recovery loop ----------------------------------------------------------------------------
 

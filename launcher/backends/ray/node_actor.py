@@ -18,7 +18,6 @@ from typing import Any
 
 from launcher.agent.network import reserve_port
 from launcher.agent.node_ranks import NodeRanks
-from launcher.agent.peers import HEARTBEAT_SECONDS
 from launcher.agent.protocol import (
     AgentInfo,
     EndWorker,
@@ -30,6 +29,7 @@ from launcher.agent.protocol import (
     WorkerReady,
 )
 from launcher.backends.ray.cluster import RayNode
+from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle.run_dir import RunDir
 
 
@@ -71,7 +71,7 @@ class NodeActor:
         while True:
             if self.ranks.running:
                 self._emit(self.ranks.report())
-            await asyncio.sleep(HEARTBEAT_SECONDS)
+            await asyncio.sleep(TIMEOUTS.heartbeat)
 
     async def receive(self) -> list[RayMessage]:
         """Return the messages since the last call; wait until there is one."""
@@ -121,10 +121,6 @@ class NodeActor:
         return await self.commands_of[worker].get()
 
 
-ANSWER_SECONDS = 60.0
-"""How long to wait for new node actors; a node that is too busy to start one must not delay the others."""
-
-
 class NodeActors:
     """Starts an actor on each node and receives its messages, which go to `emit` with the id of its node."""
 
@@ -157,7 +153,7 @@ class NodeActors:
         plan = str(self.run_dir.plan_file)
         asked = {node.id: asyncio.ensure_future(self._sees(node.id, plan)) for node in new}
         if asked:
-            await asyncio.wait(asked.values(), timeout=ANSWER_SECONDS)
+            await asyncio.wait(asked.values(), timeout=TIMEOUTS.ray_node_actor)
         return [node for node in new if asked[node.id].done() and not asked[node.id].result()]
 
     async def _sees(self, node: str, path: str) -> bool:

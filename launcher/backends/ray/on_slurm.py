@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from launcher.agent.network import source_towards
-from launcher.agent.peers import CONNECT_SECONDS
 from launcher.agent.protocol import AgentInfo
 from launcher.backends.base import Backend
 from launcher.backends.ray.backend import RayBackend, trainer
@@ -33,6 +32,7 @@ from launcher.backends.slurm.backend import SlurmBackend
 from launcher.backends.slurm.job import BatchScript, as_task
 from launcher.config.check import Check
 from launcher.config.cluster import Cluster
+from launcher.config.timeouts import TIMEOUTS
 from launcher.errors import BadRequest
 from launcher.lifecycle.recovery import End, Recovery
 from launcher.lifecycle.run_dir import RunDir
@@ -40,9 +40,6 @@ from launcher.lifecycle.trust import SLURM_ID, check_id
 from launcher.request import own_packages
 from launcher.request.spec import Plan, State
 from training.files import read_json, write_atomic
-
-CLOSE_GRACE_SECONDS = 10.0
-"""How long Ray's processes of a node get to end before they are killed."""
 
 STORE_BYTES = 128 * 2**20
 """Of memory for Ray's objects. Ranks exchange data among themselves; by itself Ray would take a third of the node."""
@@ -90,7 +87,7 @@ class RayNode:
             with suppress(ProcessLookupError):
                 self.process.terminate()
             with suppress(subprocess.TimeoutExpired):
-                self.process.wait(CLOSE_GRACE_SECONDS)
+                self.process.wait(TIMEOUTS.ray_processes_end)
         for pid in _started_with(f"{TOKEN}={self.folder}"):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -202,7 +199,7 @@ class RayNode:
 
     def follow(self) -> int:
         """Be a node of the Ray of node 0 until it is over."""
-        deadline = time.monotonic() + CONNECT_SECONDS
+        deadline = time.monotonic() + TIMEOUTS.connect
         while not (head := self._head()).get("address"):
             if head.get("over") or self.asked or time.monotonic() > deadline:
                 return 0

@@ -13,9 +13,7 @@ from ray.train.backend import Backend, BackendConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from launcher.agent.protocol import EndWorker
-
-NODE_ACTOR_SECONDS = 60.0
-"""How long a worker looks for the node actor of its node; the driver starts one on each node that joins."""
+from launcher.config.timeouts import TIMEOUTS
 
 
 class RunEnded(RuntimeError):
@@ -74,7 +72,7 @@ def hold_rank(config: dict[str, Any]) -> None:
 
 
 def _find(name: str) -> Any:
-    deadline = time.monotonic() + NODE_ACTOR_SECONDS
+    deadline = time.monotonic() + TIMEOUTS.ray_node_actor
     while True:
         try:
             return ray.get_actor(name)

@@ -20,18 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.agent.protocol import AgentInfo
+from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle import history
 from launcher.lifecycle.history import JobFate
 from launcher.lifecycle.policy import Outcome
 from launcher.lifecycle.recovery import Elsewhere, End, Recovery
-from launcher.lifecycle.run_dir import BEAT_SECONDS, RunDir, tail
+from launcher.lifecycle.run_dir import RunDir, tail
 from launcher.lifecycle.trust import SLURM_ID, check_id
 from launcher.rank.output import drop_output_on_full_disk
 from launcher.request.own_packages import ROOT
 from launcher.request.spec import State
-
-CONTROLLER_SECONDS = 60.0
-"""How long to try again while slurmctld does not answer; it is restarted for upgrades, and fails over in minutes."""
 
 
 @dataclass(frozen=True)
@@ -163,11 +161,11 @@ def _facts(job: str) -> dict[str, str]:
 
 def _scontrol(*words: str) -> subprocess.CompletedProcess[str] | None:
     """Run scontrol, again and again while the controller does not answer; None where it never did, or is missing."""
-    deadline = time.monotonic() + CONTROLLER_SECONDS
+    deadline = time.monotonic() + TIMEOUTS.slurm_controller
     while True:
         try:
             done = subprocess.run(
-                ["scontrol", *words], capture_output=True, text=True, check=False, timeout=CONTROLLER_SECONDS,
+                ["scontrol", *words], capture_output=True, text=True, check=False, timeout=TIMEOUTS.slurm_controller,
                 preexec_fn=_ignore_sigterm,
             )  # fmt: skip
         except (FileNotFoundError, subprocess.TimeoutExpired):
@@ -240,7 +238,7 @@ def orphaned(run_dir: RunDir, status: int, environment: Mapping[str, str]) -> No
     start = JobStart.read(environment)
     while run_dir.result() is None and _runs(start):
         beat = _modified(run_dir.heartbeat_file)
-        time.sleep(5 * BEAT_SECONDS)
+        time.sleep(5 * TIMEOUTS.run_heartbeat)
         if _modified(run_dir.heartbeat_file) == beat:  # whatever the clocks of the nodes say
             after(run_dir, status, environment)
             break

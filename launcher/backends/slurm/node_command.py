@@ -9,12 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.config.cluster import Container
+from launcher.config.timeouts import TIMEOUTS
 from launcher.errors import BadRequest
 from launcher.request.spec import Plan
-
-STRAGGLER_SECONDS = 120
-"""How long srun waits for the others once an agent has ended, where no others can take its place. All end together then; but
-of one whose slurmstepd was killed srun never hears."""
 
 
 def command(plan: Plan) -> str:
@@ -69,7 +66,7 @@ def srun_args(plan: Plan) -> list[str]:
     # Agents decide together what the death of one of them means, whatever the site's defaults say.
     words.append("--kill-on-bad-exit=0")
     spare = bool(plan.spec.spare_nodes)
-    words += [f"--wait={0 if spare or plan.cluster.ray.inside else STRAGGLER_SECONDS}", *["--no-kill"] * spare]
+    words += [f"--wait={0 if spare or plan.cluster.ray.inside else TIMEOUTS.srun_wait}", *["--no-kill"] * spare]
     container = slurm.container
     if container is not None and container.runtime == "pyxis":
         pairs = [mount if ":/" in mount else f"{mount}:{mount}" for mount in mounts(plan, container)]

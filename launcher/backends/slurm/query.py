@@ -11,10 +11,8 @@ from dataclasses import dataclass, replace
 
 from launcher.config import durations
 from launcher.config.cluster import Cluster, NodeKind
+from launcher.config.timeouts import TIMEOUTS
 from launcher.errors import BadRequest
-
-ANSWER_SECONDS = 60.0
-"""How long a command of SLURM may take; slurmctld is slow for minutes when thousands of jobs start."""
 
 GONE = ("DOWN", "DRAIN", "DRAINED", "DRAINING", "FAIL", "FAILING", "FUTURE", "INVAL", "INVALID_REG", "ERROR", "UNKNOWN")
 """Parts of a node's state with which it takes no job. Source: "NODE STATE CODES" of sinfo(1)."""
@@ -54,11 +52,13 @@ def ask(*command: str, stdin: str | None = None, stderr: bool = False) -> str:
         BadRequest: it fails.
     """
     try:
-        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False)
+        done = subprocess.run(
+            command, input=stdin, capture_output=True, text=True, timeout=TIMEOUTS.slurm_command, check=False
+        )
     except FileNotFoundError:
         raise Unreachable(UNREACHABLE.format(f"the command {command[0]} is missing.")) from None
     except subprocess.TimeoutExpired:
-        raise Unreachable(UNREACHABLE.format(f"{command[0]} took more than {ANSWER_SECONDS:.0f} s.")) from None
+        raise Unreachable(UNREACHABLE.format(f"{command[0]} took more than {TIMEOUTS.slurm_command:.0f} s.")) from None
     if done.returncode:
         said = done.stderr.strip()
         if re.search("Unable to contact|Unable to process conf|Could not establish a configuration", said):

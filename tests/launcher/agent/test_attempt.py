@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from launcher.agent.attempt import ERROR_GRACE_SECONDS, Attempt
+from launcher.agent.attempt import Attempt
 from launcher.agent.hang_detection import RankStatus, StackLocation
 from launcher.agent.protocol import DumpStacks, Heartbeats, Lost, RankExit, Signal, Stacks, ToAgent
+from launcher.config.timeouts import TIMEOUTS
 
 KILL = Signal(signal.SIGKILL)
 
@@ -44,7 +45,7 @@ def test_an_attempt_is_over_when_every_rank_has_ended() -> None:
     run(scenario)
 
 
-@pytest.mark.parametrize(("code", "patience"), [(-9, 0.0), (1, ERROR_GRACE_SECONDS), (2, ERROR_GRACE_SECONDS)])
+@pytest.mark.parametrize(("code", "patience"), [(-9, 0.0), (1, TIMEOUTS.error_grace), (2, TIMEOUTS.error_grace)])
 def test_after_a_bad_end_the_others_are_killed_and_what_they_say_then_does_not_count(
     code: int, patience: float
 ) -> None:

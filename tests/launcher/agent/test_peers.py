@@ -22,6 +22,7 @@ from launcher.agent.protocol import (
     Signal,
     ToAgent,
 )
+from launcher.config.timeouts import Timeouts
 from launcher.lifecycle.run_dir import RunDir
 from launcher.rank.messages import decode, encode
 from training.files import read_json
@@ -87,8 +88,7 @@ def test_a_connection_without_the_token_is_closed(tmp_path: Path) -> None:
 
 
 def test_an_agent_that_is_silent_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "SILENCE_SECONDS", 0.5)
-    monkeypatch.setattr(peers, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(peers, "TIMEOUTS", Timeouts(silence=0.5, heartbeat=0.05))
 
     async def scenario(connections: Peers, run_dir: RunDir, received: Received) -> None:
         silent, talker = await connect(run_dir, 1), await connect(run_dir, 2)

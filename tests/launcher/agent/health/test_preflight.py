@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from launcher.agent.coordinator import Coordinator
-from launcher.agent.health import preflight
+from launcher.agent.health import node_facts, preflight
 from launcher.agent.health.preflight import RUN_FOLDER_BYTES, SCRATCH_BYTES, judge, look, skew
 from launcher.agent.job_attempt import JobAttempt
 from launcher.agent.protocol import AgentInfo, AgentMessage, CheckNode, Lost, NodeChecked, StopRequest, ToAgent
 from launcher.client.plan import make_plan
+from launcher.config.timeouts import Timeouts
 from launcher.lifecycle.policy import Outcome
 from launcher.lifecycle.run_dir import RunDir
 from launcher.request.spec import RunSpec
@@ -127,7 +128,7 @@ def test_a_node_looks_around_in_a_moment_and_leaves_nothing(tmp_path: Path, monk
 
 
 def test_a_node_says_what_fails_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.agent.health.node_facts.PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(node_facts, "TIMEOUTS", Timeouts(probe=0.1))
     monkeypatch.setenv("TMPDIR", str(tmp_path / "gone"))
     (tmp_path / "logs").mkdir()
     found = run(tmp_path)
@@ -137,7 +138,7 @@ def test_a_node_says_what_fails_there(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_what_hangs_on_a_node_does_not_hold_up_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "logs" / "3").mkdir(parents=True)
-    monkeypatch.setattr(preflight, "LIMIT_SECONDS", 0.2)
+    monkeypatch.setattr(preflight, "TIMEOUTS", Timeouts(node_check=0.2))
     monkeypatch.setattr(preflight, "scratch", lambda: time.sleep(1))
     monkeypatch.setattr(preflight, "versions", lambda: VERSIONS)
     found = run(tmp_path)
@@ -184,7 +185,7 @@ def test_where_all_are_fit_nothing_keeps_the_attempt(tmp_path: Path, monkeypatch
 
 
 def test_who_is_silent_is_unfit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(preflight, "TIMEOUTS", Timeouts(node_answer=0.5))
     found = ask(tmp_path, monkeypatch, lambda _, agent: [] if agent else [(agent, answer())])
     assert found is not None
     assert list(found.unfit) == ["n1"]
