@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import assert_never
@@ -81,37 +81,13 @@ class NodeRanks:
                 stdin=remote.fileno(),
                 stdout=log,
                 stderr=log,
-                env=self._server_environment(),
+                env=server_environment(self.plan, node_environment(self.agent_info)),
                 start_new_session=True,
             )
         remote.close()
         reader, self.writer = await asyncio.open_connection(sock=local)
-        self._send(Preload(["training.libraries"] if self._forks() else []))
+        self._send(Preload(["training.libraries"] if forks(self.plan) else []))
         self.reading = asyncio.create_task(self._read(reader))
-
-    def _forks(self) -> bool:
-        """Whether ranks are forked from a server that imports ahead of them: only those of the reference job."""
-        target = self.plan.target
-        reference = target.kind == "function" and target.name == RunSpec.target
-        return reference and self.plan.cluster.start_method == "auto"
-
-    def _server_environment(self) -> dict[str, str]:
-        environment = shared_environment(self._inherited(), self.plan)
-        if self._forks() and self.plan.target.path:  # it imports the code as it was submitted
-            path = [*self.plan.target.path, *filter(None, [environment.get("PYTHONPATH")])]
-            environment["PYTHONPATH"] = os.pathsep.join(path)
-        return environment
-
-    def _inherited(self) -> dict[str, str]:
-        """The variables that this node adds to those of this process."""
-        environment = dict(os.environ)
-        if self.agent_info.nodes > 1:
-            # gloo and NCCL otherwise look the host's own name up, and fall back to loopback where it does not resolve.
-            interface = interface_of(source_towards(self.agent_info.address))
-            for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-                if interface:
-                    environment.setdefault(variable, interface)
-        return environment
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         while line := await reader.readline():
@@ -163,7 +139,7 @@ class NodeRanks:
             self.heartbeats[world.rank].clear()
             self.running.add(world.rank)
             own = start.environments.get(world.rank, {}) | finished_variable(self.run_dir, world)
-            environment = rank_environment(self._inherited(), self.plan, world, own)
+            environment = rank_environment(node_environment(self.agent_info), self.plan, world, own)
             self._send(StartRank(world, str(self.run_dir.log(start.attempt, world.rank)), environment))
 
     async def _open_and_start(self, start: Start) -> None:
@@ -223,6 +199,33 @@ class NodeRanks:
         if self.memory >= 0:
             os.close(self.memory)
             self.memory = -1
+
+
+def forks(plan: Plan) -> bool:
+    """Return whether ranks are forked from a server that imports ahead of them: only those of the reference job."""
+    reference = plan.target.kind == "function" and plan.target.name == RunSpec.target
+    return reference and plan.cluster.start_method == "auto"
+
+
+def server_environment(plan: Plan, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of the forkserver."""
+    environment = shared_environment(inherited, plan)
+    if forks(plan) and plan.target.path:  # it imports the code as it was submitted
+        path = [*plan.target.path, *filter(None, [environment.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(path)
+    return environment
+
+
+def node_environment(agent_info: AgentInfo) -> dict[str, str]:
+    """Return the environment of this process with what the node adds: the network interface for the process group."""
+    environment = dict(os.environ)
+    if agent_info.nodes > 1:
+        # gloo and NCCL otherwise look the host's own name up, and fall back to loopback if it does not resolve.
+        interface = interface_of(source_towards(agent_info.address))
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            if interface:
+                environment.setdefault(variable, interface)
+    return environment
 
 
 def process_state(pid: int | None) -> str:

@@ -179,6 +179,7 @@ NOWHERE = {
     "a comparison with a backend's name": CODE.engine_tests(outside="launcher/backends/"),
     'backend == "': CODE.grep(r"""\bbackend\s*[!=]=\s*["']"""),
     "dict[str, Any] in the protocol": CODE.grep(r"\b([dD]ict|Mapping)\[str, Any\]", under="launcher/agent/protocol"),
+    "a time limit outside of Timeouts": CODE.grep(r"^[A-Z_, ]*SECONDS[A-Z_, ]*(: \w+)? = ", under="launcher/"),
     "a message that is a dict": CODE.grep(r"\bMessage\b[^\n=]*=\s*(dict|Mapping)\["),
 }
 
