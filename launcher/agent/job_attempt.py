@@ -30,7 +30,7 @@ class Agents:
     """The agents of a job: that of this node and, over `peers`, the others.
 
     Attributes:
-        excluded: agents of unfit nodes. They stay connected, since the job's exit status is also theirs.
+        excluded: agents of unfit nodes. They stay connected, since they share the job's exit status.
     """
 
     def __init__(self, agent_info: AgentInfo, local: NodeRanks, peers: Peers) -> None:
