@@ -86,7 +86,7 @@ class NodeRanks:
             )
         remote.close()
         reader, self.writer = await asyncio.open_connection(sock=local)
-        self._send(Preload(["training.libraries"] if forks(self.plan) else []))
+        self._send(preload(self.plan))
         self.reading = asyncio.create_task(self._read(reader))
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
@@ -205,6 +205,15 @@ def forks(plan: Plan) -> bool:
     """Return whether ranks are forked from a server that imports ahead of them: only those of the reference job."""
     reference = plan.target.kind == "function" and plan.target.name == RunSpec.target
     return reference and plan.cluster.start_method == "auto"
+
+
+def preload(plan: Plan) -> Preload:
+    """Return the first message to the forkserver."""
+    if forks(plan):
+        return Preload(["training.libraries"])
+    target = plan.target
+    folders = [*target.path, *([str(Path(target.name).parent)] if target.kind == "script" else [])]
+    return Preload([], plan.cluster.start_method == "auto", target.name, folders)
 
 
 def server_environment(plan: Plan, inherited: Mapping[str, str]) -> dict[str, str]:

@@ -23,7 +23,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -43,6 +43,7 @@ from launcher.rank.messages import (
     encode,
 )
 from launcher.rank.output import drop_output_on_full_disk
+from launcher.rank.standby import Standbys
 from launcher.request.own_packages import IMPORT_OURS
 
 ENTER = f"import sys; sys.path[:1] == [''] and sys.path.pop(0); {IMPORT_OURS}from launcher.rank.worker import enter; enter()"
@@ -67,6 +68,7 @@ class ForkServer:
         self.buffer = b""
         self.sigterm_at = -float("inf")
         self.forks = False  # ranks are forked; else each is a fresh interpreter
+        self.standbys = Standbys(self.spawn, self.execute)
 
     def serve(self) -> int | None:
         """Serve until the agent is gone. Returns a rank's exit status in a forked child, None in the server."""
@@ -81,7 +83,8 @@ class ForkServer:
             selector.register(self.control, selectors.EVENT_READ)
             selector.register(wake, selectors.EVENT_READ)
             while True:
-                for key, _ in selector.select():
+                more = self.standbys.prepare(set(self.ranks.values()))
+                for key, _ in selector.select(TIMEOUTS.standby / 4 if more else None):
                     if key.fileobj is not self.control:
                         with suppress(BlockingIOError):
                             os.read(wake, 4096)
@@ -118,9 +121,11 @@ class ForkServer:
     def handle(self, message: ToForkServer) -> int | None:
         """Do what the agent asks for. Return a rank's exit status in a forked child, None in the server."""
         match message:
-            case Preload(modules):
+            case Preload(modules, standby, target, folders):
                 started = time.monotonic()
                 self.forks = bool(modules) and preload(modules)
+                self.standbys.enabled = standby
+                self.standbys.target, self.standbys.user_folders = target, tuple(folders)
                 self.send(Ready(round(time.monotonic() - started, 3)))
             case StartRank():
                 return self.fork(message)
@@ -144,33 +149,17 @@ class ForkServer:
 
     def fork(self, start: StartRank) -> int | None:
         """Start a rank. Return its exit status in the forked child, None in the server."""
-        sys.stdout.flush()
-        sys.stderr.flush()
-        server = os.getpid()
-        # Blocked until the rank's own dispositions hold: this server ignores SIGTERM, and a stop would be lost.
-        blocked = (signal.SIGTERM,)
-        signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
-        pid = os.fork()
+        rank = start.world.rank
+        pid = self.standbys.take(start)
+        record = self.standbys.record_for(start) if pid is None else -1
+        pid = pid or self.spawn()
         if pid:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
-            self.ranks[pid] = start.world.rank
-            self.send(RankStarted(start.world.rank, pid))
+            self.ranks[pid] = rank
+            self.send(RankStarted(rank, pid))
             return None
-        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != server:
-            os._exit(1)  # the server died between the fork and the line above
-        os.setsid()
-        restore_signals()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
         redirect_output(start)
-        # Last, so that the socket (descriptor 0) is gone from the rank, which would keep the server's connection open.
-        null = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(null, 0)
-        os.close(null)
-        self.control.detach()
         if not self.forks or poisoned():
-            arguments = [str(self.run_dir), json.dumps(asdict(start.world)), str(self.heartbeats)]
-            os.execve(sys.executable, [sys.executable, "-c", ENTER, *arguments], start.environment)
+            self.execute(record, ["rank", json.dumps(asdict(start.world))], start.environment)
         os.environ.clear()
         os.environ.update(start.environment)
         numpy = sys.modules.get("numpy")
@@ -179,6 +168,28 @@ class ForkServer:
         from launcher.rank.worker import main
 
         return main(self.run_dir, start.world, self.heartbeats)
+
+    def spawn(self) -> int:
+        """Fork a process with the signals and the session of a rank; return its pid, 0 in the child."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        server = os.getpid()
+        # Blocked until the rank's own dispositions hold: this server ignores SIGTERM, and a stop would be lost.
+        blocked = (signal.SIGTERM,)
+        signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+        pid = os.fork()
+        if pid == 0:
+            leave_server(server)
+            self.control.detach()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
+        return pid
+
+    def execute(self, record: int, words: list[str], environment: Mapping[str, str]) -> None:
+        """Make this process a fresh interpreter, with the arguments of `launcher.rank.worker.enter`."""
+        if record >= 0:
+            os.set_inheritable(record, True)
+        arguments = [str(self.run_dir), str(self.heartbeats), str(record), *words]
+        os.execve(sys.executable, [sys.executable, "-c", ENTER, *arguments], environment)
 
     def reap(self) -> None:
         """Report every rank that has ended to the agent, after its remaining processes are killed."""
@@ -190,6 +201,7 @@ class ForkServer:
                 return
             if found is None:
                 return
+            self.standbys.forget(found.si_pid)
             rank = self.ranks.pop(found.si_pid, None)
             if rank is not None:
                 with suppress(ProcessLookupError, PermissionError):
@@ -197,42 +209,38 @@ class ForkServer:
             _, status = os.waitpid(found.si_pid, 0)
             if rank is not None:
                 if not self.ranks:
-                    self.kill_orphans()
+                    kill_orphans(self.ranks.keys() | self.standbys.pids)
                 self.send(RankEnded(rank, os.waitstatus_to_exitcode(status)))
 
-    def kill_orphans(self) -> None:
-        """Kill what ranks left behind; orphans of descendants come to this process one generation at a time."""
-        for _ in range(100):
-            children = Path("/proc/self/task", str(threading.get_native_id()), "children").read_text().split()
-            orphans = [int(pid) for pid in children if int(pid) not in self.ranks]
-            if not orphans:
-                return
-            for pid in orphans:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-                with suppress(ChildProcessError):
-                    os.waitpid(pid, 0)
-
     def kill_all(self) -> None:
-        """Kill every rank and what it left behind, and wait for their ends."""
+        """Kill every rank, every standby and what they left behind, and wait for their ends."""
+        self.standbys.close()
         for pid in self.ranks:
             kill_group(pid)
         for pid in list(self.ranks):
             with suppress(ChildProcessError):
                 os.waitpid(pid, 0)
             del self.ranks[pid]
-        self.kill_orphans()
+        kill_orphans(self.ranks.keys() | self.standbys.pids)
 
 
-def restore_signals() -> None:
-    """Give a forked rank the default handlers.
+def leave_server(server: int) -> None:
+    """Give a forked process a session, the default signal handlers and an empty standard input.
 
     SIGUSR2 stays ignored, also across exec: SLURM sends it to every process of a step, and it is for the agent.
     """
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != server:
+        os._exit(1)  # the server died between the fork and the line above
+    os.setsid()
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Descriptor 0 is the server's socket, whose connection this process would keep open.
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
 
 
 def redirect_output(start: StartRank) -> None:
@@ -247,6 +255,20 @@ def redirect_output(start: StartRank) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(output)
+
+
+def kill_orphans(kept: Set[int]) -> None:
+    """Kill the children that ranks left behind; orphans of descendants come to this process one generation at a time."""
+    for _ in range(100):
+        children = Path("/proc/self/task", str(threading.get_native_id()), "children").read_text().split()
+        orphans = {int(pid) for pid in children} - kept
+        if not orphans:
+            return
+        for pid in orphans:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            with suppress(ChildProcessError):
+                os.waitpid(pid, 0)
 
 
 def kill_group(pid: int) -> None:

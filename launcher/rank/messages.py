@@ -13,7 +13,7 @@ agent to forkserver
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
 from training.distributed.world import World
@@ -25,9 +25,19 @@ JsonObject = dict[str, Any]
 
 @dataclass(frozen=True)
 class Preload:
-    """Import `modules` and fork ranks from there; without any, each rank is a fresh interpreter."""
+    """How ranks are started.
+
+    Attributes:
+        modules: imported here, and ranks are forked afterwards; without any, each rank is a fresh interpreter.
+        standby: fresh interpreters are started ahead for a restart.
+        target: the name or the file of the program.
+        user_folders: the folders that come before the libraries on sys.path of a rank.
+    """
 
     modules: list[str]
+    standby: bool = False
+    target: str = ""
+    user_folders: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

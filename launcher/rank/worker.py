@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,14 +38,15 @@ from training.errors import DeviceError, ReplicaError
 from training.files import write_atomic
 
 
-def work(run_dir: RunDir, world: World, heartbeat: Heartbeat | None = None) -> int:
-    """Run the target as the rank that `world` describes; return the exit status. `heartbeat` is where it says how it gets on.
+def work(run_dir: RunDir, world: World, heartbeat: Heartbeat | None = None, *, prepared: bool = False) -> int:
+    """Run the target as the rank that `world` describes; return the exit status. Progress is reported to `heartbeat`.
 
-    What the target returned is left by rank 0 in ``value.pkl``; what it raised in ``errors/<attempt>/<rank>.json``.
+    The value that the target returned is written by rank 0 to ``value.pkl``, an error to ``errors/<attempt>/<rank>.json``.
     SIGTERM sets the flag of a Context; a target without one keeps Python's default, or the handler that it installs.
     """
     plan = run_dir.plan()
-    prepare(plan, world)
+    if not prepared:
+        prepare(plan, world)
     opened: list[Context] = []
 
     def context() -> Context:
@@ -53,7 +55,7 @@ def work(run_dir: RunDir, world: World, heartbeat: Heartbeat | None = None) -> i
         return opened[0]
 
     try:
-        if world.device == "cuda":
+        if world.device == "cuda" and not prepared:
             settle(world.local_rank, world.local_world_size)
         value = call(plan.target, run_dir.target_pickle, context)
     except SystemExit as error:
@@ -156,18 +158,46 @@ def _leave_value(run_dir: RunDir, value: Any) -> None:
             write_atomic(run_dir.value_file, json.dumps(value))
 
 
-def main(run_dir: Path, world: World, heartbeats: int) -> int:
+def main(run_dir: Path, world: World, heartbeats: int, *, prepared: bool = False) -> int:
     """Run a rank in this process; return its exit status."""
     faulthandler.enable(2)  # a crash in native code leaves the Python stack in the log
     faulthandler.register(signal.SIGQUIT, 2)  # and the agent asks a rank that hangs for it
-    return work(RunDir(run_dir), world, Heartbeat.of(heartbeats, world.local_rank))
+    return work(RunDir(run_dir), world, Heartbeat.of(heartbeats, world.local_rank), prepared=prepared)
 
 
 def enter() -> NoReturn:
-    """Run a rank in a fresh interpreter, whose arguments are the run directory, the world and a file descriptor."""
+    """Run a rank in a fresh interpreter, as its arguments say.
+
+    They are the run directory, the descriptor of the heartbeats, that of the record of imports (-1: none), and either
+    ``rank`` with the world, or ``standby`` with the descriptors of the forkserver's socket and of its orders.
+    """
     drop_output_on_full_disk()
-    world = from_data(World, json.loads(sys.argv[2]), "world")
-    finish(main(Path(sys.argv[1]), world, int(sys.argv[3])))
+    run_dir, heartbeats, record, (kind, *arguments) = (
+        Path(sys.argv[1]),
+        int(sys.argv[2]),
+        int(sys.argv[3]),
+        sys.argv[4:],
+    )
+    if kind == "standby":
+        from launcher.rank import standby
+
+        before, modules = standby.read_orders(int(arguments[1]))
+        prepare(RunDir(run_dir).plan(), before.world)
+        if before.world.device == "cuda":
+            settle(before.world.local_rank, before.world.local_world_size)
+        start, usable = standby.wait_for_start(int(arguments[0]), before, modules)
+        world = start.world
+        if not usable:
+            interpreter = sys.orig_argv[: 1 - len(sys.argv)]
+            words = [*sys.argv[1:4], "rank", json.dumps(asdict(world))]
+            os.execve(sys.executable, [*interpreter, *words], start.environment)
+    else:
+        world = from_data(World, json.loads(arguments[0]), "world")
+    if record >= 0:
+        from launcher.rank.imports import record_imports
+
+        record_imports(record)
+    finish(main(run_dir, world, heartbeats, prepared=kind == "standby"))
 
 
 def finish(status: int) -> NoReturn:
