@@ -135,7 +135,7 @@ class Driver:
 
     def exclude(self, attempt: int, hosts: tuple[str, ...]) -> None:
         """Ask for other workers, away from `hosts`."""
-        self.capacity.strike(hosts, attempt)
+        self.capacity.exclude(hosts, attempt)
         self.leaving = True
 
     def fate(self) -> JobFate:
