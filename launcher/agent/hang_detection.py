@@ -1,4 +1,4 @@
-"""Hangs: when a run counts as hung, and which rank held the others up. Both are arithmetic on what ranks say."""
+"""Detect hangs, and find the rank that caused one, from the heartbeats of the ranks."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from launcher.config.timeouts import TIMEOUTS
 from training.distributed.heartbeat import STARTING, TRAINING
 
 LONGER_ELSEWHERE = 10.0
-"""How much more patience there is outside of training steps, where evaluations, saves and compilations take their time."""
+"""Factor of the time limit outside of training steps: evaluations, saves and compilations take longer than a step."""
 
 STOPPED_STATES = "T"
-"""States of /proc/PID/stat in which a process does nothing until it is told to: stopped by a signal (not by a debugger)."""
+"""States of /proc/PID/stat of a process that was stopped by a signal, until SIGCONT (stopped by a debugger: ``t``)."""
 
 
 @dataclass(frozen=True)
 class RankStatus:
-    """What is known of one rank: its pulse (`training.distributed.heartbeat.Reading`) and the state of its process in ``/proc``."""
+    """Status of one rank: its heartbeat (`training.distributed.heartbeat.Reading`) and its process state in ``/proc``."""
 
     step: int = -1
     phase: str = STARTING
@@ -29,37 +29,37 @@ class RankStatus:
 
 
 class HangDetector:
-    """Learns how long steps take and says when a rank has been silent for too long.
+    """Measures the duration of steps and detects ranks without a heartbeat.
 
-    `hang_after` seconds of silence are too long during steps, or three times the longest step seen where that is more;
-    ten times that in any other phase. A rank that is starting, which lasts until its first step is done, is never too
-    slow: downloads and first compilations have no usual time, and the process group has time-outs of its own. A process
-    that was stopped has no such excuse, nor do those that are at something else while it is.
+    The limit during steps is `hang_after` seconds, or three times the longest step so far if that is more; in other phases
+    it is `LONGER_ELSEWHERE` times as long. A rank that is starting (until its first step is done) has no limit: downloads
+    and first compilations vary too much, and the process group has timeouts of its own. If a process is stopped (SIGSTOP),
+    the limit of a step holds in all phases.
 
-    While one rank evaluates or saves, others may wait for it; but not those that have yet to finish a step which it has
-    finished, since ranks finish a step together.
+    While one rank evaluates or saves, other ranks may wait for it. This does not excuse a rank that is behind in steps,
+    since ranks finish a step together.
     """
 
     def __init__(self, hang_after: float) -> None:
         self.hang_after = hang_after
         self._gaps: deque[float] = deque(maxlen=100)
-        self._newest: tuple[int, float] | None = None  # the newest step, and when it was done
+        self._newest: tuple[int, float] | None = None  # the newest step, and the time at which it was done
         self._looked: float | None = None
         self._woke = -float("inf")
 
     def see(self, beats: Mapping[int, RankStatus], now: float) -> bool:
-        """Look at the ranks, at time `now` in seconds; return whether the run is hung."""
+        """Take the status of all ranks at the time `now` (seconds); return whether the run is hung."""
         if not beats or not self.hang_after:
             return False
         if self._looked is not None and now - self._looked > TIMEOUTS.suspended:
-            self._woke = now  # everything stood still, this process included; what ranks said before says nothing
+            self._woke = now  # this process was suspended, too: earlier heartbeats say nothing about hangs
         self._looked = now
         beats = {rank: replace(beat, age=min(beat.age, now - self._woke)) for rank, beat in beats.items()}
         self._learn(beats, now)
         patience = max(self.hang_after, 3 * max(self._gaps, default=0.0))
         limits = {rank: self._limit(beat, patience) for rank, beat in beats.items()}
         if any(beat.state and beat.state in STOPPED_STATES and beat.age > patience for beat in beats.values()):
-            return True  # whatever the others are at: they will wait for it in the end, if they do not yet
+            return True  # in any phase: sooner or later all ranks wait for the stopped one
         late = [beat.step for rank, beat in beats.items() if beat.age > limits[rank]]
         busy = [beat.step for rank, beat in beats.items() if patience < limits[rank] >= beat.age]
         return any(not any(other <= step for other in busy) for step in late)
@@ -81,22 +81,22 @@ class HangDetector:
         return patience if beat.phase == TRAINING else LONGER_ELSEWHERE * patience
 
 
-# ---- who holds the others up ----------------------------------------------------------------------------------------
+# ---- the culprit ----------------------------------------------------------------------------------------------------
 
 FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<function>\S+)')
 WAITING = re.compile(r"/torch/(distributed/|autograd/graph)|/training/group\.py|/torch/nn/parallel/distributed")
-"""Files whose innermost frames mean that a rank waits, or may wait, for the others. Gradients travel inside of autograd."""
+"""Files of frames in which a rank waits, or may wait, for others. Gradients are reduced inside of autograd."""
 
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 
 
 @dataclass(frozen=True)
 class StackLocation:
-    """Where a rank stands.
+    """Location of a rank's main thread.
 
     Attributes:
-        line: ``file:line in function``, the innermost frame outside of installed libraries; empty where none is known.
-        waiting: the innermost frames are a collective's.
+        line: ``file:line in function``, the innermost frame outside of installed libraries; empty: unknown.
+        waiting: the thread is in a collective.
     """
 
     line: str = ""
@@ -104,7 +104,7 @@ class StackLocation:
 
 
 def stack_location_of(dump: str) -> StackLocation:
-    """Where the main thread stands, by the stack that `faulthandler` wrote (the last thread of its dump)."""
+    """The location of the main thread, which is the last thread of a dump of `faulthandler`."""
     threads = re.split(r"^(?:Current thread|Thread) .*$", dump, flags=re.MULTILINE)
     frames = [match for line in threads[-1].splitlines() if (match := FRAME.match(line))]
     if not frames:
@@ -117,11 +117,10 @@ def stack_location_of(dump: str) -> StackLocation:
 
 
 def find_culprit(beats: Mapping[int, RankStatus], places: Mapping[int, StackLocation]) -> tuple[int | None, str]:
-    """Name the rank that the others wait for, and say why in a sentence; None where it is no single one.
+    """Find the rank that the others wait for, and describe the hang; None if no single rank caused it.
 
-    A stopped process comes first. Else the ranks that did fewest steps are behind, and among them those that do not stand
-    in a collective hold up the others. Where all that are behind stand in a collective, a rank that is ahead of them
-    went on without taking part in it.
+    In this order: a stopped process; of the ranks with the fewest steps, one that is not in a collective; if all of these
+    are in a collective, a rank with more steps, which did not take part in it.
     """
     stopped = [rank for rank, beat in beats.items() if beat.state and beat.state in STOPPED_STATES]
     if stopped:
@@ -141,7 +140,7 @@ def find_culprit(beats: Mapping[int, RankStatus], places: Mapping[int, StackLoca
         return rank, (
             f"rank {rank} went on to step {most} without the collective in which rank {waits} waits{_at(waits, places)}"
         )
-    return None, f"all ranks stand still after step {least}: " + ", ".join(
+    return None, f"no rank makes progress after step {least}: " + ", ".join(
         f"rank {rank}{_at(rank, places)}" for rank in sorted(beats)
     )
 

@@ -1,4 +1,4 @@
-"""The backends, by name. A backend is one object (`Backend`); its module is imported when it is first used."""
+"""Registry of the backends. The module of a backend is imported at its first use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CLASSES = {
     "ray": ("launcher.backends.ray.backend", "RayBackend"),
     "ray_on_slurm": ("launcher.backends.ray.on_slurm", "RayOnSlurmBackend"),
 }
-"""Where the class of each backend is. `launcher.config.cluster.BACKENDS` has those that ``--backend`` can name."""
+"""Name -> module and class. `launcher.config.cluster.BACKENDS` has the names that ``--backend`` accepts."""
 
 _SHIPPED = tuple(BACKENDS)
 _registered: dict[str, Backend] = {}
@@ -42,12 +42,12 @@ def get(name: str) -> Backend:
 
 
 def of(cluster: Cluster) -> Backend:
-    """Return the backend that runs what is sent to `cluster`."""
+    """Return the backend of `cluster`."""
     return get(cluster.engine)
 
 
 def register(backend: Backend) -> None:
-    """Make `backend` known in this process under its name, in place of a shipped one of that name; for tests."""
+    """Register `backend` in this process, in place of a shipped one of the same name; for tests."""
     _registered[backend.name] = backend
     if backend.name not in BACKENDS:
         BACKENDS.append(backend.name)

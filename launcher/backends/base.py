@@ -1,4 +1,4 @@
-"""The interface of a backend: `Backend`, and what it is capable of."""
+"""The interface of a backend: `Backend` and its `Capabilities`."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from launcher.request.spec import Plan, State
 
 @dataclass(frozen=True)
 class Capabilities:
-    """How a backend differs from others, for the code that serves all of them.
+    """Properties of a backend, for code that handles all backends.
 
     Attributes:
-        poll_seconds: seconds for which one answer of `Backend.poll` serves everybody who watches the run; 0: ask each time.
-        interrupt_stops: Ctrl-C stops the run; otherwise it ends only the watching.
+        poll_seconds: seconds for which an answer of `Backend.poll` is reused by all who watch the run; 0: not reused.
+        interrupt_stops: Ctrl-C stops the run; otherwise it only stops following it.
         queue: a run waits for resources in a queue before it starts.
-        precheck: the target is imported before it is sent, since its ranks start later or elsewhere.
+        precheck: the target is imported before the submission, since its ranks start later or on other machines.
         multi_node: a run can have more than one node.
         spare_nodes: an allocation can hold more nodes than the run uses (``--spare-nodes``).
         time_limit: a run is a job that ends when its time limit is reached.
-        requeue: the scheduler starts a preempted run again.
+        requeue: the scheduler requeues a preempted run.
         elastic: a run can continue with fewer ranks after it lost a node (``ray.elastic``).
     """
 
@@ -44,26 +44,26 @@ class Capabilities:
 
 
 class Backend(ABC):
-    """An engine that starts runs. Logs, metrics and results are files of the run directory and no concern of it."""
+    """An engine that starts runs. Logs, metrics and results are files in the run directory, not handled here."""
 
     name: str
     capabilities: Capabilities
 
     @abstractmethod
     def survey(self, cluster: Cluster) -> Cluster:
-        """Return `cluster` with what its profile leaves open and the engine reports: nodes, and the devices of a node.
+        """Return `cluster` with the nodes and devices that its profile leaves open, as the engine reports them.
 
         Raises:
-            BadRequest: the engine cannot be reached and the profile does not say enough.
+            BadRequest: the engine cannot be reached and the profile is incomplete.
         """
 
     def unusable_gpus(self) -> str:
-        """Return why torch cannot use the GPUs that the engine lists; empty if it can, or if it cannot be tried here."""
+        """Return why torch cannot use the GPUs of this machine; empty if it can, or if this cannot be tested."""
         return ""
 
     @abstractmethod
     def render(self, plan: Plan) -> str:
-        """Return what `submit` would send, word for word. Sends nothing and works without the engine."""
+        """Return the request of `submit` as text. Sends nothing and works without the engine."""
 
     def check(self, plan: Plan) -> str:
         """Return when and where the engine would start `plan`; empty if unknown.
@@ -75,41 +75,41 @@ class Backend(ABC):
 
     @abstractmethod
     def submit(self, plan: Plan) -> str:
-        """Send what `render` shows and return the job id.
+        """Submit the request that `render` shows; return the job id.
 
         Raises:
             BadRequest: the engine cannot be reached, or it refuses the request.
         """
 
     def check_id(self, job_id: str) -> None:
-        """Check a job id that was read back from a file, before anything is done with it.
+        """Check the form of a job id that was read from a file.
 
         Raises:
-            BadRequest: it has not the form of this engine's job ids.
+            BadRequest: it is not a job id of this engine.
         """
         check_id(ANY_ID, job_id)
 
     @abstractmethod
     def poll(self, job_id: str) -> State:
-        """Return the state of a job. LOST: it ended, and the run directory says how."""
+        """Return the state of a job. LOST: it ended; the run directory has the result."""
 
     @abstractmethod
     def cancel(self, job_id: str) -> None:
-        """End a job now. A stop with a checkpoint is requested through the run directory before."""
+        """End a job now, without a checkpoint. The caller requests a stop with a checkpoint before."""
 
     def diagnose(self, cluster: Cluster, cwd: Path) -> Iterator[Check]:
-        """Examine the engine for ``launch doctor``; `cwd` is the folder that the command was called in."""
+        """Check the engine for ``launch doctor``; `cwd` is the working directory of the command."""
         yield from ()
 
     def at_hand(self) -> bool:
-        """Whether this machine can submit to the engine, judged without a request to it."""
+        """Whether this machine seems able to submit to the engine; sends no request."""
         return False
 
     def new_profile(self) -> str:
-        """Return a profile (TOML) of the engine that can be reached from here.
+        """Return a profile (TOML) of the engine, from its own report.
 
         Raises:
-            BadRequest: it cannot be reached, or needs no profile.
+            BadRequest: the engine cannot be reached, or needs no profile.
         """
         raise BadRequest(f"--backend {self.name}: this backend does not write profiles.")
 

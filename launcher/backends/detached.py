@@ -1,4 +1,4 @@
-"""A detached process of this machine as a job: what stands behind a local run and behind a Ray driver."""
+"""Start, poll and kill a detached process of this machine: a local agent or a Ray driver."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from training.files import open_plain
 def start(module: str, run_dir: Path, log: Path) -> str:
     """Start ``python -m module RUN_DIR`` in a session of its own and return its job id.
 
-    The job id is ``host:pid:start time``, the last in clock ticks since boot, so that a recycled pid is not mistaken for
-    the process. It survives the shell that started it.
+    The job id is ``host:pid:start time``, with the start time in clock ticks since boot to detect a reused pid. The process
+    survives the shell that started it.
     """
     log.parent.mkdir(exist_ok=True)
     with os.fdopen(open_plain(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as output:
-        # Not a Popen, which would warn of a process that outlives it; outliving is what this one is for.
+        # Not Popen, which warns about a child that outlives it.
         pid = os.posix_spawn(
             sys.executable,
             own_packages.command(module, str(run_dir)),
@@ -36,25 +36,25 @@ def start(module: str, run_dir: Path, log: Path) -> str:
                 (os.POSIX_SPAWN_DUP2, output.fileno(), 2),
             ],
             setsid=True,
-            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # which Python ignores, and children would, too
+            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # Python ignores them, and children inherit that
         )
     _children.add(pid)
     return f"{socket.gethostname()}:{pid}:{_start_time(pid) or 0}"
 
 
 _children: set[int] = set()
-"""Kept so that a long-lived Python (a notebook) reaps what it started; see `poll`."""
+"""The started pids, so that `poll` can reap them in a long-lived Python process such as a notebook."""
 
 
 def poll(job_id: str) -> State:
-    """RUNNING while the process lives, LOST once it is gone, UNKNOWN from another machine."""
+    """State of the process: RUNNING, LOST after its exit, UNKNOWN on another machine."""
     host, pid, started = check_id(PROCESS_ID, job_id).groups()
     if host != socket.gethostname():
         return State.UNKNOWN
     for child in list(_children):
         try:
             gone, _ = os.waitpid(child, os.WNOHANG)
-        except ChildProcessError:  # somebody else has reaped it
+        except ChildProcessError:  # already reaped, by other code
             gone = child
         if gone:
             _children.discard(child)
@@ -62,25 +62,25 @@ def poll(job_id: str) -> State:
 
 
 def kill(job_id: str) -> None:
-    """Kill the process; its children watch for its end and go with it.
+    """Kill the process; its children detect this and exit.
 
     Raises:
         LaunchError: the process is on another machine.
-        BadRequest: the job id has another form, or the process is another user's.
+        BadRequest: the job id is malformed, or the process belongs to another user.
     """
     host, pid, started = check_id(PROCESS_ID, job_id).groups()
     if poll(job_id) is State.UNKNOWN:
-        raise LaunchError(f"the run is supervised by a process on {host}; cancel it from there.")
+        raise LaunchError(f"the run is supervised by a process on {host}; cancel it on that machine.")
     with suppress(ProcessLookupError):
         _kill(int(pid), started)
 
 
 def _kill(pid: int, started: str) -> None:
-    """Send SIGKILL to the process `pid` that began at `started`; not to one that has its number now."""
+    """Send SIGKILL to the process `pid` if it was started at `started`, so that its pid was not reused."""
     try:
         handle = os.pidfd_open(pid)
     except OSError as error:
-        if error.errno == errno.EINVAL:  # a thread's number, and not a process's
+        if error.errno == errno.EINVAL:  # the id of a thread, not of a process
             return
         if error.errno != errno.ENOSYS:
             raise
@@ -89,7 +89,7 @@ def _kill(pid: int, started: str) -> None:
         if _start_time(pid) != started:
             return
         if (owner := _users(pid)) != {os.geteuid()}:
-            raise BadRequest(f"process {pid} is run by uid {', '.join(map(str, sorted(owner)))}; it was not killed.")
+            raise BadRequest(f"process {pid} belongs to uid {', '.join(map(str, sorted(owner)))}; it was not killed.")
         if handle >= 0:
             signal.pidfd_send_signal(handle, signal.SIGKILL)
         else:
@@ -109,10 +109,10 @@ def _users(pid: int) -> set[int]:
 
 
 def _start_time(pid: int) -> str:
-    """The process's start in clock ticks since boot, or an empty string when it is gone or only waits to be reaped."""
+    """Start of the process in clock ticks since boot; empty if it has exited (a zombie included)."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return ""
-    fields = stat.rpartition(")")[2].split()  # the command's name may hold spaces and brackets
+    fields = stat.rpartition(")")[2].split()  # the command name may contain spaces and brackets
     return "" if fields[0] in "ZX" else fields[19]

@@ -1,4 +1,4 @@
-"""A backend for tests, ours and users': records what is submitted and runs nothing.
+"""A backend for tests: records the submitted plans and runs nothing.
 
 ::
 
@@ -11,7 +11,7 @@
     assert launch(train, backend="fake", gpus=16).result() == {"loss": 0.1}
     assert fake.plans[0].placement.nodes == 2
 
-`FakeBackend(name="slurm")` takes the place of the shipped backend, for code that names one. docs/testing.md has more.
+`FakeBackend(name="slurm")` replaces the shipped backend of that name. See docs/testing.md.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from training.files import write_atomic
 
 @dataclass
 class FakeJob:
-    """A submitted plan and its state as the fake scheduler reports it; a test may set the state."""
+    """A submitted plan and its state; a test may set the state."""
 
     plan: Plan
     state: State = State.QUEUED
@@ -43,15 +43,15 @@ class FakeJob:
 
 
 class FakeBackend(Backend):
-    """A cluster of `nodes` nodes like `node`, whose jobs do what a test says.
+    """A cluster of `nodes` nodes like `node`, whose jobs are controlled by a test.
 
     Attributes:
         jobs: every job by its id, in the order of submission.
         cancelled: the ids that `cancel` was called with.
-        on_submit: called with the id of each new job, such as `finish`, by which it succeeds at once.
+        on_submit: called with the id of each new job; with `finish`, jobs succeed at once.
         refusal: if not empty, `submit` raises BadRequest with this text.
         start: what `check` returns: when a job would start.
-        heeds_stop: a running job ends as stopped once its run is asked to stop.
+        heeds_stop: a running job ends as stopped when its run is cancelled.
     """
 
     def __init__(
@@ -71,16 +71,16 @@ class FakeBackend(Backend):
 
     @property
     def plans(self) -> list[Plan]:
-        """What was submitted, in that order."""
+        """The submitted plans, in order."""
         return [job.plan for job in self.jobs.values()]
 
     def survey(self, cluster: Cluster) -> Cluster:
-        """Fill in this backend's nodes; a profile that describes its own keeps them."""
+        """Set this backend's nodes where the profile describes none."""
         node = cluster.node if cluster.node != Node() else self.node
         return replace(cluster, nodes=cluster.nodes or self.nodes, node=node)
 
     def render(self, plan: Plan) -> str:
-        """One line a rank."""
+        """One line per rank."""
         target = f"{plan.target.kind} {plan.target.name} {json.dumps(plan.target.args)}"
         return "".join(f"rank {rank}: {target}\n" for rank in range(plan.placement.world_size))
 
@@ -88,7 +88,7 @@ class FakeBackend(Backend):
         return self.start
 
     def submit(self, plan: Plan) -> str:
-        """Record the plan as a job that is queued."""
+        """Record the plan as a queued job."""
         if self.refusal:
             raise BadRequest(self.refusal)
         job_id = f"{self.name}-{len(self.jobs) + 1}"
@@ -113,7 +113,7 @@ class FakeBackend(Backend):
             self.jobs[job_id].state = State.LOST
 
     def begin(self, job_id: str, host: str = "node1") -> RunDir:
-        """Let a queued job start its first attempt and return its run directory, to which a test may add logs."""
+        """Start the first attempt of a queued job; return its run directory, to which a test may add logs."""
         job = self.jobs[job_id]
         run_dir = RunDir(job.plan.run_dir)
         attempt = run_dir.claim_attempt()
@@ -124,7 +124,7 @@ class FakeBackend(Backend):
     def finish(
         self, job_id: str, value: Any = None, state: State = State.SUCCEEDED, failure: Failure | None = None
     ) -> None:
-        """Let a job end in `state`, as if rank 0 had returned `value`, or as the `failure` says."""
+        """End a job in `state`, with the `value` that rank 0 returned, or with `failure`."""
         import cloudpickle
 
         job = self.jobs[job_id]
@@ -134,4 +134,4 @@ class FakeBackend(Backend):
         if isinstance(value, dict):
             write_atomic(run_dir.value_file, json.dumps(value))
         end_run(run_dir, job.plan, state, run_dir.last_attempt(), job.started_at, failure)
-        job.state = State.LOST  # ended: the run directory says how
+        job.state = State.LOST  # ended; the run directory has the result

@@ -1,4 +1,4 @@
-"""This machine: one node agent, detached, so that it outlives the shell that started it."""
+"""Local backend: one detached node agent on this machine, which outlives the shell that started it."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from training.distributed.missing import UNUSABLE
 
 
 def unusable_gpus() -> str:
-    """Say why torch cannot use the GPUs of this machine; empty if it can. Runs a process, since torch is slow to import."""
+    """Test the GPUs with torch in a subprocess; returns why they cannot be used, empty if they can."""
     command = own_packages.command("training.distributed.missing")
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUTS.gpu_trial)
     except subprocess.TimeoutExpired:
-        return f"the first of them does not answer within {TIMEOUTS.gpu_trial:g} s"
+        return f"the first GPU does not answer within {TIMEOUTS.gpu_trial:g} s"
     if done.returncode == 0:
         return ""
     lines = (done.stdout if done.returncode == UNUSABLE else done.stderr).strip().splitlines()
-    return lines[-1] if lines else f"torch ended with {done.returncode} when it tried the first of them"
+    return lines[-1] if lines else f"torch exited with {done.returncode} when it used the first GPU"
 
 
 class LocalBackend(Backend):
-    """This machine: its ranks start at once, and report by themselves what is wrong with their target."""
+    """This machine: ranks start at once and report errors of their target, so no precheck is needed."""
 
     name = "local"
     capabilities = Capabilities(interrupt_stops=True, queue=False, precheck=False, multi_node=False)
@@ -44,7 +44,7 @@ class LocalBackend(Backend):
         return this_machine(cluster)
 
     def render(self, plan: Plan) -> str:
-        """The processes that would start, and the environment of each."""
+        """The processes that would start, and their environments."""
         from launcher.agent.protocol import AgentInfo, Start
         from launcher.rank.environment import finished_variable, rank_environment
 
@@ -60,13 +60,15 @@ class LocalBackend(Backend):
         return "\n".join(lines) + "\n"
 
     def unusable_gpus(self) -> str:
-        """See `unusable_gpus`."""
+        """See the function of this name."""
         return unusable_gpus()
 
     def submit(self, plan: Plan) -> str:
         """Start the agent."""
         if plan.placement.nodes != 1:
-            raise BadRequest("the local backend has one node: this machine. Use --backend slurm or ray for more.")
+            raise BadRequest(
+                "the local backend has one node, this machine. For more nodes use --backend slurm or --backend ray."
+            )
         return detached.start("launcher.agent.main", plan.run_dir, RunDir(plan.run_dir).agent_log(0))
 
     def check_id(self, job_id: str) -> None:

@@ -1,4 +1,4 @@
-"""A run that was sent, from any process: its state, its end, its logs, its stop. All of it is read from its directory."""
+"""Handle of a submitted run: its state, result, logs and cancellation, read from its run directory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from training.files import open_plain, read_json
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what the block trips over in a damaged or foreign run directory into a BadRequest that names it."""
+    """Convert errors of the block, from a damaged run directory at `path`, to BadRequest."""
     try:
         yield
     except (LaunchError, BrokenPipeError):
@@ -36,7 +36,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 class Run:
-    """A run that was sent. Any process can make one from the run directory; all it knows is there."""
+    """A submitted run. Any process can create one from the run directory, which holds its state."""
 
     def __init__(self, directory: RunDir) -> None:
         self.dir = directory
@@ -49,7 +49,7 @@ class Run:
             return f"Run({self.name!r}, unreadable)"
 
     def check_format(self) -> None:
-        """Check once that this version can read the run; see `RunDir.check_format`."""
+        """Check that this version can read the run; see `RunDir.check_format`. Later calls do nothing."""
         if not self._checked:
             self.dir.check_format()
             self._checked = True
@@ -63,105 +63,38 @@ class Run:
         return self.dir.path
 
     def state(self) -> State:
-        """Where the run is: by its files first, by its engine where they are silent.
+        """State of the run, from its files; from its engine if they do not suffice.
 
         Raises:
             BadRequest: the files are damaged, or the run directory has another format version.
         """
         with reading(self.path):
-            return self._state()
-
-    def _state(self) -> State:
-        self.check_format()
-        if result := self.dir.result():
-            return State(result["state"])
-        job = self.job()
-        if job is None:
-            return State.UNKNOWN  # being submitted just now, or the submitting process died in the middle of it
-        age = self.dir.heartbeat_age()
-        alive = age is not None and abs(age) < TIMEOUTS.run_heartbeat_age
-        if alive and backends.get(job["backend"]).capabilities.poll_seconds:
-            return self._phase()  # no need to ask
-        hint = self._poll(job["backend"], job["job_id"])
-        if hint is State.LOST and (result := self.dir.result()):
-            return State(result["state"])  # it ended between the two looks
-        return self._phase() if alive and not hint.done else hint
+            self.check_format()
+            return _state(self.dir)
 
     def job(self) -> dict[str, Any] | None:
-        """Return the engine and the id of the run's job; None before it was sent.
+        """Return the engine and the id of the run's job; None before its submission.
 
         Raises:
-            BadRequest: the engine is unknown, or the id has not the form of its ids.
+            BadRequest: the engine is unknown, or the id is not one of its job ids.
         """
-        job = self.dir.job()
-        if job is not None:
-            try:
-                backends.get(job["backend"]).check_id(job["job_id"])
-            except BadRequest as error:
-                raise BadRequest(f"{self.dir.job_file}: {error}") from None
-        return job
-
-    def _poll(self, backend: str, job_id: str) -> State:
-        """Return the state that the engine reports; reuse an answer up to `poll_seconds` old."""
-        engine = backends.get(backend)
-        lasts = engine.capabilities.poll_seconds
-        if lasts and (answer := self.dir.answer(job_id, lasts)):
-            return State(answer)
-        hint = engine.poll(job_id)
-        if lasts and is_own(self.path):
-            self.dir.keep_answer(job_id, hint)
-        return hint
-
-    def _phase(self) -> State:
-        """Whether a run that is supervised has ranks."""
-        fields = ("started", "submitted", "requeued")
-        last = next((e["event"] for e in reversed(self.dir.events()) if e["event"] in fields), None)
-        return State.RUNNING if last == "started" else State.QUEUED
+        return _job(self.dir)
 
     def status(self) -> dict[str, Any]:
-        """Everything a person or a program may want to know, as plain data.
+        """Everything that ``launch status`` shows, as plain data.
 
         Raises:
             BadRequest: the files are damaged.
         """
         with reading(self.path):
-            return self._status()
-
-    def _status(self) -> dict[str, Any]:
-        self.check_format()
-        plan, job, result = self.dir.plan(), self.job() or {}, self.dir.result() or {}
-        records = self.dir.metrics()
-        steps = [m for m in records if "loss" in m]
-        evaluations = [m for m in records if "eval" in m]
-        kept = ("step", "total_steps", "epoch", "loss", "lr", "samples_per_second")
-        events, state = self.dir.events(), self.state()
-        past = history.read(events)
-        return {
-            "name": self.name,
-            "state": state.value,
-            "backend": plan.backend,
-            "cluster": plan.cluster.name,
-            "job_id": job.get("job_id"),
-            "placement": to_data(plan.placement),
-            "target": " ".join((plan.target.name, *plan.target.args)),
-            "code": read_json(self.dir.snapshot_file) or {},
-            "attempt": self.dir.last_attempt(),
-            "failed_attempts": to_data(past.failed_attempts),
-            "excluded_nodes": list(past.excluded),
-            "ledger": to_data(accounting.keep(events, records, None if state.done else time.time())),
-            "progress": {k: steps[-1][k] for k in kept if k in steps[-1]} if steps else {},
-            "evaluation": evaluations[-1]["eval"] if evaluations else {},
-            "metrics": result.get("metrics", {}),
-            "failure": result.get("failure"),
-            "seconds": result.get("seconds"),
-            "run_dir": str(self.dir.path),
-        }
+            self.check_format()
+            return _status(self.dir, self.state())
 
     def wait(self, timeout: float | None = None) -> Run:
-        """Wait until the run has ended, `timeout` seconds at most.
+        """Wait until the run has ended.
 
         Raises:
-            TimeoutError: it has not.
+            TimeoutError: it has not ended within `timeout` seconds (default: no limit).
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self.state().done:
@@ -171,12 +104,12 @@ class Run:
         return self
 
     def check(self) -> None:
-        """Raise what the end of the run calls for; nothing for success.
+        """Raise the error of a run that has ended; nothing if it succeeded.
 
         Raises:
             BadRequest: the target refused its input.
-            RunFailed: it failed; the text begins with the exception of the rank that raised first.
-            RunStopped: it was stopped and can be resumed.
+            RunFailed: the run failed; the message begins with the exception of the rank that raised first.
+            RunStopped: the run was stopped and can be resumed.
         """
         state = self.state()
         failure = (self.dir.result() or {}).get("failure")
@@ -188,34 +121,17 @@ class Run:
             raise RunFailed(self.explain())
 
     def resumption(self) -> str:
-        """What ``launch resume`` does with this run, which has stopped."""
+        """What ``launch resume`` does with this stopped run."""
         if any((self.path / "checkpoints").glob("step-*/manifest.json")):
-            return f"`launch resume {self.name}` goes on from the newest checkpoint"
+            return f"`launch resume {self.name}` resumes from the newest checkpoint"
         return f"`launch resume {self.name}` starts the program again (it saved no checkpoint through launch)"
 
     def explain(self, shown_rank: int | None = None) -> str:
-        """Say why the run failed, its first exception first, and what to do; `shown_rank`'s log was seen already."""
-        failure = (self.dir.result() or {}).get("failure")
-        if not failure:
-            job = self.job() or {}
-            return (
-                f"run {self.name!r} ended and left no result (job {job.get('job_id')}, {job.get('backend')}). Either its"
-                f" supervisor was killed, or {self.path} is not the same folder on the nodes. Its own logs:"
-                f" {self.dir.logs} and {self.path / 'submitit'}."
-            )
-        rank = "" if failure["rank"] is None else f"rank {failure['rank']} "
-        where = f" [{rank}on {failure['host']}]" if failure.get("host") else ""
-        text = f"{failure['message']}{where}\n"
-        if shown_rank is not None and failure["rank"] == shown_rank:
-            pass
-        elif failure.get("traceback"):
-            text += "\n" + failure["traceback"].rstrip() + "\n"
-        elif failure.get("log"):
-            text += "\nThe last lines of its log:\n" + "\n".join(failure["log"]) + "\n"
-        return f"{text}{failure['kind']}: {failure['advice']}"
+        """Why the run failed and what to do; without the log of `shown_rank`, which the user has seen."""
+        return _explanation(self.dir, shown_rank)
 
     def result(self) -> Any:
-        """Wait for the end and return what the target returned on rank 0.
+        """Wait for the end of the run; return the return value of the target on rank 0.
 
         Raises:
             BadRequest, RunFailed, RunStopped: see `check`.
@@ -226,12 +142,12 @@ class Run:
         self.dir.check_own()
         import pickle
 
-        # The run's own value, written by the run's own rank 0 into the run's own directory.
+        # A file of this user's own: `check_own` has checked the owner and the permissions.
         with os.fdopen(open_plain(self.dir.value_pickle), "rb") as file:
             return pickle.load(file)
 
     def logs(self, rank: int | None = None, attempt: int | None = None) -> Iterator[str]:
-        """The lines of the logs of an attempt (default: the newest), of one rank or of all in turn."""
+        """The log lines of an attempt (default: the newest), of one `rank` or of all ranks one after another."""
         self.check_format()
         folder = self.dir.logs / str(attempt or self.dir.last_attempt())
         files = [p for p in folder.glob("*.log") if re.fullmatch("[0-9]{1,9}", p.stem)] if folder.is_dir() else []
@@ -242,18 +158,18 @@ class Run:
                     yield from (prefix + line.rstrip("\n") for line in lines)
 
     def cancel(self) -> State:
-        """Ask the run to stop, a program with a Context at its next step; kill it after its grace. Returns its state.
+        """Stop the run: a program with a Context at its next step; kill it after the grace time. Returns its state.
 
         Raises:
-            BadRequest: the run directory is not this user's alone, or names no job that could be cancelled.
-            LaunchError: it is supervised from another machine and did not stop by itself.
+            BadRequest: other users can write to the run directory, or its job id is malformed.
+            LaunchError: the run is supervised on another machine and did not stop in time.
         """
         self.dir.check_own()
         state = self.state()
         if state.done:
             return state
         self.dir.request_stop("cancelled")
-        # The grace begins once the supervisor has seen the request, which it looks for every TIMEOUTS.run_heartbeat.
+        # The grace time begins when the supervisor sees the request, which it checks every TIMEOUTS.run_heartbeat.
         deadline = time.monotonic() + (
             0 if state is State.QUEUED else self.dir.plan().cluster.grace + TIMEOUTS.run_heartbeat_age
         )
@@ -262,12 +178,12 @@ class Run:
         return self.kill()
 
     def kill(self) -> State:
-        """End the run now, without a checkpoint. Returns its state. Raises as `cancel` does."""
+        """Kill the run, without a checkpoint. Returns its state. Raises as `cancel` does."""
         self.dir.check_own()
         self.check_format()
         job = self.job()
         if job is not None and not self.state().done:
-            # For what outlives the others for a moment, such as a batch script, which would take this for a lost node.
+            # So that a batch script, which outlives the ranks, does not take this for a lost node.
             self.dir.request_stop("killed")
             try:
                 backends.get(job["backend"]).cancel(job["job_id"])
@@ -279,18 +195,119 @@ class Run:
         return self.state()
 
 
+# ---- read from the run directory --------------------------------------------------------------------------------
+
+
+def _state(directory: RunDir) -> State:
+    if result := directory.result():
+        return State(result["state"])
+    job = _job(directory)
+    if job is None:
+        return State.UNKNOWN  # the submission is in progress, or was interrupted
+    age = directory.heartbeat_age()
+    alive = age is not None and abs(age) < TIMEOUTS.run_heartbeat_age
+    if alive and backends.get(job["backend"]).capabilities.poll_seconds:
+        return _supervised_state(directory)  # without a query
+    polled = _polled_state(directory, job["backend"], job["job_id"])
+    if polled is State.LOST and (result := directory.result()):
+        return State(result["state"])  # it ended after the result was read
+    return _supervised_state(directory) if alive and not polled.done else polled
+
+
+def _job(directory: RunDir) -> dict[str, Any] | None:
+    job = directory.job()
+    if job is not None:
+        try:
+            backends.get(job["backend"]).check_id(job["job_id"])
+        except BadRequest as error:
+            raise BadRequest(f"{directory.job_file}: {error}") from None
+    return job
+
+
+def _polled_state(directory: RunDir, backend: str, job_id: str) -> State:
+    """The state that the engine reports; an answer up to `poll_seconds` old is reused."""
+    engine = backends.get(backend)
+    lasts = engine.capabilities.poll_seconds
+    if lasts and (answer := directory.answer(job_id, lasts)):
+        return State(answer)
+    polled = engine.poll(job_id)
+    if lasts and is_own(directory.path):
+        directory.keep_answer(job_id, polled)
+    return polled
+
+
+def _supervised_state(directory: RunDir) -> State:
+    """RUNNING if the supervisor of the run has started ranks, else QUEUED."""
+    kinds = ("started", "submitted", "requeued")
+    newest = next((e["event"] for e in reversed(directory.events()) if e["event"] in kinds), None)
+    return State.RUNNING if newest == "started" else State.QUEUED
+
+
+def _status(directory: RunDir, state: State) -> dict[str, Any]:
+    plan, job, result = directory.plan(), _job(directory) or {}, directory.result() or {}
+    events, records = directory.events(), directory.metrics()
+    steps = [m for m in records if "loss" in m]
+    evaluations = [m for m in records if "eval" in m]
+    kept = ("step", "total_steps", "epoch", "loss", "lr", "samples_per_second")
+    past = history.read(events)
+    return {
+        "name": directory.path.name,
+        "state": state.value,
+        "backend": plan.backend,
+        "cluster": plan.cluster.name,
+        "job_id": job.get("job_id"),
+        "placement": to_data(plan.placement),
+        "target": " ".join((plan.target.name, *plan.target.args)),
+        "code": read_json(directory.snapshot_file) or {},
+        "attempt": directory.last_attempt(),
+        "failed_attempts": to_data(past.failed_attempts),
+        "excluded_nodes": list(past.excluded),
+        "ledger": to_data(accounting.keep(events, records, None if state.done else time.time())),
+        "progress": {k: steps[-1][k] for k in kept if k in steps[-1]} if steps else {},
+        "evaluation": evaluations[-1]["eval"] if evaluations else {},
+        "metrics": result.get("metrics", {}),
+        "failure": result.get("failure"),
+        "seconds": result.get("seconds"),
+        "run_dir": str(directory.path),
+    }
+
+
+def _explanation(directory: RunDir, shown_rank: int | None) -> str:
+    failure = (directory.result() or {}).get("failure")
+    if not failure:
+        job = _job(directory) or {}
+        return (
+            f"run {directory.path.name!r} ended without a result (job {job.get('job_id')}, {job.get('backend')}). Either its"
+            f" supervisor was killed, or {directory.path} is not the same folder on the nodes. Check the logs in"
+            f" {directory.logs} and {directory.path / 'submitit'}."
+        )
+    rank = "" if failure["rank"] is None else f"rank {failure['rank']} "
+    where = f" [{rank}on {failure['host']}]" if failure.get("host") else ""
+    text = f"{failure['message']}{where}\n"
+    if shown_rank is not None and failure["rank"] == shown_rank:
+        pass
+    elif failure.get("traceback"):
+        text += "\n" + failure["traceback"].rstrip() + "\n"
+    elif failure.get("log"):
+        text += "\nThe last lines of its log:\n" + "\n".join(failure["log"]) + "\n"
+    return f"{text}{failure['kind']}: {failure['advice']}"
+
+
+# ---- runs of a folder -------------------------------------------------------------------------------------------
+
+
 def runs(folder: str | Path = "runs") -> list[Run]:
     """The runs in `folder`, newest first."""
     return [Run(r) for r in run_dir.all_runs(Path(folder))]
 
 
 def find(name: str | Path, folder: Path) -> Run:
-    """Return the run called `name` in `folder`, or the one whose directory `name` is.
+    """Return the run `name` in `folder`, or the run in the directory `name`.
 
     Raises:
-        BadRequest: there is none; near names are offered. Or its format version is unknown.
+        BadRequest: there is none (the message lists similar names), or its format version is unknown.
     """
-    with suppress(OSError):  # such as a name that is too long for a file
+    with suppress(OSError):  # such as a name that is too long for a file name
         for path in (folder / name, Path(name)):
             if (path / "plan.json").is_file():
                 run = Run(RunDir(path.resolve()))

@@ -102,7 +102,6 @@ def _why(run: Run, ended: bool, patience: float) -> str:
 def verdicts(found: Facts) -> Iterator[Check]:
     """The checks that follow from what the probe returned."""
     nodes = found["nodes"]
-    hosts = [node["host"] for node in nodes]
     yield Check("nodes", True, ", ".join(f"{node['host']} ({node['address']})" for node in nodes))
     yield _versions(nodes)
     yield from _devices(nodes)
@@ -116,15 +115,7 @@ def verdicts(found: Facts) -> Iterator[Check]:
         f" on {slowest['host']}, the slowest",
         "set `runs` in the profile to a folder that all nodes mount",
     )
-    skew = {node["host"]: node["clock"] for node in nodes}
-    off = {host: seconds for host, seconds in skew.items() if abs(seconds) > TIMEOUTS.clock_skew}
-    yield Check(
-        "clocks",
-        not off,
-        "; ".join(f"{host} is {abs(s):.1f} s {'ahead of' if s > 0 else 'behind'} {hosts[0]}" for host, s in off.items())
-        or f"at most {max(map(abs, skew.values())) * 1000:.0f} ms apart",
-        "have the administrators see to its time service (chronyc tracking)",
-    )
+    yield _clocks(nodes)
     blocked = [f"{node['host']} cannot reach {', '.join(node['unreached'])}" for node in nodes if node["unreached"]]
     yield Check(
         "ports",
@@ -196,6 +187,21 @@ def _versions(nodes: Sequence[Facts]) -> Check:
     return Check("versions", not differ and not lacks, found, remedy)
 
 
+def _clocks(nodes: Sequence[Facts]) -> Check:
+    skew = {node["host"]: node["clock"] for node in nodes}
+    off = {host: seconds for host, seconds in skew.items() if abs(seconds) > TIMEOUTS.clock_skew}
+    return Check(
+        "clocks",
+        not off,
+        "; ".join(
+            f"{host} is {abs(s):.1f} s {'ahead of' if s > 0 else 'behind'} {nodes[0]['host']}"
+            for host, s in off.items()
+        )
+        or f"at most {max(map(abs, skew.values())) * 1000:.0f} ms apart",
+        "have the administrators see to its time service (chronyc tracking)",
+    )
+
+
 def _devices(nodes: Sequence[Facts]) -> Iterator[Check]:
     for node in nodes:
         if node["device"] == "cuda":
@@ -209,12 +215,8 @@ def _devices(nodes: Sequence[Facts]) -> Iterator[Check]:
             )
             if seen.get("faults"):
                 text = f"{node['host']}: {'; '.join(seen['faults'])}"
-                yield Check(
-                    "GPU health",
-                    False,
-                    text,
-                    "report to the cluster administrators; slurm.exclude in the profile avoids it",
-                )
+                remedy = "report to the cluster administrators; slurm.exclude in the profile avoids it"
+                yield Check("GPU health", False, text, remedy)
 
 
 def _hub(nodes: Sequence[Facts]) -> Check:

@@ -1,4 +1,4 @@
-"""Which device and which cores are a rank's own, on a node where several ranks run."""
+"""Assign devices and CPU cores to the ranks of a node."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from training.errors import DeviceError
 
 
 def own_devices(visible: str | None, local_rank: int, local_world_size: int) -> str | None:
-    """What the rank's ``CUDA_VISIBLE_DEVICES`` should be; None to leave it as it is, for the local rank to index it.
+    """The value of a rank's ``CUDA_VISIBLE_DEVICES``; None to leave it as it is, to be indexed by the local rank.
 
-    CUDA shows a process no more than one MIG instance, whatever the list holds, so there the list becomes the rank's own.
+    CUDA shows a process one MIG instance at most, so with MIG the list is reduced to the rank's own instance.
 
     Args:
-        visible: ``CUDA_VISIBLE_DEVICES`` of the node's ranks, of numbers, ``GPU-<uuid>`` or ``MIG-<uuid>``; None where it is
-            not set, and all devices are visible.
+        visible: ``CUDA_VISIBLE_DEVICES`` of the node: numbers, ``GPU-<uuid>`` or ``MIG-<uuid>``; None: not set, so all
+            devices are visible.
 
     Raises:
-        DeviceError: there are fewer devices than ranks, so that some would share one.
+        DeviceError: there are fewer devices than ranks.
     """
     devices = visible_devices(visible)
     if devices is None:
@@ -30,8 +30,7 @@ def own_devices(visible: str | None, local_rank: int, local_world_size: int) -> 
     if len(devices) < local_world_size:
         raise DeviceError(
             f"this node has {local_world_size} ranks, but CUDA_VISIBLE_DEVICES={visible!r} shows {len(devices)} of its"
-            " GPUs. Something narrows them: look for gpu-bind, gpus-per-task or CUDA_VISIBLE_DEVICES in the cluster's profile"
-            " and in its prolog."
+            " GPUs. Check gpu-bind, gpus-per-task and CUDA_VISIBLE_DEVICES in the cluster's profile and in its prolog."
         )
     return devices[local_rank] if devices[local_rank].startswith("MIG-") else None
 
@@ -44,8 +43,8 @@ class Machine:
     """GPUs and cores of a node, as the kernel describes them.
 
     Attributes:
-        gpus: uuid -> NUMA node, in the order of PCI addresses; -1 where the machine does not say.
-        cores: NUMA node -> its physical cores, each the logical CPUs that share it.
+        gpus: uuid -> NUMA node, in the order of PCI addresses; -1: unknown.
+        cores: NUMA node -> its physical cores, each a tuple of logical CPUs.
     """
 
     gpus: Mapping[str, int]
@@ -55,10 +54,10 @@ class Machine:
 def cores_near(
     machine: Machine, visible: str | None, local_rank: int, local_world_size: int, allowed: set[int]
 ) -> set[int]:
-    """The logical CPUs, out of `allowed`, for a rank: its share of the physical cores of its GPU's NUMA node.
+    """A rank's share of the physical cores of its GPU's NUMA node, as logical CPUs out of `allowed`.
 
-    Empty, so that nothing is bound, where the machine has one NUMA node or does not say to which a GPU belongs, and where
-    the cores allowed there are fewer than the ranks.
+    Empty (do not bind) if the machine has one NUMA node, if the NUMA node of a GPU is unknown, or if there are fewer
+    allowed cores than ranks.
     """
     order = list(machine.gpus)
     names = visible_devices(visible)
@@ -76,16 +75,16 @@ def cores_near(
     if len(cores) < len(mates):
         return set()
     place = mates.index(local_rank)
-    mine = cores[place * len(cores) // len(mates) : (place + 1) * len(cores) // len(mates)]
-    return set().union(*mine)
+    share = cores[place * len(cores) // len(mates) : (place + 1) * len(cores) // len(mates)]
+    return set().union(*share)
 
 
 def _numa_of(name: str, machine: Machine, order: Sequence[str]) -> int:
-    """The NUMA node of an entry of CUDA_VISIBLE_DEVICES; a uuid may be cut short, as CUDA allows. -1: unknown."""
+    """The NUMA node of an entry of CUDA_VISIBLE_DEVICES; CUDA allows a prefix of a uuid. -1: unknown."""
     if name.isdigit():
         return machine.gpus[order[int(name)]] if int(name) < len(order) else -1
     found = [node for uuid, node in machine.gpus.items() if name.startswith("GPU-") and uuid.startswith(name)]
-    return found[0] if len(found) == 1 else -1  # a MIG instance does not tell its GPU
+    return found[0] if len(found) == 1 else -1  # the GPU of a MIG instance is unknown
 
 
 def this_machine(root: Path = Path("/")) -> Machine:
@@ -108,7 +107,7 @@ def this_machine(root: Path = Path("/")) -> Machine:
 
 
 def cpus_in(text: str) -> list[int]:
-    """The numbers of a list as the kernel writes it: ``0-3,8``."""
+    """Parse a CPU list of the kernel, such as ``0-3,8``."""
     found: list[int] = []
     for part in filter(None, text.strip().split(",")):
         first, _, last = part.partition("-")
@@ -124,7 +123,7 @@ def _read(path: Path) -> str:
 
 
 def settle(local_rank: int, local_world_size: int) -> None:
-    """Give this process, a rank with a GPU, its own device and the cores near it. Before CUDA is initialised.
+    """Bind this rank to its device and the cores near it. Call before CUDA is initialised.
 
     Raises:
         DeviceError: there are fewer devices than ranks.

@@ -49,7 +49,7 @@ PRINTED_BYTES = 2**20
 # ---- in the standby interpreter --------------------------------------------------------------------------------------
 
 
-def read_orders(descriptor: int) -> tuple[StartRank, list[str]]:
+def read_request(descriptor: int) -> tuple[StartRank, list[str]]:
     """Return the start of the attempt before and the modules to import, which the forkserver has written."""
     with open(descriptor, "rb") as file:
         file.seek(0)
@@ -92,7 +92,7 @@ def wait_for_start(control: int, start: StartRank, modules: Sequence[str]) -> tu
 
 
 def import_all(modules: Sequence[str]) -> bool:
-    """Import `modules`; return whether a program that imports them later cannot tell."""
+    """Import `modules`; return whether a program that imports them later finds nothing changed."""
     before = dict(os.environ)
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
     try:
@@ -213,11 +213,11 @@ class Standbys:
         local, remote = socket.socketpair()
         pid = self.spawn()
         if pid == 0:
-            orders = os.memfd_create("standby", 0)  # too long for an argument
-            with open(orders, "wb", closefd=False) as file:
+            request = os.memfd_create("standby", 0)  # too long for an argument
+            with open(request, "wb", closefd=False) as file:
                 file.write(encode(slot.start) + json.dumps(modules).encode())
             os.set_inheritable(remote.fileno(), True)
-            self.execute(slot.record, ["standby", str(remote.fileno()), str(orders)], slot.start.environment)
+            self.execute(slot.record, ["standby", str(remote.fileno()), str(request)], slot.start.environment)
         remote.close()
         slot.standby = Standby(pid, local, slot.start)
 

@@ -169,7 +169,7 @@ def enter() -> NoReturn:
     """Run a rank in a fresh interpreter, as its arguments say.
 
     They are the run directory, the descriptor of the heartbeats, that of the record of imports (-1: none), and either
-    ``rank`` with the world, or ``standby`` with the descriptors of the forkserver's socket and of its orders.
+    ``rank`` with the world, or ``standby`` with the descriptors of the forkserver's socket and of its request.
     """
     drop_output_on_full_disk()
     run_dir, heartbeats, record, (kind, *arguments) = (
@@ -181,7 +181,7 @@ def enter() -> NoReturn:
     if kind == "standby":
         from launcher.rank import standby
 
-        before, modules = standby.read_orders(int(arguments[1]))
+        before, modules = standby.read_request(int(arguments[1]))
         prepare(RunDir(run_dir).plan(), before.world)
         if before.world.device == "cuda":
             settle(before.world.local_rank, before.world.local_world_size)

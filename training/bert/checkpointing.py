@@ -26,17 +26,15 @@ if TYPE_CHECKING:
     from training.bert.engine import Engine
     from training.context import Context
 
-PROBE_SECONDS = (
-    1.0  # how long a node looks for a file of rank 0's; a network disk may remember for a while what was not there
-)
+PROBE_SECONDS = 1.0  # how long a node waits for a file of rank 0: a network disk may cache that it was missing
 
 
 class Store:
-    """The checkpoints of a run, seen from one rank."""
+    """The checkpoints of a run, on one rank."""
 
     def __init__(self, ctx: Context, config: TrainConfig) -> None:
         self._ctx = ctx
-        self._one_disk = True  # whether all nodes see the same folder of checkpoints; `find` looks
+        self._one_disk = True  # whether all nodes share the folder of checkpoints; set by `find`
         self._mirror = Mirror(config.mirror, ctx.run_dir.name, keep=config.keep) if config.mirror else None
         ctx.checkpoints.keep = config.keep
         ctx.checkpoints.on_saved = self._saved
@@ -48,10 +46,10 @@ class Store:
             self._mirror.on_failed = lambda step, error: ctx.event("mirror-failed", step=step, error=str(error))
 
     def find(self) -> dict[str, Any] | None:
-        """The parts of the newest good checkpoint, of this disk or the mirror, the same on all ranks: rank 0 chooses.
+        """Load the newest valid checkpoint of this disk or the mirror, as chosen by rank 0. A collective.
 
-        Raises, on all ranks, CheckpointError where all are damaged or a node does not get it, and ConfigError where the
-        mirror cannot be read.
+        Raises, on all ranks:
+            CheckpointError: all are damaged, or a node cannot get the chosen one. ConfigError: the mirror cannot be read.
         """
         group, folder = self._ctx.group, self._ctx.checkpoints.folder
         self._one_disk = self._ctx.world.num_nodes == 1 or self._look_for_one_disk()
@@ -81,13 +79,13 @@ class Store:
         return load(folder / name)
 
     def _look_for_one_disk(self) -> bool:
-        """Whether every node sees what rank 0 puts into the folder of checkpoints. A collective."""
+        """Whether all nodes see a new file of rank 0 in the folder of checkpoints. A collective."""
         group, folder = self._ctx.group, self._ctx.checkpoints.folder
         probe: Path | None = None
         if self._ctx.world.rank == 0:
-            with contextlib.suppress(OSError):  # the first save reports a disk that cannot be written
+            with contextlib.suppress(OSError):  # the first save reports this error
                 folder.mkdir(parents=True, exist_ok=True)
-                fresh = folder / f".step-probe-{secrets.token_hex(8)}"  # `clean` would remove it, too
+                fresh = folder / f".step-probe-{secrets.token_hex(8)}"  # a name that `clean` removes
                 fresh.touch()
                 probe = fresh
         name = group.broadcast(probe.name if probe else "")
@@ -100,9 +98,9 @@ class Store:
         return seen
 
     def _bring(self, name: str, digest: str) -> None:
-        """Have the checkpoint that rank 0 chose on the disk of this node, where nobody else prunes.
+        """Provide the checkpoint that rank 0 chose on this node's own disk, and prune the others.
 
-        Raises CheckpointError where it does not come, or is another one.
+        Raises CheckpointError if it is missing or differs from that of rank 0.
         """
         checkpoints = self._ctx.checkpoints
         path = checkpoints.folder / name
@@ -122,7 +120,7 @@ class Store:
         checkpoints.prune(but=name)
 
     def save(self, engine: Engine, step: int, state: dict[str, Any], score: float | None) -> None:
-        """Save a checkpoint in the background. The engine waits with its next update until all is copied. A collective."""
+        """Save a checkpoint in the background; the next update of the engine waits for the copy. A collective."""
         started_at = time.monotonic()
         world = self._ctx.world
         in_parts = engine.sharded and self._one_disk
@@ -134,14 +132,14 @@ class Store:
             self._ctx.checkpoints.save(step, parts, score=score, part=part, started_at=started_at, later=True)
 
     def finish(self) -> None:
-        """Wait until the last checkpoint is committed, so that no rank leaves before. A collective."""
+        """Wait on all ranks until the last checkpoint is committed. A collective."""
         self._ctx.checkpoints.wait()
         self._ctx.group.barrier()
 
     def publish(self, engine: Engine, tokenizer: PreTrainedTokenizerBase) -> str:
-        """Save the final model for `from_pretrained` as `run_dir/model`, whole or absent; the folder's name.
+        """Save the final model for `from_pretrained`, atomically, to `run_dir/model`; returns the folder name.
 
-        Raises OSError where it cannot be written.
+        Raises OSError if it cannot be written. A collective.
         """
         from safetensors import SafetensorError
 
@@ -153,7 +151,7 @@ class Store:
             shutil.rmtree(staging, ignore_errors=True)
             try:
                 engine.model.save_pretrained(staging, state_dict=weights)
-            except SafetensorError as error:  # which hides that the disk is full
+            except SafetensorError as error:  # hides the errno, such as that of a full disk
                 number = re.search(r"os error (\d+)", str(error))
                 if number is None:
                     raise
@@ -166,7 +164,7 @@ class Store:
         return "model"
 
     def close(self) -> None:
-        """Wait for the save and the copies under way."""
+        """Wait for the save and the copies in progress."""
         try:
             self._ctx.checkpoints.close()
         finally:
@@ -181,7 +179,7 @@ class Store:
         local, problem = None, None
         try:
             local = self._ctx.checkpoints.latest()
-        except CheckpointError as error:  # all that lie here are damaged, but perhaps not those over there
+        except CheckpointError as error:  # all local checkpoints are damaged; the mirror may have a valid one
             problem = error
         for there in reversed(self._mirror.checkpoints()):
             if local is not None and local.step >= there.step:

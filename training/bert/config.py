@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What to train, on what, and how. Without any of it: a small BERT from scratch, offline, in about a minute."""
+    """Options of a training. The defaults train a small BERT from scratch, offline, in about a minute."""
 
     model: str = TINY  # a Hub name, a folder saved by save_pretrained, or `tiny`: a small BERT from scratch
     dataset: str = PAIRS  # `glue/mrpc` (Hub), a folder with train.csv and validation.csv, module:function, or `pairs`
@@ -47,7 +47,7 @@ class TrainConfig:
     cache: Path | None = None  # folder for tokenised data; by default ~/.cache/launch/tokens
 
     def resolved(self) -> TrainConfig:
-        """The same with every default filled in."""
+        """Return a copy with the defaults that depend on `model`."""
         tiny = self.model == TINY
         return replace(
             self,

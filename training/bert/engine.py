@@ -1,4 +1,4 @@
-"""One optimizer step, one evaluation, and the state that a checkpoint must hold. Accelerate does the device work."""
+"""The training engine of one rank: optimizer steps and evaluations, on top of accelerate."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 
     Batch = dict[str, torch.Tensor]
 
-COMPILED_LENGTHS = 32  # with --compile, batches are padded to multiples of so many tokens
+COMPILED_LENGTHS = 32  # with --compile, batches are padded to multiples of this number of tokens
 
 
 def make_accelerator(ctx: Context, precision: str) -> Accelerator:
-    """An Accelerator on the device and the process group of `ctx`; it creates neither, and no variable."""
+    """Create an Accelerator that uses the device and the process group of `ctx`."""
     import torch
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state(reset_partial_state=True)  # a second run in one process, as in a notebook
+    AcceleratorState._reset_state(reset_partial_state=True)  # for a second run in one process, as in a notebook
     GradientState._reset_state()
-    _ = ctx.group  # before accelerate looks, so that it takes this process group and makes none
+    _ = ctx.group  # created first, so that accelerate uses this process group
     facts: dict[str, str | None] = dict(ctx.world.environment())
     if ctx.world.world_size == 1:
         facts = dict.fromkeys(facts)
-    facts["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # unset, accelerate changes the number of threads
+    facts["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # if unset, accelerate changes the number of threads
     facts["ACCELERATE_TORCH_DEVICE"] = str(ctx.device)
     facts["ACCELERATE_USE_CPU"] = str(ctx.world.device == "cpu").lower()
     with environment(facts):
@@ -47,10 +47,12 @@ def make_accelerator(ctx: Context, precision: str) -> Accelerator:
 
 
 class Engine:
-    """A model with its optimizer, scheduler and data on one rank.
+    """A model with its optimizer, scheduler and collator on one rank.
 
-    Attributes: `model` (the bare one), `loss_sum` (float32 scalar on the device: the mean losses of this rank's share,
-    summed over the steps since the last log), `loss_steps`.
+    Attributes:
+        model: the model without DDP or compilation.
+        loss_sum: float32 scalar on the device, the sum of this rank's weighted losses since the last `mean_loss`.
+        loss_steps: number of optimizer steps in `loss_sum`.
     """
 
     def __init__(
@@ -73,17 +75,17 @@ class Engine:
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.lr or 0.0, weight_decay=config.weight_decay, fused=self.runtime.fused or None
         )
-        # A runtime that compiles for each shape does so by itself.
+        # A runtime with static shapes compiles by itself.
         forward = torch.compile(model, dynamic=False) if config.compile and self.runtime.dynamic_shapes else model
-        # `evaluation_mode` leaves DDP to us: accelerate wraps only on devices that it knows, and by the local rank.
+        # `evaluation_mode` prevents DDP: accelerate wraps on known devices only, and selects them by the local rank.
         self.wrapped = self.accelerator.prepare_model(forward, device_placement=False, evaluation_mode=True)
         self.replicated = self.world_size > 1 and not self.sharded
-        self.unchecked = self.replicated  # until the weights of all ranks were compared once
+        self.unchecked = self.replicated  # until the weights of all ranks are compared after the first update
         if self.replicated and self.runtime.ddp:
             self.wrapped = replicate(self.wrapped, ctx.device)
         self.prepared = self.accelerator.prepare_optimizer(self.optimizer, device_placement=False)
         self.scheduler = get_scheduler(config.schedule, self.optimizer, config.warmup_steps, steps)
-        # Compiled code is made for each shape, so lengths are rounded up to a handful of them.
+        # Each shape is compiled, so lengths are rounded up to few values.
         self.collate = DataCollatorWithPadding(
             tokenizer,
             pad_to_multiple_of=COMPILED_LENGTHS if config.compile or not self.runtime.dynamic_shapes else None,
@@ -93,17 +95,17 @@ class Engine:
         self.wrapped.train()
 
     def warm_up(self, data: Encoded) -> None:
-        """Let DDP find its order of gradients, by one backward pass that changes nothing. A collective.
+        """Fix the gradient buckets of DDP by a backward pass without an update. A collective.
 
-        DDP regroups gradients after its first backward pass. With more than two ranks the grouping decides the order in
-        which numbers are added, so a resumed run would round otherwise than one that never stopped.
+        DDP rebuilds its buckets after the first backward pass. With more than two ranks the buckets determine the order of
+        additions, so that the rounding of a resumed run would differ from that of an uninterrupted run.
         """
         if self.world_size > 2 and self.replicated:
             self.accelerator.backward(self.wrapped(**self._send(self.batch(data, (0,)))).loss * 0)
             self.prepared.zero_grad()
 
     def batch(self, data: Encoded, samples: Sequence[int]) -> Batch:
-        """The padded tensors, int64 of shape (samples, longest), of `samples`; in page-locked memory for a GPU."""
+        """Collate `samples` to padded int64 tensors of shape (samples, longest); in pinned memory for a GPU."""
         batch = self.collate(data.rows(samples))
         return {
             name: tensor.pin_memory() if self.runtime.pin_memory_by_default else tensor
@@ -111,9 +113,9 @@ class Engine:
         }
 
     def batches(self, data: Encoded, steps: Iterable[Step]) -> Generator[tuple[Step, list[Batch]]]:
-        """The steps with the batches of this rank; for an accelerator they are made ahead, in a thread.
+        """The steps with the batches of this rank; for an accelerator, batches are prefetched in a thread.
 
-        On a CPU that would only take the cores away from the arithmetic.
+        On a CPU, the thread would compete with training for the cores.
         """
         made = (
             (step, [self.batch(data, part or (step.padding_sample,)) for part in step.microbatches]) for step in steps
@@ -124,14 +126,14 @@ class Engine:
         return {name: tensor.to(self.ctx.device, non_blocking=True) for name, tensor in batch.items()}
 
     def step(self, step: Step, batches: list[Batch]) -> None:
-        """One optimizer step over the microbatches of this rank."""
+        """Run one optimizer step over the microbatches of this rank."""
         import torch
 
         total = torch.zeros((), device=self.ctx.device)
         for number, (microbatch, batch) in enumerate(zip(step.microbatches, batches, strict=True), start=1):
             last = number == len(step.microbatches)
             weight = step.weight(microbatch, self.world_size)
-            # Gradients travel between ranks once a step, with the last microbatch.
+            # Gradients are reduced once per step, with the last microbatch.
             with self._syncing(last):
                 loss = self.wrapped(**self._send(batch)).loss * weight
                 self.accelerator.backward(loss)
@@ -140,7 +142,7 @@ class Engine:
         if self.max_grad_norm:
             self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.max_grad_norm)
         self.prepared.step()
-        if not self.prepared.step_was_skipped:  # fp16: the scaler found gradients that are not finite
+        if not self.prepared.step_was_skipped:  # fp16: the scaler found infinite gradients or NaN
             self.scheduler.step()
         self.prepared.zero_grad()
         self.loss_sum += total
@@ -148,7 +150,7 @@ class Engine:
         self.runtime.submit()
         if self.unchecked:
             check_replicas(self.ctx.group, self.model, step.after)
-            # fp16: a step that was skipped has changed no weights, so the next one is compared, too.
+            # fp16: a skipped step did not change the weights, so the next one is compared, too.
             self.unchecked = self.ctx.group.any(self.prepared.step_was_skipped)
 
     def _syncing(self, last: bool) -> AbstractContextManager[Any]:
@@ -169,7 +171,7 @@ class Engine:
         return mean
 
     def evaluate(self, data: Encoded, batch_size: int, metric: Metric) -> dict[str, float]:
-        """The metric over every sample of `data` once, the same on every rank and for every number of ranks."""
+        """Compute the metric over all samples of `data`; independent of the number of ranks. A collective."""
         import torch
 
         ids: list[int] = []
@@ -186,7 +188,7 @@ class Engine:
                     outputs.append(logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1))
                     ids += samples
                 if self.sharded and len(local) < most // batch_size:
-                    self._logits(data, batches[0])  # takes part in gathering the parameters for the other ranks
+                    self._logits(data, batches[0])  # takes part in the all-gather of the parameters
         finally:
             self.model.train()
         predictions = torch.cat(outputs).tolist() if outputs else []
@@ -194,7 +196,7 @@ class Engine:
         return combine(self.ctx.group, metric, len(data), ids, predictions, references, most)
 
     def _logits(self, data: Encoded, samples: Sequence[int]) -> torch.Tensor:
-        """Float32 of shape (samples, labels)."""
+        """The logits of `samples`: float32 of shape (samples, labels)."""
         batch = self._send(self.batch(data, samples))
         batch.pop("labels")
         logits: torch.Tensor = self.model(**batch).logits.float()

@@ -1,4 +1,4 @@
-"""Where a metric's definition comes from: this package, a user's function, or `evaluate`."""
+"""Find the definition of a metric: in this package, a user's function, or `evaluate`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 GLUE = Path(__file__).parents[1] / "corpus" / "glue.py"  # GLUE's definitions as a module for evaluate.load
-LOAD_SECONDS = 60.0  # how long an evaluation waits for a definition that is still on its way
+LOAD_SECONDS = 60.0  # how long an evaluation waits for a definition that is being loaded
 
 
 def check_metric(name: str) -> None:
-    """Raise ConfigError where a metric's name cannot be right; loads nothing."""
+    """Check the name of a metric without loading it.
+
+    Raises:
+        ConfigError: there is no such function or file.
+    """
     if ":" in name:
         check_function("--metric", name)
     if name.endswith(".py") and not Path(name).expanduser().is_file():
@@ -28,12 +32,12 @@ def check_metric(name: str) -> None:
 
 
 def find_metric(name: str, num_labels: int, dataset: str) -> Metric:
-    """The metric `name`, as --metric gives it.
+    """Return the metric `name` of --metric.
 
-    "" is GLUE's definition: from the Hub, where the data set comes from there and it can be reached, else this package's,
-    which is the same. `package.module:function` is any function of (predictions, references) that returns a dict; a path
-    of a .py file or another name is loaded by `evaluate`. That takes seconds, so it happens in a thread while training
-    goes on; the first evaluation waits for it.
+    "" is the metric of GLUE: from the Hub if the dataset is on the Hub and the Hub can be reached, else the equal one of this
+    package. `package.module:function` is a function of (predictions, references) that returns a dict. The path of a .py
+    file or another name is loaded by `evaluate`; this takes seconds, so a thread does it during training, and the first
+    evaluation waits for it.
     """
     if ":" in name:
         found: Metric = find_function("--metric", name)
@@ -47,26 +51,26 @@ def find_metric(name: str, num_labels: int, dataset: str) -> Metric:
 
 
 class Loading:
-    """A metric of `evaluate` on its way. Called before it has come, it waits.
+    """A metric of `evaluate` that a thread loads; a call waits for it up to LOAD_SECONDS.
 
-    Where it does not come: the `fallback` if there is one, else ConfigError.
+    If it cannot be loaded, a call uses the `fallback`, or raises ConfigError without one.
     """
 
     def __init__(self, source: str, config: str | None, fallback: Metric | None) -> None:
         self._source, self._config, self._fallback = source, config, fallback
         self._metric: Any = None
         self._error: Exception | None = None
-        # A daemon, because a Hub that does not answer must not keep a finished run from ending.
+        # A daemon, so that a Hub that does not answer does not delay the exit of a finished run.
         self._thread = threading.Thread(target=self._load, name="metric", daemon=True)
         self._thread.start()
 
     def _load(self) -> None:
         try:
-            # By name and not by an import statement: it takes seconds, and most runs never need it.
+            # Imported late, because the import takes seconds and most runs do not need it.
             evaluate = importlib.import_module("evaluate")
             config = {} if self._config is None else {"config_name": self._config}
             self._metric = evaluate.load(self._source, keep_in_memory=True, **config)
-        except Exception as error:  # no network, no such metric, a package it needs is missing
+        except Exception as error:  # such as no network, no such metric, or a missing package
             self._error = error
 
     def __call__(self, predictions: npt.NDArray[np.float64], references: npt.NDArray[np.float64]) -> dict[str, float]:

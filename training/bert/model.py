@@ -1,4 +1,4 @@
-"""Building and loading sentence-pair classifiers: a Hub name, a local folder, or `tiny`."""
+"""Load sentence-pair classifiers from the Hub or a local folder, or create the `tiny` one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ TINY_SHAPE: dict[str, Any] = {
 
 
 def check_model(name: str) -> None:
-    """Raise ConfigError where `name` is a path, or looks like one, without a model in it. Touches no network."""
+    """Check that a local model `name` has a readable config.json; sends no request for a Hub name.
+
+    Raises:
+        ConfigError: the folder or its config.json is missing or damaged.
+    """
     folder = Path(name).expanduser()
     looks_local = name.startswith((".", "/", "~")) or folder.is_dir()
     if name == TINY or not looks_local:
@@ -44,7 +48,11 @@ def check_model(name: str) -> None:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokeniser of the model `name`. Raises ConfigError where it cannot be loaded."""
+    """Load the tokeniser of the model `name`.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
     if name == TINY:
         from transformers import BertTokenizer
 
@@ -61,9 +69,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(name: str, num_labels: int) -> PreTrainedModel:
-    """The classifier `name`: parameters float32, on the CPU, a fresh head of `num_labels` outputs where it has none.
+    """Load the classifier `name` on the CPU in float32, with a new head of `num_labels` outputs if it has none.
 
-    Raises ConfigError where it cannot be loaded.
+    Raises:
+        ConfigError: it cannot be loaded.
     """
     if name == TINY:
         from transformers import BertConfig, BertForSequenceClassification
@@ -76,7 +85,7 @@ def load_model(name: str, num_labels: int) -> PreTrainedModel:
     from transformers import AutoModelForSequenceClassification
 
     try:
-        # Parameters are kept in float32 whatever the file has; lower precision is the business of autocast.
+        # Parameters are float32, whatever the file has; autocast lowers the precision.
         return AutoModelForSequenceClassification.from_pretrained(
             _source(name), num_labels=num_labels, dtype=torch.float32, ignore_mismatched_sizes=False
         )
@@ -85,10 +94,10 @@ def load_model(name: str, num_labels: int) -> PreTrainedModel:
 
 
 def _look_for_equal_words(model: PreTrainedModel) -> None:
-    """Start so small a model where comparing sentences begins: a word attends to its like.
+    """Initialise the attention of the tiny model so that a word attends to equal words.
 
-    Queries equal keys, and words count for more than places. From BERT's own start it takes hundreds of steps, and for
-    some seeds more than a minute has, until attention first finds equal words; from here on all is learned as usual.
+    Queries equal keys, and word embeddings outweigh position embeddings. With BERT's own initialisation, hundreds of steps
+    pass until attention finds equal words; with some seeds, more than fit into a minute.
     """
     import torch
 

@@ -1,8 +1,8 @@
-"""Where sentence pairs come from, and whether they fit: a file, the Hub, or a function of the user's.
+"""Read and check sentence pairs from a file, the Hub, or a user's function.
 
-A data set has a length and row numbers. A stream has neither, and without them no epoch is exact: how many steps it has
-is unknown, ranks cannot share a shuffle of it, and a resumed run cannot skip the samples it has used. So a stream
-raises ConfigError, whose message has the line that writes it to a file.
+A dataset needs a length and row numbers. Without them the number of steps is unknown, ranks cannot share a shuffle, and a
+resumed run cannot skip the samples it has used. A stream therefore raises ConfigError; the message has the code that
+writes it to a file.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ PAIRS = "pairs"
 CORPUS = Path(__file__).parents[1] / "corpus"
 COLUMNS = ("sentence1", "sentence2", "label")
 SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
-CHECKED_ROWS = 20_000  # rows of a file looked at before a run is sent; training itself checks all
+CHECKED_ROWS = 20_000  # rows of a file checked before the submission; training checks all rows
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a split comes from: a file, else the Hub data set `name`, configuration `config`, or a function."""
+    """Source of a split: a file, a function, or the Hub dataset `name` with configuration `config`."""
 
     split: str
     path: Path | None = None
-    name: str = ""  # with a colon: package.module:function
+    name: str = ""  # a Hub name, or package.module:function
     config: str = ""
 
     def __str__(self) -> str:
@@ -43,11 +43,14 @@ class Source:
 
 
 def find_source(split: str, dataset: str, file: str) -> Source:
-    """The source of `split` ("train", "validation"): `file` where it is given, else that of `dataset`.
+    """Find the source of `split` ("train", "validation"): `file` if given, else that of `dataset`.
 
-    `dataset` is `pairs`, a folder, a name on the Hub, or `package.module:function`: a function of the split's name that
-    returns a `datasets.Dataset` or a sequence of {"sentence1", "sentence2", "label"}. Raises ConfigError where there is
-    no such file, folder, or readable format.
+    Args:
+        dataset: `pairs`, a folder, a Hub name, or `package.module:function`. The function takes the name of the split and
+            returns a `datasets.Dataset` or a sequence of {"sentence1", "sentence2", "label"}.
+
+    Raises:
+        ConfigError: there is no such file or folder, or its format is unknown.
     """
     flag = f"--{split}-file {file}" if file else f"--dataset {dataset}"
     if file:
@@ -65,7 +68,7 @@ def find_source(split: str, dataset: str, file: str) -> Source:
                 raise ConfigError(
                     f"{flag}: no such folder; give a folder with train.csv and validation.csv, or `{PAIRS}`"
                 )
-            if parts[0] == "glue":  # the name of old: the scripts behind it are gone, the data are under this one
+            if parts[0] == "glue":  # the former name of the dataset
                 return Source(split, None, "nyu-mll/glue", "/".join(parts[1:]))
             return Source(split, None, "/".join(parts[:2]), "/".join(parts[2:]))
         found = [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").is_file()]
@@ -80,9 +83,10 @@ def find_source(split: str, dataset: str, file: str) -> Source:
 
 
 def check_source(source: Source, num_labels: int) -> None:
-    """Raise ConfigError where a file lacks columns, is empty, or has labels outside the model's range; without torch.
+    """Check the first CHECKED_ROWS rows of a file, without torch; other sources are checked by `read`.
 
-    Looks at the first CHECKED_ROWS rows; what is no file is looked at only when it is loaded.
+    Raises:
+        ConfigError: a column is missing, the file is empty, or a label is outside the model's range.
     """
     if source.path is None:
         return
@@ -103,7 +107,11 @@ def check_source(source: Source, num_labels: int) -> None:
 
 
 def check_label(label: Any, num_labels: int, where: str) -> None:
-    """Raise ConfigError for a label that a model of `num_labels` outputs (1: regression) cannot learn."""
+    """Check a label for a model of `num_labels` outputs (1: regression).
+
+    Raises:
+        ConfigError: it is not a number, or not a class of the model.
+    """
     try:
         number = float(label)
     except (TypeError, ValueError):
@@ -116,7 +124,7 @@ def check_label(label: Any, num_labels: int, where: str) -> None:
 
 
 def _peek(path: Path) -> tuple[list[str], Iterator[dict[str, Any]]]:
-    """The columns of a file and its rows, one by one. Raises ConfigError for a file that is not what its name says."""
+    """The columns of a file and an iterator over its rows. Raises ConfigError if it has not the format of its suffix."""
     try:
         if path.suffix == ".csv":
             reader = csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines(keepends=True), strict=True)
@@ -135,7 +143,7 @@ def _peek(path: Path) -> tuple[list[str], Iterator[dict[str, Any]]]:
         return list(first), _guarded(path, map(json.loads, lines))
     except ConfigError:
         raise
-    except (ValueError, OSError, csv.Error) as error:  # pyarrow's errors are ValueErrors
+    except (ValueError, OSError, csv.Error) as error:  # errors of pyarrow are ValueErrors
         raise ConfigError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from None
 
 
@@ -148,7 +156,11 @@ def _guarded(path: Path, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, A
 
 
 def read(source: Source) -> Dataset:
-    """All rows of `source`. Raises ConfigError where it cannot be loaded, lacks a column, has no rows, or is a stream."""
+    """Read all rows of `source`.
+
+    Raises:
+        ConfigError: it cannot be loaded, lacks a column, has no rows, or is a stream.
+    """
     data = _read_function(source) if ":" in source.name else _read_hub(source) if source.name else _read_file(source)
     missing = [column for column in COLUMNS if column not in data.column_names]
     if missing:
@@ -179,7 +191,7 @@ def _read_hub(source: Source) -> Dataset:
 
     try:
         return load_dataset(source.name, source.config or None, split=source.split)
-    except Exception as error:  # the Hub library raises many kinds: no network, no such name, no such split
+    except Exception as error:  # many types: no network, no such name, no such split
         raise ConfigError(
             f"the data set {source} cannot be loaded from the Hub: {error}; without a network give a folder with "
             f"train.csv and validation.csv, or `--dataset {PAIRS}`"
@@ -209,7 +221,7 @@ def _read_function(source: Source) -> Dataset:
 
 
 def fingerprint_of(content: Path | Dataset) -> str:
-    """A hash of the bytes of a file, or of the rows of a data set."""
+    """SHA-256 of the bytes of a file, or of the rows of a dataset."""
     if isinstance(content, Path):
         with content.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

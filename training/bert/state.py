@@ -1,4 +1,4 @@
-"""The state of the reference job that a checkpoint holds: its position in the data, and the state of the engine."""
+"""State of the reference job in a checkpoint: the position in the data, and the state of the engine."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from training.bert.engine import Engine
     from training.bert.tokens import Encoded
 
-WAYS = ("fused", "foreach", "capturable")  # implementations of AdamW, which depend on the device
+WAYS = ("fused", "foreach", "capturable")  # options of AdamW that depend on the device
 
 
 @dataclass
 class State:
-    """The position of a run, as `state.json` of a checkpoint holds it."""
+    """The content of `state.json` of a checkpoint: position in the data, step and evaluations."""
 
     at: Position
     global_batch: int
-    identity: dict[str, Any]  # what must be the same for the order of the data to have a meaning
+    identity: dict[str, Any]  # what determines the order of the data; must not change on resume
     step: int = 0
     best: dict[str, Any] | None = None
     evaluations: list[dict[str, Any]] = field(default_factory=list)
@@ -37,7 +37,7 @@ class State:
 
     @classmethod
     def resumed(cls, saved: dict[str, Any], fresh: State, global_batch: int) -> State:
-        """Return the saved state. Raises ConfigError for other data, another order or another `global_batch` (0: any)."""
+        """Return the saved state. Raises ConfigError if data, order or `global_batch` (0: any) differ."""
         state = cls(**{**saved, "at": Position(**saved["at"])})
         if state.identity["length_buckets"] != fresh.identity["length_buckets"]:
             raise ConfigError(
@@ -71,12 +71,13 @@ class State:
 
 
 def capture(engine: Engine, *, in_parts: bool) -> dict[str, Any]:
-    """The parts of a checkpoint that the engine knows; the state of all ranks is gathered. A collective.
+    """Return the parts of a checkpoint from the engine; gathers the state of all ranks. A collective.
 
-    Parameters and moments are the engine's own, which the next `step` changes once they are copied; all else, such as
-    buffers, which a forward pass may change, is a copy.
+    Parameters and moments are the engine's tensors, which change in the next `step` after they are copied. Buffers, which a
+    forward pass may change, are copies.
 
-    A sharded model's tensors come `in_parts`, each rank its own, or whole on rank 0.
+    Args:
+        in_parts: each rank returns its own part of a sharded model; otherwise rank 0 returns whole tensors.
     """
     ranks = engine.ctx.group.gather(
         {"rng": engine.runtime.rng_state(), "loss": [float(engine.loss_sum.item()), engine.loss_steps]}
@@ -109,9 +110,12 @@ def capture(engine: Engine, *, in_parts: bool) -> dict[str, Any]:
 
 
 def restore(engine: Engine, parts: dict[str, Any]) -> None:
-    """Put back what `capture` took. Raises CheckpointError where it is another model's.
+    """Restore the engine from the result of `capture`.
 
-    Where the number of ranks has changed, generators are those that the fresh ranks were seeded with.
+    If the number of ranks has changed, random generators keep their initial seeds.
+
+    Raises:
+        CheckpointError: the parts are of another model.
     """
     import torch
 

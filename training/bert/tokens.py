@@ -1,4 +1,4 @@
-"""The tokens of sentence pairs, made once per node and kept in a cache."""
+"""Tokenise sentence pairs once per node, with a cache on disk."""
 
 from __future__ import annotations
 
@@ -19,26 +19,32 @@ if TYPE_CHECKING:
 
 CACHE = Path("~/.cache/launch/tokens")
 IN_MEMORY_ROWS = 50_000
-TOKENS_VERSION = 1  # raise it when `_encode` changes what it makes
-PARALLEL_ROWS = 100_000  # from here on several processes tokenise; below, starting them takes longer
+TOKENS_VERSION = 1  # increase it if the result of `_encode` changes
+PARALLEL_ROWS = 100_000  # with fewer rows, starting several processes takes longer than tokenising
 
 
 class Encoded:
-    """A tokenised split. Sample ids are row numbers. `lengths` counts tokens; `fingerprint` names the content."""
+    """A tokenised split. Sample ids are row numbers.
+
+    Attributes:
+        fingerprint: hash of the content.
+        lengths: number of tokens of each sample.
+        labels: label of each sample.
+    """
 
     def __init__(self, data: Dataset, fingerprint: str) -> None:
         self.fingerprint = fingerprint
         self.lengths: list[int] = data["length"][:] if len(data) else []
         self.labels: list[float] = data["labels"][:] if len(data) else []
         self._data = data.remove_columns("length")
-        # A small data set is held as lists, which is twenty times as fast as Arrow for the few rows of a batch.
+        # A small dataset is held as lists: for single rows they are 20 times as fast as Arrow.
         self._columns: dict[str, list[Any]] | None = self._data[:] if len(data) <= IN_MEMORY_ROWS else None
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def rows(self, ids: Sequence[int]) -> list[dict[str, Any]]:
-        """The features (input_ids, ..., labels; lists of int) of the samples `ids`, in that order."""
+        """The features (input_ids, ..., labels; lists of int) of the samples `ids`, in their order."""
         if self._columns is not None:
             return [{name: values[sample] for name, values in self._columns.items()} for sample in ids]
         columns = self._data[list(ids)]
@@ -48,13 +54,16 @@ class Encoded:
 def encode(
     source: Source, tokenizer: PreTrainedTokenizerBase, *, max_length: int, num_labels: int, cache: Path | None = None
 ) -> Encoded:
-    """The tokens of `source`, from the cache or made now and put there.
+    """Return the tokens of `source` from the cache, or tokenise it and add an entry to the cache.
 
-    A cache entry is named by all that it depends on and appears by one rename, so runs that start together cannot
-    disturb each other: the one that comes second uses the entry of the first. Raises ConfigError for unusable data.
+    The name of an entry is a hash of all that it depends on, and an entry is created by one rename. Runs that start at the
+    same time therefore share an entry safely.
+
+    Raises:
+        ConfigError: the data cannot be used.
     """
     folder = (cache or CACHE).expanduser()
-    # What is no file may change under the same name: it is known by its rows, so these are read in any case.
+    # Data from the Hub or a function may change under the same name, so the rows are read and hashed.
     data = read(source) if source.path is None else None
     fingerprint = fingerprint_of(source.path if data is None else data)
     key = _digest(TOKENS_VERSION, fingerprint, _tokenizer_state(tokenizer), max_length, num_labels == 1)
@@ -81,7 +90,7 @@ def _load(entry: Path) -> Dataset | None:
         return None
     try:
         return load_from_disk(str(entry))
-    except Exception:  # whatever a damaged entry raises, it is made again
+    except Exception:  # a damaged entry raises various errors; it is replaced
         shutil.rmtree(entry, ignore_errors=True)
         return None
 
@@ -90,7 +99,7 @@ def _publish(staged: Path, entry: Path) -> None:
     try:
         os.rename(staged, entry)
     except OSError:
-        if not entry.is_dir():  # otherwise another run was faster, with the same content
+        if not entry.is_dir():  # otherwise another run has published the same entry
             raise
 
 

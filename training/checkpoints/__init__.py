@@ -1,1 +1,1 @@
-"""Checkpoints: whole or absent, verified on load."""
+"""Atomic checkpoints, verified on load."""

@@ -1,4 +1,4 @@
-"""The copy of a state in host memory, from which a checkpoint is written while training changes the state."""
+"""Copy a state to host memory, to write a checkpoint while training changes the state."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ if TYPE_CHECKING:
     import torch
 
     Buffers = dict[tuple[str, str], torch.Tensor]
-    """By file and name; kept from save to save, since fresh pages would cost more than the copy itself."""
+    """(file, name) -> buffer, reused by the next save: new pages would take longer than the copy itself."""
 
 
 class Copy:
-    """One copy: begun by its maker, finished by the same thread at once, or later by the writer's.
+    """One copy of a state, started by the constructor and completed by `finish`, in the same or in another thread.
 
-    Tensors of a GPU are copied in the order of its stream, so what training does there afterwards cannot disturb them,
-    and nobody waits but the writer. Those in host memory must not change until `done`.
+    GPU tensors are copied in stream order, so later kernels cannot change the copy; only `finish` waits. Tensors in host
+    memory must not change until `done`.
 
     Attributes:
-        done: set when no tensor of the state is needed any more.
+        done: set when the copy no longer reads the state.
         stall_seconds: seconds for which training waited.
     """
 
@@ -54,20 +54,20 @@ class Copy:
             self._sent.record()
 
     def finish(self) -> dict[str, Any]:
-        """Copy what is not yet; returns bytes of each JSON file, and tensors by name of the others."""
+        """Complete the copy; returns file name -> bytes of a JSON file, or tensors by name."""
         try:
             for buffer, source in self._waiting:
                 _copy(buffer, source)
             if self._sent is not None:
                 self._sent.synchronize()
-        finally:  # the writer reports an error; training must not wait for it
+        finally:  # also after an error, which the writer reports: training waits for `done`
             self._waiting.clear()
             self.done.set()
         return self._contents
 
 
 def _copy(buffer: torch.Tensor, source: torch.Tensor) -> None:
-    """In this thread alone: torch would take all cores, which at this moment belong to training."""
+    """Copy in this thread alone: torch would use all cores, which training needs."""
     import numpy as np
     import torch
 

@@ -1,9 +1,9 @@
-"""What lies in the folder of a checkpoint: its files, and a manifest by which every byte of them is checked.
+"""Files of a checkpoint folder, and the manifest that verifies them.
 
-Tensors by name are in `*.safetensors`, JSON values in `*.json`; nothing is pickled. The manifest holds the bytes and a
-hash of each file, and a hash of its own, which detects an incomplete or changed checkpoint. The hash of files
-is XXH3 (https://github.com/Cyan4973/xxHash), which finds damage as surely as a cryptographic one and takes a fifth of the
-time that training would have to give for it; it is no proof against somebody who means to deceive.
+Tensors by name are in `*.safetensors`, JSON values in `*.json`; nothing is pickled. The manifest holds the size and a
+hash of each file and a hash of itself, to detect an incomplete or changed checkpoint. The hash of files is XXH3
+(https://github.com/Cyan4973/xxHash): it detects damage as reliably as a cryptographic hash in a fifth of the time, but
+does not detect deliberate manipulation.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ HASHES: dict[int, tuple[str, Callable[[], Any]]] = {
     1: ("sha256", hashlib.sha256),
     FORMAT: ("xxh3_128", xxhash.xxh3_128),
 }
-"""What files are hashed with, by the format of the manifest: the present one, and that of before, which is read still."""
+"""Manifest format -> hash of files; format 1 can still be read."""
 _CHUNK = 1 << 22  # bytes hashed and written at a time
 _STEP_NAME = re.compile(r"step-([0-9]{9,18})")
-_MAX_BYTES = 1 << 50  # of one file; no file system of today holds more
+_MAX_BYTES = 1 << 50  # of one file; larger than any real file
 
 
 def step_of(name: str) -> int | None:
-    """The step of a committed checkpoint's folder name; None for any other name."""
+    """The step in the folder name of a committed checkpoint; None for another name."""
     match = _STEP_NAME.fullmatch(name)
     return int(match[1]) if match else None
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether `name` names a file in a folder, never outside it: printable, no separator, no leading dot."""
+    """Whether `name` is a file name without a path: printable, no separator, no leading dot."""
     return (
         isinstance(name, str)
         and name.isprintable()
@@ -58,9 +58,10 @@ def is_plain_name(name: object) -> bool:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The parts of the checkpoint in `path`, tensors on the CPU; files saved in parts under their whole name.
+    """Load the parts of the checkpoint in `path`, tensors on the CPU; sharded files are assembled.
 
-    Raises CheckpointError for a file it cannot read.
+    Raises:
+        CheckpointError: a file cannot be read.
     """
     from safetensors.torch import load_file
 
@@ -71,15 +72,19 @@ def load(path: Path) -> dict[str, Any]:
             continue
         try:
             file = path / name
-            os.close(open_plain(file))  # no link is followed
+            os.close(open_plain(file))  # does not follow links
             parts[name] = load_file(file) if name.endswith(".safetensors") else json.loads(file.read_bytes())
-        except Exception as error:  # safetensors has its own kind of error
+        except Exception as error:  # safetensors has an exception type of its own
             raise CheckpointError(f"{path / name} cannot be read: {error}") from error
     return parts
 
 
 def verify(path: Path) -> None:
-    """Raise CheckpointError, naming the file, unless every file of the checkpoint has the bytes it was written with."""
+    """Compare all files with the manifest.
+
+    Raises:
+        CheckpointError: a file differs; the message names it.
+    """
     manifest = read_manifest(path)
     kind, new = HASHES[manifest["format"]]
     for name, expected in manifest["files"].items():
@@ -95,11 +100,15 @@ def verify(path: Path) -> None:
 def write_manifest(folder: Path, body: dict[str, Any]) -> None:
     """Write `body` and its own hash to the manifest of `folder`, and fsync the folder."""
     text = _spell({**body, "sha256": hashlib.sha256(_spell(body)).hexdigest()})
-    write_atomic(folder / MANIFEST, text, 0o666)  # as readable as the tensors beside it
+    write_atomic(folder / MANIFEST, text, 0o666)  # the same permissions as the tensor files
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint in `path`. Raises CheckpointError where it is absent or not as written."""
+    """Read the manifest of the checkpoint in `path`.
+
+    Raises:
+        CheckpointError: the manifest is missing or damaged.
+    """
     file = path / MANIFEST
     if path.is_symlink():
         raise CheckpointError(f"{path} cannot be read: it is a symbolic link, which is not followed")
@@ -113,10 +122,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def parse_manifest(raw: bytes, where: str, folder: str = "") -> dict[str, Any]:
-    """The manifest with the bytes `raw`, of the checkpoint in a folder named `folder`.
+    """Parse and validate the manifest `raw` of the checkpoint folder named `folder`.
 
-    Raises CheckpointError, naming `where`, unless every byte is as written and every field is of its type; its files are
-    plain names, and its step is the one in the folder's name.
+    Raises:
+        CheckpointError: the hash differs, a field has a wrong type, a file name is not plain, or the step is not that of
+            the folder name. The message names `where`.
     """
     if len(raw) > MAX_JSON_BYTES:
         raise CheckpointError(f"{where} cannot be read: it is larger than {MAX_JSON_BYTES} bytes")
@@ -138,7 +148,7 @@ def parse_manifest(raw: bytes, where: str, folder: str = "") -> dict[str, Any]:
 
 
 def _fault(manifest: dict[str, Any], step: int | None) -> str:
-    """What is wrong with the fields of a manifest; empty where nothing is."""
+    """The first invalid field of a manifest, as text; empty if all are valid."""
     said, score, files = manifest.get("step"), manifest.get("score", ...), manifest.get("files")
     if not _is_count(said):
         return f"its step is {str(said)[:40]!r}, and not a whole number"
@@ -165,12 +175,16 @@ def _is_count(value: object) -> bool:
 
 
 def rankable(score: float | None) -> float | None:
-    """`score` where checkpoints can be ordered by it; None for NaN and infinity."""
+    """`score` if it is finite, so that checkpoints can be ordered by it; else None."""
     return score if score is not None and math.isfinite(score) else None
 
 
 def check_file(folder: Path, name: str, entry: dict[str, Any]) -> Path:
-    """The path of a file of the manifest. Raises CheckpointError unless it is a plain file of the recorded size."""
+    """Return the path of a file of the manifest.
+
+    Raises:
+        CheckpointError: it is not a plain file, or has not the recorded size.
+    """
     path = folder / name
     try:
         handle = open_plain(path)
@@ -184,7 +198,7 @@ def check_file(folder: Path, name: str, entry: dict[str, Any]) -> Path:
 
 
 def write_file(path: Path, content: Any) -> dict[str, Any]:
-    """Write a file, fsynced, hashing what goes out; the manifest's entry for it."""
+    """Write, hash and fsync a file; returns its manifest entry."""
     kind, new = HASHES[FORMAT]
     digest, size = new(), 0
     if not is_plain_name(path.name):
@@ -206,10 +220,9 @@ def _spell(manifest: dict[str, Any]) -> bytes:
 
 
 def _safetensors(tensors: Mapping[str, torch.Tensor]) -> list[bytes | memoryview]:
-    """The pieces of a safetensors file: header length (u64), JSON header padded to 8 bytes, the tensors' bytes.
+    """The pieces of a safetensors file: header length (u64), JSON header padded to 8 bytes, tensor bytes.
 
-    Written here rather than by the library, which would copy all tensors into one string first. Format:
-    https://github.com/huggingface/safetensors#format
+    The library would first copy all tensors into one string. Format: https://github.com/huggingface/safetensors#format
     """
     import torch
     from safetensors.torch import _TYPES
@@ -218,7 +231,7 @@ def _safetensors(tensors: Mapping[str, torch.Tensor]) -> list[bytes | memoryview
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     pieces: list[bytes | memoryview] = []
     offset = 0
-    # Widest types first, as the library sorts, so that every tensor stays aligned in the file.
+    # Widest types first, as in the library, so that all tensors are aligned.
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
         end = offset + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}

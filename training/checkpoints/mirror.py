@@ -1,9 +1,9 @@
-"""Checkpoints copied to a store, in the background: S3, GCS, another file system, anything that fsspec can reach.
+"""Copy checkpoints to a store in the background: S3, GCS, or another file system of fsspec.
 
     <uri>/<run name>/step-000000500/{model.safetensors, ..., manifest.json}
 
-The manifest is written last and hashes everything, itself too: a checkpoint without a good one does not exist. Only the
-process that saves (rank 0) writes to the store.
+The manifest is written last and holds hashes of all files and of itself; a checkpoint without a valid manifest is
+ignored. Only rank 0 writes to the store.
 """
 
 from __future__ import annotations
@@ -26,15 +26,18 @@ from training.errors import CheckpointError, ConfigError
 from training.files import MAX_JSON_BYTES, read_plain, sync_folder
 
 T = TypeVar("T")
-RETRIES = 5  # tries of one operation
-FIRST_WAIT = 0.5  # seconds before the second try; doubled each time
+RETRIES = 5  # attempts of one operation
+FIRST_WAIT = 0.5  # seconds before the second attempt; doubled each time
 
 
 class Mirror:
-    """The copies of one run's checkpoints at `uri`. `on_failed(step, error)` is called from the mirror's thread."""
+    """Copies of the checkpoints of one run at `uri`.
+
+    `on_mirrored(step)` and `on_failed(step, error)` are called from the mirror's thread.
+    """
 
     def __init__(self, uri: str, run_name: str, *, keep: int = 2) -> None:
-        """Raises ConfigError where the URI is none, or its package is missing."""
+        """Open the store. Raises ConfigError if the URI is invalid or its package is missing."""
         self._fs, root = open_store(uri)
         self._root = f"{root.rstrip('/')}/{run_name}"
         self._uri = uri
@@ -46,41 +49,39 @@ class Mirror:
         self._thread: threading.Thread | None = None
 
     def check(self) -> None:
-        """Raise ConfigError where the store cannot be read and written; an object of one byte goes there and away."""
+        """Write and delete an object of one byte. Raises ConfigError if the store cannot be read or written."""
         try:
             retried(self._names)
             retried(self._write_probe)
-        except Exception as error:  # each file system has errors of its own
+        except Exception as error:  # each file system has its own exceptions
             raise ConfigError(
                 f"--mirror {self._uri}: the store cannot be read and written ({type(error).__name__}: {error}); "
                 "check the address, that the bucket exists, and the credentials"
             ) from error
 
     def _write_probe(self) -> None:
-        if self._root.startswith(
-            "/"
-        ):  # a folder; in object stores there are none, and the bucket must not be made here
+        if self._root.startswith("/"):  # a local folder; object stores have none, and the bucket must not be created
             self._fs.makedirs(self._root, exist_ok=True)
         probe = f"{self._root}/.probe-{secrets.token_hex(8)}"
         self._fs.pipe_file(probe, b"?")
         self._fs.rm_file(probe)
 
     def push(self, checkpoint: Checkpoint) -> None:
-        """Copy a committed checkpoint to the store, later and in a thread; the order of the calls is kept."""
+        """Queue a committed checkpoint for the mirror's thread, which copies in the order of the calls."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
             self._thread.start()
         self._queue.put(checkpoint.path)
 
     def close(self) -> None:
-        """Wait until everything is copied, or has failed."""
+        """Wait until all queued copies are done or have failed."""
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join()
             self._thread = None
 
     def checkpoints(self) -> list[Checkpoint]:
-        """What the store holds, oldest first; `path` is the name in the store. Contents are not verified."""
+        """The checkpoints in the store, oldest first; `path` is the name in the store. Contents are not verified."""
         found = []
         for name in retried(self._names):
             manifest = self._manifest(name)
@@ -89,9 +90,9 @@ class Mirror:
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
     def pull(self, name: str, folder: Path) -> Path:
-        """Fetch the checkpoint `name` into `folder`, verify it and commit it there by one rename.
+        """Download the checkpoint `name` to `folder`, verify it and commit it by one rename.
 
-        Raises CheckpointError where it does not arrive as it was written; nothing is left then.
+        Raises CheckpointError if the download fails or is damaged; it is then removed.
         """
         if step_of(name) is None:
             raise CheckpointError(f"{name!r} is not the name of a checkpoint")
@@ -111,7 +112,7 @@ class Mirror:
             verify(staging)
             if target.is_symlink():
                 target.unlink()
-            elif target.exists():  # a damaged one, or the caller would not ask
+            elif target.exists():  # the caller pulls only if this one is missing or damaged
                 shutil.rmtree(target)
             os.rename(staging, target)
             sync_folder(folder)
@@ -132,7 +133,7 @@ class Mirror:
             except FileNotFoundError as error:
                 if path.exists():
                     self.on_failed(step, error)
-                # else: pruned meanwhile, so a newer one waits in the queue
+                # else: pruned in the meantime, so a newer checkpoint is in the queue
             except Exception as error:
                 self.on_failed(step, error)
             else:
@@ -157,7 +158,9 @@ class Mirror:
         for name in retried(self._names):
             if name not in names:
                 there = f"{self._root}/{name}"
-                with contextlib.suppress(FileNotFoundError):  # first, so that a removal cut short leaves no half
+                with contextlib.suppress(
+                    FileNotFoundError
+                ):  # first, so that an interrupted removal leaves no incomplete checkpoint
                     retried(lambda there=there: self._fs.rm_file(f"{there}/{MANIFEST}"))  # type: ignore[misc]
                 with contextlib.suppress(FileNotFoundError):
                     retried(lambda there=there: self._fs.rm(there, recursive=True))  # type: ignore[misc]
@@ -175,7 +178,7 @@ class Mirror:
         path = f"{self._root}/{name}/{MANIFEST}"
         try:
             return parse_manifest(self._read_manifest(name), path, name)
-        except FileNotFoundError:  # not uploaded to its end
+        except FileNotFoundError:  # upload incomplete
             return None
         except CheckpointError as error:
             self.on_damaged(error)
@@ -187,7 +190,7 @@ class Mirror:
         return bytes(retried(lambda: self._fs.cat_file(path)))
 
     def _check_object(self, path: str, least: int, most: int) -> None:
-        """Raise CheckpointError unless the store has a plain object of `least` to `most` bytes under `path`."""
+        """Raise CheckpointError unless `path` is a plain object of `least` to `most` bytes."""
         found = retried(lambda: self._fs.info(path))
         size = found.get("size")
         if found.get("type") != "file" or found.get("islink"):
@@ -197,9 +200,9 @@ class Mirror:
 
 
 def retried(operation: Callable[[], T]) -> T:
-    """Call `operation` up to RETRIES times, with doubled waits between the calls; the last error is raised.
+    """Call `operation` up to RETRIES times, with exponential backoff; raises the last error.
 
-    A missing file and a refused permission are raised at once: they do not pass.
+    FileNotFoundError and PermissionError are raised at once, since a retry does not help.
     """
     for attempt in range(RETRIES):
         try:
@@ -214,9 +217,10 @@ def retried(operation: Callable[[], T]) -> T:
 
 
 def open_store(uri: str) -> tuple[Any, str]:
-    """The file system of `uri`, and the path within it.
+    """The file system of `uri`, and the path in it.
 
-    Raises ConfigError where the URI has an unknown scheme, or the package for it is not installed.
+    Raises:
+        ConfigError: the scheme of the URI is unknown, or its package is not installed.
     """
     try:
         import fsspec  # type: ignore[import-untyped]

@@ -1,7 +1,7 @@
-"""Parameters that are sharded over ranks (FSDP2), and their checkpoints: each rank its part, read by any number of ranks.
+"""Shard parameters over ranks (FSDP2); save one part per rank, load with any number of ranks.
 
-FSDP2 splits every parameter along dimension 0 as `torch.chunk` does. torch's own `fully_shard` is used, because
-accelerate offers it for accelerators only and CPU ranks are where this is debugged and tested.
+FSDP2 splits parameters along dimension 0 as `torch.chunk` does. This module calls torch's `fully_shard` directly, because
+accelerate supports it on accelerators only, and tests run on CPU ranks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def part_name(file: str, rank: int) -> str:
 
 
 def shard(model: torch.nn.Module, world: World) -> None:
-    """Shard the parameters of `model` over all ranks, in place; each layer is one unit of communication."""
+    """Shard the parameters of `model` over all ranks, in place; each layer is one FSDP unit."""
     import torch
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -41,7 +41,7 @@ def shard(model: torch.nn.Module, world: World) -> None:
 
 
 def local_parts(tensors: Mapping[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
-    """What `rank` saves of `tensors`: its piece of each sharded one; of the others everything, on rank 0."""
+    """The tensors that `rank` saves: its piece of sharded tensors; rank 0 also the whole of the others."""
     from torch.distributed.tensor import DTensor
 
     local = {}
@@ -54,7 +54,7 @@ def local_parts(tensors: Mapping[str, torch.Tensor], rank: int) -> dict[str, tor
 
 
 def whole(tensors: Mapping[str, torch.Tensor], *, keep: bool = True) -> dict[str, torch.Tensor]:
-    """`tensors` with the sharded ones gathered, on the CPU; nothing on a rank that does not `keep`. A collective."""
+    """Gather sharded tensors; returns all `tensors` on the CPU, or nothing without `keep`. A collective."""
     from torch.distributed.tensor import DTensor
 
     kept = {}
@@ -66,7 +66,7 @@ def whole(tensors: Mapping[str, torch.Tensor], *, keep: bool = True) -> dict[str
 
 
 def like(full: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """`full` sharded as `target` is: this rank's piece, without communication; `full` itself where target is whole."""
+    """Shard `full` like `target`, without communication; `full` itself if `target` is not sharded."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(target, DTensor):
@@ -75,13 +75,13 @@ def like(full: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 class Assembled(Mapping[str, "torch.Tensor"]):
-    """The tensors of a file that was saved in parts; each is put together when it is asked for, so memory stays small."""
+    """Tensors of a file that was saved in parts; each is assembled on access, to save memory."""
 
     def __init__(self, parts: list[Path]) -> None:
         from safetensors import safe_open
 
         self._where: dict[str, list[Path]] = {}
-        for path in parts:  # in the order of the ranks, which is that of the pieces
+        for path in parts:  # in the order of ranks, as the pieces are concatenated
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118 - the file is no mapping
                     self._where.setdefault(name, []).append(path)
@@ -104,9 +104,10 @@ class Assembled(Mapping[str, "torch.Tensor"]):
 
 
 def assemble(folder: Path, names: list[str]) -> dict[str, Assembled]:
-    """The files among `names` in `folder` that were saved in parts, each under its whole name.
+    """The files in `folder` that were saved in parts, from the part names among `names`.
 
-    Raises CheckpointError where the parts are not those of ranks 0 to n.
+    Raises:
+        CheckpointError: the part of a rank is missing.
     """
     found: dict[str, dict[int, Path]] = {}
     for name in names:
@@ -120,14 +121,15 @@ def assemble(folder: Path, names: list[str]) -> dict[str, Assembled]:
 
 
 def is_part(name: str) -> bool:
-    """Whether a file of a checkpoint is one rank's part of another."""
+    """Whether the file `name` is one rank's part of a file."""
     return _PART.fullmatch(name) is not None
 
 
 def load_model_state(model: torch.nn.Module, saved: Mapping[str, Any]) -> None:
     """Copy `saved` (whole tensors by name) into `model`, sharded or not.
 
-    Raises CheckpointError where names or shapes are another model's.
+    Raises:
+        CheckpointError: names or shapes are those of another model.
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""The folder of a save in progress, which the ranks of a sharded save fill together before rank 0 commits it.
+"""The staging folder of a save, which all ranks of a sharded save fill before rank 0 commits it.
 
 Each rank above 0 writes its files, then a report with their manifest entries. Rank 0 collects the reports and renames
-the folder. A rank that fails leaves a marker beside the folder, at which the other ranks stop to wait.
+the folder. A rank that fails creates a marker beside the folder, and the other ranks stop waiting.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Staging:
         self._given_up = path.with_suffix(".given-up")
 
     def create(self, *, shared: bool) -> None:
-        """Create the folder; a `shared` one may exist, another one is emptied.
+        """Create the folder. If it is `shared` it may exist, otherwise its content is removed.
 
         Raises:
             CheckpointError: another rank has given up, or the path is a symbolic link.
@@ -89,7 +89,7 @@ class Staging:
             raise CheckpointError(f"another rank could not write its part of {self.path.name}")
 
     def give_up(self) -> None:
-        """Leave a marker for the other ranks, also for those that have not begun to write."""
+        """Create a marker for the other ranks, also for those that have not begun to write."""
         with contextlib.suppress(OSError):
             self._given_up.mkdir(exist_ok=True)
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def split_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """An optimizer's state_dict as tensors, named `<parameter>.<field>`, and the JSON rest."""
+    """Split an optimizer's state_dict into tensors, named `<parameter>.<field>`, and JSON values."""
     import torch
 
     tensors: dict[str, torch.Tensor] = {}
@@ -22,7 +22,7 @@ def split_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dic
 
 
 def join_optimizer(tensors: Mapping[str, torch.Tensor], plain: dict[str, Any]) -> dict[str, Any]:
-    """What `split_optimizer` took apart."""
+    """Restore a state_dict from the results of `split_optimizer`."""
     state: dict[int, dict[str, Any]] = {}
     for name, value in {**tensors, **plain["values"]}.items():
         parameter, _, field = name.partition(".")

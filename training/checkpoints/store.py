@@ -1,10 +1,10 @@
-"""Checkpoints that are whole or absent, written while training goes on.
+"""Atomic checkpoints, written in the background.
 
     checkpoints/
-      step-000000500/            committed: appeared by one rename after all in it was written, hashed and fsynced
+      step-000000500/            committed: renamed after all files were written, hashed and fsynced
         model.safetensors  optimizer.safetensors  rng.safetensors  state.json  config.json
         manifest.json            bytes and hash of each file; written last
-      .step-000000600.staging/   a save under way, or what a killed one left; never read
+      .step-000000600.staging/   a save in progress or interrupted; not read
 
 A checkpoint is a mapping of file names to content: tensors by name for `*.safetensors`, a JSON value for `*.json`.
 Nothing is pickled.
@@ -32,7 +32,7 @@ from training.files import sync_folder
 if TYPE_CHECKING:
     from training.checkpoints.host_copy import Buffers
 
-PATIENCE = 600.0  # seconds that ranks wait for one another's parts
+PATIENCE = 600.0  # seconds that ranks wait for each other's parts
 Part = tuple[int, int]  # rank, ranks
 Parts = Mapping[str, Any]  # file name -> Mapping[str, torch.Tensor] for *.safetensors, a JSON value for *.json
 
@@ -42,8 +42,8 @@ class Checkpoint:
     """A committed checkpoint.
 
     Attributes:
-        score: its evaluation's, where it has one; higher is better.
-        stall_seconds: seconds for which training waited for it; set for `on_saved` only.
+        score: of its evaluation, higher is better; None without one.
+        stall_seconds: seconds for which the save delayed training; set for `on_saved` only.
     """
 
     step: int
@@ -56,7 +56,7 @@ class Checkpoints:
     """The checkpoints in one folder. One process writes (rank 0); any process reads.
 
     `on_saved(checkpoint)` and `on_failed(step, error)` are called from the writer's thread, `on_damaged(error)` by
-    `latest` for each checkpoint that it passes over.
+    `latest` for each checkpoint that it skips.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
@@ -82,18 +82,18 @@ class Checkpoints:
         started_at: float | None = None,
         later: bool = False,
     ) -> None:
-        """Save `parts` as the checkpoint of `step`; returns once the tensors are copied to host memory.
+        """Save `parts` as the checkpoint of `step`, after the end of the previous save.
 
-        With `later` it returns sooner: the tensors are copied while the caller goes on, who calls `wait_for_copy` before he
-        changes any of them. Between a save and the next update of the parameters there is a forward and a backward pass,
-        in which nothing changes them (as in CheckFreq; Mohan, Phanishayee, Chidambaram 2021).
+        Returns when the tensors are copied to host memory. A failed write does not raise: `on_failed` is called, and the
+        committed checkpoints remain.
 
-        Where every rank brings files of its own, all call this with `part` = (rank, ranks) and different file names, in
-        a folder that they share; rank 0 commits when all parts are there.
-
-        Waits for the save before it, so none overtakes another. With `wait`, returns when the checkpoint is committed
-        (or has failed). A failure to write does not raise: what was committed stays, and `on_failed` is called. `started_at` is
-        when the caller began to gather the parts, by `time.monotonic`: what training waited for counts from there.
+        Args:
+            wait: return after the commit, or after the failure.
+            part: (rank, ranks) of a sharded checkpoint. All ranks save different file names to a shared folder; rank 0
+                commits when all parts are written.
+            started_at: time (`time.monotonic`) at which the caller began to gather the parts, for `stall_seconds`.
+            later: return before the copy. The caller calls `wait_for_copy` before it changes a tensor, so the copy overlaps
+                with the next forward and backward pass (as in CheckFreq; Mohan, Phanishayee, Chidambaram 2021).
         """
         started_at = time.monotonic() if started_at is None else started_at
         self.wait()
@@ -108,7 +108,7 @@ class Checkpoints:
             self.wait()
 
     def wait_for_copy(self) -> None:
-        """Return when all tensors of the newest save are copied, so that they may change."""
+        """Wait until all tensors of the newest save are copied; then they may change."""
         copy, self._copy = self._copy, None
         if copy is not None:
             began = time.monotonic()
@@ -116,13 +116,13 @@ class Checkpoints:
             copy.stall_seconds += time.monotonic() - began
 
     def wait(self) -> None:
-        """Return when no save is under way."""
+        """Wait for the save in progress."""
         under_way, self._under_way = self._under_way, None
         if under_way is not None:
             under_way.result()
 
     def close(self) -> None:
-        """Wait for the save under way and end the writer's thread."""
+        """Wait for the save in progress and end the writer's thread."""
         try:
             self.wait()
         finally:
@@ -143,10 +143,12 @@ class Checkpoints:
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint whose every byte is as it was written; None where there is no checkpoint at all.
+        """The newest checkpoint that passes verification; None if there is no checkpoint.
 
-        A damaged one is passed over with a warning that names the file. Raises CheckpointError where all are damaged:
-        to start from nothing then would silently throw work away.
+        A damaged checkpoint is skipped with a warning that names the file.
+
+        Raises:
+            CheckpointError: all checkpoints are damaged. Starting from step 0 would discard work without notice.
         """
         damaged = []
         for checkpoint in reversed(self.committed()):
@@ -166,7 +168,7 @@ class Checkpoints:
         return None
 
     def clean(self) -> None:
-        """Remove what killed saves left behind. Only for the process that writes, before its first save."""
+        """Remove the remains of interrupted saves. For the writing process, before its first save."""
         for path in self.folder.glob(".step-*") if self.folder.is_dir() else ():
             shutil.rmtree(path, ignore_errors=True)
 
@@ -200,7 +202,7 @@ class Checkpoints:
             self.on_saved(Checkpoint(step, target, score, copy.stall_seconds))
 
     def _already_there(self, target: Path) -> bool:
-        """Whether a good checkpoint of this step is committed (a run that fell back comes by again); a bad one goes."""
+        """Whether the step has a committed checkpoint, as after resuming from an older one; a damaged one is removed."""
         if not target.exists():
             return False
         try:
@@ -211,7 +213,7 @@ class Checkpoints:
         return True
 
     def prune(self, *, but: str = "") -> None:
-        """Remove all but the newest `keep`, the best, and the one named `but`."""
+        """Remove all checkpoints except the newest `keep`, the best, and the one named `but`."""
         committed = self.committed()
         keep = kept(committed, self.keep)
         for checkpoint in committed:
@@ -220,7 +222,7 @@ class Checkpoints:
 
 
 def _discard(path: Path) -> None:
-    # Renamed first, so that an interrupted removal leaves nothing with the name of a checkpoint.
+    # Renamed first, so that an interrupted removal leaves no incomplete checkpoint.
     trash = path.with_name(f".{path.name}.trash")
     shutil.rmtree(trash, ignore_errors=True)
     os.rename(path, trash)
@@ -228,7 +230,7 @@ def _discard(path: Path) -> None:
 
 
 def kept(committed: list[Checkpoint], keep: int) -> list[Checkpoint]:
-    """Those of `committed` (oldest first) to keep: the newest `keep` and the best; of equal scores the newest is best."""
+    """Select the newest `keep` of `committed` (oldest first) and the best; of equal scores the newest is best."""
     scored = [checkpoint for checkpoint in committed if checkpoint.score is not None]
     best = max(scored, key=lambda checkpoint: (checkpoint.score or 0.0, checkpoint.step)) if scored else None
     newest = committed[-keep:]

@@ -1,13 +1,13 @@
-"""Generate the sentence-pair corpus that ships with the package: `python -m training.corpus.generate`.
+"""Generate the sentence-pair corpus of the package: `python -m training.corpus.generate`.
 
 The pairs have the columns of MRPC (sentence1, sentence2, label, idx) and its share of positives (about 68 %). Each
 sentence states five facts (who, what was done, to what, where, when). A positive pair states the same facts in another
 word order and, often, with a synonym of the verb; in a negative pair three to five facts differ. Facts of both kinds of
-pair are drawn from the same distributions, so neither sentence alone says anything about the label: only a comparison
-does. All words are written here; there is no source text and so no licence.
+pair are drawn from the same distributions, so a single sentence contains no information about the label. All words are
+from this file; there is no source text and so no licence.
 
-The same Python gives the same bytes: the only randomness is `random.Random(seed)` with its `random()` method, whose
-sequence Python guarantees across versions.
+The output is reproducible: the only source of randomness is `random.Random(seed).random()`, whose sequence is the same in
+all versions of Python.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _say(rng: random.Random, facts: Facts) -> str:
 
 
 def _changed(rng: random.Random, facts: Facts) -> Facts:
-    """`facts` with three to five of them replaced by others."""
+    """Replace three to five of `facts`."""
     choices: tuple[Sequence[object], ...] = (WHO, range(len(VERBS)), WHAT, WHERE, WHEN)
     changed: list[object] = list(facts)
     slots = sorted(range(5), key=lambda _: rng.random())[: 3 + int(rng.random() * 3)]
@@ -101,7 +101,7 @@ def _changed(rng: random.Random, facts: Facts) -> Facts:
 
 
 def pairs(count: int, seed: int) -> list[tuple[str, str, int, int]]:
-    """`count` rows of (sentence1, sentence2, label, idx); label 1 means "says the same"."""
+    """`count` rows of (sentence1, sentence2, label, idx); label 1: same facts."""
     rng = random.Random(seed)
     rows = []
     for idx in range(count):
@@ -112,7 +112,7 @@ def pairs(count: int, seed: int) -> list[tuple[str, str, int, int]]:
 
 
 def vocabulary() -> list[str]:
-    """A WordPiece vocabulary: every word of the corpus, then letters and digits so that any other text tokenises."""
+    """A WordPiece vocabulary: the words of the corpus, then letters and digits for other text."""
     words = {word for form in FORMS for word in form.split() if not word.startswith("{")}
     words |= {*WHO, *WHAT, *WHERE, *WHEN, *(word for row in VERBS for word in row)}
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -121,7 +121,7 @@ def vocabulary() -> list[str]:
 
 
 def render() -> dict[str, str]:
-    """File name -> text of everything that this script writes."""
+    """File name -> text of the files that this script writes."""
     files = {"vocab.txt": "".join(f"{piece}\n" for piece in vocabulary())}
     for name, count, seed in (("train", TRAIN_PAIRS, SEED), ("validation", VALIDATION_PAIRS, SEED + 1)):
         text = io.StringIO()

@@ -1,1 +1,1 @@
-"""The order of samples, and batches prepared ahead."""
+"""The order of samples, and prefetching of batches."""

@@ -1,4 +1,4 @@
-"""Batches made while the device works on the one before."""
+"""Prefetch batches in a thread."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ T = TypeVar("T")
 
 
 def prefetch(items: Iterable[T], depth: int = 2) -> Generator[T]:
-    """`items`, made in a thread up to `depth` in advance. What making one raises is raised here, in its place.
+    """Iterate over `items`, which a thread computes up to `depth` in advance.
 
-    The thread ends with the iterator, also when that is closed half-way.
+    An exception of the thread is raised in the place of its item. The thread ends with the iterator, also if that is
+    closed early.
     """
     made: queue.Queue[tuple[bool, T | BaseException | None]] = queue.Queue(depth)
     closed = threading.Event()

@@ -1,9 +1,9 @@
-"""Data order as arithmetic: which sample goes to which rank at which step.
+"""Compute the order of samples: which sample goes to which rank at which step.
 
-The order of an epoch is a function of (seed, epoch), so all there is to save is `Position(seed, epoch, position)`:
-position counts the samples of the epoch already used. One optimizer step takes the next `global_batch` samples of the
-order, however many ranks there are: rank r takes the r-th share of them, in microbatches of at most `batch_size`.
-Changing the number of ranks therefore changes neither the order nor what a step consists of.
+The order of an epoch is a function of (seed, epoch), so a checkpoint holds only `Position(seed, epoch, position)`, with the
+number of samples of the epoch already used. One optimizer step takes the next `global_batch` samples of the order; rank r
+takes the r-th share of them, in microbatches of at most `batch_size`. The number of ranks therefore changes neither the
+order nor the samples of a step.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-WINDOW = 50  # global batches among which samples of similar length look for each other
+WINDOW = 50  # global batches that are sorted by length together
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where in the data a run stands: `position` samples of epoch `epoch` are used."""
+    """Position in the data: `position` samples of epoch `epoch` are used."""
 
     seed: int
     epoch: int = 0
@@ -32,26 +32,26 @@ class Position:
 
 @dataclass(frozen=True)
 class Step:
-    """What one rank does in one optimizer step.
+    """The microbatches of one rank in one optimizer step.
 
-    Every rank has as many `microbatches`. An empty one (the last step of an epoch may hold fewer samples than there are
+    All ranks have the same number of `microbatches`. An empty one (the last step of an epoch may have fewer samples than
     ranks) is run on `padding_sample` with weight 0, because all ranks must take part in the collectives.
     """
 
     microbatches: tuple[tuple[int, ...], ...]
-    samples: int  # in this step over all ranks
+    samples: int  # of the step, over all ranks
     padding_sample: int
     after: Position
 
     def weight(self, microbatch: Sequence[int], world_size: int) -> float:
-        """The factor on a microbatch's mean loss by which the ranks' average gradient is the mean over samples."""
+        """Factor of a microbatch's mean loss that makes the average gradient of the ranks the mean over samples."""
         return len(microbatch) * world_size / self.samples
 
 
 def shuffle(size: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """A permutation of range(size), the same for ever: indices sorted by a hash of (seed, epoch, index).
+    """A reproducible permutation of range(size): indices sorted by a hash of (seed, epoch, index).
 
-    The hash is the finaliser of splitmix64 (Steele, Lea, Flood 2014), so no library's random generator is involved.
+    The hash is the finaliser of splitmix64 (Steele, Lea, Flood 2014), independent of a library's random generator.
     """
     import numpy as np
 
@@ -73,7 +73,7 @@ def _mix(value: npt.NDArray[np.uint64] | np.uint64) -> npt.NDArray[np.uint64]:
 def order(
     size: int, seed: int, epoch: int, *, global_batch: int = 1, lengths: Sequence[int] | None = None
 ) -> npt.NDArray[np.int64]:
-    """The order of the samples of one epoch: each of range(size) once.
+    """The order of the samples of one epoch, a permutation of range(size).
 
     With `lengths` (tokens of each sample), samples of similar length share a batch: the shuffled order is cut into
     windows of WINDOW global batches, each window is sorted by length, cut into batches, and these are shuffled again.
@@ -90,7 +90,7 @@ def order(
         window = window[np.argsort(sizes[window], kind="stable")]
         batches += [window[at : at + global_batch] for at in range(0, len(window), global_batch)]
     full = [batch for batch in batches if len(batch) == global_batch]
-    rest = [batch for batch in batches if len(batch) < global_batch]  # at most one; it stays last, as without lengths
+    rest = [batch for batch in batches if len(batch) < global_batch]  # at most one; it remains last, as without lengths
     mixed = [full[at] for at in shuffle(len(full), seed ^ 0x5EED, epoch)]
     return np.concatenate(mixed + rest) if batches else shuffled
 
@@ -105,9 +105,10 @@ def steps(
     global_batch: int,
     lengths: Sequence[int] | None = None,
 ) -> Iterator[Step]:
-    """The steps of `rank` from `start` to the end of that epoch; the last step may be smaller (nothing is dropped).
+    """The steps of `rank` from `start` to the end of the epoch; the last step may be smaller.
 
-    Raises ConfigError for a batch without samples, or a start past the end of the epoch.
+    Raises:
+        ConfigError: a batch size is less than 1, or `start` is past the end of the epoch.
     """
     if batch_size < 1 or global_batch < 1:
         raise ConfigError(f"batch size {batch_size} and global batch {global_batch} must be 1 or more")
@@ -118,8 +119,8 @@ def steps(
     samples = order(size, start.seed, start.epoch, global_batch=global_batch, lengths=lengths)
     for at in range(start.position, size, global_batch):
         batch = samples[at : at + global_batch].tolist()
-        share = -(-len(batch) // world_size)  # samples of the busiest rank
-        # Ranks take turns, so that shares differ by one at most and a sorted batch spreads its long samples.
+        share = -(-len(batch) // world_size)  # samples of the rank with the most
+        # Strided, so that shares differ by one sample at most and long samples of a sorted batch are spread.
         local = batch[rank::world_size]
         microbatches = tuple(tuple(local[cut : cut + batch_size]) for cut in range(0, share, batch_size))
         used = at + len(batch)
@@ -128,5 +129,5 @@ def steps(
 
 
 def steps_per_epoch(size: int, global_batch: int) -> int:
-    """How many optimizer steps an epoch of `size` samples has."""
+    """The number of optimizer steps in an epoch of `size` samples."""
     return -(-size // global_batch)

@@ -1,1 +1,1 @@
-"""What a run shows of its training: progress, curves and trackers."""
+"""Reports of training: progress, learning curve and trackers."""

@@ -1,4 +1,4 @@
-"""The learning curve of a run as a picture: an SVG written by hand, so that no plotting library is needed."""
+"""Draw the learning curve of a run as an SVG, without a plotting library."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def draw_curve(run_dir: Path, title: str = "") -> Path:
     """Draw `metrics.jsonl` of `run_dir` into its `learning_curve.svg`: loss on the left axis, metrics on the right."""
     loss: dict[int, float] = {}
     metrics: dict[str, dict[int, float]] = {}
-    for line in read_lines(run_dir / "metrics.jsonl"):  # a later attempt's line replaces an earlier one's
+    for line in read_lines(run_dir / "metrics.jsonl"):  # lines of a later attempt replace those of an earlier one
         if "loss" in line:
             loss[line["step"]] = line["loss"]
         for name, value in line.get("eval", {}).items():
@@ -32,7 +32,7 @@ def draw_curve(run_dir: Path, title: str = "") -> Path:
 
 
 def svg(loss: Sequence[tuple[float, float]], metrics: dict[str, Any], title: str) -> str:
-    """The picture as text; `loss` and each of `metrics` are (step, value) points."""
+    """The SVG as text; `loss` and each of `metrics` are (step, value) points."""
     last = max([step for points in (loss, *metrics.values()) for step, _ in points], default=1) or 1
     highest = max([value for _, value in loss], default=1.0) or 1.0
     lowest = min([0.0, *(value for points in metrics.values() for _, value in points)])

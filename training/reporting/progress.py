@@ -1,4 +1,4 @@
-"""Show progress on rank 0: a bar on a terminal, elsewhere a line every 10 seconds or more."""
+"""Show progress on rank 0: a bar on a terminal, otherwise at most one line every 10 seconds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-QUIET_SECONDS = 10.0  # between two lines, if the output is not a terminal
+QUIET_SECONDS = 10.0  # minimum between two lines, if the output is not a terminal
 
 
 class Progress:
@@ -16,7 +16,7 @@ class Progress:
         total: optimizer steps of the whole run.
         step: optimizer steps done before this attempt.
         global_batch: samples of one optimizer step.
-        enabled: whether anything is shown, which is so on rank 0.
+        enabled: whether progress is shown; true on rank 0.
     """
 
     def __init__(self, total: int, step: int, global_batch: int, *, enabled: bool) -> None:
@@ -66,6 +66,6 @@ class Progress:
         sys.stdout.flush()
 
     def close(self) -> None:
-        """Close the bar; its last state stays on the screen."""
+        """Close the bar; its last state remains visible."""
         if self._bar is not None:
             self._bar.close()

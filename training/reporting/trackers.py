@@ -1,4 +1,4 @@
-"""TensorBoard and the other trackers of accelerate. They are started at the first record, not before the first step."""
+"""TensorBoard and the other trackers of accelerate, started at the first record."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
-    """Check that accelerate knows each tracker and that its package is installed here.
+    """Check that accelerate supports each tracker and that its package is installed.
 
     Raises:
         ConfigError: one is unknown, or its package is missing.
@@ -36,7 +36,7 @@ def check_trackers(names: tuple[str, ...]) -> None:
 
 
 class Trackers:
-    """The trackers of a run, for rank 0; without `names` nothing happens."""
+    """The trackers of a run, on rank 0; without `names` nothing is recorded."""
 
     def __init__(self, accelerator: Accelerator, names: tuple[str, ...], run_dir: Path, settings: Mapping[str, Any]):
         self._accelerator = accelerator
@@ -50,7 +50,7 @@ class Trackers:
         self._failed = False
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Record the numbers in `values`; those of a nested mapping as `name/key`."""
+        """Record the numbers in `values`; a nested mapping is recorded as `name/key`."""
         if not self._names or self._failed:
             return
         flat = {
@@ -65,7 +65,7 @@ class Trackers:
             self._accelerator.log(flat, step=step)
 
     def close(self) -> None:
-        """Write out what is left."""
+        """Flush and close the trackers."""
         if self._started:
             for tracker in self._accelerator.trackers:
                 with self._outlived():
@@ -75,7 +75,7 @@ class Trackers:
 
     @contextmanager
     def _outlived(self) -> Iterator[None]:
-        """A disk or a server that fails a tracker does not end training; the metrics are in `metrics.jsonl` as well."""
+        """Warn about an OSError and stop recording; `metrics.jsonl` also has the metrics."""
         try:
             yield
         except OSError as error:
@@ -89,7 +89,7 @@ class Trackers:
         self._accelerator.log_with = [name for name in self._names if name != "tensorboard"]
         self._accelerator.init_trackers(self._run_dir.name, config=self._settings)
         if "tensorboard" in self._names:
-            # Steps that a resumed run takes again replace those recorded before.
+            # The steps that a resumed run repeats replace those recorded before.
             tracker = TensorBoardTracker("tensorboard", logging_dir=str(self._run_dir), purge_step=step)
             tracker.start()
             self._accelerator.trackers.append(tracker)

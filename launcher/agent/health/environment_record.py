@@ -1,4 +1,4 @@
-"""What a run ran with: packages, driver, devices and the variables that schedulers and libraries read."""
+"""Record of a run's environment: packages, driver, devices, and variables that libraries read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from launcher.rank.affinity import this_machine
 from training.files import write_atomic
 
 PACKAGES = ("torch", "transformers", "datasets", "evaluate", "accelerate", "ray", "submitit", "cloudpickle")
-"""Those that `launch` needs; a run's record holds all that are installed."""
+"""Packages that `launch` needs; a record holds all that are installed."""
 
 PREFIXES = (
     "SLURM",
@@ -40,10 +40,10 @@ SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_?KEY|PRIVATE", re.IGN
 
 
 def record(variables: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """This process's environment as plain data. Imports nothing heavy; values of secrets are left out.
+    """The environment of this process as plain data, without the values of secrets.
 
     Args:
-        variables: instead of this process's own.
+        variables: used instead of the environment of this process.
     """
     return {
         "time": time.time(),
@@ -65,7 +65,7 @@ def leave(folder: Path) -> None:
 
 
 def packages() -> dict[str, str]:
-    """Name -> version of all that is installed; of a package found twice the one that an import would find."""
+    """Name -> version of all installed packages; of one installed twice, the version that would be imported."""
     found: dict[str, str] = {}
     for each in metadata.distributions():
         name = each.metadata["Name"]
@@ -85,7 +85,7 @@ def driver() -> str:
 
 
 def chosen(variables: Mapping[str, str]) -> dict[str, str]:
-    """The variables that decide how a run runs, without secrets."""
+    """The variables that affect a run, without secrets."""
     kept = {name: value for name, value in variables.items() if name.startswith(PREFIXES) or name in NAMES}
     # A proxy's address may hold a password.
     clean = {name: re.sub(r"//[^/@]*@", "//", value) for name, value in kept.items()}

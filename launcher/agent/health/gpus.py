@@ -1,4 +1,7 @@
-"""The GPUs of this node as NVIDIA's driver reports them, through nvidia-smi: a sick driver hangs whoever asks it."""
+"""The GPUs of this node, as NVIDIA's driver reports them through nvidia-smi.
+
+All calls have a time limit: a faulty driver hangs the process that queries it.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +20,22 @@ from launcher.config.timeouts import TIMEOUTS
 from training.distributed.visible import visible_devices
 
 PROC = Path("/proc/driver/nvidia/gpus")
-"""A folder for each GPU, made by the driver."""
+"""Holds a folder for each GPU, created by the driver."""
 
 STATE = "index,uuid,ecc.errors.uncorrected.volatile.total,retired_pages.pending"
 ROWS = "gpu_uuid,remapped_rows.pending,remapped_rows.failure"
-"""What is asked of each GPU. Source: ``nvidia-smi --help-query-gpu`` and ``--help-query-remapped-rows``; GPUs before Ampere
-retire pages, later ones remap rows, and each says ``[N/A]`` to the other."""
+"""Queried properties of each GPU. Source: ``nvidia-smi --help-query-gpu`` and ``--help-query-remapped-rows``.
+
+GPUs before Ampere retire pages, later ones remap rows; the property that a GPU lacks is ``[N/A]``.
+"""
 
 
 def report(visible: str | None, limit: float = TIMEOUTS.gpu_driver) -> dict[str, Any] | None:
-    """``{"count": GPUs that can be used, "faults": [one sentence each]}``; None where there is no nvidia-smi to ask.
+    """``{"count": usable GPUs, "faults": [one sentence each]}``; None without nvidia-smi.
 
     Args:
-        visible: ``CUDA_VISIBLE_DEVICES``, which says whose faults count; None: all of the node's.
-        limit: seconds for the driver to answer.
+        visible: ``CUDA_VISIBLE_DEVICES``, the GPUs whose faults count; None: all.
+        limit: seconds for nvidia-smi to answer.
     """
     if shutil.which("nvidia-smi") is None:
         return None
@@ -42,17 +47,17 @@ def report(visible: str | None, limit: float = TIMEOUTS.gpu_driver) -> dict[str,
         return {"count": 0, "faults": [f"its GPU driver does not answer within {limit:g} s"]}
     (status, listed), (_, rows) = (answer for answer in answers if answer is not None)
     if status:
-        last = next((line for line in reversed(listed.splitlines()) if line.strip()), "no word")
-        return {"count": 0, "faults": [f"nvidia-smi ends with {status}: {last.strip()}"]}
+        last = next((line for line in reversed(listed.splitlines()) if line.strip()), "no output")
+        return {"count": 0, "faults": [f"nvidia-smi exited with {status}: {last.strip()}"]}
     return read(listed, rows, visible)
 
 
 def count(visible: str | None, limit: float = TIMEOUTS.gpu_driver, proc: Path = PROC) -> int:
-    """Count the GPUs and MIG instances that are visible to a process of this machine; whether they work is not tested.
+    """Count the GPUs and MIG instances visible to a process; whether they work is not tested.
 
     Args:
         visible: ``CUDA_VISIBLE_DEVICES``; None: all.
-        limit: seconds for nvidia-smi to answer, where the kernel does not list the GPUs; after that there are none.
+        limit: seconds for nvidia-smi to answer if the kernel does not list the GPUs; without an answer the count is 0.
     """
     there = len(list(proc.iterdir())) if proc.is_dir() else None
     devices = visible_devices(visible, there)
@@ -70,12 +75,12 @@ def count(visible: str | None, limit: float = TIMEOUTS.gpu_driver, proc: Path = 
 
 
 def read(listed: str, rows: str, visible: str | None) -> dict[str, Any]:
-    """`report` from the two answers of nvidia-smi, as CSV without a head. What a GPU or driver does not know is no fault."""
+    """Make the `report` from the two answers of nvidia-smi, CSV without a header; ``[N/A]`` is no fault."""
     gpus = [fields for line in listed.splitlines() if len(fields := _fields(line)) == 4]
     remapped = {fields[0]: fields[1:] for line in rows.splitlines() if len(fields := _fields(line)) == 3}
-    mine, slices = _of_ours(gpus, visible)
+    visible_gpus, slices = _select_visible(gpus, visible)
     faults = []
-    for index, uuid, errors, retired in mine:
+    for index, uuid, errors, retired in visible_gpus:
         pending, failure = remapped.get(uuid, ["", ""])
         found = {
             f"has {errors} uncorrected ECC errors": errors.isdigit() and errors != "0",
@@ -84,17 +89,17 @@ def read(listed: str, rows: str, visible: str | None) -> dict[str, Any]:
             "could not remap a row": _yes(failure),
         }
         faults += [f"GPU {index} ({uuid}) {text}" for text, true in found.items() if true]
-    return {"count": len(mine) + slices, "faults": faults}
+    return {"count": len(visible_gpus) + slices, "faults": faults}
 
 
-def _of_ours(gpus: Sequence[list[str]], visible: str | None) -> tuple[list[list[str]], int]:
-    """The GPUs that `visible` names, and how many MIG instances it names, which do not tell their GPU."""
+def _select_visible(gpus: Sequence[list[str]], visible: str | None) -> tuple[list[list[str]], int]:
+    """The GPUs and the number of MIG instances that `visible` names; the GPU of an instance is unknown."""
     entries = visible_devices(visible, len(gpus))
     if entries is None:
         return list(gpus), 0
-    whole = tuple(entry for entry in entries if entry.startswith("GPU-"))  # may be cut short, as CUDA allows
-    mine = [gpu for gpu in gpus if gpu[0] in entries or (whole and gpu[1].startswith(whole))]
-    return mine, sum(entry.startswith("MIG-") for entry in entries)
+    whole = tuple(entry for entry in entries if entry.startswith("GPU-"))  # CUDA allows a prefix of the uuid
+    named = [gpu for gpu in gpus if gpu[0] in entries or (whole and gpu[1].startswith(whole))]
+    return named, sum(entry.startswith("MIG-") for entry in entries)
 
 
 def _fields(line: str) -> list[str]:
@@ -118,13 +123,13 @@ def _ask(*words: str) -> subprocess.Popen[str]:
 
 
 def _answer(process: subprocess.Popen[str], deadline: float) -> tuple[int, str] | None:
-    """Its exit status and output; None where it did not end in time, and then it is killed."""
+    """The exit status and output of `process`; None after `deadline`, when it is killed."""
     try:
         output, _ = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        with suppress(subprocess.TimeoutExpired):  # in the D state, it cannot be killed, and must not hold us
+        with suppress(subprocess.TimeoutExpired):  # a process in the D state cannot be killed; do not wait for it
             process.wait(0.5)
         assert process.stdout is not None
         process.stdout.close()

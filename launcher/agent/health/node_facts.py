@@ -19,14 +19,13 @@ from training.files import write_atomic
 T = TypeVar("T")
 
 Facts = dict[str, Any]
-"""What the checks of a node found, as JSON can hold it."""
-
+"""The results of a node's checks, as JSON can hold them."""
 
 RENAMES = 20
 
 
 def versions() -> dict[str, str]:
-    """What has to be the same on all nodes: Python, the packages that `launch` needs, and its own code."""
+    """The versions of Python, of the packages that `launch` needs, and of its own code."""
     installed = environment_record.packages()
     return {
         "python": platform.python_version(),
@@ -35,13 +34,13 @@ def versions() -> dict[str, str]:
     }
 
 
-def differences(mine: Mapping[str, str], theirs: Mapping[str, str], whose: str) -> list[str]:
-    """What of `mine` differs from `theirs`, the versions of the host `whose`; each as ``has torch 2.12, n0 has 2.13``."""
-    return [f"has {n} {v}, {whose} has {theirs.get(n)}" for n, v in mine.items() if v != theirs.get(n)]
+def differences(local: Mapping[str, str], reference: Mapping[str, str], host: str) -> list[str]:
+    """Compare `local` versions with those of the reference `host`: ``has torch 2.12, n0 has 2.13`` for each difference."""
+    return [f"has {n} {v}, {host} has {reference.get(n)}" for n, v in local.items() if v != reference.get(n)]
 
 
 def code_hash() -> str:
-    """A short hash of the code of `launch` on this node."""
+    """A hash of the code of `launch` on this node, 12 hexadecimal digits."""
     total = hashlib.sha256()
     for package in ("launcher", "training"):
         for path in sorted((Path(__file__).parents[2] / package).rglob("*.py")):
@@ -50,7 +49,7 @@ def code_hash() -> str:
 
 
 def renames(path: Path, times: int = RENAMES) -> float:
-    """The median of seconds that an atomic write of a small file takes, tried `times` times."""
+    """The median time of `times` atomic writes of a small file, in seconds."""
     taken = []
     for number in range(times):
         started = time.perf_counter()
@@ -60,7 +59,7 @@ def renames(path: Path, times: int = RENAMES) -> float:
 
 
 def within(limit: float, work: Callable[[], T]) -> T | None:
-    """The result of `work`, or None where it raises OSError or takes longer than `limit` seconds; name services hang."""
+    """The result of `work`; None if it raises OSError or takes more than `limit` seconds."""
     done: list[T] = []
 
     def run() -> None:
@@ -76,18 +75,18 @@ def within(limit: float, work: Callable[[], T]) -> T | None:
 
 
 def appears(path: Path) -> float:
-    """Seconds until a file that another node has written is seen here; -1 for never."""
+    """Seconds until a file of another node is visible on this node; -1 after `Timeouts.probe`."""
     started = time.monotonic()
 
     def there() -> bool:
-        os.listdir(path.parent)  # makes an NFS client look again
+        os.listdir(path.parent)  # makes an NFS client refresh its cache
         return path.exists()
 
     return time.monotonic() - started if _until(there, TIMEOUTS.probe) else -1.0
 
 
 def _until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Wait until `condition` holds, `seconds` at most; whether it does."""
+    """Wait up to `seconds` until `condition` holds; returns whether it does."""
     deadline = time.monotonic() + seconds
     while not (holds := condition()) and time.monotonic() < deadline:
         time.sleep(0.02)

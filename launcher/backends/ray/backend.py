@@ -1,4 +1,4 @@
-"""Ray, through Ray Train: a driver, detached on this machine, that runs one `TorchTrainer` on the cluster."""
+"""Ray backend: a detached driver process on this machine runs a `TorchTrainer` on the cluster."""
 
 from __future__ import annotations
 
@@ -25,50 +25,53 @@ from launcher.request.spec import Plan, State
 
 
 def address(cluster: Cluster) -> str | None:
-    """Where the cluster is; None for a Ray that the run starts on this machine. The only place that reads RAY_ADDRESS."""
+    """Address of the cluster, from the profile or RAY_ADDRESS; None: start a Ray on this machine."""
     return cluster.ray.address or os.environ.get("RAY_ADDRESS") or None
 
 
 def trainer(
-    plan: Plan, number: int = 1, ranks: int | None = None, away: Sequence[str] = (), marked: bool = True
+    plan: Plan, number: int = 1, ranks: int | None = None, excluded: Sequence[str] = (), marked: bool = True
 ) -> dict[str, Any]:
-    """The arguments of Ray's ScalingConfig and RunConfig, as plain data: what `render` prints is what the driver uses.
+    """The arguments of Ray's ScalingConfig and RunConfig as plain data, for `render` and for the driver.
 
-    `number` counts the requests of a run, `ranks` is how many it goes on with where the cluster has become smaller, `away`
-    are the ids of nodes that it stays away from, and `marked` says whether hosts have the resource of `whole_host`.
+    Args:
+        number: of the request; the requests of a run count from 1.
+        ranks: world size if the run continues with fewer ranks.
+        excluded: ids of excluded nodes.
+        marked: whether hosts have the resource of `whole_host`.
 
     Raises:
-        BadRequest: several TPU chips without the shape of their slice, which Ray needs to reserve it.
+        BadRequest: several TPU chips without a topology.
     """
     placement, ray = plan.placement, plan.cluster.ray
     resources: dict[str, float] = {"CPU": max(1, placement.cpus_per_rank)}
     scaling: dict[str, Any] = {"num_workers": ranks or placement.world_size, "placement_strategy": _strategy(plan)}
     if placement.device == "cuda":
         resources["GPU"] = 1
-        # Ray's names of types are in capitals, and it matches them to the letter.
+        # Ray's accelerator types are upper case and are compared exactly.
         kind = placement.accelerator.upper() if placement.accelerator and ray.address else None
         scaling |= {"use_gpu": True, "accelerator_type": kind}
     elif placement.on_tpu:
         if placement.topology is None and placement.world_size > 1:
             raise BadRequest(f"--tpus {placement.world_size}: Ray reserves whole slices; add --topology, such as 4x4.")
         resources["TPU"] = 1
-        # Ray knows v5e by the older of its names.
+        # Ray uses the older name of v5e.
         generation = f"TPU-{(placement.accelerator or '').upper()}".replace("V5E", "V5LITEPOD")
         scaling |= {"use_tpu": True, "topology": placement.topology, "accelerator_type": generation}
-        scaling.pop("placement_strategy")  # whole slices are reserved instead
+        scaling.pop("placement_strategy")  # not allowed with a topology, which reserves whole slices
         resources |= whole_host(placement) if marked else {}
     scaling["resources_per_worker"] = resources
-    if away:
-        scaling["label_selector"] = {"ray.io/node-id": f"!in({','.join(away)})"}
+    if excluded:
+        scaling["label_selector"] = {"ray.io/node-id": f"!in({','.join(excluded)})"}
     return {
         "address": ray.address or ("a Ray inside the job" if ray.inside else "a Ray started on this machine"),
         "scaling_config": {key: value for key, value in scaling.items() if value is not None},
         "run_config": {
-            # Ray resumes a trainer of the same name from a state of its own; ours is in the checkpoints.
+            # Unique, because Ray resumes a trainer of the same name from its own state; runs resume from checkpoints.
             "name": f"{plan.name}-{number}",
             "storage_path": str(RunDir(plan.run_dir).path / "ray"),
-            # Restarts are decided by the driver (launcher.lifecycle.policy), which knows a user's error from a lost node. Two of
-            # these would otherwise be tried for ever: a request that does not fit, and nodes that are taken away.
+            # The driver decides on restarts (launcher.lifecycle.policy): it distinguishes a user's error from a lost node. By
+            # default Ray would retry without limit if a request does not fit, and after a preemption.
             "failure_config": {"max_failures": 0, "controller_failure_limit": 0, "max_preemption_failures": 0},
         },
         "settings": settings(plan),
@@ -76,10 +79,10 @@ def trainer(
 
 
 def whole_host(placement: Placement) -> dict[str, float]:
-    """What a rank takes besides its chip, so that slices of one host are whole ones of the right shape; empty for others.
+    """Extra resources of a rank on a single-host TPU slice, so that Ray reserves a whole slice of that shape; else empty.
 
-    Ray 2.60 sees to that where a slice has several hosts, and would else take the chips of any. Where a slice has a name,
-    its first host has one of a resource that is called after its kind; here every rank takes its share of that.
+    Ray 2.60 reserves whole slices of several hosts, but takes chips of any single-host slices. The first host of a named
+    slice has one unit of a resource named after its pod type; each rank takes an equal share of it.
     """
     if placement.topology is None or placement.accelerator not in SINGLE_HOST_CHIPS:
         return {}
@@ -89,20 +92,20 @@ def whole_host(placement: Placement) -> dict[str, float]:
 
 
 def settings(plan: Plan) -> dict[str, str]:
-    """The variables by which Ray Train is told what its configs have no fields for; set in the driver alone."""
+    """Environment variables of Ray Train, for options without a config field; set in the driver alone."""
     return {
-        # An attempt's start and end both wait for a look of Ray's controller; by itself it looks every two seconds.
+        # The start and the end of an attempt wait for the next poll of Ray's controller; the default interval is 2 s.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         # The driver watches for drained nodes itself, which saves an actor in each attempt.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{min(60.0, max(15.0, plan.cluster.ray.wait)):g}",
-        # Workers stay where the user is, as on the other engines; Ray would move them to its own trial folder.
+        # Workers keep the user's working directory, as on the other engines; by default Ray changes to its trial folder.
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
     }
 
 
 def _strategy(plan: Plan) -> str:
-    """Ray chooses the nodes; what it can be held to is one node for all ranks, or one for each."""
+    """Placement strategy: one node for all ranks, one for each rank, or the profile's strategy."""
     nodes, world_size = plan.spec.nodes, plan.placement.world_size
     if nodes == 1:
         return "STRICT_PACK"
@@ -120,40 +123,42 @@ def _await_acceptance(plan: Plan, job_id: str) -> None:
         if failure and failure["kind"] == "bad request":
             raise BadRequest(failure["message"])
         newest = next((e["event"] for e in reversed(run_dir.events()) if e["event"] in ("submitted", "accepted")), "")
-        if newest == "accepted":  # this time, not when the run was sent before
+        if newest == "accepted":  # of this submission, not of an earlier one
             return
         if detached.poll(job_id) is not State.RUNNING:
             lines = run_dir.agent_log(0).read_text().splitlines()[-5:]
-            raise BadRequest("the Ray driver ended before it reached the cluster. Its last lines:\n" + "\n".join(lines))
+            raise BadRequest(
+                "the Ray driver exited before it reached the cluster. Its last lines:\n" + "\n".join(lines)
+            )
         time.sleep(0.1)
     raise BadRequest(f"Ray at {plan.cluster.ray.address} did not answer within {TIMEOUTS.ray_accept:.0f} s.")
 
 
 class RayBackend(Backend):
-    """Ray: each run is a driver process on this machine, which asks the cluster for workers."""
+    """Ray: each run is a driver process on this machine that requests workers from the cluster."""
 
     name = "ray"
     capabilities = Capabilities(elastic=True)
 
     def survey(self, cluster: Cluster) -> Cluster:
-        """Without a cluster this machine is it; a real one is looked at by the driver, which has to connect anyway."""
+        """Set the address; without one, count this machine's devices. The driver checks a real cluster."""
         where = address(cluster)
         cluster = replace(cluster, ray=replace(cluster.ray, address=where))
         return cluster if where else this_machine(cluster)
 
     def render(self, plan: Plan) -> str:
-        """The arguments of TorchTrainer, and where the cluster is."""
+        """The arguments of TorchTrainer, and the address of the cluster."""
         return json.dumps(trainer(plan), indent=2) + "\n"
 
     def submit(self, plan: Plan) -> str:
-        """Start the driver and wait until it has the cluster's word that the request can be met."""
+        """Start the driver and wait until it has accepted the run."""
         run_dir = RunDir(plan.run_dir)
         trainer(plan)  # refuses before anything starts
         job_id = detached.start("launcher.backends.ray.driver", plan.run_dir, run_dir.agent_log(0))
         try:
             _await_acceptance(plan, job_id)
         except BaseException:
-            detached.kill(job_id)  # Ctrl-C while waiting included: what was not accepted was not sent
+            detached.kill(job_id)  # also on Ctrl-C: a run that was not accepted does not start later
             raise
         return job_id
 
@@ -164,7 +169,7 @@ class RayBackend(Backend):
         return detached.poll(job_id)
 
     def cancel(self, job_id: str) -> None:
-        """Kill the driver: Ray ends the job of a driver that is gone, with its controller and workers."""
+        """Kill the driver; Ray then ends its job, with the controller and the workers."""
         detached.kill(job_id)
 
     def diagnose(self, cluster: Cluster, cwd: Path) -> Iterator[Check]:
@@ -175,7 +180,7 @@ class RayBackend(Backend):
         return address(Cluster("new", self.name)) is not None
 
     def new_profile(self) -> str:
-        """Ask the Ray at RAY_ADDRESS, or the one of this machine, for its nodes."""
+        """Write a profile of the Ray at RAY_ADDRESS (default: ``auto``) from its nodes."""
         where = address(Cluster("new", self.name)) or "auto"
         return profile_text(where, nodes_at(where))
 
@@ -228,10 +233,10 @@ def profile_text(where: str, nodes: Sequence[Mapping[str, float]]) -> str:
     return "\n".join(
         [
             "# Written by `launch clusters new`; docs/profiles.md lists all keys.",
-            'description = "the Ray cluster at hand"',
+            'description = "this Ray cluster"',
             'backend = "ray"',
             "",
-            "# Run directories. All nodes have to see them under the same path; with `shared`, others are refused.",
+            "# Run directories, at the same path on all nodes. If `shared` is set, `runs` has to be in one of its folders.",
             '# runs = "/mnt/shared/runs"',
             '# shared = ["/mnt/shared"]',
             "",
@@ -245,7 +250,7 @@ def profile_text(where: str, nodes: Sequence[Mapping[str, float]]) -> str:
             "",
             "[ray]",
             f"address = {_quoted(where)}",
-            "# autoscales = true                  # the cluster grows on demand: do not refuse what is larger than it is now",
+            "# autoscales = true                  # the cluster grows on demand: accept runs larger than its present size",
             "",
         ]
     )

@@ -1,4 +1,4 @@
-"""What a Ray cluster has for one run: the nodes that it may use, and with how many ranks it can go on there."""
+"""Capacity of a Ray cluster for one run: its usable nodes, and how many ranks fit on them."""
 
 from __future__ import annotations
 
@@ -18,55 +18,59 @@ from launcher.request.spec import Plan
 
 
 class ClusterCapacity:
-    """The cluster as a run sees it. The caller is connected to Ray.
+    """Capacity of the cluster for one run. The caller is connected to Ray.
 
     Attributes:
-        away: nodes that were struck, and that the run stays away from, as people call them.
-        lost: nodes that died, likewise.
-        lacking: since when the cluster is too small, and what it lacks; None while it is not.
+        excluded: names of the nodes that the run excludes.
+        lost: names of the nodes that died.
+        lacking: the time (`time.monotonic`) at which the cluster became too small, and what it lacks; None: it suffices.
     """
 
     def __init__(self, run_dir: RunDir, plan: Plan, node_actors: NodeActors) -> None:
         self.run_dir, self.plan, self.node_actors = run_dir, plan, node_actors
-        self.away = history.read(run_dir.events()).excluded
+        self.excluded = history.read(run_dir.events()).excluded
         self.lost: list[str] = []
         self.lacking: tuple[float, str] | None = None
 
     @property
     def steerable(self) -> bool:
-        """Whether Ray Train can be kept from a node. Slices of TPUs it chooses by itself."""
+        """Whether Ray Train can exclude a node; it cannot for TPU slices, which it selects itself."""
         return not self.plan.placement.on_tpu
 
     def nodes(self, *, but: Sequence[str] = ()) -> list[RayNode]:
-        """The nodes that are up, without the struck ones and those called as in `but`."""
-        return [node for node in look() if str(node) not in (*self.away, *but)]
+        """The nodes that are up, without the excluded ones and those named in `but`."""
+        return [node for node in look() if str(node) not in (*self.excluded, *but)]
 
     def exclude(self, nodes: Sequence[str], attempt: int) -> None:
-        """Exclude `nodes` from now on."""
+        """Exclude `nodes` from the next attempts."""
         history.record_excluded(self.run_dir, attempt, nodes)
-        self.away = tuple(dict.fromkeys((*self.away, *nodes)))
+        self.excluded = tuple(dict.fromkeys((*self.excluded, *nodes)))
 
     def readmit(self) -> bool:
-        """Take back the struck nodes where the others cannot hold the run; says whether that helps.
+        """Readmit the excluded nodes if the run does not fit without them; returns whether it then fits.
 
-        Not where a preflight has found them unfit: it would again.
+        With ``preflight`` they stay excluded, since the next check would find them unfit again.
         """
-        if not self.away or self.plan.cluster.preflight:
+        if not self.excluded or self.plan.cluster.preflight:
             return False
         if self.ranks_for(self.nodes()) or not self.ranks_for(look()):
             return False
-        self.run_dir.event("readmitted", nodes=list(self.away))
-        self.away = ()
+        self.run_dir.event("readmitted", nodes=list(self.excluded))
+        self.excluded = ()
         return True
 
     async def check(self) -> None:
-        """Refuse what this cluster can never run, and a run directory that a node does not see. Raises BadRequest."""
+        """Check that the cluster can run the request and that its nodes share the run directory.
+
+        Raises:
+            BadRequest: the cluster is too small, or a node does not see the run directory.
+        """
         self.readmit()
         nodes, scaling = self.nodes(), self.scaling()
         lacks = shortage(nodes, scaling)
         if lacks and not self.plan.cluster.ray.autoscales and not self.ranks_for(nodes):
             raise BadRequest(
-                f"{self._staying_away()}{lacks}. Ask for at most {capacity(nodes, scaling)} ranks; if the cluster grows on"
+                f"{self._excluding()}{lacks}. Ask for at most {capacity(nodes, scaling)} ranks; if the cluster grows on"
                 " demand, set ray.autoscales = true in its profile."
             )
         hosts_without_run_dir = await self.start_actors(nodes)
@@ -78,32 +82,32 @@ class ClusterCapacity:
             )
 
     def request(self, number: int, ranks: int) -> dict[str, Any]:
-        """What Ray Train is asked for, the run's `number`-th time: see `launcher.backends.ray.backend.trainer`."""
-        away = [node.id for node in look() if str(node) in self.away]
-        return trainer(self.plan, number, ranks, away, self._marked())
+        """The run's `number`-th request to Ray Train; see `launcher.backends.ray.backend.trainer`."""
+        excluded = [node.id for node in look() if str(node) in self.excluded]
+        return trainer(self.plan, number, ranks, excluded, self._marked())
 
     def scaling(self) -> dict[str, Any]:
-        """The arguments of Ray's ScalingConfig for what the run was sent for."""
+        """The arguments of Ray's ScalingConfig for the world size that was requested."""
         scaling: dict[str, Any] = trainer(self.plan, marked=self._marked())["scaling_config"]
         return scaling
 
     def _marked(self) -> bool:
-        """Whether hosts say by a resource which kind of slice they are; some clusters do so for slices of several only."""
+        """Whether hosts have the resource of `whole_host`; some clusters give it to slices of several hosts only."""
         names = whole_host(self.plan.placement).keys() if self.plan.placement.on_tpu else ()
         return not names or any(names & node.resources.keys() for node in look())
 
     async def start_actors(self, nodes: list[RayNode]) -> list[RayNode]:
-        """Have a steward on each node that can hold a rank; returns those that do not see the run directory."""
+        """Start a node actor on each node that can hold a rank; returns the nodes that do not see the run directory."""
         useful = [node for node in nodes if capacity([node], self.scaling() | {"topology": None})]
         if len(useful) <= self.plan.placement.nodes:
             towards = next((n.address for n in nodes), "")
             hosts_without_run_dir = await self.node_actors.ensure(useful, towards, len(nodes) > 1)
-            self.node_actors.open(node.id for node in useful)  # every one of them will be used
+            self.node_actors.open(node.id for node in useful)  # all of them will be used
             return hosts_without_run_dir
         return await self.node_actors.ensure(useful, nodes[0].address, len(nodes) > 1)
 
     def ranks_for(self, nodes: list[RayNode]) -> int:
-        """With how many ranks the run can go on, on these nodes; 0: with none."""
+        """World size with which the run can continue on `nodes`; 0 if it cannot."""
         asked = self.plan.placement.world_size
         if self.plan.cluster.ray.autoscales:
             return asked
@@ -115,21 +119,21 @@ class ClusterCapacity:
 
     @property
     def _elastic(self) -> bool:
-        """What has begun may go on with fewer ranks; what begins gets what was asked for."""
+        """Whether fewer ranks are allowed: not for the first attempt."""
         return self.plan.cluster.ray.elastic and self.run_dir.last_attempt() > 0
 
     def too_small(self, lacks: str) -> Failure | None:
-        """The failure of a run that has waited long enough for what the cluster `lacks`; None while it may still come."""
+        """The failure of a run whose cluster is too small after ``ray.wait`` seconds; None until then."""
         patience = self.plan.cluster.ray.wait
         if self.lacking is None:
             self.lacking = time.monotonic(), lacks
-            history.record_waiting(self.run_dir, f"{self._staying_away()}{lacks}", seconds=patience)
+            history.record_waiting(self.run_dir, f"{self._excluding()}{lacks}", seconds=patience)
         if time.monotonic() - self.lacking[0] < patience:
             return None
         gone = f"node {', '.join(dict.fromkeys(self.lost))} stopped answering, and " if self.lost else ""
-        text = f"{gone}{self._staying_away()}the cluster is too small: {lacks}; waited {patience:g} s"
-        kind = "unfit node" if self.away and self.plan.cluster.preflight and not self.lost else "node lost"
+        text = f"{gone}{self._excluding()}the cluster is too small: {lacks}; waited {patience:g} s"
+        kind = "unfit node" if self.excluded and self.plan.cluster.preflight and not self.lost else "node lost"
         return Failure(kind, text, advice=ADVICE[kind])
 
-    def _staying_away(self) -> str:
-        return f"the run stays away from {', '.join(self.away)}, and " if self.away else ""
+    def _excluding(self) -> str:
+        return f"the run excludes {', '.join(self.excluded)}, and " if self.excluded else ""

@@ -1,4 +1,4 @@
-"""The Ray cluster as it is right now: its nodes, what they can hold, and which are about to be taken away."""
+"""State of a Ray cluster: its nodes, their capacity, and the nodes that are being drained."""
 
 from __future__ import annotations
 
@@ -22,16 +22,14 @@ from launcher.request.placement.tpu import Topology
 from launcher.request.spec import Plan
 
 SHOWN = ("CPU", "GPU", "TPU")
-_TOKEN_HINT = (
-    ". If it wants a token, as those do that `ray start` made where a token lay in ~/.ray, set RAY_AUTH_MODE=token."
-)
+_TOKEN_HINT = ". If the cluster needs a token (there was one in ~/.ray when `ray start` ran), set RAY_AUTH_MODE=token."
 
 SLICE, WORKER, TOPOLOGY = "ray.io/tpu-slice-name", "ray.io/tpu-worker-id", "ray.io/tpu-topology"
 
 
 @dataclass(frozen=True)
 class RayNode:
-    """A node that is up: what it has in all, whoever uses it at the moment, and its labels."""
+    """A node that is up: its total resources, used or not, and its labels."""
 
     id: str
     address: str = ""
@@ -43,12 +41,12 @@ class RayNode:
         return f"{self.host} ({self.id[:8]})"
 
     def holds(self, each: Mapping[str, float]) -> int:
-        """How many ranks fit that need `each`."""
+        """How many ranks with the resources `each` fit on the node."""
         return min(int(self.resources.get(name, 0) // amount) for name, amount in each.items())
 
 
 def look() -> list[RayNode]:
-    """The nodes that are up and stay up; the caller is connected to Ray."""
+    """The nodes that are up and not draining; the caller is connected to Ray."""
     import ray
 
     going = draining()
@@ -60,14 +58,14 @@ def look() -> list[RayNode]:
 
 
 def draining() -> dict[str, float]:
-    """Nodes that Ray was told to empty, by id, with the time at which they go in seconds since 1970 (0: not known)."""
-    from ray._private.state import state  # where Ray Train's own watcher looks; there is no public way
+    """Draining nodes: id -> the time at which they go, in seconds since 1970 (0: unknown)."""
+    from ray._private.state import state  # as Ray Train's own watcher does; there is no public API
 
     return {node: deadline / 1000 for node, deadline in (state.get_draining_nodes() or {}).items()}
 
 
 def reservations() -> dict[str, tuple[str, ...]]:
-    """The placement groups that Ray has made, by id, with the node of each bundle."""
+    """The created placement groups: id -> the node of each bundle."""
     from ray.util import placement_group_table
 
     return {
@@ -78,7 +76,7 @@ def reservations() -> dict[str, tuple[str, ...]]:
 
 
 def demand(scaling: Mapping[str, Any]) -> dict[str, float]:
-    """What one rank of a ScalingConfig takes, by Ray's names."""
+    """The resources of one rank of a ScalingConfig, by Ray's names."""
     each = dict(scaling["resources_per_worker"])
     if scaling.get("accelerator_type") and not scaling.get("use_tpu"):
         each[f"accelerator_type:{scaling['accelerator_type']}"] = 0.001
@@ -86,7 +84,7 @@ def demand(scaling: Mapping[str, Any]) -> dict[str, float]:
 
 
 def capacity(nodes: Sequence[RayNode], scaling: Mapping[str, Any]) -> int:
-    """How many ranks of this kind the nodes can hold when nobody else is there."""
+    """How many ranks of a ScalingConfig fit on `nodes` if they are otherwise idle."""
     each = demand(scaling)
     fits = [node.holds(each) for node in nodes]
     if scaling.get("topology"):
@@ -94,7 +92,7 @@ def capacity(nodes: Sequence[RayNode], scaling: Mapping[str, Any]) -> int:
         if _of_one_host(scaling):
             right = [node for node in nodes if node.labels.get(TOPOLOGY, scaling["topology"]) == scaling["topology"]]
             return chips * sum(node.holds(each) >= chips for node in right)
-        # A slice with a host missing is of no use.
+        # A slice of which a host is missing cannot be used.
         return sum(chips for found, have in slices(nodes).values() if (found, have) == (scaling["topology"], chips))
     match scaling.get("placement_strategy"):
         case "STRICT_PACK":
@@ -109,7 +107,7 @@ def _of_one_host(scaling: Mapping[str, Any]) -> bool:
 
 
 def slices(nodes: Iterable[RayNode]) -> dict[str, tuple[str, int]]:
-    """The TPU slices by name: their topology, and how many of their chips are up."""
+    """The TPU slices: name -> topology and number of chips that are up."""
     found: dict[str, tuple[str, int]] = {}
     for node in nodes:
         if TOPOLOGY in node.labels:
@@ -120,13 +118,13 @@ def slices(nodes: Iterable[RayNode]) -> dict[str, tuple[str, int]]:
 
 
 def fitting(asked: int, capacity: int, unit: int = 1) -> int:
-    """The largest number of ranks up to `capacity` that divides `asked` and comes in multiples of `unit`; 0 for none."""
+    """The largest divisor of `asked` up to `capacity` that is a multiple of `unit`; 0 if there is none."""
     sizes = [n for n in range(unit, min(asked, capacity) + 1, unit) if asked % n == 0]
     return max(sizes, default=0)
 
 
 def shortage(nodes: Sequence[RayNode], scaling: Mapping[str, Any]) -> str:
-    """Say why the nodes cannot hold the request, and what they have; empty where they can."""
+    """Why the request does not fit on `nodes`, with their resources; empty if it fits."""
     ranks, most = scaling["num_workers"], capacity(nodes, scaling)
     if ranks <= most:
         return ""
@@ -155,27 +153,27 @@ def connect(plan: Plan) -> None:
     """Connect this process to the cluster of the plan, or start a Ray on this machine.
 
     Raises:
-        BadRequest: nobody answers there.
+        BadRequest: the cluster cannot be reached.
     """
     os.environ.update(settings(plan))
     address = plan.cluster.ray.address or os.environ.get("RAY_ADDRESS")  # the latter inside a job
     if address is None and not any(name.startswith("RAY_AUTH_") for name in os.environ):
-        # By itself Ray makes one for all of this user's Rays, and of two that start at once one is not let in.
+        # By default Ray creates one token for all Rays of a user, and one of two that start at once is rejected.
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    import ray  # which reads these only now
+    import ray  # after the variables, which it reads at import
 
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if address is None:
-        # Its CPUs are only numbers: CPU ranks are for debugging, and more of them than cores are allowed.
+        # CPU ranks are for debugging; there may be more of them than cores.
         cpus = plan.placement.world_size * max(1, plan.placement.cpus_per_rank)
         cpus = max(cpus, os.cpu_count() or 1)
-        os.environ.setdefault("RAY_worker_niceness", "0")  # by itself 15; it is here for this run alone
-        with chdir(ROOT):  # see below
+        os.environ.setdefault("RAY_worker_niceness", "0")  # the default is 15; this Ray serves one run
+        with chdir(ROOT):  # as below
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, **common)
         return
     _reach(address)
     try:
-        # Ray puts the driver's current folder first on its workers' sys.path: they should find this toolkit's packages.
+        # Ray puts the driver's working directory first on the sys.path of workers, which import this toolkit.
         with chdir(ROOT):
             ray.init(address=address, **common)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -184,10 +182,10 @@ def connect(plan: Plan) -> None:
 
 
 async def join(plan: Plan) -> None:
-    """`connect`, and wait until a Ray inside a job is whole: its nodes start side by side, and are this run's alone.
+    """`connect`; with a Ray inside a job, also wait until all of its nodes have joined.
 
     Raises:
-        BadRequest: nobody answers there.
+        BadRequest: the cluster cannot be reached.
     """
     connect(plan)
     deadline = time.monotonic() + TIMEOUTS.connect
@@ -196,7 +194,7 @@ async def join(plan: Plan) -> None:
 
 
 async def leave() -> None:
-    """Disconnect, which ends all that this job still has on the cluster; a Ray that it started ends with it."""
+    """Disconnect, which ends this job's processes on the cluster and a Ray that `connect` started."""
     import ray
 
     loop, left = asyncio.get_running_loop(), asyncio.Event()
@@ -213,7 +211,7 @@ async def leave() -> None:
 
 
 def _reach(address: str) -> None:
-    """Refuse an address where nobody listens, at once; Ray itself would try for a minute."""
+    """Fail at once if nothing listens at `address`; Ray itself would try for a minute."""
     if address == "auto" or "://" in address:
         return
     host, _, port = address.rpartition(":")
@@ -221,6 +219,6 @@ def _reach(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=5).close()
     except (OSError, ValueError) as error:
         raise BadRequest(
-            f"Ray at {address} cannot be reached: {error}. Is its head running, and is this its GCS port (6379 unless"
-            " changed)?"
+            f"Ray at {address} cannot be reached: {error}. Is its head running, and is this its GCS port (default"
+            " 6379)?"
         ) from None

@@ -39,7 +39,7 @@ class NodeActor:
     def __init__(self, run_dir: str, number: int, towards: str) -> None:
         self.run_dir = RunDir(Path(run_dir))
         if not os.environ.get("CUDA_VISIBLE_DEVICES", "-"):
-            del os.environ["CUDA_VISIBLE_DEVICES"]  # Ray hides the devices from this actor; ranks are given theirs
+            del os.environ["CUDA_VISIBLE_DEVICES"]  # Ray hides the devices from this actor; ranks are given their own
         plan = self.run_dir.plan()
         # Ray may put any number of the ranks on this node.
         placement = replace(plan.placement, nodes=1, ranks_per_node=plan.placement.world_size)

@@ -1,10 +1,10 @@
-"""A node of a Ray that lives inside a SLURM job: what srun starts there, one task a node.
+"""Run a Ray cluster inside a SLURM job: one task per node starts Ray there.
 
-    node 0: ray head · the run's Ray driver        other nodes: a raylet each
+    node 0: Ray head, the run's Ray driver        other nodes: one raylet each
 
-Node 0 says in ``ray-head.json`` of the run directory where its head is, and in the end that it is over. All ports are ones
-that the system finds free and all files lie in a folder of the node's own, so any number of such jobs share a node. Each
-Ray has a token of its own: what connects to a Ray runs code, and others may be on these nodes, too.
+Node 0 writes the address of the head, and at the end ``over``, to ``ray-head.json`` in the run directory. The system
+assigns all ports, and all files are in a folder of the node's own, so several such jobs can share a node. Each Ray has its
+own token, because clients of a Ray can run code and other users may be on the node.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ from launcher.request.spec import Plan, State
 from training.files import read_json, write_atomic
 
 STORE_BYTES = 128 * 2**20
-"""Of memory for Ray's objects. Ranks exchange data among themselves; by itself Ray would take a third of the node."""
+"""Size of Ray's object store, which ranks hardly use; the default is 30 % of the node's memory."""
 
 LONGEST_FOLDER = 40
-"""Characters of a folder under which Ray can put its sockets, whose paths have at most 107."""
+"""Longest path of a temporary folder: the paths of Ray's sockets in it have a limit of 107 characters."""
 
 TOKEN = "LAUNCH_RAY_NODE"
-"""In the environment of all that a node starts, so that it finds them again: Ray's daemons leave their parents."""
+"""Variable that marks all processes of a node, to find them again: Ray's daemons leave their parents."""
 
 
 class RayTask:
-    """What submitit runs on each node."""
+    """The callable that submitit runs on each node."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
 
     def __call__(self) -> None:
-        as_task(RunDir(self.run_dir), self._be_a_node)
+        as_task(RunDir(self.run_dir), self._run_node)
 
-    def _be_a_node(self, where: AgentInfo) -> int:
+    def _run_node(self, where: AgentInfo) -> int:
         run_dir = RunDir(self.run_dir)
         run_dir.logs.mkdir(exist_ok=True)
         with RayNode(run_dir, where) as node:
@@ -68,13 +68,13 @@ class RayTask:
 
 
 class RayNode:
-    """Ray's processes on this node, from their start to their end."""
+    """Ray's processes on this node, from start to exit."""
 
     def __init__(self, run_dir: RunDir, where: AgentInfo) -> None:
         self.run_dir, self.plan, self.where = run_dir, run_dir.plan(), where
         base = tempfile.gettempdir()
         self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir=base if len(base) <= LONGEST_FOLDER else "/tmp"))
-        self.asked = False  # somebody wants the job to end
+        self.asked = False  # a signal asked the job to end
         self.process: subprocess.Popen[bytes] | None = None
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, self._note)
@@ -99,7 +99,7 @@ class RayNode:
     # ---- Ray
 
     def _start(self, address: str, *words: str) -> None:
-        """Start this node of the Ray whose head is, or is seen from here, at `address`."""
+        """Start Ray on this node, which other nodes reach at `address`."""
         each = trainer(self.plan)["scaling_config"]["resources_per_worker"]
         ranks = self.plan.placement.ranks_per_node
         options = {
@@ -107,7 +107,7 @@ class RayNode:
             "num-cpus": ranks * each["CPU"],
             "num-gpus": ranks * each.get("GPU", 0),
             "object-store-memory": STORE_BYTES,
-            # By themselves these are the same for every raylet of a machine, which another job may be on, too.
+            # The defaults are fixed ports, and another job may run a raylet on this node.
             "min-worker-port": 0,
             "max-worker-port": 0,
             "dashboard-agent-listen-port": 0,
@@ -127,12 +127,12 @@ class RayNode:
             )
 
     def _environment(self) -> dict[str, str]:
-        """That of all which this node starts."""
+        """The environment of the processes of this node."""
         own = {TOKEN: str(self.folder), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.run_dir.token_file)}
         return {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"} | own
 
     def _await_head(self) -> str:
-        """The address of the head that this node has started, once it is there; empty where it ended."""
+        """Wait for the head that this node has started; returns its address, empty if it exited."""
         assert self.process is not None
         file = self.folder / "ray_current_cluster"
         while self.process.poll() is None and not self.asked:
@@ -145,8 +145,8 @@ class RayNode:
     # ---- node 0
 
     def lead(self) -> int:
-        """Start the head, run the driver to its end, and tell the others; returns the job's exit status."""
-        if (result := self.run_dir.result()) is not None:  # a scheduler started a job again that had come to an end
+        """Start the head, publish its address, and run the driver; returns the job's exit status."""
+        if (result := self.run_dir.result()) is not None:  # the scheduler started a job again whose run had ended
             if result["state"] == State.SUCCEEDED:
                 return 0
             self.run_dir.result_file.unlink()
@@ -157,7 +157,7 @@ class RayNode:
         address = self._await_head()
         try:
             if not address:
-                return 1  # the batch script sees that the run has no end
+                return 1  # the batch script handles a run without a result
             self._send(address=address)
             return self._drive(address)
         finally:
@@ -174,31 +174,31 @@ class RayNode:
             driver = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, preexec_fn=_unmoved
             )
-        mine = False  # the request to stop is this task's own
+        requested_here = False  # this task created the stop file
         while driver.poll() is None:
-            if self.asked and not mine and not self.run_dir.stop_file.exists():
+            if self.asked and not requested_here and not self.run_dir.stop_file.exists():
                 self.run_dir.stop_file.touch()
-                mine = True
+                requested_here = True
             time.sleep(0.1)
         result = self.run_dir.result()
-        if self.asked and (result is None or (mine and result["state"] == State.STOPPED)):
+        if self.asked and (result is None or (requested_here and result["state"] == State.STOPPED)):
             return self._go_on_later()
         return driver.returncode
 
     def _go_on_later(self) -> int:
-        """The ranks stopped since SLURM wants the nodes: have the job start again."""
+        """Requeue the job, whose ranks stopped because SLURM takes the nodes."""
         self.run_dir.stop_file.unlink(missing_ok=True)
         assert self.where.requeue is not None
         recovery, attempt = Recovery(self.run_dir, self.plan), self.run_dir.last_attempt()
-        self.run_dir.result_file.unlink(missing_ok=True)  # first: from the requeue on SLURM ends this job
+        self.run_dir.result_file.unlink(missing_ok=True)  # before the requeue, after which SLURM ends this job
         end = recovery.stopped(BatchScript(self.where.requeue), attempt, self.run_dir.newest_step())
-        assert isinstance(end, End), "the next attempt is another job's"
+        assert isinstance(end, End), "the next attempt is started by another job"
         return 0 if end.requeued else recovery.finish(end).exit_status
 
-    # ---- the others
+    # ---- other nodes
 
     def follow(self) -> int:
-        """Be a node of the Ray of node 0 until it is over."""
+        """Join the Ray of node 0 until the run is over; returns exit status 0."""
         deadline = time.monotonic() + TIMEOUTS.connect
         while not (head := self._head()).get("address"):
             if head.get("over") or self.asked or time.monotonic() > deadline:
@@ -212,18 +212,18 @@ class RayNode:
         return 0
 
     def _head(self) -> dict[str, Any]:
-        """What node 0 says, in this start of the job."""
-        said: dict[str, Any] = read_json(self.run_dir.head_file) or {}
-        return said if said.get("session") == self.where.session else {}
+        """The content of ``ray-head.json`` of this start of the job; empty if there is none yet."""
+        content: dict[str, Any] = read_json(self.run_dir.head_file) or {}
+        return content if content.get("session") == self.where.session else {}
 
 
 def _unmoved() -> None:
-    """SLURM sends a signal to every process of a job; that it is time to save is for ranks and for this task."""
+    """Ignore SIGUSR2, which SLURM sends to all processes of a job; it is meant for ranks and for this task."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
 def _started_with(text: str) -> list[int]:
-    """The processes of this user that have `text` in their environment."""
+    """The processes of this user with `text` in their environment, without this one."""
     found = []
     for entry in Path("/proc").iterdir():
         with suppress(OSError, ValueError):
@@ -233,24 +233,24 @@ def _started_with(text: str) -> list[int]:
 
 
 class RayOnSlurmBackend(Backend):
-    """A SLURM job in which a Ray runs: scheduled by the one, described by both."""
+    """A Ray cluster inside a SLURM job."""
 
     name = "ray_on_slurm"
     slurm, ray = SlurmBackend(), RayBackend()
-    # The nodes are SLURM's to give, and what they do is Ray's: it has no use for a node that waits.
+    # SLURM allocates the nodes; Ray cannot keep a spare node idle.
     capabilities = replace(slurm.capabilities, spare_nodes=False, elastic=ray.capabilities.elastic)
 
     def survey(self, cluster: Cluster) -> Cluster:
-        """Ask SLURM; where another Ray is, is none of this run's business."""
+        """Query SLURM. A profile with ``ray.address`` is refused: the Ray is started inside the job."""
         if cluster.ray.address is not None:
             raise BadRequest(
-                f"ray.address = {cluster.ray.address!r} and ray.inside = {cluster.ray.inside!r}: a Ray that is started"
-                " inside a job has no address before. Leave one of them out of the profile."
+                f"ray.address = {cluster.ray.address!r} and ray.inside = {cluster.ray.inside!r}: a Ray inside a job has no"
+                " address before the job starts. Remove one of them from the profile."
             )
         return self.slurm.survey(cluster)
 
     def render(self, plan: Plan) -> str:
-        """The sbatch script, and the arguments of the TorchTrainer inside."""
+        """The sbatch script, and the arguments of the TorchTrainer in the job."""
         inside = f"# inside, on a Ray of {plan.placement.nodes} nodes\n{self.ray.render(plan)}"
         return f"{self.slurm.render(plan)}\n{inside}"
 
@@ -258,10 +258,11 @@ class RayOnSlurmBackend(Backend):
         return self.slurm.check(plan)
 
     def submit(self, plan: Plan) -> str:
-        """Hand the job to sbatch."""
-
+        """Submit the job with sbatch."""
         if plan.placement.on_tpu:
-            raise BadRequest(f"{plan.cluster.name}: TPU slices are Ray's to find, not SLURM's. Use the backend slurm.")
+            raise BadRequest(
+                f"{plan.cluster.name}: TPU slices cannot be used with Ray inside a SLURM job. Use --backend slurm."
+            )
         return self.slurm.submit(plan, RayTask(plan.run_dir))
 
     def check_id(self, job_id: str) -> None:

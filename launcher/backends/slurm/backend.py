@@ -49,11 +49,11 @@ STATES: dict[str, State] = {
         State.LOST,
     ),
 }
-"""SLURM's job states. Source: "JOB STATE CODES" of squeue(1). One that is missing here is UNKNOWN, never an end."""
+"""SLURM's job states. Source: "JOB STATE CODES" of squeue(1). Any other state is UNKNOWN."""
 
 
 def _completed(cluster: Cluster, found: Sequence[NodeKind]) -> Cluster:
-    """`cluster` with what was `found`, as far as its profile leaves it open."""
+    """`cluster` with the values of the `found` nodes for those that its profile leaves open."""
     node = cluster.node
     if node.gpus is not None:
         found = [kind for kind in found if kind.gpus == node.gpus]
@@ -70,7 +70,7 @@ def _completed(cluster: Cluster, found: Sequence[NodeKind]) -> Cluster:
         for kind in found
     )
     first = kinds[0]
-    # The fields of one node stand for the largest; `place` looks at the kinds.
+    # `cluster.node` describes the largest kind; `place` uses `cluster.kinds`.
     node = replace(node, gpus=first.gpus, cpus=first.cpus, memory_gb=first.memory_gb)
     return replace(cluster, nodes=cluster.nodes or sum(kind.count for kind in kinds), node=node, kinds=kinds)
 
@@ -85,7 +85,7 @@ def parameters(plan: Plan) -> dict[str, Any]:
         "nodes": placement.nodes + plan.spec.spare_nodes,
         "ntasks_per_node": 1,
         "cpus_per_task": cpus or None,
-        # Not per task: SLURM 24.11 and later bind per-task GPUs so that the ranks of a task do not see each other's.
+        # Per node: SLURM 24.11 and later isolate per-task GPUs, and the ranks of a task could not use each other's.
         "gpus_per_node": _gpu_request(plan) if placement.device == "cuda" else None,
         "mem": _memory(plan),
         "partition": slurm.partition,
@@ -94,15 +94,15 @@ def parameters(plan: Plan) -> dict[str, Any]:
         "constraint": _constraint(plan),
         "exclude": ",".join((*([slurm.exclude] if slurm.exclude else []), *_excluded_hosts(plan))) or None,
         "nodelist": slurm.nodelist,
-        "exclusive": slurm.exclusive or placement.on_tpu or None,  # the chips of a host are one run's
-        # SLURM sends it up to a minute early; with a short limit most of the time should still go into the work.
+        "exclusive": slurm.exclusive or placement.on_tpu or None,  # a TPU host cannot be shared by runs
+        # SLURM sends the signal up to 60 s early; at most a quarter of a short time limit is grace.
         "signal_delay_s": int(min(plan.cluster.grace, plan.time_minutes * 60 / 4)),
         "setup": _setup(plan) or None,
         "teardown": _teardown(plan),
         "srun_args": node_command.srun_args(plan) or None,
         "comment": "launch",
         "additional_parameters": _without_none(
-            # `requeue = false` in a profile takes the option out.
+            # `requeue = false` in a profile removes the option.
             {"requeue": True, "no-kill": plan.spec.spare_nodes > 0 or None, "reservation": slurm.reservation}
             | {key: None if value is False else value for key, value in slurm.sbatch.items()}
         ),
@@ -111,20 +111,20 @@ def parameters(plan: Plan) -> dict[str, Any]:
 
 
 def _excluded_hosts(plan: Plan) -> tuple[str, ...]:
-    """The hosts that this run stays away from since they failed it."""
+    """The hosts that earlier attempts of the run excluded."""
     return history.read(RunDir(plan.run_dir).events()).excluded
 
 
 def _teardown(plan: Plan) -> list[str]:
-    """The lines after srun: see to a run whose supervisor was killed, and end as the run did.
+    """The script lines after srun: handle a run whose supervisor was killed, and exit with the status of the run.
 
-    Where the slurmstepd of this script was killed, SLURM does not hear of its end and would hold the nodes for ever.
+    If the slurmstepd of the script was killed, SLURM does not notice the exit of the script, so the script cancels its job.
     """
     python = shlex.join(node_command.python(plan))
     look = f"{python} -P -m launcher.backends.slurm.job {shlex.quote(str(plan.run_dir))} $status"
     if (clean := own_packages.python_path_without_others()) is not None:
         look = f"PYTHONPATH={shlex.quote(clean)} {look}"
-    # By this shell's own entry in /proc, since others' may be hidden.
+    # From this shell's own entry in /proc, since other entries may be hidden.
     parent = "$(sed -n 's/^PPid:[[:space:]]*//p' /proc/$$/status)"
     orphaned = f'[ "{parent}" = $PPID ] || scancel --state=RUNNING $SLURM_JOB_ID'
     return ["status=$?", f"[ $status = 0 ] || {look} || status=$?", orphaned, "exit $status"]
@@ -146,12 +146,12 @@ def _gpu_request(plan: Plan) -> str | int:
 
 
 def _memory(plan: Plan) -> str | None:
-    megabytes = int(plan.placement.memory_gb * 1024 + 1e-6)  # a third of a node, three times, is the node
+    megabytes = int(plan.placement.memory_gb * 1024 + 1e-6)  # rounding must not lose a megabyte
     return f"{megabytes}MB" if megabytes else None
 
 
 def _constraint(plan: Plan) -> str | None:
-    """The profile's constraint, and the feature that stands for the type of GPU."""
+    """The profile's constraint, and the feature that stands for the GPU type."""
     both = [text for text in (plan.cluster.slurm.constraint, plan.placement.feature) if text]
     return "&".join(f"({text})" if len(both) > 1 and re.search(r"[|&]", text) else text for text in both) or None
 
@@ -160,7 +160,7 @@ def _executor(plan: Plan, offline: bool) -> Any:
     import submitit
 
     class Offline(submitit.SlurmExecutor):  # type: ignore[misc]
-        """Writes scripts where there is no srun."""
+        """Writes scripts without srun."""
 
         @classmethod
         def affinity(cls) -> int:
@@ -179,17 +179,17 @@ def _script(plan: Plan) -> str:
 
 def _check_paths(plan: Plan) -> None:
     if "%" in str(plan.run_dir):
-        raise BadRequest(f"{plan.run_dir}: SLURM would replace the % in this path; use another runs folder.")
+        raise BadRequest(f"{plan.run_dir}: SLURM would replace the % in this path. Set `runs` to a folder without %.")
 
 
 def poll(job_id: str) -> State:
-    """Ask squeue, and sacct for a job that squeue has forgotten; where accounting is off, forgotten means ended."""
+    """Query squeue, then sacct for a job that squeue does not list; without accounting such a job is LOST."""
     check_id(SLURM_ID, job_id)
     try:
         listed = query.ask("squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T")
     except BadRequest as error:
         if "Invalid job id" not in str(error):
-            return State.UNKNOWN  # the controller does not answer just now
+            return State.UNKNOWN  # the controller does not answer
         listed = ""
     if not listed.strip():
         try:
@@ -207,16 +207,16 @@ def cancel(job_id: str) -> None:
 
 
 class SlurmBackend(Backend):
-    """SLURM: each run is one job. An answer of slurmctld is shared by all who watch the run."""
+    """SLURM: each run is one job. An answer of slurmctld is reused for 5 s by all commands that watch the run."""
 
     name = "slurm"
     capabilities = Capabilities(poll_seconds=5.0, spare_nodes=True, time_limit=True, requeue=True)
 
     def survey(self, cluster: Cluster) -> Cluster:
-        """Ask SLURM for what the profile leaves open: the kinds of its nodes, and how many there are of each.
+        """Query SLURM for the kinds of nodes, unless the profile describes them.
 
         Raises:
-            BadRequest: it cannot be reached, and the profile does not say what a node has.
+            BadRequest: SLURM cannot be reached, and the profile does not describe a node.
         """
         node = cluster.node
         if cluster.kinds or (cluster.nodes and node.cpus and node.gpus is not None):
@@ -227,31 +227,30 @@ class SlurmBackend(Backend):
             if node.gpus is not None:
                 return cluster
             raise BadRequest(
-                f"{error} Or say in a profile what its nodes have (nodes = 4, [node] gpus = 8, cpus = 96), and plan with"
-                " --dry-run."
+                f"{error} Or describe the nodes in a profile (nodes = 4, [node] gpus = 8, cpus = 96) and plan with --dry-run."
             ) from None
         return _completed(cluster, found)
 
     def render(self, plan: Plan) -> str:
-        """The submitit parameters, and the sbatch script that comes of them, word for word."""
+        """The submitit parameters, and the sbatch script made from them."""
         shown = json.dumps(parameters(plan), indent=4)
         return f"# submitit.SlurmExecutor(...).update_parameters(**{shown})\n\n{_script(plan)}"
 
     def check(self, plan: Plan) -> str:
-        """Hold the plan against the limits of its partition, and ask SLURM when it would start; empty where it cannot say.
+        """Check the plan against the limits of its partition; returns SLURM's estimate of the start, empty if unknown.
 
         Raises:
-            BadRequest: it cannot be met.
+            BadRequest: a limit is exceeded, or SLURM refuses the job.
         """
         _check_paths(plan)
         try:
             limits.check_limits(plan, query.partitions())
             return query.verdict(_script(plan))
         except query.Unreachable:
-            return ""  # a dry run may be made where there is no SLURM; submitting says so
+            return ""  # a dry run needs no SLURM; `submit` reports the error
 
     def submit(self, plan: Plan, task: Callable[[], None] | None = None) -> str:
-        """Hand the job to sbatch and keep what it got in ``script.sh``. `task` runs on each node; by itself an agent."""
+        """Submit the job and write its script to ``script.sh``. Each node runs `task` (default: an agent)."""
         import submitit
 
         from launcher.backends.slurm.job import AgentTask, with_our_packages
@@ -261,16 +260,14 @@ class SlurmBackend(Backend):
         _check_paths(plan)
         executor = _executor(plan, offline=False)
         try:
-            with (
-                query.outside_of_a_job(),
-                contextlib.redirect_stderr(io.StringIO()),
-            ):  # submitit repeats what sbatch said
+            # submitit prints the error of sbatch, which the exception holds, too.
+            with query.outside_of_a_job(), contextlib.redirect_stderr(io.StringIO()):
                 job = executor.submit(with_our_packages(task or AgentTask(plan.run_dir)))
         except submitit.core.utils.FailedJobError as error:
             refusal = query.refusal_text(str(error))
-            heard = "Batch job submission failed" in refusal and "Unable to contact" not in refusal
+            answered = "Batch job submission failed" in refusal and "Unable to contact" not in refusal
             raise BadRequest(
-                f"sbatch refused the job: {refusal}" if heard else query.UNREACHABLE.format(refusal)
+                f"sbatch refused the job: {refusal}" if answered else query.UNREACHABLE.format(refusal)
             ) from None
         write_atomic(RunDir(plan.run_dir).script_file, job.paths.submission_file.read_text())
         return str(job.job_id)
@@ -285,7 +282,7 @@ class SlurmBackend(Backend):
         cancel(job_id)
 
     def diagnose(self, cluster: Cluster, cwd: Path) -> Iterator[Check]:
-        """Examine commands, controller, partitions, nodes and accounting."""
+        """Check commands, controller, partitions, nodes and accounting."""
         from launcher.backends.slurm import doctor
 
         yield from doctor.diagnose(cluster)
@@ -294,7 +291,7 @@ class SlurmBackend(Backend):
         return shutil.which("sinfo") is not None
 
     def new_profile(self) -> str:
-        """Ask SLURM for its partitions and nodes."""
+        """Write a profile from SLURM's partitions and nodes."""
         from launcher.backends.slurm import doctor
 
         return doctor.profile_text(query.partitions(), query.kinds(Cluster("new", self.name)))

@@ -1,4 +1,4 @@
-"""What can be found out about the SLURM at hand: the checks of ``launch doctor``, and a first profile."""
+"""SLURM checks of ``launch doctor``, and the profile of ``launch clusters new``."""
 
 from __future__ import annotations
 
@@ -31,13 +31,15 @@ def diagnose(site: Cluster) -> Iterator[Check]:
         what = f"{kind.count} nodes of {kind.cpus} cores, {kind.gpus or 'no'} {kind.accelerator or ''} GPUs".replace(
             "  ", " "
         )
-        remedy = "`sinfo -R` says why; they take no job until an administrator resumes them"
+        remedy = "`sinfo -R` shows the reason; the nodes take no job until an administrator resumes them"
         yield Check("nodes", kind.count > 0, what + (f", {kind.down} down or drained" if kind.down else ""), remedy)
     wanted = site.slurm.partition
     if wanted is not None:
         yield Check("partition", wanted in found, wanted, f"set slurm.partition to one of {', '.join(found)}")
     accounting = shutil.which("sacct") is not None
-    yield Check("accounting", True, "sacct is here" if accounting else "no sacct: not needed")
+    yield Check(
+        "accounting", True, "sacct is installed" if accounting else "sacct is not installed; it is not required"
+    )
 
 
 def profile_text(found: Sequence[Partition], kinds: Sequence[NodeKind]) -> str:
@@ -55,26 +57,26 @@ def profile_text(found: Sequence[Partition], kinds: Sequence[NodeKind]) -> str:
     named = [_quoted(p.name) for p in found if p.name == default] or [_quoted(found[0].name)] if found else ['"gpu"']
     return "\n".join(
         [
-            "# Written by `launch clusters new`. What is left out is asked of SLURM each time; docs/profiles.md lists all keys.",
-            'description = "the SLURM cluster at hand"',
+            "# Written by `launch clusters new`. Omitted keys are queried from SLURM each time; docs/profiles.md lists all keys.",
+            'description = "this SLURM cluster"',
             'backend = "slurm"',
             "",
-            "# Time limit when --time is not given, and the seconds before its end at which a run saves and is queued again.",
+            "# Default of --time, and the seconds before the time limit at which a run saves and is requeued.",
             f'time = "{_default_time(found, default)}"',
             "grace = 90",
             "",
-            "# Run directories. All nodes have to see them under the same path; with `shared`, others are refused.",
+            "# Run directories, at the same path on all nodes. If `shared` is set, `runs` has to be in one of its folders.",
             '# runs = "/scratch/$USER/runs"',
             '# shared = ["/scratch", "/home"]',
             '# hub_cache = "/scratch/$USER/huggingface"',
             "# offline = true                      # the nodes have no internet",
-            '# proxy = "http://proxy:3128"         # or they have, through this',
+            '# proxy = "http://proxy:3128"         # internet access through a proxy',
             "",
-            "# Its nodes, when this was written:",
+            "# Nodes at the time of writing:",
             *nodes,
             "",
             "[slurm]",
-            "# Its partitions, when this was written:",
+            "# Partitions at the time of writing:",
             *rows,
             f"{'' if default else '# '}partition = {named[0]}",
             '# account = "my-project"',

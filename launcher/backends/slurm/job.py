@@ -1,7 +1,7 @@
-"""Inside a SLURM job: where a task sits, what submitit runs there, and how the job asks to be started again.
+"""Run a task inside a SLURM job, and requeue the job.
 
-``python -m launcher.backends.slurm.job RUN_DIR STATUS`` is the last line of the batch script. The batch shell outlives the
-agents, so it is the one to act when node 0's agent died and nobody is left inside to say so.
+The batch script runs ``python -m launcher.backends.slurm.job RUN_DIR STATUS`` after srun. The batch shell outlives the
+agents, so it can requeue the job after the agent of node 0 was killed.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class JobStart:
     """One start of a SLURM job.
 
     Attributes:
-        job: its number.
-        restarts: how often SLURM requeued it before this start.
+        job: the job id.
+        restarts: how often SLURM requeued the job before this start.
     """
 
     job: str
@@ -46,7 +46,7 @@ class JobStart:
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> JobStart:
-        """The start that the process with this environment belongs to."""
+        """Read the start from the environment of one of its processes."""
         return cls(environment["SLURM_JOB_ID"], int(environment.get("SLURM_RESTART_COUNT", "0")))
 
     def __str__(self) -> str:
@@ -54,10 +54,10 @@ class JobStart:
 
 
 def agent_info(run_dir: RunDir, environment: Mapping[str, str]) -> AgentInfo:
-    """Read where this task sits from SLURM's variables; the only place that reads them.
+    """Read this task's place in the job from SLURM's variables.
 
-    The address is the one srun was launched from, which is the first node's as the others reach it: a number, not a name
-    that some node might not resolve.
+    ``address`` is the IP address that srun was launched from, which is the first node's; a host name might not resolve on
+    all nodes.
     """
     start = JobStart.read(environment)
     return AgentInfo(
@@ -72,95 +72,95 @@ def agent_info(run_dir: RunDir, environment: Mapping[str, str]) -> AgentInfo:
 
 
 def requeue(run_dir: RunDir, start: JobStart, exclude: Sequence[str] = ()) -> bool:
-    """Ask for `start` to be followed by another, away from the hosts `exclude`. Says whether it
-    will be.
+    """Requeue the job with the hosts `exclude` excluded; returns whether it will start again.
 
-    Where the site or the profile does not allow a requeue, the same script is submitted as a job that follows this one.
+    If the site or the profile does not allow a requeue, submit the same script as a job that depends on this one.
     """
-    # From the requeue on SLURM ends this job, and there is little time for anything else.
+    # SLURM ends this job after the requeue; nothing that takes time may follow.
     done = _scontrol("requeue", start.job)
     if done is None or done.returncode:
-        # One that SLURM has put back into the queue by itself is refused, too.
+        # SLURM also refuses a job that it has requeued itself.
         if done is not None and (
             final_job_fate(run_dir, start) == "requeued" or _follow_up(run_dir, start.job, exclude)
         ):
             return True
         print(
-            f"launch: SLURM does not requeue job {start.job}: {done.stderr.strip() if done else 'no answer'}",
+            f"launch: SLURM did not requeue job {start.job}: {done.stderr.strip() if done else 'no answer'}",
             file=sys.stderr,
         )
         return False
-    _keep_away(run_dir, start.job, exclude)
+    _exclude_hosts(run_dir, start.job, exclude)
     return True
 
 
-def _keep_away(run_dir: RunDir, job: str, exclude: Sequence[str] = ()) -> None:
-    """Have the next start of a job that waits on none of the hosts to stay away from; one that runs cannot be changed.
+def _exclude_hosts(run_dir: RunDir, job: str, exclude: Sequence[str] = ()) -> None:
+    """Exclude bad hosts from the pending job's next start; SLURM cannot change a running job.
 
-    SLURM sends SIGTERM when it requeues a job, and SIGKILL after KillWait, which is time enough.
+    SLURM sends SIGTERM when it requeues a job, and SIGKILL only after KillWait (default 30 s), so this process has time.
     """
-    if not (away := _away(run_dir, exclude)):
+    if not (hosts := _excluded_hosts(run_dir, exclude)):
         return
-    changed = _scontrol("update", f"JobId={job}", f"ExcNodeList={away}")
+    changed = _scontrol("update", f"JobId={job}", f"ExcNodeList={hosts}")
     if changed is None or changed.returncode:
-        print(f"launch: SLURM does not keep job {job} away from {away}: {changed and changed.stderr}", file=sys.stderr)
+        reason = changed.stderr.strip() if changed else "no answer"
+        print(f"launch: SLURM did not exclude {hosts} from job {job}: {reason}", file=sys.stderr)
 
 
-def _away(run_dir: RunDir, exclude: Sequence[str]) -> str:
-    """All hosts to stay away from: the profile's, those of earlier failures, and `exclude`."""
+def _excluded_hosts(run_dir: RunDir, exclude: Sequence[str]) -> str:
+    """All excluded hosts: the profile's, those of earlier failures, and `exclude`."""
     own = run_dir.plan().cluster.slurm.exclude
     known = history.read(run_dir.events()).excluded
     return ",".join(dict.fromkeys([*([own] if own else []), *known, *exclude]))
 
 
 def _follow_up(run_dir: RunDir, job: str, exclude: Sequence[str]) -> bool:
-    """Submit what this job was submitted as once more; submitit's name for what it runs holds the job's number."""
-    hosts = _away(run_dir, exclude)
-    away = [f"--exclude={hosts}"] if hosts else []
-    command = ["sbatch", "--parsable", f"--dependency=afterany:{job}", *away, str(run_dir.script_file)]
-    # What this job is must not be handed on to the next one with the environment.
+    """Submit the job's script again, to start after this job; returns whether sbatch accepted it."""
+    hosts = _excluded_hosts(run_dir, exclude)
+    options = [f"--exclude={hosts}"] if hosts else []
+    command = ["sbatch", "--parsable", f"--dependency=afterany:{job}", *options, str(run_dir.script_file)]
+    # sbatch passes its environment on; the variables of this job do not apply to the next one.
     clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
     done = subprocess.run(command, env=clean, capture_output=True, text=True, check=False)
     if done.returncode:
         return False
     follower = check_id(SLURM_ID, done.stdout.split(";")[0].strip())[0]
-    folder = run_dir.path / "submitit"
+    folder = run_dir.path / "submitit"  # submitit's file names hold the job id
     shutil.copy(folder / f"{job}_submitted.pkl", folder / f"{follower}_submitted.pkl")
     run_dir.write_job(run_dir.plan().cluster.engine, follower)
     return True
 
 
 def final_job_fate(run_dir: RunDir, start: JobStart) -> JobFate:
-    """`fate`; and where the job is to start again, that is settled to be away from bad nodes."""
+    """`fate` of the job; a requeued one also gets its excluded hosts."""
     found = fate(start)
     if found == "requeued":
-        _keep_away(run_dir, start.job)
+        _exclude_hosts(run_dir, start.job)
     return found
 
 
 def fate(start: JobStart) -> JobFate:
-    """What SLURM has in mind for the job after `start`.
+    """The job's fate after `start`.
 
-    ``requeued``: it is in the queue again, by an operator's ``scontrol requeue``, a node that went down, or a preemption
-    that is through. ``preempting``: SIGTERM was the word that its nodes are wanted; most sites send no other, and a job
-    that has left before the grace is over is not started again. Empty: neither, as after scancel.
+    ``requeued``: the job is in the queue again, after ``scontrol requeue``, a node failure or a preemption. ``preempting``:
+    SLURM sent SIGTERM to take the nodes; a job that exits before the end of the grace time is not requeued. Empty: neither,
+    as after scancel.
     """
     facts = _facts(start.job)
     if int(facts.get("Restarts", "0")) > start.restarts:
         return "requeued"
     preempted = facts.get("PreemptTime", "None")
-    # Times are of one format, so their order is that of the letters; that of an earlier start is older than this start.
+    # ISO times compare as text. A time before StartTime belongs to an earlier start.
     return "preempting" if preempted[:1].isdigit() and preempted >= facts.get("StartTime", "") else ""
 
 
 def _facts(job: str) -> dict[str, str]:
-    """What SLURM knows of the job, by its own words; empty where it does not answer."""
+    """The fields of ``scontrol show job``; empty without an answer."""
     done = _scontrol("show", "job", "--oneliner", job)
     return dict(re.findall(r"(\w+)=(\S*)", done.stdout)) if done is not None and not done.returncode else {}
 
 
 def _scontrol(*words: str) -> subprocess.CompletedProcess[str] | None:
-    """Run scontrol, again and again while the controller does not answer; None where it never did, or is missing."""
+    """Run scontrol, with retries while the controller does not answer; None without an answer or without scontrol."""
     deadline = time.monotonic() + TIMEOUTS.slurm_controller
     while True:
         try:
@@ -176,12 +176,12 @@ def _scontrol(*words: str) -> subprocess.CompletedProcess[str] | None:
 
 
 def _ignore_sigterm() -> None:
-    """Keep the SIGTERM that a requeue sends to the whole job from ending the command that asked for it."""
+    """Ignore the SIGTERM that a requeue sends to all processes of the job."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class AgentTask:
-    """What submitit runs on each node."""
+    """The callable that submitit runs on each node."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
@@ -194,9 +194,10 @@ class AgentTask:
 
 
 def with_our_packages(task: Callable[[], None]) -> Callable[[], None]:
-    """Wrap `task` so that it finds this toolkit's packages on a node; pickled by value, since it imports none of them.
+    """Wrap `task` so that it imports this toolkit's packages on a node.
 
-    submitit's process has the current folder, which is the user's, first on sys.path, and then PYTHONPATH.
+    The first entry of sys.path in submitit's process is the working directory, which may hold packages of the same name.
+    The wrapper imports nothing of this toolkit, so that it can be unpickled before sys.path is set.
     """
     import cloudpickle
 
@@ -208,9 +209,8 @@ def with_our_packages(task: Callable[[], None]) -> Callable[[], None]:
 
         path = list(sys.path)
         sys.path[:] = [root, *path[1:]]
-        import launcher.errors  # noqa: F401
-        import training  # noqa: F401
-
+        for package in ("launcher", "training"):
+            __import__(package)
         sys.path[:] = path
         pickle.loads(data)()
 
@@ -218,36 +218,36 @@ def with_our_packages(task: Callable[[], None]) -> Callable[[], None]:
 
 
 def as_task(run_dir: RunDir, work: Callable[[AgentInfo], int]) -> None:
-    """Be a task of the job: do `work` on this seat, and end with the status that it returns, whether SLURM hears it or not."""
+    """Run `work` as a task of the job and exit with the status that it returns."""
     drop_output_on_full_disk()
     step_daemon = os.getppid()
     status = work(agent_info(run_dir, os.environ))
     if os.getppid() != step_daemon:
         orphaned(run_dir, status, os.environ)
     if status:
-        # Not an exception: the job's exit status should be the run's, and its log not end in our traceback.
+        # No exception: the job gets the exit status of the run, and its log does not end with our traceback.
         sys.exit(status)
 
 
 def orphaned(run_dir: RunDir, status: int, environment: Mapping[str, str]) -> None:
-    """Release the nodes of a job from a task that ends without its slurmstepd: nobody hears of it, and srun would wait for
-    it, and the nodes be held, for ever.
+    """Release the nodes of a job whose slurmstepd was killed.
 
-    Where the run has not come to an end and nobody supervises it any more, this task is the last to see to it.
+    SLURM does not notice the exit of such a task, so srun would wait for it without limit and hold the nodes. If the run
+    has no result and no supervisor, this task handles its end.
     """
     start = JobStart.read(environment)
     while run_dir.result() is None and _runs(start):
         beat = _modified(run_dir.heartbeat_file)
         time.sleep(5 * TIMEOUTS.run_heartbeat)
-        if _modified(run_dir.heartbeat_file) == beat:  # whatever the clocks of the nodes say
+        if _modified(run_dir.heartbeat_file) == beat:  # compares two times of one clock
             after(run_dir, status, environment)
             break
-    if _runs(start):  # one that is in the queue again, or began anew, is left there
+    if _runs(start):  # not a job that was requeued
         subprocess.run(["scancel", "--state=RUNNING", check_id(SLURM_ID, start.job)[0]], check=False)
 
 
 def _runs(start: JobStart) -> bool:
-    """Whether this start of the job is running, as far as SLURM says."""
+    """Whether this start of the job is running; also true without an answer of SLURM."""
     facts = _facts(start.job)
     return (
         facts.get("JobState", "RUNNING") == "RUNNING" and int(facts.get("Restarts", start.restarts)) == start.restarts
@@ -261,24 +261,24 @@ def _modified(path: Path) -> int:
 
 
 def after(run_dir: RunDir, status: int, environment: Mapping[str, str]) -> int:
-    """What the batch script does when srun has come back with `status`; returns the job's exit status.
+    """Handle the end of srun with `status`; returns the job's exit status.
 
-    Nothing, unless the run has been left without an end: then its supervisor was killed, a lost node like any other. An
-    agent that never got as far as an attempt would not do better the next time.
+    A run without a result lost its supervisor; this counts as a lost node. If no attempt had started, the run is not
+    restarted.
     """
     start = JobStart.read(environment)
     replaced = (run_dir.job() or {}).get("job_id", start.job) != start.job
-    fields = next(
+    newest_event = next(
         (e["event"] for e in reversed(run_dir.events()) if e["event"] in ("submitted", "started", "finished")), ""
     )
-    if run_dir.result() is not None or fields == "finished" or replaced:
+    if run_dir.result() is not None or newest_event == "finished" or replaced:
         return status
     if final_job_fate(run_dir, start) == "requeued":
         return status
     recovery, attempt = Recovery(run_dir, run_dir.plan()), run_dir.last_attempt()
     if run_dir.stop_file.exists():
         return recovery.finish(End(State.STOPPED)).exit_status
-    # What srun, or Python before our first line, printed last is the likeliest cause.
+    # The last output of srun, or of Python before it ran our code, is the likely cause.
     logs = sorted((run_dir.path / "submitit").glob(f"{start.job}_*_log.err"), key=lambda path: path.stat().st_mtime)
     outcome = Outcome(
         {},
@@ -287,13 +287,13 @@ def after(run_dir: RunDir, status: int, environment: Mapping[str, str]) -> int:
         traceback="\n".join(tail(logs[-1])) if logs else "",
     )
     script = BatchScript(lambda hosts: requeue(run_dir, start, hosts))
-    end = recovery.after(script, attempt, outcome, may_restart=fields == "started")
-    assert isinstance(end, End), "a batch script starts no attempt itself"
+    end = recovery.after(script, attempt, outcome, may_restart=newest_event == "started")
+    assert isinstance(end, End), "the batch script starts no attempt"
     return status if end.requeued else recovery.finish(end).exit_status
 
 
 class BatchScript:
-    """How a job whose agents are gone goes on: it can be requeued, and has no nodes to spare."""
+    """Recovery options of a job without agents: it can be requeued, and has no spare nodes."""
 
     movable = True
 
@@ -301,18 +301,18 @@ class BatchScript:
         self._requeue = requeue
 
     def spare(self, outcome: Outcome) -> bool:
-        """Return that nothing can go on here without the agents."""
+        """Return False: no attempt can start without agents."""
         return False
 
     def fate(self) -> JobFate:
-        """Return that SLURM takes the nodes."""
+        """Return ``preempting``."""
         return "preempting"
 
     def start_elsewhere(self, attempt: int, hosts: tuple[str, ...]) -> Elsewhere:
-        """Ask SLURM to start the job again away from `hosts`."""
+        """Requeue the job with `hosts` excluded."""
         return Elsewhere.LATER if self._requeue(hosts) else Elsewhere.NOWHERE
 
 
 if __name__ == "__main__":
-    _ignore_sigterm()  # or the requeue that it asks for ends it before it has written that down
+    _ignore_sigterm()  # the requeue sends SIGTERM to this process before it has written the event
     sys.exit(after(RunDir(Path(sys.argv[1])), int(sys.argv[2]), os.environ))

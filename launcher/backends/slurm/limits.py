@@ -1,4 +1,4 @@
-"""The limits of partitions, against which a plan is held: SLURM would take most of what they forbid, and never start it."""
+"""Check a plan against the limits of its partition; SLURM accepts most such jobs and never starts them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from launcher.request.spec import Plan
 
 
 def check_limits(plan: Plan, found: Sequence[Partition]) -> None:
-    """Hold `plan` against the limits of its partition, one of those `found`.
+    """Check `plan` against the limits of its partition, one of those `found`.
 
     Raises:
-        BadRequest: with the limit, and what to type instead.
+        BadRequest: a limit is exceeded; the message has the limit and the option to change.
     """
     slurm = plan.cluster.slurm
     name = slurm.partition or default_partition(found)
@@ -27,18 +27,18 @@ def check_limits(plan: Plan, found: Sequence[Partition]) -> None:
                 f" partition{nearest(each, known)}. It has {', '.join(known)}."
             )
         if not any(refusals):
-            return  # of several partitions one is enough
+            return  # of several partitions, one suffices
     if name:
         raise BadRequest(refusals[0])
 
 
 def _refusal(plan: Plan, partition: Partition, found: Sequence[Partition]) -> str:
-    """Why `partition` does not take `plan`; empty where it does."""
+    """Why `partition` refuses `plan`; empty if it does not."""
     slurm, where, placement = plan.cluster.slurm, f"partition {partition.name!r}", plan.placement
     nodes, spare = placement.nodes + plan.spec.spare_nodes, " and the spare ones" * (plan.spec.spare_nodes > 0)
     if partition.state != "UP":
         others = ", ".join(p.name for p in found if p.state == "UP")
-        return f"{where} is {partition.state}: nothing starts there. Set slurm.partition to one that is up: {others}."
+        return f"{where} is {partition.state}: nothing starts there. Set slurm.partition to one of {others}."
     if partition.max_minutes is not None and plan.time_minutes > partition.max_minutes:
         up = [p for p in found if p.state == "UP"]
         longer = [p.name for p in up if p.max_minutes is None or p.max_minutes >= plan.time_minutes]
@@ -65,7 +65,7 @@ def _refusal(plan: Plan, partition: Partition, found: Sequence[Partition]) -> st
         ("account", slurm.account, partition.accounts, partition.denied_accounts),
         ("qos", slurm.qos, partition.qos, partition.denied_qos),
     ):
-        # One that the profile leaves out is the user's default, which only SLURM knows.
+        # If the profile names none, SLURM uses the user's default, which is unknown.
         if value is not None and ((allowed and value not in allowed) or value in denied):
             only = f" Use one of {', '.join(allowed)}." if allowed else ""
             return f"slurm.{key} = {value!r}: {where} does not take jobs of that {key}.{only}"

@@ -1,4 +1,4 @@
-"""What srun starts on each node: the site's preparation, scratch folder and container around the node agent's Python."""
+"""The command of srun on each node: the agent's Python, with the site's setup, scratch folder and container."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from launcher.request.spec import Plan
 
 
 def command(plan: Plan) -> str:
-    """The Python command of a node, as shell words on one line: submitit puts it into the script as it is.
+    """The Python command of a node as one shell line, which submitit puts into the script unchanged.
 
     Raises:
-        BadRequest: the profile's ``python`` is no command.
+        BadRequest: the profile's ``python`` is not a valid command.
     """
     slurm = plan.cluster.slurm
     words = shlex.join(python(plan))
     if not slurm.node_setup and not slurm.scratch:
         return words
-    # One eval a line, so that a comment or an open quote ends with its line.
+    # One eval per line, so that a comment or an open quote ends with its line.
     steps = [f"eval {shlex.quote(line)} || fail {shlex.quote(line)}" for line in slurm.node_setup]
     if slurm.scratch:
-        # The shell stays to remove the folder. What it is told to do (stop, save) is for the agent: it only notes signals.
+        # The shell remains, to remove the folder. It ignores the signals that are meant for the agent (stop, save).
         steps += [
             f'export TMPDIR="{slurm.scratch}"',
             'mkdir -p "$TMPDIR" || fail "mkdir $TMPDIR"',
@@ -44,7 +44,7 @@ def command(plan: Plan) -> str:
 
 
 def python(plan: Plan) -> list[str]:
-    """The words that start Python on a node, in its container where srun does not put it there."""
+    """The words that start Python on a node, in the container unless srun starts that (pyxis)."""
     container = plan.cluster.slurm.container
     try:
         words = [os.path.expanduser(os.path.expandvars(word)) for word in shlex.split(plan.cluster.python or "")]
@@ -59,11 +59,11 @@ def python(plan: Plan) -> list[str]:
 
 
 def srun_args(plan: Plan) -> list[str]:
-    """The arguments of srun: what the profile says, after what has to be said on every site."""
+    """The arguments of srun: those needed on every site, then those of the profile."""
     slurm = plan.cluster.slurm
-    # The agent hands out the node's GPUs; where a site binds tasks to GPUs by default it would get one.
+    # The agent assigns the node's GPUs to ranks; a site's default binding could give it one GPU.
     words = ["--gpu-bind=none"] if plan.placement.device == "cuda" else []
-    # Agents decide together what the death of one of them means, whatever the site's defaults say.
+    # The agents handle the loss of one of them; srun must not end the others, whatever the site's default is.
     words.append("--kill-on-bad-exit=0")
     spare = bool(plan.spec.spare_nodes)
     words += [f"--wait={0 if spare or plan.cluster.ray.inside else TIMEOUTS.srun_wait}", *["--no-kill"] * spare]
@@ -76,7 +76,7 @@ def srun_args(plan: Plan) -> list[str]:
 
 
 def mounts(plan: Plan, container: Container) -> Sequence[str]:
-    """The container's mounts, the runs folder among them: all that a run leaves lies there."""
+    """The container's mounts, including the runs folder."""
     inside = [Path(mount.split(":")[1 if ":/" in mount else 0]) for mount in container.mounts]
     runs = plan.run_dir.parent
     return container.mounts if {runs, *runs.parents} & set(inside) else (*container.mounts, str(runs))

@@ -1,4 +1,4 @@
-"""What this SLURM has and says: kinds of nodes, partitions, and its verdict on a job before it is sent."""
+"""Queries to SLURM: kinds of nodes, partitions, and a test of a job before its submission."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from launcher.config.timeouts import TIMEOUTS
 from launcher.errors import BadRequest
 
 GONE = ("DOWN", "DRAIN", "DRAINED", "DRAINING", "FAIL", "FAILING", "FUTURE", "INVAL", "INVALID_REG", "ERROR", "UNKNOWN")
-"""Parts of a node's state with which it takes no job. Source: "NODE STATE CODES" of sinfo(1)."""
-
+"""Node states without new jobs. Source: "NODE STATE CODES" of sinfo(1)."""
 
 FOR_COMMANDS = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
-"""Variables that tell SLURM's commands where and how to look, rather than a job step what it has."""
+"""Variables that configure SLURM's commands; the other ``SLURM_`` variables describe a job."""
 
 
 @contextmanager
 def outside_of_a_job() -> Iterator[None]:
-    """Hide the variables of the job that this process runs in, such as an interactive one.
+    """Hide the variables of the job that this process runs in, such as an interactive job.
 
-    sbatch hands them on, and they contradict what srun is told inside the new job: "SLURM_MEM_PER_CPU,
+    sbatch passes them on to the new job, where they conflict with the options of srun: "SLURM_MEM_PER_CPU,
     SLURM_MEM_PER_GPU, and SLURM_MEM_PER_NODE are mutually exclusive".
     """
     own = {
@@ -41,15 +40,15 @@ def outside_of_a_job() -> Iterator[None]:
 
 
 class Unreachable(BadRequest):
-    """SLURM cannot be asked from here, now."""
+    """SLURM does not answer on this machine."""
 
 
 def ask(*command: str, stdin: str | None = None, stderr: bool = False) -> str:
-    """Run a command of SLURM and return what it printed to stdout, or to `stderr`.
+    """Run a command of SLURM and return its output: stdout, or with `stderr` its stderr.
 
     Raises:
-        Unreachable: it is missing, or nobody answers.
-        BadRequest: it fails.
+        Unreachable: the command is missing, or the controller does not answer.
+        BadRequest: the command failed.
     """
     try:
         done = subprocess.run(
@@ -60,10 +59,10 @@ def ask(*command: str, stdin: str | None = None, stderr: bool = False) -> str:
     except subprocess.TimeoutExpired:
         raise Unreachable(UNREACHABLE.format(f"{command[0]} took more than {TIMEOUTS.slurm_command:.0f} s.")) from None
     if done.returncode:
-        said = done.stderr.strip()
-        if re.search("Unable to contact|Unable to process conf|Could not establish a configuration", said):
-            raise Unreachable(UNREACHABLE.format(refusal_text(said)))
-        raise BadRequest(f"{command[0]}: {said}")
+        message = done.stderr.strip()
+        if re.search("Unable to contact|Unable to process conf|Could not establish a configuration", message):
+            raise Unreachable(UNREACHABLE.format(refusal_text(message)))
+        raise BadRequest(f"{command[0]}: {message}")
     return done.stderr if stderr else done.stdout
 
 
@@ -74,7 +73,7 @@ UNREACHABLE = "SLURM cannot be reached from here: {} Log in to a submission host
 
 
 def kinds(cluster: Cluster) -> tuple[NodeKind, ...]:
-    """The kinds of nodes that jobs of the profile `cluster` can land on, the largest first.
+    """The kinds of nodes that jobs of the profile `cluster` can use, the largest first.
 
     Raises:
         BadRequest: SLURM cannot be reached.
@@ -85,11 +84,11 @@ def kinds(cluster: Cluster) -> tuple[NodeKind, ...]:
 
 
 def node_kinds(listed: str, partition: str | None, constraint: str | None = None) -> tuple[NodeKind, ...]:
-    """The kinds of nodes in what ``scontrol show node --oneliner`` printed, those of one partition only.
+    """Parse the kinds of nodes of a partition from ``scontrol show node --oneliner``.
 
-    Nodes with as many GPUs of the same type are of one kind, and so are nodes without any that have as many cores. Where
-    they differ in the rest (some cores, some memory, a feature that names their rack) the least of them counts.
-    A plain `constraint` (one feature) narrows them too; SLURM's own language for more is left to SLURM.
+    Nodes with the same number and type of GPUs are of one kind; so are nodes without GPUs and with the same number of
+    cores. If they differ in other values (cores, memory, features), the smallest value of each counts. A `constraint` of
+    one feature selects nodes; a longer expression is left to SLURM.
     """
     found: dict[tuple[object, ...], list[NodeKind]] = {}
     for line in listed.splitlines():
@@ -100,7 +99,7 @@ def node_kinds(listed: str, partition: str | None, constraint: str | None = None
         if constraint and re.fullmatch(r"[\w.-]+", constraint) and constraint not in features:
             continue
         for kind in _kinds_of_node(node, features):
-            # Where the GPUs have no type, a feature may stand for it.
+            # If the GPUs have no type, a feature may name it.
             types = () if kind.accelerator else tuple(f for f in features if GPU_NAME.search(f))
             key = (kind.gpus, kind.accelerator, types) if kind.gpus else (0, kind.cpus)
             found.setdefault(key, []).append(kind)
@@ -109,7 +108,7 @@ def node_kinds(listed: str, partition: str | None, constraint: str | None = None
 
 
 GPU_NAME = re.compile(r"(?i)(?:^|[_-])(?:[abhklptv]|g[bh]|rtx|gtx|mi)-?\d{1,4}")
-"""What types of GPU are called: a100, H100, l40s, rtx6000, mi250, tesla_v100."""
+"""Matches names of GPU types: a100, H100, l40s, rtx6000, mi250, tesla_v100."""
 
 
 def _merged(alike: Sequence[NodeKind]) -> NodeKind:
@@ -126,7 +125,7 @@ def _merged(alike: Sequence[NodeKind]) -> NodeKind:
 
 
 def _kinds_of_node(node: dict[str, str], features: tuple[str, ...]) -> Iterable[NodeKind]:
-    """One kind; or one for each type of GPU in the node, with that type's share of its cores and memory."""
+    """One kind, or one for each GPU type of the node with its share of cores and memory."""
     gone = not set(GONE).isdisjoint(re.split(r"[+*]", node.get("State", "")))
     cpus = int(node.get("CPUEfctv", node.get("CPUTot", "0")))
     memory = int(node.get("RealMemory", "0")) - int(node.get("MemSpecLimit", "0"))
@@ -147,7 +146,7 @@ def _kinds_of_node(node: dict[str, str], features: tuple[str, ...]) -> Iterable[
 
 
 def gpus_of(gres: str) -> dict[str | None, int]:
-    """Type -> number of GPUs in generic resources such as ``gpu:a100:8(S:0-1),gpu:1g.5gb:7,shard:8`` or ``(null)``."""
+    """GPU type -> count, from generic resources: ``gpu:a100:8(S:0-1),gpu:1g.5gb:7,shard:8`` or ``(null)``."""
     found: dict[str | None, int] = {}
     for accelerator, count in re.findall(r"(?:^|,)gpu(?::([^:,()]+))?(?::[a-z_]+)?:(\d+)", gres):
         found[accelerator or None] = found.get(accelerator or None, 0) + int(count)
@@ -155,7 +154,7 @@ def gpus_of(gres: str) -> dict[str | None, int]:
 
 
 def _fields(line: str) -> dict[str, str]:
-    """The ``Key=value`` pairs of a line; the first of a name counts, since a free text (a reason) comes last."""
+    """The ``Key=value`` pairs of a line. The first of a key counts, since free text (a reason) comes last."""
     return dict(reversed(re.findall(r"(?:^|\s)([A-Za-z]\w*)=(\S*)", line)))
 
 
@@ -164,7 +163,7 @@ def _fields(line: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Partition:
-    """What a partition allows a job; None or empty where it sets no limit."""
+    """Limits of a partition; None or empty: no limit."""
 
     name: str
     default: bool = False
@@ -179,7 +178,7 @@ class Partition:
 
 
 def partitions() -> list[Partition]:
-    """All partitions, as ``scontrol`` describes them.
+    """All partitions, from ``scontrol show partition``.
 
     Raises:
         BadRequest: SLURM cannot be reached.
@@ -188,7 +187,7 @@ def partitions() -> list[Partition]:
 
 
 def parse_partition(line: str) -> Partition:
-    """Read one line of ``scontrol show partition --oneliner``."""
+    """Parse one line of ``scontrol show partition --oneliner``."""
     fields = _fields(line)
 
     def names(key: str) -> tuple[str, ...]:
@@ -214,24 +213,24 @@ def parse_partition(line: str) -> Partition:
 
 
 def minutes(limit: str) -> int | None:
-    """Minutes of a limit as SLURM prints it, ``[D-]HH:MM:SS``; None for UNLIMITED."""
+    """Convert a time limit of SLURM, ``[D-]HH:MM:SS``, to minutes; None: UNLIMITED."""
     total = durations.seconds(limit)
     return None if total is None else total // 60
 
 
 def default_partition(found: Sequence[Partition]) -> str | None:
-    """The name of the partition of jobs that name none."""
+    """The name of the default partition; None if there is none."""
     return next((partition.name for partition in found if partition.default), None)
 
 
-# ---- the verdict ------------------------------------------------------------------------------------------------
+# ---- test of a job ----------------------------------------------------------------------------------------------
 
 
 def verdict(script: str) -> str:
-    """Ask ``sbatch --test-only`` whether the job would run, and say when; empty where it does not say.
+    """Test the job with ``sbatch --test-only``; returns the estimated start, empty if unknown.
 
     Raises:
-        BadRequest: SLURM would refuse the job, or never start it on the nodes it has now.
+        BadRequest: SLURM would refuse the job, or cannot start it on its present nodes.
     """
     try:
         with outside_of_a_job():
@@ -242,11 +241,11 @@ def verdict(script: str) -> str:
         text = refusal_text(str(error).removeprefix("sbatch: "))
         raise BadRequest(f"sbatch refused the job: {text}") from None
     found = re.search(r"to start at (\S+)T(\S+).* on nodes? (\S+)", answer)
-    return f"{found[1]} {found[2]} on {found[3]}, if it were sent now" if found else ""
+    return f"{found[1]} {found[2]} on {found[3]}, if submitted now" if found else ""
 
 
 def refusal_text(text: str) -> str:
-    """What sbatch wrote to stderr, as sentences."""
+    """The error output of sbatch as sentences."""
     lines = [
         re.sub(r"^(\w+: )?(error|fatal|allocation failure): |^(sbatch|scontrol): ", "", line)
         for line in text.splitlines()

@@ -127,10 +127,10 @@ def test_zero_never_looks_and_nobody_is_nobody() -> None:
             {0: RankStatus(7), 1: RankStatus(7)},
             {0: WAITS, 1: WAITS},
             None,
-            "all ranks stand still after step 7: rank 0 at train.py:9 in step, rank 1 at train.py:9 in step",
+            "no rank makes progress after step 7: rank 0 at train.py:9 in step, rank 1 at train.py:9 in step",
         ),
         ({0: RankStatus(7)}, {0: ELSEWHERE}, 0, "rank 0 makes no progress after step 7 at train.py:5 in load"),
-        ({0: RankStatus(7), 1: RankStatus(7)}, {}, None, "all ranks stand still after step 7: rank 0, rank 1"),
+        ({0: RankStatus(7), 1: RankStatus(7)}, {}, None, "no rank makes progress after step 7: rank 0, rank 1"),
     ],
 )
 def test_the_rank_that_holds_the_others_up_is_named(

@@ -174,7 +174,7 @@ def test_a_job_that_ends_without_a_word_is_lost(fake: FakeBackend, launch: Launc
     fake.begin("fake-1")
     fake.jobs["fake-1"].state = State.LOST
     assert status(launch, "l")["state"] == "lost"
-    with pytest.raises(RunFailed, match=r"ended and left no result \(job fake-1, fake\)"):
+    with pytest.raises(RunFailed, match=r"ended without a result \(job fake-1, fake\)"):
         find("l", Path("runs")).check()
 
 

@@ -95,7 +95,7 @@ def test_a_killed_agent_takes_its_ranks_along(local_project: Project) -> None:
     os.kill(int(pid), signal.SIGKILL)
     until(lambda: not ranks("a"), "no rank", 5)
     until(lambda: local_project.status("a")["state"] == "lost", "the loss to be known", 30)
-    assert "left no result" in local_project.call("status", "a").stdout
+    assert "ended without a result" in local_project.call("status", "a").stdout
     (local_project.folder / "runs/a/state.json").write_text("3999")
     local_project.call("resume", "a")
     assert local_project.status("a")["state"] == "succeeded"

@@ -252,7 +252,7 @@ def test_a_run_that_cannot_be_read_does_not_hide_the_others(folder: Path, launch
 def test_a_run_of_another_machine_is_not_cancelled_from_here(folder: Path, launch: Launch) -> None:
     leave_run(folder, "far")
     assert launch("cancel", "far", "--now") == (
-        1, "", "launch: the run is supervised by a process on elsewhere; cancel it from there.\n",
+        1, "", "launch: the run is supervised by a process on elsewhere; cancel it on that machine.\n",
     )  # fmt: skip
 
 

@@ -88,7 +88,7 @@ def test_ends_that_are_no_failures(outcome: Outcome, action: Action) -> None:
         ({1: 1}, [error("device", 1)], {}, "device", 1, "OSError: no"),
         ({0: 1, 1: 1}, [error("diverged", 1)], {}, "diverged", 1, "OSError: no"),
         ({0: 1}, [error("communication")], {"hung": (1, "rank 1 is stopped")}, "hung", 1, "rank 1 is stopped"),
-        ({}, [], {"hung": (None, "all ranks stand still")}, "hung", None, "all ranks stand still"),
+        ({}, [], {"hung": (None, "no rank makes progress")}, "hung", None, "no rank makes progress"),
     ],
 )
 def test_failures_are_named(

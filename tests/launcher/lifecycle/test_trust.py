@@ -121,7 +121,7 @@ def test_a_process_of_another_user_is_left_alone(tmp_path: Path) -> None:
         run = make_run(tmp_path / "run")
         run.write_job("local", id_of(child.pid))
         with pytest.raises(
-            BadRequest, match=rf"job\.json: process {child.pid} is run by uid {OTHER}; it was not killed"
+            BadRequest, match=rf"job\.json: process {child.pid} belongs to uid {OTHER}; it was not killed"
         ):
             Run(run).kill()
         assert child.poll() is None

@@ -56,7 +56,7 @@ def test_an_old_driver_knows_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_driver_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lost = "Unable to determine the device handle for GPU0: 0000:01:00.0: Unknown Error"
     fake(tmp_path, f"echo '{lost}'; exit 15", monkeypatch)
-    assert gpus.report(None) == {"count": 0, "faults": [f"nvidia-smi ends with 15: {lost}"]}
+    assert gpus.report(None) == {"count": 0, "faults": [f"nvidia-smi exited with 15: {lost}"]}
 
 
 def test_a_driver_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

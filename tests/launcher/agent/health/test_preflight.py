@@ -38,11 +38,11 @@ def main(ctx):
 
 
 def facts(ahead: float = 0.0, **more: Any) -> dict[str, Any]:
-    """What a node in order says; its clock is `ahead` of the coordinator's."""
+    """The report of a healthy node whose clock is `ahead` seconds ahead of the coordinator's."""
     return {
         "asked": 100.0,
-        "heard": 100.1 + ahead,
-        "said": 100.4 + ahead,
+        "received_at": 100.1 + ahead,
+        "sent_at": 100.4 + ahead,
         "answered": 100.5,
         "run folder": {"free": ROOM},
         "scratch": {"path": "/tmp", "free": ROOM},
@@ -68,19 +68,19 @@ def test_nodes_in_order_are_fit() -> None:
 @pytest.mark.parametrize(
     ("node", "words"),
     [
-        (None, "it did not say within 40 s how it is (tell the cluster's keepers)"),
-        (facts(90), "its clock is 89.9 s ahead of n0's (have its time service seen to)"),
-        (facts(-90), "its clock is 89.9 s behind n0's (have its time service seen to)"),
+        (None, "it did not answer the preflight check within 40 s (report it to the cluster administrators)"),
+        (facts(90), "its clock is 89.9 s ahead of n0's (check its time service)"),
+        (facts(-90), "its clock is 89.9 s behind n0's (check its time service)"),
         ({"versions": VERSIONS | {"torch": "2.12.1"}}, "it has torch 2.12.1, n0 has 2.13.0 (use one environment"),
         ({"versions": {"fault": "did not answer within 30 s"}}, "its Python environment did not answer within 30 s"),
-        ({"run folder": {"fault": "fails: Read-only file system"}}, "its run folder fails: Read-only file system (look at"),
-        ({"run folder": {"free": RUN_FOLDER_BYTES - 2**20}}, "1023 MiB are free in its run folder (1024 MiB are the least"),
-        ({"scratch": {"path": "/local", "free": SCRATCH_BYTES - 1}}, "256 MiB are free in its /local (256 MiB are the least"),
-        ({"scratch": {"fault": "fails: No space left on device"}}, "its TMPDIR fails: No space left on device (have it"),
-        ({"gpus": {"count": 1, "faults": []}}, "its driver shows 1 of 2 GPUs (look at nvidia-smi there)"),
-        ({"gpus": {"count": 2, "faults": ["GPU 0 (x) could not remap a row"]}}, "GPU 0 (x) could not remap a row (tell"),
-        ({"gpus": {"fault": "did not answer within 30 s"}}, "nvidia-smi did not answer within 30 s (tell"),
-        ({"gpus": {}}, "it has no nvidia-smi, which the others have (tell"),
+        ({"run folder": {"fault": "fails: Read-only file system"}}, "its run folder fails: Read-only file system (check"),
+        ({"run folder": {"free": RUN_FOLDER_BYTES - 2**20}}, "1023 MiB are free in its run folder (minimum 1024 MiB"),
+        ({"scratch": {"path": "/local", "free": SCRATCH_BYTES - 1}}, "256 MiB are free in its /local (minimum 256 MiB"),
+        ({"scratch": {"fault": "fails: No space left on device"}}, "its TMPDIR fails: No space left on device (clear it"),
+        ({"gpus": {"count": 1, "faults": []}}, "its driver shows 1 of 2 GPUs (run nvidia-smi there)"),
+        ({"gpus": {"count": 2, "faults": ["GPU 0 (x) could not remap a row"]}}, "GPU 0 (x) could not remap a row (report it"),
+        ({"gpus": {"fault": "did not answer within 30 s"}}, "nvidia-smi did not answer within 30 s (report it"),
+        ({"gpus": {}}, "it has no nvidia-smi, unlike the other nodes (report it"),
     ],
 )  # fmt: skip
 def test_a_fault_is_told_with_its_remedy(node: dict[str, Any] | None, words: str) -> None:
@@ -93,7 +93,7 @@ def test_a_fault_is_told_with_its_remedy(node: dict[str, Any] | None, words: str
 def test_of_three_the_odd_one_out_is_unfit_also_where_it_is_the_first() -> None:
     assert list(unfit(facts(90), facts(), facts())) == ["n0"]
     assert list(unfit(facts(versions={"python": "3.12.1"}), facts(), facts())) == ["n0"]
-    assert list(unfit(facts(), facts(90), facts(-90))) == ["n1", "n2"], "of as many on each side the first is believed"
+    assert list(unfit(facts(), facts(90), facts(-90))) == ["n1", "n2"], "the first node is the reference if none agree"
 
 
 def test_several_faults_of_a_node_are_told_together() -> None:
@@ -102,9 +102,9 @@ def test_several_faults_of_a_node_are_told_together() -> None:
 
 
 def test_the_time_that_a_look_takes_is_no_skew() -> None:
-    assert skew({"asked": 0.0, "heard": 20.0, "said": 50.0, "answered": 60.0}) == 0
-    assert skew({"asked": 0.0, "heard": 30.0, "said": 65.0, "answered": 60.0}) == 5
-    assert skew({"asked": 0.0, "heard": -5.0, "said": 55.0, "answered": 60.0}) == -5
+    assert skew({"asked": 0.0, "received_at": 20.0, "sent_at": 50.0, "answered": 60.0}) == 0
+    assert skew({"asked": 0.0, "received_at": 30.0, "sent_at": 65.0, "answered": 60.0}) == 5
+    assert skew({"asked": 0.0, "received_at": -5.0, "sent_at": 55.0, "answered": 60.0}) == -5
 
 
 # ---- what a node finds ------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def test_a_node_looks_around_in_a_moment_and_leaves_nothing(tmp_path: Path, monk
     (tmp_path / "logs" / "3").mkdir(parents=True)
     before = time.time()
     found = run(tmp_path, "cuda")
-    assert before <= found["heard"] <= found["said"] < before + 10
+    assert before <= found["received_at"] <= found["sent_at"] < before + 10
     assert found["run folder"]["free"] > 0
     assert found["versions"]["torch"]
     assert found["gpus"] == {}
@@ -176,7 +176,7 @@ def ask(
 
 def answer(**more: Any) -> NodeChecked:
     now = time.time()
-    return NodeChecked(3, {**facts(), "heard": now, "said": now, **more})
+    return NodeChecked(3, {**facts(), "received_at": now, "sent_at": now, **more})
 
 
 def test_where_all_are_fit_nothing_keeps_the_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +228,7 @@ def test_a_machine_that_is_unfit_ends_a_local_run_with_that_name(
     assert local_project.call("--cluster", "site", "--cpus", "1", "--name", "good", "idle:main").returncode == 0
     monkeypatch.setenv("TMPDIR", str(local_project.folder / "gone"))
     done = local_project.call("--cluster", "site", "--cpus", "1", "--name", "bad", "idle:main", status=1)
-    assert "its TMPDIR fails: No such file or directory (have it cleared" in done.stdout
+    assert "its TMPDIR fails: No such file or directory (clear it" in done.stdout
     assert "unfit node: A node did not pass the profile's preflight" in done.stdout
     failure = local_project.status("bad")["failure"]
     assert (failure["kind"], failure["rank"]) == ("unfit node", None)
@@ -268,7 +268,7 @@ def test_a_run_goes_on_away_from_a_node_whose_gpu_has_errors(slurm_project: Proj
     assert fit != sick
     assert [(e["reason"], e["exclude"]) for e in events if e["event"] == "requeued"] == [("unfit node", [sick])]
     fields = next(e["message"] for e in events if e["event"] == "failed")
-    assert fields == f"{sick}: GPU 0 (GPU-0) has 4 uncorrected ECC errors (tell the cluster's keepers)"
+    assert fields == f"{sick}: GPU 0 (GPU-0) has 4 uncorrected ECC errors (report it to the cluster administrators)"
     shown = slurm_project.call("status", "s").stdout
     assert f"attempt     2 (unfit node on {sick} before)" in shown
     assert f"excluded: {sick}" in shown
@@ -298,7 +298,7 @@ def test_a_spare_node_takes_the_place_of_one_whose_clock_is_off(slurm_project: P
     assert sick not in (first, second)
     fields = next(e["message"] for e in events if e["event"] == "failed")
     assert fields.startswith(f"{sick}: its clock is ")
-    assert fields.endswith(f" s ahead of {first}'s (have its time service seen to)")
+    assert fields.endswith(f" s ahead of {first}'s (check its time service)")
     job = str(slurm_project.status("p")["job_id"])
     on_slurm.run("scontrol", "requeue", job)
     until(lambda: slurm_project.status("p")["state"] == "succeeded", "the end", 120)

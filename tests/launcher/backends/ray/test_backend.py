@@ -47,7 +47,7 @@ def test_a_node_that_does_not_pass_the_preflight_is_left(ray_project: Project, r
     fields = [(e["kind"], e["message"]) for e in ray_project.events("p") if e["event"] == "failed"]
     assert [kind for kind, _ in fields] == ["unfit node", "unfit node"]
     assert f"{excluded_nodes}: its TMPDIR fails: No such file or directory" in fields[0][1]
-    assert f"the run stays away from {excluded_nodes}, and the cluster is too small" in fields[1][1]
+    assert f"the run excludes {excluded_nodes}, and the cluster is too small" in fields[1][1]
     assert not [e for e in ray_project.events("p") if e["event"] == "started"], "no rank has begun"
 
 

@@ -98,4 +98,4 @@ def test_a_ray_inside_a_job_has_no_address(tmp_path: Path) -> None:
     wrong = PROFILE.replace("[ray]", '[ray]\naddress = "10.0.0.1:6379"')
     (tmp_path / "cluster_configs/wrong.toml").write_text(wrong)
     refused = project.call("--cluster", "wrong", "--cpus", "2", "steps:main", status=2)
-    assert "Leave one of them out of the profile" in refused.stderr
+    assert "Remove one of them from the profile" in refused.stderr

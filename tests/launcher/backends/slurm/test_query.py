@@ -178,7 +178,7 @@ def plan(minutes: int = 60, nodes: int = 1, ranks: int = 8, spare: int = 0, **sl
         (plan(30, nodes=2), "2 nodes: partition 'short' allows a job 1 node. Try --gpus 8 --nodes 1 (8 on each)."),
         (plan(30, nodes=1, spare=1), "1 node and the spare ones: partition 'short' allows a job 1 node. Leave out --spare-nodes."),
         (plan(3000, partition="long"), "ends jobs after 2880 min. Try --time 2880m, or set slurm.partition to club."),
-        (plan(partition="closed"), "partition 'closed' is DOWN: nothing starts there. Set slurm.partition to one that is up: lo"),
+        (plan(partition="closed"), "partition 'closed' is DOWN: nothing starts there. Set slurm.partition to one of lo"),
         (plan(partition="shrot"), "slurm.partition = 'shrot' in profile 'site': this cluster has no such partition (did you"),
         (plan(partition="x"), "no such partition. It has long, short, club, closed."),
         (plan(partition="club"), "1 node: partition 'club' is for jobs of at least 2."),

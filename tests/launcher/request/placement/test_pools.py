@@ -105,7 +105,7 @@ def test_a_controller_that_does_not_answer(mixed: Project, monkeypatch: pytest.M
     monkeypatch.setenv("SLURM_CONF", "/dev/null")
     done = mixed.launch("--dry-run", "--gpus", "8", "steps:main", status=2)
     assert "SLURM cannot be reached from here" in done.stderr
-    assert "say in a profile what its nodes have" in done.stderr
+    assert "describe the nodes in a profile" in done.stderr
     assert "no GPUs" not in done.stderr
     said = profile("said", "nodes = 2\nnode = {gpus = 8, cpus = 32}")
     assert "--gpus-per-node=8" in mixed.call("--cluster", said, "--dry-run", "--gpus", "8", "steps:main").stdout
