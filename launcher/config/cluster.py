@@ -159,8 +159,9 @@ class Cluster:
             counts as hung; ten times that while it evaluates or saves; 0 never looks.
         preflight: before each attempt every node looks at its run folder, disks, clock, versions and GPUs, and one that is
             unfit is left for another; not for a Ray inside a job.
-        start_method: ``auto`` (ranks of the reference job are forked from a process that has imported its libraries, all
-            others are fresh interpreters) or ``spawn`` (all are fresh interpreters).
+        start_method: ``auto`` (ranks of the reference job are forked from a process that has imported its libraries; all
+            others are fresh interpreters, and one for the next attempt imports the same libraries ahead) or ``spawn`` (all
+            are fresh interpreters, started when they are needed).
         python: the Python command on the nodes; default: the one that submits.
         proxy: ``http://host:port`` through which the nodes reach the internet.
         hub_cache: folder of models and data sets of the Hugging Face Hub (``HF_HOME``) that all nodes see.
