@@ -106,7 +106,8 @@ class Rank:
     def note_saved(self, checkpoint: Checkpoint) -> None:
         """Record a committed checkpoint as the event `saved`, with the seconds that training waited for it."""
         with _never_raising():
-            self.event("saved", step=checkpoint.step, blocked=round(checkpoint.stall_seconds, 6))
+            stall = {"blocked": round(checkpoint.stall_seconds, 6)}  # as the launcher's accounting reads it
+            self.event("saved", step=checkpoint.step, **stall)
 
     def note_failed_save(self, step: int, error: Exception) -> None:
         """Record a failed save: in `failed_saves`, as the event `save-failed`, and as a line on stderr."""
