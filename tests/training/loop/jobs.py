@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from training.checkpoints import store
 from training.context import Context
+from training.data.sampler import order
 from training.distributed.world import World
 from training.files import read_lines
+from training.loop import evaluation
+from training.loop.steps import Step
 
 
 class Rows(torch.utils.data.Dataset[Any]):
@@ -56,6 +63,7 @@ class Net(torch.nn.Module):
 def fit(ctx: Context, config: Config) -> dict[str, Any]:
     """The function of the how-to, with the samples of every step recorded."""
     ctx.seed(1)
+    life = time.monotonic() if ctx.world.world_size == 1 else ctx.group.broadcast(time.monotonic())
     data, validation = Rows(config.size), Rows(11)
     model = ctx.setup(Net(config.dropout))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -70,7 +78,7 @@ def fit(ctx: Context, config: Config) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         ctx.log(step, loss=step.loss)
-        ctx.event("ids", step=int(step), epoch=step.epoch, ids=step.ids)
+        ctx.event("ids", step=step.number, epoch=step.epoch, ids=step.ids, life=life)
         if step.ends_epoch:
             ctx.log(step, eval=ctx.evaluate(lambda batch: model(batch[0]), validation, error_to(validation)))
         if step.number == config.stop_at and ctx.world.rank == ctx.world.world_size - 1:
@@ -96,3 +104,68 @@ def fit_in_world(world: World, run_dir: Path, config: Config) -> dict[str, Any]:
 
 def evaluations(run_dir: Path) -> dict[int, Any]:
     return {line["step"]: line["eval"] for line in read_lines(run_dir / "metrics.jsonl") if "eval" in line}
+
+
+def reference(config: Config) -> tuple[dict[int, float], dict[str, torch.Tensor]]:
+    """Losses by step, and the final weights, of `fit` as a plain loop of one process over whole batches."""
+    torch.manual_seed(1)
+    data, model = Rows(config.size), Net(0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    found: dict[int, float] = {}
+    for epoch in range(config.epochs):
+        samples = order(config.size, 3, epoch)
+        for at in range(0, config.size, config.global_batch):
+            batch = samples[at : at + config.global_batch]
+            loss = torch.nn.functional.mse_loss(model(data.x[batch]), data.y[batch])
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+            found[len(found) + 1] = loss.item()
+    return found, model.state_dict()
+
+
+def ids_of_epochs(run_dir: Path) -> dict[int, list[int]]:
+    """The ids of the samples of each epoch, from the last record of each step."""
+    steps: dict[int, dict[int, tuple[int, list[int]]]] = {}
+    attempts: dict[int, float] = {}
+    for line in read_lines(run_dir / "events.jsonl"):
+        if line["event"] == "ids":
+            if line["life"] != attempts.get(line["step"]):
+                steps[line["step"]] = {}  # an earlier life did this step, and its checkpoint was not reached
+                attempts[line["step"]] = line["life"]
+            steps[line["step"]][line["rank"]] = (line["epoch"], line["ids"])
+    epochs: dict[int, list[int]] = {}
+    for ranks in steps.values():
+        for epoch, ids in ranks.values():
+            epochs.setdefault(epoch, []).extend(ids)
+    return epochs
+
+
+def fit_and_die(world: World, run_dir: Path, config: Config, victim: int, kill: tuple[str, int]) -> None:
+    """`fit` as a rank; `victim` is killed at the n-th call of a kind. The others are ended as a launcher would do."""
+    kind, left = kill
+
+    def dying(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0 and world.rank == victim:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    where: dict[str, tuple[Any, str]] = {
+        "backward": (Step, "backward"),
+        "update": (torch.optim.AdamW, "step"),
+        "evaluation": (evaluation, "_columns"),
+        "write": (store, "write_file"),
+        "manifest": (store, "write_manifest"),
+        "rename": (os, "rename"),
+    }
+    owner, name = where[kind]
+    setattr(owner, name, dying(getattr(owner, name)))  # never undone: the process is the test's own
+    try:
+        fit_in_world(world, run_dir, config)
+    except RuntimeError:
+        os.kill(os.getpid(), signal.SIGKILL)
