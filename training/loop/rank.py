@@ -140,10 +140,18 @@ class Rank:
         """
         if self.world.world_size == 1:
             return flag
-        before = self._votes.pop(name, None)
-        found = before is not None and before.result()
-        self._votes[name] = self.group.post_any(flag)
+        found = self.read_vote(name)
+        self.post_vote(name, flag)
         return found
+
+    def post_vote(self, name: str, flag: bool) -> None:
+        """Start a vote, which `read_vote` reads. A collective."""
+        self._votes[name] = self.group.post_any(flag)
+
+    def read_vote(self, name: str) -> bool:
+        """Return the result of the vote that was posted before, the same on every rank; false if there was none."""
+        before = self._votes.pop(name, None)
+        return before is not None and before.result()
 
     def vote_to_stop(self, step: int) -> bool:
         """Report progress and return whether all ranks stop now, the same answer on every rank. A collective."""

@@ -155,11 +155,16 @@ class SavedState:
     def save_if_due(self, step: int, *, must: bool, every: int | None, seconds: float | None) -> None:
         """Save if the state `must` be saved, or `every` so many steps or `seconds`; once for each step. A collective."""
         due = must or (every is not None and step % every == 0)
-        if seconds is not None:  # by the clock of rank 0, as seen at the step before
-            late = self._rank.world.rank == 0 and time.monotonic() - self._saved_at >= seconds
-            due = self._rank.vote("save", late) or due
+        single = self._rank.world.world_size == 1
+        if seconds is not None:  # by the clock of rank 0; other ranks read it at the next step
+            due = (self._late(seconds) if single else self._rank.read_vote("save")) or due
         if due and self._saved != step:
             self.save(step)
+        if seconds is not None and not single:
+            self._rank.post_vote("save", self._rank.world.rank == 0 and self._late(seconds))
+
+    def _late(self, seconds: float) -> bool:
+        return time.monotonic() - self._saved_at >= seconds
 
     def _gather(self, step: int) -> dict[str, Any]:
         """The files of a checkpoint, complete on rank 0. Raises CheckpointError, on all ranks, if one rank cannot."""
