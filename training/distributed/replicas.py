@@ -11,9 +11,10 @@ from training.errors import ReplicaError
 
 if TYPE_CHECKING:
     import torch
+    from torch.nn.parallel import DistributedDataParallel
 
 
-def replicate(model: torch.nn.Module, device: torch.device, **options: Any) -> torch.nn.Module:
+def replicate(model: torch.nn.Module, device: torch.device, **options: Any) -> DistributedDataParallel:
     """Wrap `model`, which is on `device`, in DDP over the default process group. A collective.
 
     `device_ids` is the device of this rank, if it has an index. It differs from the local rank if each rank sees only one
@@ -25,7 +26,7 @@ def replicate(model: torch.nn.Module, device: torch.device, **options: Any) -> t
     return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, **options)
 
 
-def fix_order_of_gradients(replica: torch.nn.Module) -> None:
+def fix_order_of_gradients(replica: DistributedDataParallel) -> None:
     """Make DDP group its gradients now as it does for the rest of the run; no code of the model runs. A collective.
 
     DDP regroups the gradients after its first backward pass, in the order in which they became ready. With more than two
@@ -35,7 +36,6 @@ def fix_order_of_gradients(replica: torch.nn.Module) -> None:
     import torch
 
     model = replica.module
-    assert isinstance(model, torch.nn.Module)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     class Zero(torch.nn.Module):
@@ -45,6 +45,7 @@ def fix_order_of_gradients(replica: torch.nn.Module) -> None:
             return torch.stack([parameter.flatten()[:1].float().sum() for parameter in parameters]).sum() * 0
 
     replica._modules["module"] = Zero()
+    replica.require_forward_param_sync = False  # DDP fails for a model without buffers; a forward pass sets it again
     try:
         replica().backward()
     finally:

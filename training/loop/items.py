@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from training.checkpoints.sharding import like, load_model_state
 from training.loop.steps import Steps
 
 if TYPE_CHECKING:
@@ -24,6 +26,22 @@ def is_replicated(item: Any) -> bool:
     return isinstance(item, (*kinds, torch.optim.lr_scheduler.ReduceLROnPlateau))
 
 
+def is_sharded(item: Any) -> bool:
+    """Whether `item` is a model with sharded parameters (FSDP2), or an optimizer of such parameters."""
+    import torch
+
+    if "torch.distributed.fsdp" not in sys.modules:  # importing it takes time
+        return False
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(item, torch.nn.Module):  # its parameters are whole for a while after a forward pass
+        return any(isinstance(module, FSDPModule) for module in item.modules())
+    if isinstance(item, torch.optim.Optimizer):
+        return any(isinstance(parameter, DTensor) for group in item.param_groups for parameter in group["params"])
+    return False
+
+
 def state_of(item: Any) -> Any:
     """The state of `item`; names of parameters are those of the model without DDP and torch.compile around it."""
     import torch
@@ -36,16 +54,24 @@ def state_of(item: Any) -> Any:
 
 
 def put_back(item: Any, state: Any) -> None:
-    """Load a state that `state_of` has returned. Raises the errors of the item."""
+    """Load a state that `state_of` has returned; of sharded items this rank takes its part. Raises the item's errors."""
     import torch
 
     if isinstance(item, torch.nn.Module):
         wrappers = list(_wrappers(item))
         names = {_bare(name, wrappers): name for name in item.state_dict()}
         state = {names.get(name, name): value for name, value in state.items()}
+        if is_sharded(item):
+            load_model_state(item, state)
+            return
     if isinstance(item, torch.optim.Optimizer):
         for saved, fresh in zip(state["param_groups"], item.param_groups, strict=False):
             saved |= {option: fresh[option] for option in DEVICE_OPTIONS if option in fresh}
+        parameters = [parameter for group in item.param_groups for parameter in group["params"]]
+        for number, fields in state["state"].items() if is_sharded(item) else ():
+            for name, value in fields.items():
+                if isinstance(value, torch.Tensor) and value.shape == parameters[number].shape:
+                    fields[name] = like(value, parameters[number])
     item.load_state_dict(state)
 
 

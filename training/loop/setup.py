@@ -57,10 +57,10 @@ class Models:
         prepared: torch.nn.Module = model
         if several and trained and not shard:
             _ = rank.group
-            prepared = replicate(model, rank.device, find_unused_parameters=find_unused_parameters)
+            prepared = replica = replicate(model, rank.device, find_unused_parameters=find_unused_parameters)
             if not find_unused_parameters:
-                fix_order_of_gradients(prepared)
-            self._replicas.append(prepared)
+                fix_order_of_gradients(replica)
+            self._replicas.append(replica)
         if compile_model and rank.runtime.dynamic_shapes:
             model.compile()  # in place, so that the names of the parameters stay
         return prepared

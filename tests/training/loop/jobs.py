@@ -45,6 +45,8 @@ class Config:
     epochs: int = 2
     every: int = 3
     dropout: float = 0.1
+    shard: bool = False
+    precision: str = "fp32"
     stop_at: int = 0  # the step at which a stop is asked for
 
 
@@ -65,7 +67,7 @@ def fit(ctx: Context, config: Config) -> dict[str, Any]:
     ctx.seed(1)
     life = time.monotonic() if ctx.world.world_size == 1 else ctx.group.broadcast(time.monotonic())
     data, validation = Rows(config.size), Rows(11)
-    model = ctx.setup(Net(config.dropout))
+    model = ctx.setup(Net(config.dropout), shard=config.shard, precision=config.precision)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     steps = ctx.steps(
         data, global_batch=config.global_batch, microbatch=config.microbatch, epochs=config.epochs, seed=3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,32 @@ def test_gradients_are_the_mean_over_the_global_batch(tmp_path: Path, samples: i
             assert torch.allclose(tensor, weights[name], rtol=1e-3, atol=1e-5), (size, name)
         for ids in ids_of_epochs(run).values():
             assert sorted(ids) == list(range(samples))
+
+
+@pytest.mark.parametrize("microbatch", [None, 3])
+def test_sharded(tmp_path: Path, microbatch: int | None) -> None:
+    """As with replicas; and a sharded run goes on with another number of ranks, and not sharded."""
+    config = Config(size=49, microbatch=microbatch, dropout=0.0, shard=True)
+    expected, weights = reference(config)
+    for sizes in ((2,), (3,), (2, 3, 1), (1, 2)):
+        run = tmp_path / str(sizes)
+        for size in sizes:
+            last = size == sizes[-1]
+            spawn(fit_in_world, size, run, replace(config, stop_at=0 if last else 4))
+        found = losses(run)
+        assert found.keys() == expected.keys()
+        assert torch.allclose(torch.tensor([*found.values()]), torch.tensor([*expected.values()]), rtol=1e-4, atol=1e-6)
+        for name, tensor in final(run)["model.safetensors"].items():
+            assert torch.allclose(tensor, weights[name], rtol=1e-3, atol=1e-5), (size, name)
+
+
+def test_sharded_stopped_and_resumed_ends_as_if_never_stopped(tmp_path: Path) -> None:
+    config = Config(shard=True, microbatch=3)
+    first = spawn(fit_in_world, 2, tmp_path / "whole", config)
+    spawn(fit_in_world, 2, tmp_path / "parts", replace(config, stop_at=4))
+    assert spawn(fit_in_world, 2, tmp_path / "parts", config) == first
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    assert evaluations(tmp_path / "whole") == evaluations(tmp_path / "parts")
 
 
 @pytest.mark.parametrize(("size", "microbatch"), [(1, 3), (2, 3), (3, None)])
