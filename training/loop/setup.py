@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,14 +16,44 @@ if TYPE_CHECKING:
 
     from training.loop.rank import Rank
 
+FIRST_SCALE = 2.0**16
+GROWTH_STEPS = 2000  # as in torch.amp.GradScaler
+
 M = TypeVar("M", bound="torch.nn.Module")
 
 
+@dataclass
+class LossScale:
+    """The factor on losses of fp16, whose small gradients would be 0; as `torch.amp.GradScaler` changes it.
+
+    Attributes:
+        value: the factor; 1 without fp16.
+        good: steps with finite gradients since the factor was changed.
+    """
+
+    value: float = 1.0
+    good: int = 0
+
+    def update(self, finite: bool) -> None:
+        """Halve the factor after gradients that are not finite, and double it after GROWTH_STEPS steps without."""
+        self.good = self.good + 1 if finite else 0
+        if not finite:
+            self.value /= 2
+        elif self.good == GROWTH_STEPS:
+            self.value, self.good = self.value * 2, 0
+
+
 class Models:
-    """The models of one rank that `Context.setup` has prepared."""
+    """The models of one rank that `Context.setup` has prepared.
+
+    Attributes:
+        sharded: those of them that are sharded.
+        scale: the factor on losses.
+    """
 
     def __init__(self, rank: Rank) -> None:
         self._rank = rank
+        self.scale = LossScale()
         self._models: list[torch.nn.Module] = []
         self._replicas: list[Any] = []
         self.sharded: list[Any] = []
@@ -51,6 +82,8 @@ class Models:
 
             shard_in_place(model, rank.world)
             self.sharded.append(model)
+        if precision == "fp16":
+            self.scale.value = FIRST_SCALE
         if precision != "fp32":
             _autocast(model, rank.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
         self._models.append(model)
@@ -71,6 +104,29 @@ class Models:
             replica.require_backward_grad_sync = on
         for model in self.sharded:
             model.set_requires_gradient_sync(on)
+
+    def unscale(self) -> bool:
+        """Divide the gradients by the factor on losses; returns whether they are finite, and else removes them.
+
+        Then an optimizer changes nothing. The same on all ranks; a collective for sharded models.
+        """
+        import torch
+
+        if self.scale.value == 1.0:
+            return True
+        parameters = {parameter for model in self._models for parameter in model.parameters()}
+        with torch.no_grad():
+            grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            for grad in grads:
+                grad /= self.scale.value
+            finite = all(bool(_local(grad).isfinite().all()) for grad in grads)
+        if self.sharded:
+            finite = not self._rank.group.any(not finite)
+        self.scale.update(finite)
+        if not finite:
+            for parameter in parameters:
+                parameter.grad = None
+        return finite
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -99,6 +155,12 @@ class Models:
                 module.train(mode)
             for replica, before in zip(self._replicas, syncing, strict=True):
                 replica.require_forward_param_sync = before
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    """The part of a sharded tensor on this rank; another tensor itself."""
+    local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local
 
 
 def _autocast(model: torch.nn.Module, device: str, dtype: torch.dtype) -> None:

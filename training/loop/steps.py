@@ -93,6 +93,7 @@ class Steps:
         return {
             "number": self.number, "seed": at.seed, "epoch": at.epoch, "position": at.position,
             "samples": self._size, "global_batch": self._global_batch, "loss": self.loss,
+            "loss_scale": [self._models.scale.value, self._models.scale.good],
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -107,6 +108,8 @@ class Steps:
                 )
         self._at = Position(state["seed"], state["epoch"], state["position"])
         self.number = state["number"]
+        if self._models.scale.value != 1.0 != state["loss_scale"][0]:
+            self._models.scale.value, self._models.scale.good = state["loss_scale"]
         loss = state["loss"]
         self._loss = lambda: loss
 
@@ -138,6 +141,7 @@ class Step:
         ids: the ids of this rank's samples, in order.
         ends_epoch: it is the last step of its epoch.
         is_last: it is the last step of the run.
+        skipped: with fp16, gradients were not finite and have been removed, so that optimizers change nothing.
     """
 
     def __init__(self, steps: Steps, plan: Plan, made: Iterator[Any]) -> None:
@@ -148,6 +152,7 @@ class Step:
         self.ids = tuple(sample for ids in plan.microbatches for sample in ids)
         self.ends_epoch = plan.after.position == 0
         self.is_last = self.number == steps.total
+        self.skipped = False
         self._weight = 0.0
         self._sum: torch.Tensor | None = None
         self._result: Callable[[], float] | None = None
@@ -183,7 +188,7 @@ class Step:
         After the last microbatch the gradients are those of the mean over all samples of the step, on every rank.
         """
         weighted = loss * self._weight
-        weighted.backward()  # type: ignore[no-untyped-call]
+        (weighted * self._steps._models.scale.value).backward()  # type: ignore[no-untyped-call]
         done = weighted.detach().float()
         self._sum = done if self._sum is None else self._sum + done
 
@@ -191,6 +196,7 @@ class Step:
         import torch
 
         steps = self._steps
+        self.skipped = not steps._models.unscale()
         total = self._sum if self._sum is not None else torch.tensor(float("nan"), device=steps._rank.device)
         self._result = _once(mean_of_ranks(steps._rank.group, total))
         steps._loss = self._result
