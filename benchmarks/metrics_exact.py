@@ -39,9 +39,9 @@ from launcher.agent.network import reserve_port
 from training.bert.engine import make_accelerator
 from training.bert.metric_lookup import GLUE
 from training.context import Context
+from training.data.metrics import accuracy_and_f1, combine, evaluation_batches
 from training.distributed.group import Group, TorchGroup
 from training.distributed.world import World
-from training.metrics import accuracy_and_f1, combine, evaluation_batches
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset

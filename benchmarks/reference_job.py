@@ -76,7 +76,7 @@ def plain(setup: Setup) -> Result:
     from torch.utils.data import DataLoader
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, get_scheduler
 
-    from training.metrics import accuracy_and_f1
+    from training.data.metrics import accuracy_and_f1
 
     disable_progress_bars()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,44 +1,41 @@
-"""The Context of a train/eval function: its world, run directory, device, process group and checkpoints."""
+"""The Context of a train/eval function: its rank, and the parts of a training loop that keep the promises of a run."""
 
 from __future__ import annotations
 
-import contextlib
-import time
-from contextlib import AbstractContextManager
+import atexit
+import operator
+import os
+import signal
+import threading
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex, TypeVar
 
-from training.distributed.devices import RUNTIMES, Runtime
-from training.distributed.group import Group, Vote, make_group
 from training.distributed.heartbeat import Heartbeat
 from training.distributed.world import World
-from training.files import Lines
+from training.loop.rank import Rank
 
 if TYPE_CHECKING:
     import torch
 
-    from training.checkpoints.store import Checkpoints
+    from training.loop.saved import SavedState
+    from training.loop.setup import Models
+    from training.loop.steps import Steps
 
-STAT_SECONDS = 0.25  # between two checks of rank 0 for the file `stop`, because a shared file system may be slow
+M = TypeVar("M", bound="torch.nn.Module")
 
 
-class Context:
+class Context(Rank):
     """One rank of a run. Use it as a context manager, or call `close`, which ends its process group and threads."""
+
+    _current: ClassVar[Context | None] = None
 
     def __init__(
         self, run_dir: Path, world: World, *, args: tuple[str, ...] = (), heartbeat: Heartbeat | None = None
     ) -> None:
-        self.run_dir = Path(run_dir)
-        self.world = world
-        self.args = args
-        self.heartbeat = heartbeat or Heartbeat()
-        self.heartbeat.beat()
-        self.stopped = False  # set by should_stop
-        self.stop_reason = ""  # the reason given to this rank; empty if another rank was asked to stop
-        self._vote: Vote | None = None
-        self._next_stat = 0.0
-        self._lines = Lines()
+        super().__init__(run_dir, world, args=args, heartbeat=heartbeat)
+        Context._current = self
 
     @classmethod
     def single_process(cls, run_dir: str | Path) -> Context:
@@ -49,100 +46,145 @@ class Context:
         run_dir.mkdir(parents=True, exist_ok=True)
         return cls(run_dir, World(device="cuda" if torch.cuda.is_available() else "cpu", run_id=run_dir.name))
 
+    @classmethod
+    def current(cls, run_dir: str | Path | None = None) -> Context:
+        """Return the Context of this process, and make it if there is none, from the environment.
+
+        The same program so runs under ``launch``, ``torchrun`` and plain Python. A Context that is made here stops at
+        SIGTERM, and is closed when the process exits. Its run directory is `run_dir`, that of ``launch`` if it runs the
+        script, or else ``runs/<name of the script>``; started again with the same one, a run continues.
+        """
+        if cls._current is not None:
+            return cls._current
+        from training.loop.environment import describe
+
+        folder, world = describe(os.environ, run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        ctx = cls(folder, world)
+        atexit.register(ctx.close)
+        on_main_thread = threading.current_thread() is threading.main_thread()
+        if on_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, lambda number, _: ctx.request_stop(signal.Signals(number).name))
+        return ctx
+
     def __enter__(self) -> Context:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def runtime(self) -> Runtime:
-        """The runtime of this rank's device."""
-        return RUNTIMES[self.world.device]
-
     @cached_property
-    def device(self) -> torch.device:
-        """The device of this rank. Raises DeviceError if it is missing or cannot be used."""
-        if self.runtime.group_first:
-            _ = self.group
-        return self.runtime.device(self.world)
+    def _models(self) -> Models:
+        from training.loop.setup import Models
 
-    @cached_property
-    def group(self) -> Group:
-        """The process group of all ranks. The first use creates it and is a collective."""
-        if not self.runtime.group_first:
-            _ = self.device  # NCCL needs the device
-        return make_group(self.world)
+        return Models(self)
 
-    @cached_property
-    def checkpoints(self) -> Checkpoints:
-        """The checkpoints of this run, in `run_dir/checkpoints`."""
-        from training.checkpoints.store import Checkpoints
+    def setup(
+        self,
+        model: M,
+        *,
+        precision: str = "fp32",
+        compile: bool = False,  # noqa: A002 - torch's own name
+        shard: bool = False,
+        find_unused_parameters: bool = False,
+    ) -> M | torch.nn.Module:
+        """Return `model` ready for training on this rank's device, the same on all ranks. A collective.
 
-        return Checkpoints(self.run_dir / "checkpoints")
+        With several ranks it is replicated (DDP), or with `shard` sharded in place (FSDP2); pass the parameters of what is
+        returned to the optimizer. All ranks begin with the weights of rank 0.
 
-    def log(self, step: int, **values: Any) -> None:
-        """Append {"time", "attempt", "step", **values} to `metrics.jsonl`; other ranks than 0 write nothing.
+        Args:
+            model: a module, on any device.
+            precision: "fp32", or "bf16" or "fp16": the forward pass runs under autocast, and its outputs are float32.
+            compile: compile the forward pass with torch.compile.
+            shard: shard the parameters over the ranks in place of replicating them.
+            find_unused_parameters: the loss does not depend on all parameters; as in DDP.
 
-        A full disk does not end training: lines are kept until the disk has free space, at the latest until `close`.
+        Raises:
+            ConfigError: the device does not support the precision or sharding.
+            DeviceError: the device is missing or cannot be used.
         """
-        self.heartbeat.note(step)
-        if self.world.rank == 0:
-            record = {"time": time.time(), "attempt": self.world.attempt, "step": step, **values}
-            self._lines.append(self.run_dir / "metrics.jsonl", record)
+        return self._models.prepare(
+            model,
+            precision=precision,
+            compile_model=compile,
+            shard=shard,
+            find_unused_parameters=find_unused_parameters,
+        )
 
-    def event(self, kind: str, **fields: Any) -> None:
-        """Append {"time", "attempt", "rank", "event": kind, **fields} to `events.jsonl`, as `log` does."""
-        record = {"time": time.time(), "attempt": self.world.attempt, "rank": self.world.rank, "event": kind, **fields}
-        self._lines.append(self.run_dir / "events.jsonl", record)
+    def steps(self, data: Any, collate: Callable[[list[Any]], Any] | None = None, **options: Any) -> Steps:
+        """Return the optimizer steps over `data`; see `training.loop.steps.Steps`. A collective."""
+        from training.loop.steps import Steps
 
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        """Report that this rank is in a phase other than training, such as ``evaluating``, inside the block.
+        return Steps(self, self._models, data, collate, **options)
 
-        A launcher that detects hangs allows a phase more time than a step.
+    def state(self, *, keep: int = 2, **items: Any) -> SavedState:
+        """Return the state of this run, to restore and to save: `items` by name, and the generators of every rank.
+
+        An item is anything with `state_dict` and `load_state_dict`. The states of models, optimizers, learning-rate
+        schedulers and `ctx.steps` are those of rank 0; of other items, such as loaders, each rank saves its own. Besides
+        the best checkpoint, the newest `keep` stay.
         """
-        return self.heartbeat.phase(name)
+        from training.loop.saved import SavedState
 
-    def request_stop(self, reason: str) -> None:
-        """Ask the run to stop at a step boundary. Only sets a flag, so a signal handler may call it."""
-        self.stop_reason = reason
+        return SavedState(self, items, keep=keep)
 
-    def should_stop(self, step: int) -> bool:
+    def should_stop(
+        self,
+        step: SupportsIndex,
+        *,
+        save: SavedState | None = None,
+        every: int | None = None,
+        seconds: float | None = None,
+    ) -> bool:
         """Return whether all ranks stop now, the same answer on every rank. A collective, to call after each step.
 
-        The vote of one step is read at the next, so that its communication overlaps with the step.
+        With `save` the state is saved every so many steps (`every`) or `seconds`, before the run stops, and at the last
+        step of `ctx.steps`, at which a run does not stop any more. The request of one step is agreed at the next.
         """
-        self.heartbeat.beat(step)
-        if self.stopped:
-            return True
-        asked = bool(self.stop_reason) or self._stop_file()
-        if self.world.world_size == 1:
-            self.stopped = asked
-        else:
-            self.stopped = self._vote.result() if self._vote is not None else False
-            self._vote = None if self.stopped else self.group.post_any(asked)
-        return self.stopped
+        number = operator.index(step)
+        last = bool(getattr(step, "is_last", False))
+        if last:
+            self.heartbeat.beat(number)
+        stop = self.vote_to_stop(number) if not last else self.stopped
+        if save is not None:
+            save.save_if_due(number, must=stop or last, every=every, seconds=seconds)
+        return stop
+
+    def evaluate(
+        self,
+        predict: Callable[[Any], Any],
+        data: Any,
+        metric: Callable[..., Any],
+        *,
+        collate: Callable[[list[Any]], Any] | None = None,
+        batch_size: int = 32,
+    ) -> dict[str, Any]:
+        """Return the metric over every sample of `data` once, and their number as "samples". A collective.
+
+        The result is the same on every rank, and for every number of ranks. Models of `ctx.setup` are in evaluation mode.
+
+        Args:
+            predict: takes a batch on the device of the rank, and returns a row for each sample: a tensor, an array, a
+                list, or a tuple of these.
+            data: a dataset with a length and samples by number, the same on all ranks.
+            metric: takes an array for each item of what `predict` returns, of shape (samples, ...) in the order of the
+                data; returns a number, or numbers by name. Runs on rank 0.
+            collate: makes a batch of a list of samples; that of torch by default.
+            batch_size: samples of one call of `predict`.
+
+        Raises:
+            ConfigError: the dataset is a stream, or `predict` returns another number of rows.
+        """
+        from training.loop.evaluation import evaluate
+
+        return evaluate(self, self._models, predict, data, metric, collate=collate, batch_size=batch_size)
 
     def close(self) -> None:
-        """Finish the save, the vote and the lines in progress and leave the group. May be called twice.
+        """Finish the save, the votes and the lines in progress and leave the group. May be called twice.
 
         Raises OSError if lines cannot be written because the disk is full.
         """
-        vote, self._vote = self._vote, None
-        if vote is not None:  # a vote in progress would disturb the end of the group
-            with contextlib.suppress(RuntimeError):
-                vote.settle()
-        if "checkpoints" in self.__dict__:
-            self.checkpoints.close()
-        if "group" in self.__dict__:
-            self.__dict__.pop("group").close()
-        self._lines.flush()
-
-    def _stop_file(self) -> bool:
-        if self.world.rank or time.monotonic() < self._next_stat:
-            return False
-        self._next_stat = time.monotonic() + STAT_SECONDS
-        if (self.run_dir / "stop").exists():
-            self.stop_reason = "the file `stop` in the run directory"
-            return True
-        return False
+        if Context._current is self:
+            Context._current = None
+        super().close()

@@ -1,10 +1,11 @@
-"""Write files atomically, append lines of JSON, and read both with limits."""
+"""Write files atomically, append lines of JSON, read both with limits, and convert values to JSON."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import json
+import math
 import os
 import secrets
 import stat
@@ -90,6 +91,36 @@ def write_atomic(path: Path, data: bytes | str, mode: int = 0o600) -> None:
             os.unlink(name)
         raise
     sync_folder(path.parent)
+
+
+def plain(value: Any) -> Any:
+    """Return `value` as a value of JSON, for metrics and results.
+
+    Tensors and numpy arrays become numbers (0 dimensions) or nested lists; the keys of mappings become strings; tuples
+    and sets become lists. JSON has no number that is not finite: it becomes the string "NaN", "Infinity" or "-Infinity",
+    which `float` reads. Anything else becomes its `str`. A tensor on a GPU is waited for.
+    """
+    match value:
+        case None | bool():
+            return value
+        case int():
+            return int(value)
+        case float():
+            return float(value) if math.isfinite(value) else _spell(value)
+        case str():
+            return str(value)
+        case Mapping():
+            return {str(key): plain(item) for key, item in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [plain(item) for item in value]
+    if callable(getattr(value, "tolist", None)) and not isinstance(value, type):
+        items = value.tolist()
+        return plain(items) if items is not value else str(value)
+    return str(value)
+
+
+def _spell(number: float) -> str:
+    return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:

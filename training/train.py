@@ -85,7 +85,7 @@ def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
     ctx.runtime.seed(config.seed + ctx.world.rank)  # dropout differs from rank to rank
     if parts is not None:
         restore(engine, parts)
-        ctx.event("resumed", step=state.step)
+        ctx.note_resumed(state.step)
     loop = Loop(ctx, config, engine, store, state, total, per_epoch)
     with closing(store), closing(loop):
         loop.run(data, validation)

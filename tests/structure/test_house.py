@@ -26,8 +26,8 @@ ORDER = {
         *("lifecycle", "request", "config", "errors"),
     ),
     "training": (
-        *("__main__", "libraries", "train", "bert", "reporting", "context", "__init__", "data", "checkpoints"),
-        *("corpus", "metrics", "distributed", "flags", "typed", "files", "errors"),
+        *("__main__", "libraries", "train", "bert", "reporting", "context", "__init__", "corpus", "loop", "data"),
+        *("checkpoints", "distributed", "flags", "typed", "files", "errors"),
     ),
 }
 """A module imports only from its own entry and those after it, also inside of functions and for type checkers.

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from tests.training.ranks import free_port, spawn
-from training import context as module
 from training.context import Context
 from training.distributed.group import Group, TorchGroup, make_group
 from training.distributed.world import World
 from training.errors import ConfigError, DeviceError
 from training.files import read_lines
+from training.loop import rank as module
 
 pytestmark = pytest.mark.usefixtures("rank_server")
 

@@ -38,8 +38,6 @@ class Store:
         self._mirror = Mirror(config.mirror, ctx.run_dir.name, keep=config.keep) if config.mirror else None
         ctx.checkpoints.keep = config.keep
         ctx.checkpoints.on_saved = self._saved
-        ctx.checkpoints.on_failed = lambda step, error: ctx.event("save-failed", step=step, error=str(error))
-        ctx.checkpoints.on_damaged = lambda error: ctx.event("checkpoint-damaged", error=str(error))
         if self._mirror is not None:
             self._mirror.on_damaged = ctx.checkpoints.on_damaged
             self._mirror.on_mirrored = lambda step: ctx.event("mirrored", step=step)
@@ -196,11 +194,6 @@ class Store:
         return local
 
     def _saved(self, checkpoint: Checkpoint) -> None:
-        self._ctx.event("saved", **_saved_fields(checkpoint))
+        self._ctx.note_saved(checkpoint)
         if self._mirror is not None:
             self._mirror.push(checkpoint)
-
-
-def _saved_fields(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The fields of the event `saved`. The launcher's accounting reads `blocked`, in seconds."""
-    return {"step": checkpoint.step, "blocked": round(checkpoint.stall_seconds, 6)}

@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from training.checkpoints.sharding import shard
+from training.data.metrics import Metric, combine, evaluation_batches
 from training.data.prefetch import prefetch
 from training.data.sampler import Step
 from training.distributed.group import environment
 from training.distributed.replicas import check_replicas, replicate
-from training.metrics import Metric, combine, evaluation_batches
 
 if TYPE_CHECKING:
     import torch

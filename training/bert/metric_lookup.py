@@ -7,9 +7,9 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from training.data.metrics import Metric, metric_for
 from training.errors import ConfigError
 from training.flags import check_function, find_function
-from training.metrics import Metric, metric_for
 
 if TYPE_CHECKING:
     import numpy as np

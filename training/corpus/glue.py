@@ -7,7 +7,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from training.metrics import accuracy, accuracy_and_f1, pearson_and_spearman
+from training.data.metrics import accuracy, accuracy_and_f1, pearson_and_spearman
 
 TASKS = {
     "mrpc": accuracy_and_f1,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -47,3 +49,32 @@ def set_rng_state(state: dict[str, torch.Tensor]) -> None:
     random.setstate((version, tuple(words), gauss[0] if gauss else None))
     *keys, position, has_gauss = state["numpy"].tolist()
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, state["numpy_gauss"].item()))
+
+
+@contextlib.contextmanager
+def isolated(seed: int) -> Iterator[None]:
+    """Seed the generators of Python, numpy and torch (CPU) inside the block, and restore them after it."""
+    import numpy as np
+    import torch
+
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed % 2**63)  # torch.manual_seed would also seed the GPU
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+def mixed_seed(*parts: int | str | bytes) -> int:
+    """Return a seed below 2**63 that is a hash (XXH3) of `parts`."""
+    import xxhash
+
+    digest = xxhash.xxh3_64()
+    for part in parts:
+        raw = part if isinstance(part, bytes) else str(part).encode()
+        digest.update(len(raw).to_bytes(8, "little") + raw)
+    return digest.intdigest() >> 1

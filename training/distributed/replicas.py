@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from training.distributed.group import Group
@@ -10,18 +11,74 @@ from training.errors import ReplicaError
 
 if TYPE_CHECKING:
     import torch
+    from torch.nn.parallel import DistributedDataParallel
 
 
-def replicate(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+def replicate(model: torch.nn.Module, device: torch.device, **options: Any) -> DistributedDataParallel:
     """Wrap `model`, which is on `device`, in DDP over the default process group. A collective.
 
     `device_ids` is the device of this rank, if it has an index. It differs from the local rank if each rank sees only one
-    GPU, as with MIG.
+    GPU, as with MIG. `options` are those of DDP.
     """
     import torch
 
     ids = None if device.type == "cpu" or device.index is None else [device.index]
-    return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, **options)
+
+
+def fix_order_of_gradients(replica: DistributedDataParallel) -> None:
+    """Make DDP group its gradients now as it does for the rest of the run; no code of the model runs. A collective.
+
+    DDP regroups the gradients after its first backward pass, in the order in which they became ready. With more than two
+    ranks the grouping decides the order in which numbers are added, so that a resumed run would round differently in its
+    first step. Here the first backward pass is one over the sum of the parameters, times 0.
+    """
+    import torch
+
+    model = replica.module
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    class Zero(torch.nn.Module):
+        """Takes the place of the model for one pass."""
+
+        def forward(self) -> torch.Tensor:
+            return torch.stack([parameter.flatten()[:1].float().sum() for parameter in parameters]).sum() * 0
+
+    replica._modules["module"] = Zero()
+    replica.require_forward_param_sync = False  # DDP fails for a model without buffers; a forward pass sets it again
+    try:
+        replica().backward()
+    finally:
+        replica._modules["module"] = model
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def same_on_all_ranks(group: Group, model: torch.nn.Module) -> None:
+    """Copy the parameters and buffers of rank 0 to all ranks. A collective."""
+    import torch
+    import torch.distributed as dist
+
+    if group.size > 1:
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                dist.broadcast(tensor.detach(), 0)
+
+
+def mean_of_ranks(group: Group, value: torch.Tensor) -> Callable[[], float]:
+    """Start the sum of `value` (a scalar) over all ranks, divided by their number; the result is a wait. A collective."""
+    import torch.distributed as dist
+
+    if group.size == 1:
+        return value.item
+    total = value.clone()
+    work = dist.all_reduce(total, async_op=True)
+
+    def wait() -> float:
+        work.wait()
+        return total.item() / group.size
+
+    return wait
 
 
 def check_replicas(group: Group, model: torch.nn.Module, also: Any = None) -> None:

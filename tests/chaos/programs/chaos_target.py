@@ -24,7 +24,7 @@ def main(ctx: Context, config: TrainConfig) -> dict[str, Any]:
         hang(ctx)
         return asked(step)
 
-    ctx.should_stop = slowly  # type: ignore[method-assign]
+    ctx.should_stop = slowly  # type: ignore[method-assign, assignment]
     return train(ctx, config)
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from training.bert.metric_lookup import GLUE, Loading, find_metric
+from training.data.metrics import accuracy_and_f1
 from training.errors import ConfigError
-from training.metrics import accuracy_and_f1
 
 PREDICTIONS = np.array([1, 0, 1, 1, 0, 1], dtype=np.float64)
 REFERENCES = np.array([1, 0, 0, 1, 1, 1], dtype=np.float64)

@@ -44,13 +44,20 @@ def combine(
     local = np.array([ids, predictions, references], dtype=np.float64).T.reshape(len(ids), 3)
     rows = group.gather_rows(local, size if most is None else most)
     rows = rows[np.argsort(rows[:, 0], kind="stable")]
-    if not np.array_equal(rows[:, 0], np.arange(size)):
-        seen = np.bincount(rows[:, 0].astype(np.int64), minlength=size)
+    check_each_once(rows[:, 0].astype(np.int64), size)
+    return {**metric(rows[:, 1], rows[:, 2]), "samples": size}
+
+
+def check_each_once(ids: npt.NDArray[np.int64], size: int) -> None:
+    """Raise RuntimeError unless the sorted `ids` are those of range(size), each once."""
+    import numpy as np
+
+    if not np.array_equal(ids, np.arange(size)):
+        seen = np.bincount(ids, minlength=size)
         raise RuntimeError(
             f"the evaluation must see each of {size} samples once: {int((seen[:size] == 0).sum())} are missing, "
             f"{int((seen > 1).sum())} came more than once, {int(seen[size:].sum())} do not exist"
         )
-    return {**metric(rows[:, 1], rows[:, 2]), "samples": size}
 
 
 def accuracy_and_f1(predictions: npt.NDArray[np.float64], references: npt.NDArray[np.float64]) -> dict[str, float]:

@@ -9,9 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.training.ranks import spawn
+from training.data.metrics import (
+    accuracy,
+    accuracy_and_f1,
+    combine,
+    evaluation_batches,
+    metric_for,
+    pearson_and_spearman,
+)
 from training.distributed.group import Group, make_group
 from training.distributed.world import World
-from training.metrics import accuracy, accuracy_and_f1, combine, evaluation_batches, metric_for, pearson_and_spearman
 
 pytestmark = pytest.mark.usefixtures("rank_server")
 

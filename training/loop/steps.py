@@ -1,0 +1,214 @@
+"""The optimizer steps of a run: which samples, in which order, and what is done with their losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from training.data.fetch import Fetch, Key, batches, check_map_style, to_device
+from training.data.sampler import Position, steps, steps_per_epoch
+from training.data.sampler import Step as Plan
+from training.distributed.random_state import mixed_seed
+from training.distributed.replicas import mean_of_ranks
+from training.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from training.loop.rank import Rank
+    from training.loop.setup import Models
+
+
+class Steps:
+    """The steps of a run from its position on; iterating continues where the last iteration ended.
+
+    Attributes:
+        number: steps done since the beginning of the run.
+        total: steps of the whole run.
+        per_epoch: steps of one epoch.
+        loss: mean loss of the last step that was done, also of one before a restart; None before the first.
+    """
+
+    def __init__(
+        self,
+        rank: Rank,
+        models: Models,
+        data: Any,
+        collate: Callable[[list[Any]], Any] | None = None,
+        *,
+        global_batch: int,
+        epochs: int = 1,
+        max_steps: int | None = None,
+        microbatch: int | None = None,
+        seed: int = 0,
+        workers: int = 0,
+    ) -> None:
+        for name, value in (("global_batch", global_batch), ("epochs", epochs), ("microbatch", microbatch)):
+            if value is not None and value < 1:
+                raise ConfigError(f"ctx.steps: {name}={value} must be 1 or more")
+        self._rank, self._models = rank, models
+        self._size = check_map_style(data, "ctx.steps")
+        sizes = rank.group.gather(self._size)
+        if len(set(sizes)) > 1:
+            raise ConfigError(f"ctx.steps: the ranks have datasets of different sizes: {sizes[:8]}")
+        self._fetch, self._workers = Fetch(data, collate), workers
+        self._global_batch = global_batch
+        share = -(-global_batch // rank.world.world_size)
+        self._microbatch = min(microbatch or share, share)
+        self._at = Position(seed)
+        self.number = 0
+        self.per_epoch = steps_per_epoch(self._size, global_batch)
+        self.total = min(self.per_epoch * epochs, max_steps if max_steps is not None else self.per_epoch * epochs)
+        self._loss: Callable[[], float | None] = lambda: None
+        self._open = False  # whether a step has begun and its batches are not all used
+
+    @property
+    def loss(self) -> float | None:
+        """Mean loss of the last step that was done; waits for it. Not a collective."""
+        return self._loss()
+
+    def __iter__(self) -> Iterator[Step]:
+        while self.number < self.total:
+            left = self.total - self.number
+            keys = (key for plan in islice(self._plans(), left) for key in self._keys(plan))
+            made = batches(self._fetch, keys, self._workers, pin=self._rank.runtime.pin_memory_by_default)
+            try:
+                for plan in islice(self._plans(), left):
+                    step = Step(self, plan, made)
+                    yield step
+                    if self.number != step.number:
+                        raise ConfigError(
+                            f"step {step.number} has ended before its batches: use all of `for batch in step`, and leave"
+                            " only the outer loop with `break`"
+                        )
+            finally:
+                made.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the data, the same on all ranks. Raises ConfigError inside a step."""
+        if self._open:
+            raise ConfigError("a checkpoint inside of `for batch in step` would lose gradients; save after the update")
+        at = self._at
+        return {
+            "number": self.number, "seed": at.seed, "epoch": at.epoch, "position": at.position,
+            "samples": self._size, "global_batch": self._global_batch, "loss": self.loss,
+            "loss_scale": [self._models.scale.value, self._models.scale.good],
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at the position of `state`. Raises ConfigError for other data, seed or global batch."""
+        now = {"samples": self._size, "global_batch": self._global_batch, "seed": self._at.seed}
+        for name, value in now.items():
+            if state[name] != value:
+                what = "the number of samples" if name == "samples" else name
+                raise ConfigError(
+                    f"{what} is {value}, but this run began with {state[name]}, on which its position in the data rests;"
+                    " use that one, or start a new run"
+                )
+        self._at = Position(state["seed"], state["epoch"], state["position"])
+        self.number = state["number"]
+        if self._models.scale.value != 1.0 != state["loss_scale"][0]:
+            self._models.scale.value, self._models.scale.good = state["loss_scale"]
+        loss = state["loss"]
+        self._loss = lambda: loss
+
+    def _plans(self) -> Iterator[Plan]:
+        world = self._rank.world
+        return steps(
+            self._size, self._at,
+            rank=world.rank, world_size=world.world_size, batch_size=self._microbatch, global_batch=self._global_batch,
+        )  # fmt: skip
+
+    def _keys(self, plan: Plan) -> Iterator[Key]:
+        rank = self._rank.world.rank
+        for number, ids in enumerate(plan.microbatches):
+            at = plan.after
+            seed = mixed_seed(at.seed, at.epoch, at.position, rank, number)
+            yield seed, ids or (plan.padding_sample,)
+
+
+class Step:
+    """One optimizer step. Iterating gives this rank's microbatches, on its device; it can be done once.
+
+    Every rank gets the same number of microbatches. A rank that has fewer samples than the others gets a sample of another
+    rank in place of a missing microbatch, with weight 0, because all ranks must take part in the communication.
+
+    Attributes:
+        number: number of the step in the run, from 1; ``int(step)`` and ``operator.index(step)`` give it, too.
+        epoch: number of its epoch, from 0.
+        samples: samples in the step, over all ranks.
+        ids: the ids of this rank's samples, in order.
+        ends_epoch: it is the last step of its epoch.
+        is_last: it is the last step of the run.
+        skipped: with fp16, gradients were not finite and have been removed, so that optimizers change nothing.
+    """
+
+    def __init__(self, steps: Steps, plan: Plan, made: Iterator[Any]) -> None:
+        self._steps, self._plan, self._made = steps, plan, made
+        self.number = steps.number + 1
+        self.epoch = steps._at.epoch
+        self.samples = plan.samples
+        self.ids = tuple(sample for ids in plan.microbatches for sample in ids)
+        self.ends_epoch = plan.after.position == 0
+        self.is_last = self.number == steps.total
+        self.skipped = False
+        self._weight = 0.0
+        self._sum: torch.Tensor | None = None
+        self._result: Callable[[], float] | None = None
+
+    def __index__(self) -> int:
+        return self.number
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What `Context.log` adds to the record of a step."""
+        return {"epoch": self.number / self._steps.per_epoch, "total_steps": self._steps.total}
+
+    @property
+    def loss(self) -> float:
+        """Mean loss over the samples of the step, over all ranks; known after its last batch. Waits for the device."""
+        if self._result is None:
+            raise ConfigError(f"the loss of step {self.number} is known after its last batch")
+        return self._result()
+
+    def __iter__(self) -> Iterator[Any]:
+        steps = self._steps
+        world_size, device = steps._rank.world.world_size, steps._rank.device
+        steps._open = True
+        for number, ids in enumerate(self._plan.microbatches, start=1):
+            self._weight = self._plan.weight(ids, world_size)
+            steps._models.synchronise(number == len(self._plan.microbatches))
+            yield to_device(next(self._made), device)
+        self._finish()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of `loss`, the mean loss over the samples of the present microbatch (a scalar tensor).
+
+        After the last microbatch the gradients are those of the mean over all samples of the step, on every rank.
+        """
+        weighted = loss * self._weight
+        (weighted * self._steps._models.scale.value).backward()  # type: ignore[no-untyped-call]
+        done = weighted.detach().float()
+        self._sum = done if self._sum is None else self._sum + done
+
+    def _finish(self) -> None:
+        import torch
+
+        steps = self._steps
+        self.skipped = not steps._models.unscale()
+        total = self._sum if self._sum is not None else torch.tensor(float("nan"), device=steps._rank.device)
+        self._result = _once(mean_of_ranks(steps._rank.group, total))
+        steps._loss = self._result
+        steps._at, steps.number, steps._open = self._plan.after, self.number, False
+
+
+def _once(wait: Callable[[], float]) -> Callable[[], float]:
+    found: list[float] = []
+
+    def result() -> float:
+        if not found:
+            found.append(wait())
+        return found[0]
+
+    return result
