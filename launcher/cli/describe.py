@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,19 @@ def summary(run: Any) -> str:
             lines.append(f"  {run.explain(shown_rank=0)}")
     else:
         lines = [f"launch: failed: {run.explain(shown_rank=0)}"]
+    lines += [f"  {line}" for line in failed_saves(result)]
     return "\n".join(
         [*lines, f"  run in {_short(run.path)}", f"  look: launch status {run.name}, launch logs {run.name}"]
     )
+
+
+def failed_saves(result: Mapping[str, Any]) -> list[str]:
+    """The line about checkpoints that could not be saved, from a result or status; none if all were."""
+    found = result.get("failed_saves")
+    if not found or not found["newest"]:
+        return []
+    several, newest = "s" * (found["count"] > 1), found["newest"][-1]
+    return [f"{found['count']} checkpoint{several} could not be saved; step {newest['step']}: {newest['error']}"]
 
 
 def _short(path: Path) -> str:

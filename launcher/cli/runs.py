@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.cli.describe import failed_saves
 from launcher.cli.parser import Once, command, whole
 from launcher.errors import BadRequest, LaunchError
 from launcher.request.spec import State
@@ -74,6 +75,8 @@ def run_status(argv: Sequence[str]) -> int:
                 f"  {title:<11} "
                 + "  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in status[title].items())
             )
+    for line in failed_saves(status):
+        print(f"  saves       {line}")
     print(f"  run dir     {status['run_dir']}")
     if status["state"] in ("failed", "lost"):
         print(run.explain())

@@ -266,6 +266,7 @@ def _status(directory: RunDir, state: State) -> dict[str, Any]:
         "progress": {k: steps[-1][k] for k in kept if k in steps[-1]} if steps else {},
         "evaluation": evaluations[-1]["eval"] if evaluations else {},
         "metrics": result.get("metrics", {}),
+        "failed_saves": past.saves_that_failed(),
         "failure": result.get("failure"),
         "seconds": result.get("seconds"),
         "run_dir": str(directory.path),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
 JobFate = Literal["", "preempting", "requeued"]
 """What a scheduler does with a job whose ranks it asked to stop: nothing more, takes its nodes, or starts it again."""
+
+NAMED = 10
+"""How many of the saves that failed ``result.json`` names."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,14 @@ class FailedAttempt:
 
 
 @dataclass(frozen=True)
+class FailedSave:
+    """A checkpoint that could not be saved."""
+
+    step: int
+    error: str
+
+
+@dataclass(frozen=True)
 class History:
     """The failed attempts since the run was last submitted by a person, oldest first.
 
@@ -33,12 +44,20 @@ class History:
             does not say its steps.
         excluded: excluded hosts of the cluster that it was last sent to.
         losses: how many of the newest stops in a row a program without a Context lost everything at.
+        failed_saves: saves that failed.
     """
 
     failed_attempts: tuple[FailedAttempt, ...] = ()
     preempted: int | None = None
     excluded: tuple[str, ...] = ()
     losses: int = 0
+    failed_saves: tuple[FailedSave, ...] = ()
+
+    def saves_that_failed(self) -> dict[str, Any] | None:
+        """Return {"count", "newest": [{"step", "error"}, ...]} with the newest `NAMED` ones; None if none failed."""
+        if not self.failed_saves:
+            return None
+        return {"count": len(self.failed_saves), "newest": [asdict(each) for each in self.failed_saves[-NAMED:]]}
 
     def repeats(self, kind: str, rank: int | None, step: int | None) -> bool:
         """Whether the attempt before ended with the same failure of the same rank at the same step."""
@@ -81,6 +100,11 @@ def read(events: Iterable[Mapping[str, Any]]) -> History:
                 history = replace(history, failed_attempts=(*history.failed_attempts, failed_attempt))
             case {"event": "interrupted"}:
                 history = replace(history, losses=history.losses + 1 if event.get("lost_everything") else 0)
+            case {"event": "save-failed", "step": int(step), "error": error}:
+                failed = dict.fromkeys(
+                    (*history.failed_saves, FailedSave(step, str(error)))
+                )  # ranks may record the same
+                history = replace(history, failed_saves=tuple(failed))
             case {"event": "excluded", "exclude": hosts}:
                 history = replace(history, excluded=tuple(dict.fromkeys((*history.excluded, *hosts))))
             case {"event": "readmitted"}:

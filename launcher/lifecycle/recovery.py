@@ -221,6 +221,8 @@ def end_run(
         "attempts": attempt,
         "seconds": round(time.monotonic() - started, 3),
     }
+    if failed := history.read(run_dir.events()).saves_that_failed():
+        fields["failed_saves"] = failed
     if failure is not None:
         history.record_failed(run_dir, _failure_fields(attempt, failure, step))
         rank = failure.rank if failure.rank is not None else 0

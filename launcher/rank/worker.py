@@ -35,7 +35,7 @@ from training.context import Context
 from training.distributed.heartbeat import Heartbeat
 from training.distributed.world import World
 from training.errors import DeviceError, ReplicaError
-from training.files import write_atomic
+from training.files import plain, write_atomic
 
 
 def work(run_dir: RunDir, world: World, heartbeat: Heartbeat | None = None, *, prepared: bool = False) -> int:
@@ -155,7 +155,7 @@ def _leave_value(run_dir: RunDir, value: Any) -> None:
     write_atomic(run_dir.value_pickle, data)
     if isinstance(value, dict):
         with suppress(TypeError, ValueError):
-            write_atomic(run_dir.value_file, json.dumps(value))
+            write_atomic(run_dir.value_file, json.dumps(plain(value)))
 
 
 def main(run_dir: Path, world: World, heartbeats: int, *, prepared: bool = False) -> int:
