@@ -1,0 +1,70 @@
+"""torchrun without its start: one process imports it, and forks for each program.
+
+``python -m tests.differential.torchrun`` reads requests from standard input, one JSON object a line, and answers with the
+exit status. The ranks are started by torchrun itself and are new interpreters.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+
+class Torchrun:
+    """A started server. Use it as a context manager."""
+
+    def __enter__(self) -> Self:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            cwd=Path(__file__).parents[2],
+        )  # fmt: skip
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait(60)
+        self.process.stdout.close()
+
+    def run(self, words: Sequence[str], folder: Path, environment: dict[str, str]) -> bool:
+        """Run a program with the words of torchrun's command line; return whether it succeeded."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps([list(words), str(folder), environment]) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline()) == 0
+
+
+def serve() -> None:
+    """Answer requests until standard input ends."""
+    from torch.distributed import run
+
+    for line in sys.stdin:
+        words, folder, environment = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            os.chdir(folder)
+            os.environ.clear()
+            os.environ.update(environment)
+            null = os.open(os.devnull, os.O_RDWR)
+            output = os.open("torchrun.log", os.O_WRONLY | os.O_CREAT, 0o600)
+            for descriptor, target in enumerate((null, output, output)):
+                os.dup2(target, descriptor)
+            try:
+                run.main(words)
+            except BaseException as error:
+                print(error, file=sys.stderr, flush=True)
+                os._exit(1)
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
