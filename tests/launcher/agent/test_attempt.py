@@ -1,4 +1,4 @@
-"""What an attempt makes of what its agents say, without agents."""
+"""The outcome of an attempt from messages of its agents, without agents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KILL = {"signal": int(signal.SIGKILL)}
 
 
 class Told(list[Message]):
-    """What the agents were told."""
+    """The messages that were sent to the agents."""
 
 
 def make(hang_after: float = 0.0, nodes: dict[int, int] | None = None) -> tuple[Attempt, Told]:
@@ -32,7 +32,7 @@ def run(scenario: Any) -> None:
 
 
 def beats(age: float, *, step: int = 3, state: str = "S") -> dict[str, tuple[Any, ...]]:
-    """As JSON brings them: the ranks are text."""
+    """As decoded from JSON: the ranks are text."""
     return {str(rank): (step, "training", age, state) for rank in range(4)}
 
 

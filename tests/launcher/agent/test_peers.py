@@ -1,4 +1,4 @@
-"""The coordinator's side of the line to the other agents, over real sockets."""
+"""The coordinator's connections to the other agents, over real sockets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Line = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 async def dial(run_dir: RunDir, node: int, **changed: str) -> Line:
-    """Be the agent of `node`, up to its first words."""
+    """Connect as the agent of `node` and send its first message."""
     found = read_json(run_dir.rendezvous_file)
     assert found is not None
     reader, writer = await asyncio.open_connection(found["address"], found["port"])
@@ -58,7 +58,7 @@ def test_agents_join_speak_hear_and_leave(tmp_path: Path) -> None:
         assert room.hosts == {0: "node0", 2: "node2"}
         writer.write(b'{"exit": 5, "code": 0, "step": 1}\n')
         room.send(2, {"signal": 15})
-        room.send(1, {"signal": 15})  # never joined: nobody to hear it
+        room.send(1, {"signal": 15})  # not joined: nobody receives it
         said = [json.loads(await reader.readline()) for _ in range(2)]
         assert [m for m in said if "beat" not in m] == [{"signal": 15}]
         writer.close()

@@ -1,4 +1,4 @@
-"""The real forkserver over a socketpair: it starts ranks, tells their ends, and leaves nobody behind."""
+"""The real forkserver over a socketpair: it starts ranks, reports their exits, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ match sys.argv[1]:
 
 
 class Server:
-    """A forkserver and the agent's end of its socket."""
+    """A forkserver, and the agent's end of its socket."""
 
     def __init__(self, run: RunDir, log: Path) -> None:
         self.run = run
@@ -112,7 +112,7 @@ def server(run: RunDir) -> Iterator[Server]:
 
 
 def aim(run: RunDir, *args: str) -> None:
-    """Make the plan of a run of the target with `args`."""
+    """The plan of a run of the target with `args`."""
     target = Target("script", str(run.path / "target.py"), args, path=(str(run.path),))
     site, placement = Cluster("local", "local"), Placement(1, 1, "cpu")
     run.write_plan(Plan("run", run.path, RunSpec("target.py"), "local", site, placement, target, run.path, 60))
@@ -142,7 +142,7 @@ def test_ranks_start_from_what_was_imported_once_and_their_ends_are_told(run: Ru
     for rank in range(3):
         server.start(rank, world_size=3)
     told = [server.receive_message() for _ in range(3)]
-    # A script's own exit status is a rank's "raised"; what it was is in the error that it left.
+    # An exit status of a script counts as "raised"; the error file has the status.
     assert {each["exit"]: each["code"] for each in told} == {0: 0, 1: 1, 2: 1}
     for rank in range(3):
         assert sorted(server.log(rank)[:3]) == [
@@ -170,7 +170,7 @@ def test_a_stop_that_a_scheduler_sends_to_every_process_reaches_a_rank_once(run:
     server.preload()
     pid = server.start(0)
     until(lambda: len(server.log(0)) == 3)
-    server.process.send_signal(signal.SIGTERM)  # as the rank has got it, too
+    server.process.send_signal(signal.SIGTERM)  # the rank has received it, too
     server.send(signal=signal.SIGTERM, ranks=[0])
     other = server.start(1, world_size=2)  # answered after the signal was handled
     assert alive(pid)
@@ -180,7 +180,7 @@ def test_a_stop_that_a_scheduler_sends_to_every_process_reaches_a_rank_once(run:
 
 
 def test_a_kill_right_after_the_start_is_not_lost(run: RunDir, server: Server) -> None:
-    """It may come before the rank has become the leader of its group."""
+    """The signal may arrive before the rank leads its process group."""
     aim(run, "sleep")
     server.preload()
     for _ in range(20):
@@ -207,7 +207,7 @@ def test_what_a_rank_leaves_behind_goes_with_it(run: RunDir, server: Server) -> 
 
 @pytest.mark.parametrize("how", ["closed", "killed"])
 def test_without_its_agent_nothing_stays(run: RunDir, server: Server, how: str) -> None:
-    """`killed`: of the server itself; its ranks die with it, but who reaps a daemon that left them is gone, too."""
+    """`killed`: the server is killed and its ranks with it; then nobody ends a daemon that left them."""
     aim(run, "leave" if how == "closed" else "sleep", "stay")
     server.preload()
     pids = [server.start(0)]
@@ -246,7 +246,7 @@ os.register_at_fork(after_in_child=poison)
 
 
 def test_a_fork_in_which_cuda_would_fail_becomes_a_fresh_interpreter(run: RunDir, server: Server) -> None:
-    """As torch has it once CUDA's devices were counted in the parent: only the fork is marked, and later."""
+    """As in torch after CUDA devices were counted in the parent: the fork is marked, later."""
     (run.path / "fs_poison.py").write_text(POISON)
     aim(run, "exit")
     server.preload("fs_preloaded", "fs_poison")
