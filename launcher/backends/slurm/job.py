@@ -162,7 +162,7 @@ def _facts(job: str) -> dict[str, str]:
 
 
 def _scontrol(*words: str) -> subprocess.CompletedProcess[str] | None:
-    """Run scontrol, with retries while the controller does not answer; None without an answer or without scontrol."""
+    """Run scontrol; None if it is missing, or if the controller does not answer for CONTROLLER_SECONDS."""
     deadline = time.monotonic() + CONTROLLER_SECONDS
     while True:
         try:
