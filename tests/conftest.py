@@ -1,4 +1,4 @@
-"""What every test may rely on: a home of its own, no network, real clusters on request, and nothing left behind."""
+"""Fixtures of all tests: an own home, no network, real clusters on request, and a check for remains."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tests.testbed.ray import RayCluster
     from tests.testbed.slurm import SlurmCluster
 
-# What a scheduler, a launcher or a user's profile may have put there; a test starts without any of it.
+# Variables of a scheduler, a launcher or a user's profile; tests start without them.
 FOREIGN = (
     *("SLURM", "SBATCH_", "SALLOC_", "SQUEUE_", "SUBMITIT_", "RAY_", "HF_", "TRANSFORMERS_", "DATASETS_", "LAUNCH_"),
     *("MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC", "ACCELERATE_", "XDG_", "GIT_"),
@@ -30,12 +30,12 @@ home = pytest.StashKey[tuple[Path, int]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Isolate the session before a test module can import a library that reads its settings only once.
+    """Isolate the session before a test module imports a library that reads its settings only once.
 
-    Not at import: a job on a cluster that unpickles a test's function may import this module, too.
+    Not at import: a job that unpickles a test's function may also import this module.
     """
     folder = Path(tempfile.mkdtemp(prefix=f"{keeper.PREFIX}home-"))
-    # should this session be killed, the next cluster to start finds the folder unlocked and removes it
+    # if this session is killed, the next cluster that starts finds the folder unlocked and removes it
     config.stash[home] = folder, keeper.lock_folder(folder)
     for name in [name for name in os.environ if name.startswith(FOREIGN)]:
         del os.environ[name]
@@ -63,7 +63,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that asks for a cluster carries the cluster's marker without saying so."""
+    """Add the marker of a cluster to the tests that request it."""
     for item in items:
         for name in ("slurm", "ray"):
             if f"{name}_cluster" in getattr(item, "fixturenames", ()):
@@ -82,7 +82,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def require(what: str, lacks: Sequence[str]) -> None:
-    """Skip where something is missing; fail where it must not be: as root on Debian and in CI."""
+    """Skip if something is missing; fail as root on Debian and in CI, where it has to be installed."""
     if not lacks:
         return
     text = (
@@ -95,7 +95,7 @@ def require(what: str, lacks: Sequence[str]) -> None:
 
 @pytest.fixture(scope="session")
 def slurm_cluster() -> Iterator[SlurmCluster]:
-    """The SLURM cluster that the whole session shares; most tests want `on_slurm`."""
+    """The SLURM cluster of the session; most tests use `on_slurm`."""
     from tests.testbed import slurm
 
     require("SLURM", slurm.missing())
@@ -105,7 +105,7 @@ def slurm_cluster() -> Iterator[SlurmCluster]:
 
 @pytest.fixture
 def on_slurm(slurm_cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlurmCluster]:
-    """The shared cluster, all nodes idle, its SLURM_CONF in the environment; jobs are cancelled afterwards."""
+    """The shared SLURM cluster with idle nodes and SLURM_CONF set; jobs are cancelled afterwards."""
     slurm_cluster.reset()
     for name, value in slurm_cluster.environment().items():
         monkeypatch.setenv(name, value)
@@ -115,7 +115,7 @@ def on_slurm(slurm_cluster: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> It
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[RayCluster]:
-    """The Ray cluster that the whole session shares; most tests want `on_ray`."""
+    """The Ray cluster of the session; most tests use `on_ray`."""
     from tests.testbed import ray
 
     require("Ray", ray.missing())
@@ -125,7 +125,7 @@ def ray_cluster() -> Iterator[RayCluster]:
 
 @pytest.fixture
 def on_ray(ray_cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> RayCluster:
-    """The shared cluster, its RAY_ADDRESS in the environment. A test that calls ray.init also calls ray.shutdown."""
+    """The shared Ray cluster with RAY_ADDRESS set. A test that calls ray.init also calls ray.shutdown."""
     for name, value in ray_cluster.environment().items():
         monkeypatch.setenv(name, value)
     return ray_cluster
@@ -145,26 +145,26 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-# --- nothing left behind
+# --- remains
 
 
 def strays(*, testbeds: bool = False) -> dict[int, str]:
-    """Living processes of this session; those of the shared clusters only with `testbeds`."""
+    """The running processes of this session; those of the shared clusters only with `testbeds`."""
     found = keeper.processes_with(f"{keeper.SESSION}={os.environ[keeper.SESSION]}\0")
     if found and not testbeds:
-        # By descent too: Ray's daemons set their title, which overwrites a part of the environment they show.
+        # Also by descent: the titles of Ray's daemons overwrite a part of the environment in /proc.
         keepers = [pid for pid, command in found.items() if keeper.__file__ in command]
         owned = set(keeper.processes_with(f"{keeper.FOLDER}=")).union(*map(keeper.descendants, keepers))
         for pid in owned:
             found.pop(pid, None)
-    helpers = (keeper.__file__, "multiprocessing.resource_tracker")  # these end with their owner
+    helpers = (keeper.__file__, "multiprocessing.resource_tracker")  # these exit with their owner
     return {pid: command for pid, command in found.items() if not any(helper in command for helper in helpers)}
 
 
 @pytest.fixture(autouse=True)
 def no_process_left_behind() -> Iterator[None]:
-    """Fails the test that leaves a process behind, after five seconds of patience, and kills the process."""
-    pids = set(os.listdir("/proc"))  # a look at every environment, before every test, would take longer than most tests
+    """Fail a test that leaves a process behind for more than 5 s, and kill the process."""
+    pids = set(os.listdir("/proc"))  # reading all environments before each test would take longer than most tests
     yield
     if pids.issuperset(os.listdir("/proc")):
         return

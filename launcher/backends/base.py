@@ -44,7 +44,10 @@ class Capabilities:
 
 
 class Backend(ABC):
-    """An engine that starts runs. Logs, metrics and results are files in the run directory, not handled here."""
+    """An engine that starts runs.
+
+    Logs, metrics and results are files in the run directory, which a backend does not handle.
+    """
 
     name: str
     capabilities: Capabilities

@@ -158,7 +158,9 @@ class Run:
                     yield from (prefix + line.rstrip("\n") for line in lines)
 
     def cancel(self) -> State:
-        """Stop the run: a program with a Context at its next step; kill it after the grace time. Returns its state.
+        """Stop the run, and kill it after the grace time; returns its state.
+
+        A program with a Context stops at its next step.
 
         Raises:
             BadRequest: other users can write to the run directory, or its job id is malformed.

@@ -13,7 +13,9 @@ from training.errors import DeviceError
 
 
 def own_devices(visible: str | None, local_rank: int, local_world_size: int) -> str | None:
-    """The value of a rank's ``CUDA_VISIBLE_DEVICES``; None to leave it as it is, to be indexed by the local rank.
+    """The value of a rank's ``CUDA_VISIBLE_DEVICES``; None: keep the node's value.
+
+    A kept value is indexed by the local rank.
 
     CUDA shows a process one MIG instance at most, so with MIG the list is reduced to the rank's own instance.
 

@@ -1,4 +1,4 @@
-"""``python -m tests.chaos``: throw faults at real runs, and print what became of them."""
+"""``python -m tests.chaos``: inject faults into real runs, and print a table of the results."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from tests.chaos.faults import FAULTS
 from tests.chaos.report import Record, table
 
 SHARES = {"local": 6, "slurm": 5, "ray": 4}
-"""How the faults are shared out among the engines: on each all of its faults come three times in 200."""
+"""Share of the faults of each engine; of 200 faults, each fault of an engine occurs three times."""
 
 
 def main() -> int:
-    """Play the schedule that the seed decides, on all engines side by side; the exit status is 1 where a run did not end
-    well."""
+    """Play the schedule of the seed on all engines in parallel; returns 1 if a run did not end as expected."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=main.__doc__)
     parser.add_argument("--backend", default=",".join(SHARES), help="local, slurm, ray, or several with commas between")
     parser.add_argument("--seed", type=int, default=1)
@@ -43,7 +42,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="chaos-record-") as name:
         record = Record((args.record or Path(name) / "record.jsonl").absolute())
         whole = sum(SHARES[engine] for engine in engines)
-        context = multiprocessing.get_context("spawn")  # each engine has an environment of its own
+        context = multiprocessing.get_context("spawn")  # each engine needs its own environment
         players = [
             context.Process(
                 target=play, args=(engine, round(args.faults * SHARES[engine] / whole), args, record, began)

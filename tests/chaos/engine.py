@@ -1,4 +1,4 @@
-"""One engine's part of a chaos run: its cluster, its disk and its player, in a process of its own."""
+"""The process of one engine in a chaos run: its cluster, disk and player."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.testbed.slurm import SlurmCluster
 
 
 def stop_politely() -> None:
-    """Have SIGTERM end this process by an exception, so that it tidies up."""
+    """Raise an exception on SIGTERM, so that this process cleans up."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def play(engine: str, count: int, args: argparse.Namespace, record: Record, began: float) -> None:
-    """Play `count` faults on one engine, until so many minutes after `began` (by `time.monotonic`)."""
+    """Play `count` faults on one engine, until `args.minutes` after `began` (`time.monotonic`)."""
     stop_politely()
     with tempfile.TemporaryDirectory(prefix="chaos-") as name, cluster_of(engine) as cluster, disk(Path(name)):
         player = Player(Path(name), engine, args.seed, cluster, lambda text: print(text, flush=True), record.note)
@@ -35,7 +35,7 @@ def play(engine: str, count: int, args: argparse.Namespace, record: Record, bega
 
 @contextlib.contextmanager
 def cluster_of(engine: str) -> Iterator[SlurmCluster | RayCluster | None]:
-    """The engine's test cluster, with what leads clients to it in the environment of this process."""
+    """The test cluster of the engine, with the variables of its clients in this environment."""
     if engine == "local":
         yield None
         return
@@ -51,7 +51,7 @@ def cluster_of(engine: str) -> Iterator[SlurmCluster | RayCluster | None]:
 
 @contextlib.contextmanager
 def disk(folder: Path) -> Iterator[None]:
-    """A small file system of its own for the runs, so that it can be filled."""
+    """A small file system for the runs, which can be filled."""
     runs = folder / "runs"
     runs.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300m", "chaos", str(runs)], check=True)

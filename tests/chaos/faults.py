@@ -1,4 +1,4 @@
-"""The faults, one small function each: it strikes a running subject and returns what undoes the damage afterwards."""
+"""The faults: each function injects one into a running subject and returns a function that undoes it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OUTAGE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Scene:
-    """Where a fault strikes. `chance` decides on the victim, so that a seed says all."""
+    """The target of a fault. `chance` selects the victim, so that a seed reproduces it."""
 
     subject: Subject
     chance: random.Random
@@ -41,13 +41,13 @@ class Scene:
 
     @property
     def job(self) -> str:
-        """The engine's id of the job."""
+        """The job id of the engine."""
         job = self.subject.run.dir.job()
         assert job is not None
         return str(job["job_id"])
 
     def node(self) -> str:
-        """One of the nodes that the run is on."""
+        """One of the nodes of the run."""
         return self.chance.choice(self.subject.hosts())
 
     def rank(self) -> int:
@@ -61,12 +61,12 @@ Strike = Callable[[Scene], Undo | None]
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault, the engines it exists on, and whether training has to start again after it.
+    """A fault, its engines, and whether it restarts training.
 
     Attributes:
-        patience: seconds until the run counts as stuck; the machine may be busy with other tests.
-        weight: how often it is drawn beside those times that every fault has; one that takes minutes, not at all.
-        by_hand: it kills the one process that could do anything about it, so that a person has to resume the run.
+        patience: seconds until the run counts as stuck; other tests may slow the machine.
+        weight: relative frequency beyond the occurrences that every fault has; 0 if it takes minutes.
+        by_hand: it kills the supervisor of the run, so that a user has to resume it.
     """
 
     name: str
@@ -88,7 +88,7 @@ def signal_rank(number: signal.Signals) -> Strike:
 
 
 def hang_rank(how: str) -> Strike:
-    """Let one of the ranks stand still in its own code (`loader`), or wait for what the others never send (`collective`)."""
+    """Hang one rank in its own code (`loader`), or in a receive without a sender (`collective`)."""
 
     def strike(scene: Scene) -> None:
         rank = scene.chance.choice(sorted(scene.subject.ranks()))
@@ -98,7 +98,7 @@ def hang_rank(how: str) -> Strike:
 
 
 def kill_supervisor(scene: Scene) -> None:
-    """The process that stands behind the run: the local agent, or the driver on Ray."""
+    """Kill the supervisor of the run: the local agent, or the Ray driver."""
     os.kill(int(scene.job.rsplit(":", 2)[1]), signal.SIGKILL)
 
 
@@ -109,7 +109,7 @@ def kill_forkserver(scene: Scene) -> None:
 
 
 def truncate_newest_checkpoint(scene: Scene) -> None:
-    """Half of the newest checkpoint's weights are gone, and then a rank is killed; there is an older checkpoint."""
+    """Truncate the weights of the newest checkpoint by half, then kill a rank; there is an older checkpoint."""
     folder = scene.subject.path / "checkpoints"
     scene.subject.wait(lambda: len(list(folder.glob("step-*"))) > 1, 60)
     newest = max(folder.glob("step-*"))
@@ -119,7 +119,7 @@ def truncate_newest_checkpoint(scene: Scene) -> None:
 
 
 def fill_disk(scene: Scene) -> Undo:
-    """Not a byte is left for ten seconds where the runs are; only where that is a file system of its own."""
+    """Fill the file system of the runs for 10 s; needs a file system of its own."""
     filler = scene.subject.path.parent / "filler"
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
@@ -133,7 +133,7 @@ def fill_disk(scene: Scene) -> Undo:
 
 
 def read_only(scene: Scene) -> None:
-    """For ten seconds nothing can be written where the runs are, as on a mount that the kernel gave up for a while."""
+    """Make the file system of the runs read-only for 10 s, as the kernel does after an I/O error."""
     runs = str(scene.subject.path.parent)
     subprocess.run(["mount", "--bind", runs, runs], check=True)
     try:
@@ -147,7 +147,7 @@ def read_only(scene: Scene) -> None:
 
 
 def kill_agent(of_node_0: bool) -> Strike:
-    """The agent of node 0, which coordinates, or that of another node."""
+    """Kill the agent of node 0 (the coordinator), or of another node."""
 
     def strike(scene: Scene) -> None:
         agents: dict[str, int] = {}
@@ -168,14 +168,14 @@ def requeue(scene: Scene) -> None:
 
 
 def preempt(scene: Scene) -> None:
-    """A job of the partition `urgent` wants all nodes for three seconds."""
+    """Preempt the run by a job of the partition `urgent` that takes all nodes for 3 s."""
     nodes = str(len(scene.slurm.nodes))
     where = ("--partition=urgent", "--nodes", nodes, "--exclusive", "--output=/dev/null")
     scene.slurm.run("sbatch", *where, "--wrap", "sleep 3")
 
 
 def time_limit(scene: Scene) -> Undo:
-    """The job's time is over within two minutes, which its steps outlast; the warning comes `grace` seconds before."""
+    """Reduce the job's time limit to less than 2 min; SLURM sends the signal `grace` seconds before."""
     scene.subject.set_pace(1.5)
     elapsed = scene.slurm.run("squeue", "--noheader", "--jobs", scene.job, "--format=%M").strip()
     *_, hours, minutes, seconds = [0, 0, *map(int, elapsed.replace("-", ":").split(":"))]
@@ -191,14 +191,14 @@ def node_down(scene: Scene) -> Undo:
 
 
 def drain(scene: Scene) -> Undo:
-    """The node takes no new jobs; the one that runs may stay."""
+    """Drain a node: it takes no new jobs, the running one continues."""
     node = scene.node()
     scene.slurm.set_node(node, "drain")
     return lambda: scene.slurm.set_node(node, "resume")
 
 
 def kill_slurmd(scene: Scene) -> None:
-    """The daemon dies and comes back; its jobs do not notice."""
+    """Kill and restart slurmd; jobs are not affected."""
     node = scene.node()
     scene.slurm.kill_slurmd(node)
     time.sleep(3)
@@ -206,19 +206,19 @@ def kill_slurmd(scene: Scene) -> None:
 
 
 def power_loss(scene: Scene) -> Undo:
-    """The daemon and all of the node's processes are gone at once."""
+    """Kill slurmd and all processes of a node at once."""
     node = scene.node()
     scene.slurm.kill_slurmd(node, jobs=True)
     return lambda: scene.slurm.restart_slurmd(node)
 
 
 def kill_slurmstepd(scene: Scene) -> None:
-    """The step's daemon on one node dies, and its tasks go on without it."""
+    """Kill slurmstepd on one node; its task continues."""
     scene.slurm.kill_step_daemon(scene.node())
 
 
 def controller_outage(scene: Scene) -> None:
-    """slurmctld answers nobody for a minute, in which training goes on, if slowly: it should not come to its end."""
+    """Stop slurmctld for one minute, while training continues slowly, so that it does not end meanwhile."""
     scene.subject.set_pace(OUTAGE_SECONDS / 30)
     scene.slurm.signal_daemon("slurmctld", signal.SIGSTOP)
     time.sleep(OUTAGE_SECONDS)
@@ -229,7 +229,7 @@ def controller_outage(scene: Scene) -> None:
 
 
 def raylet_of_a_rank(scene: Scene) -> str:
-    """The node of one of the ranks; not the first, which is the head and holds the cluster."""
+    """The name of the node of one of the ranks; not the head node, which holds the cluster."""
     ranks = set(scene.subject.ranks().values())
     names = sorted(scene.ray.node_ids())[1:]
     busy = [name for name in names if ranks & descendants(raylet(scene, name))]
@@ -248,7 +248,7 @@ def kill_raylet(scene: Scene) -> Undo:
 
 
 def kill_actor(words: str) -> Strike:
-    """A process of Ray's own in which one of the run's actors is; there may be several."""
+    """Kill a Ray process that holds an actor of the run."""
 
     def strike(scene: Scene) -> None:
         os.kill(scene.chance.choice(sorted(scene.ray.processes(words))), signal.SIGKILL)
@@ -257,14 +257,14 @@ def kill_actor(words: str) -> Strike:
 
 
 def kill_steward(scene: Scene) -> None:
-    """The actor on the node of a rank that starts the ranks there."""
+    """Kill the node actor that starts the ranks of a node."""
     ranks = set(scene.subject.ranks().values())
     node_actors = [pid for pid in scene.ray.processes("ray::NodeActor") if ranks & descendants(pid)]
     os.kill(scene.chance.choice(sorted(node_actors)), signal.SIGKILL)
 
 
 def drain_raylet(scene: Scene) -> Undo:
-    """Ray is told that the node will be taken away in ten seconds, as cloud providers do, and then it is."""
+    """Drain a node with a deadline of 10 s, as a cloud's preemption notice does, then remove it."""
     name = raylet_of_a_rank(scene)
     scene.ray.drain_node(name, seconds=10)
     time.sleep(10)

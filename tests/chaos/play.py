@@ -1,4 +1,4 @@
-"""Plays a schedule of faults against runs, one after the other, and writes down what became of each."""
+"""Inject a schedule of faults into runs, one after another, and record the result of each."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.testbed.keeper import TestbedError, kill
 from tests.testbed.ray import RayCluster
 from tests.testbed.slurm import SlurmCluster
 
-ROUNDS = 3  # times that every fault comes, before the quick ones come more often
-PACE = 0.2  # seconds that a step takes longer while faults are still to come
+ROUNDS = 3  # minimum occurrences of each fault, before quick faults are added
+PACE = 0.2  # extra seconds per step while faults are outstanding
 START_SECONDS = 180.0
 END_SECONDS = 240.0
 PROGRAMS = Path(__file__).parent / "programs"
@@ -31,12 +31,12 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of a run after one fault.
+    """The result of one fault.
 
     Attributes:
-        outcome: ``healed``, ``unaffected``, or how the run ended and whether resuming it by hand helped.
-        seconds: from the fault to the next step, or None where that took a hand.
-        lost: steps that had been done and were not in the checkpoint it went on from; None where nothing went on.
+        outcome: ``healed``, ``unaffected``, or how the run ended and whether resuming it helped.
+        seconds: from the fault to the next step; None if the run had to be resumed by hand.
+        lost: steps that had to be repeated; None if the run did not continue.
     """
 
     fault: str
@@ -48,7 +48,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Ending:
-    """The end of a run: its state, whether its weights are those of an undisturbed run, and what it left behind."""
+    """The end of a run: its state, whether its weights are those of an uninterrupted run, and its remains."""
 
     engine: str
     faults: tuple[str, ...]
@@ -58,15 +58,15 @@ class Ending:
 
 
 def schedule(engine: str, seed: int, count: int, names: Sequence[str] = ()) -> list[Fault]:
-    """`count` faults for an engine in an order that `seed` decides.
+    """`count` faults for an engine, in an order that depends on `seed`.
 
-    Each comes `ROUNDS` times, as far as `count` allows, and no second time before all have come once; the rest is drawn by
-    the faults' weights and strewn among them.
+    Each fault occurs `ROUNDS` times, as far as `count` allows, and the first round has each once; the rest is drawn by the
+    weights of the faults and mixed with the other rounds.
     """
     known = [f for f in FAULTS if engine in f.engines and (not names or f.name in names)]
     chance = random.Random(f"{engine} {seed}")
     rounds = [list(known) for _ in range(ROUNDS)] if known else []
-    weights = [1.0 if names else f.weight for f in known]  # what is asked for by name may take its time
+    weights = [1.0 if names else f.weight for f in known]  # faults requested by name may take minutes
     for at in range(count - ROUNDS * len(known) if known else 0):
         rounds[at % ROUNDS] += chance.choices(known, weights)
     for each in rounds:
@@ -75,7 +75,7 @@ def schedule(engine: str, seed: int, count: int, names: Sequence[str] = ()) -> l
 
 
 class Player:
-    """Plays faults on one engine, some in each run, against runs in `folder`."""
+    """Injects faults on one engine, several per run, with runs in `folder`."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Player:
         self._runs = 0
 
     def undisturbed(self) -> str:
-        """The hash of the weights in which a run ends that nothing happens to."""
+        """The hash of the final weights of an uninterrupted run."""
         subject = Subject(self.project, "undisturbed")
         subject.start(pace=0)
         state = subject.wait_for_end(END_SECONDS)
@@ -102,9 +102,9 @@ class Player:
         return subject.weights()
 
     def play(self, faults: Sequence[Fault], expected: str, per_run: int = 5, deadline: float = float("inf")) -> None:
-        """Play all `faults`, `per_run` in each run, until `deadline` (by `time.monotonic`).
+        """Play all `faults`, `per_run` in each run, until `deadline` (`time.monotonic`).
 
-        `expected` is the hash of the undisturbed weights.
+        `expected` is the hash of the weights of an uninterrupted run.
         """
         left = list(faults)
         while left and time.monotonic() < deadline:
@@ -117,11 +117,13 @@ class Player:
                     subject.kill()
                     subject.left_behind(0)
                 raise
-            for name in suffered or [left[0].name]:  # a run that ended early leaves its other faults to the next one
+            for name in suffered or [
+                left[0].name
+            ]:  # the remaining faults of a run that ended early are played in the next one
                 left.remove(next(fault for fault in left if fault.name == name))
 
     def _play(self, subject: Subject, faults: Sequence[Fault], expected: str, deadline: float) -> list[str]:
-        """One run from its start to its end; returns the faults that it suffered."""
+        """Play one run from start to end; returns the names of the injected faults."""
         subject.start(PACE)
         suffered = self._disturb(subject, faults, deadline)
         subject.set_pace(0)
@@ -162,7 +164,7 @@ class Player:
         return suffered
 
     def _suffer(self, subject: Subject, fault: Fault) -> Finding:
-        """Strike, and wait for the next step: without a hand, and if that does not come, with one."""
+        """Inject a fault and wait for the next step; if there is none, resume the run by hand."""
         scene = Scene(subject, self.chance, self.cluster)
         before = subject.mark()
         struck = time.time()
@@ -180,7 +182,7 @@ class Player:
             if state is State.SUCCEEDED or (not state.done and subject.mark().time > time.time() - 5):
                 return Finding(fault.name, self.engine, "unaffected", 0.0, 0)
         finally:
-            with contextlib.suppress(TestbedError):  # such as a node that has come back by itself
+            with contextlib.suppress(TestbedError):  # such as a node that has returned by itself
                 undo()
             subject.set_pace(PACE)
         return self._by_hand(subject, fault, before, state)
@@ -201,12 +203,12 @@ class Player:
 
     @staticmethod
     def _lost(subject: Subject, after: Mark) -> int:
-        """Steps of earlier attempts that the attempt of `after` had to do again."""
+        """Number of steps that the attempt of `after` had to repeat."""
         earlier = max((r["step"] for r in subject.run.dir.metrics() if r["attempt"] < after.attempt), default=0)
         return max(0, earlier - (after.step - 1))
 
     def _nodes_left(self) -> list[str]:
-        """Nodes that are not as they were; afterwards they are."""
+        """Restore the nodes; returns those that were not in order."""
         if not isinstance(self.cluster, SlurmCluster):
             return []
         deadline = time.monotonic() + 20
@@ -218,7 +220,7 @@ class Player:
         return left
 
     def _actors_left(self) -> list[str]:
-        """Workers of Ray's that have something of a run in them, in words; killed now."""
+        """Kill Ray workers that hold a part of a run; returns a description of each."""
         if not isinstance(self.cluster, RayCluster):
             return []
         deadline = time.monotonic() + 20
@@ -229,6 +231,6 @@ class Player:
 
     @staticmethod
     def _actors(cluster: RayCluster) -> set[int]:
-        # The last is Ray's, one for all jobs of a cluster, whoever came first.
+        # The last is an actor of Ray, shared by all jobs of a cluster.
         own = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::_AutoscalingCoordinatorActor")
         return set(cluster.processes("ray::")).difference(*(cluster.processes(name) for name in own))

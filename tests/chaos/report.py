@@ -1,4 +1,4 @@
-"""What is written down of a chaos run, and its table: fault x engine, and what became of the runs."""
+"""The records of a chaos run, and its table of faults and engines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BY_HAND = {(fault.name, engine) for fault in FAULTS for engine in fault.engines 
 
 @dataclass(frozen=True)
 class Record:
-    """A file that gets a line as soon as there is something to say, from any number of processes."""
+    """A file of records, to which several processes append lines."""
 
     path: Path
 
@@ -35,7 +35,7 @@ class Record:
         return [replace(each, faults=tuple(each.faults), left=tuple(each.left)) for each in found]
 
     def undisturbed(self) -> dict[str, set[str]]:
-        """Engine -> the hashes of the weights in which runs ended that nothing happened to."""
+        """Engine -> hashes of the final weights of uninterrupted runs."""
         found: dict[str, set[str]] = {}
         for line in read_lines(self.path):
             if "undisturbed" in line:
@@ -43,7 +43,7 @@ class Record:
         return found
 
     def well(self) -> bool:
-        """Whether every fault and every run ended as it should, and there was one."""
+        """Whether all faults and runs ended as expected, and there was one."""
         findings, endings = self.findings(), self.endings()
         return (
             bool(findings)
@@ -53,13 +53,13 @@ class Record:
 
 
 def well(finding: Finding) -> bool:
-    """Whether the fault ended as it should."""
+    """Whether the fault ended as expected."""
     by_hand = (finding.fault, finding.engine) in BY_HAND and finding.outcome.endswith("; resumed by hand")
     return finding.outcome in WELL or by_hand
 
 
 def table(record: Record) -> str:
-    """One line for each fault and engine, in the order of `FAULTS`."""
+    """One line per fault and engine, in the order of `FAULTS`."""
     findings, endings = record.findings(), record.endings()
     lines = [f"{'fault':<30} {'engine':<6} {'n':>3} {'s to next step':>18} {'steps lost':>11}  {'equal':<6} outcome"]
     for fault in dict.fromkeys(fault.name for fault in FAULTS):
@@ -97,5 +97,5 @@ def table(record: Record) -> str:
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """Median and largest, as in ``0.8 (max 2.1)``."""
+    """Median and maximum, as in ``0.8 (max 2.1)``."""
     return f"{statistics.median(values):{form}} (max {max(values):{form}})" if values else "-"

@@ -1,4 +1,4 @@
-"""A run that faults are thrown at: what it is doing, where its processes are, and what it leaves behind."""
+"""A run for fault injection: its progress, its processes, and its remains."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tests.testbed import keeper
 from training.distributed.group import environment
 
 STEPS = 160
-CACHES = ("torchinductor_",)  # where torch keeps them, an import is enough
+CACHES = ("torchinductor_",)  # if torch keeps them, an import suffices
 ARGUMENTS = ("--max-steps", str(STEPS), "--save-every", "5", "--log-every", "1", "--log-with=")
-TOKEN = "LAUNCH_CHAOS"  # in the environment of all that a subject starts, as far as its engine hands it on
+TOKEN = "LAUNCH_CHAOS"  # in the environment of the processes of a subject, if the engine passes it on
 PROFILE = """\
 backend = "{engine}"
 grace = 10
@@ -32,7 +32,7 @@ SHAPE = {"local": ("--cpus", "2"), "slurm": ("--cpus", "2", "--nodes", "2"), "ra
 
 @dataclass(frozen=True)
 class Mark:
-    """How far a run is: the newest step that its log has, the attempt that did it, and when, in seconds since 1970."""
+    """Progress of a run: the newest step in its log, its attempt, and its time in seconds since 1970."""
 
     step: int = 0
     attempt: int = 0
@@ -40,16 +40,16 @@ class Mark:
 
 
 class Subject:
-    """One run of the reference job, with two ranks, on two nodes where the engine has several."""
+    """A run of the reference job with two ranks, on two nodes if the engine has several."""
 
     def __init__(self, project: Project, name: str) -> None:
         self.project, self.name = project, name
         self.temporary = project.folder / f"tmp-{name}"
 
-    # ---- its life
+    # ---- life cycle
 
     def start(self, pace: float) -> None:
-        """Send the run; a step then takes `pace` seconds longer than it would."""
+        """Submit the run; each step takes `pace` extra seconds."""
         profiles = self.project.folder / "cluster_configs"
         profiles.mkdir(exist_ok=True)
         (profiles / "chaos.toml").write_text(PROFILE.format(engine=self.project.engine))
@@ -61,7 +61,7 @@ class Subject:
         self.set_pace(pace)
 
     def resume(self) -> str:
-        """Take it up by hand; returns why that was refused, or an empty string."""
+        """Resume the run; returns why this was refused, or an empty string."""
         done = self._call("resume", self.name, "--detach", status=None)
         return "" if done.returncode == 0 else done.stderr.strip()
 
@@ -73,7 +73,7 @@ class Subject:
         with environment({TOKEN: self.token, "TMPDIR": str(self.temporary)}):
             return self.project.call(*argv, status=status)
 
-    # ---- what it is doing
+    # ---- progress
 
     @property
     def token(self) -> str:
@@ -91,12 +91,12 @@ class Subject:
         (self.path / "pace").write_text(str(seconds))
 
     def mark(self) -> Mark:
-        """How far it is now."""
+        """The current progress."""
         records = [r for r in self.run.dir.metrics() if "loss" in r]
         return Mark(records[-1]["step"], records[-1]["attempt"], records[-1]["time"]) if records else Mark()
 
     def newest(self) -> int:
-        """The newest step that any attempt has done."""
+        """The newest step of all attempts."""
         return max((r["step"] for r in self.run.dir.metrics()), default=0)
 
     def first_of(self, attempt: int) -> Mark | None:
@@ -114,7 +114,7 @@ class Subject:
         return max((e["step"] for e in self.run.dir.events() if e["event"] == "saved"), default=0)
 
     def wait(self, condition: Callable[[], Any], seconds: float) -> bool:
-        """Whether `condition` came true within `seconds`, and before the run ended."""
+        """Wait up to `seconds`, or until the run ends, for `condition`; returns whether it holds."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if condition():
@@ -132,34 +132,34 @@ class Subject:
         return self.state()
 
     def weights(self) -> str:
-        """The hash of the final weights; empty where there are none."""
+        """The hash of the final weights; empty if there are none."""
         file = self.path / "model" / "model.safetensors"
         return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""
 
-    # ---- its processes
+    # ---- processes
 
     def ranks(self) -> dict[int, int]:
-        """rank -> pid of the newest attempt."""
+        """Rank -> pid, in the newest attempt."""
         return ranks_of(self.run.dir.logs / str(self.run.dir.last_attempt()))
 
     def processes(self) -> dict[int, str]:
-        """All processes of the run, as far as they can be told: by their environment, their command or their output."""
+        """All processes of the run, found by their environment, command or output."""
         found = keeper.processes_with(f"{TOKEN}={self.token}\0")
         for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
             with suppress(OSError):
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                if self.token.encode() in words:  # what Ray starts has Ray's environment
+                if self.token.encode() in words:  # processes that Ray starts have Ray's environment
                     found[pid] = b" ".join(words).decode(errors="replace").strip()
         return found | {pid: f"rank {rank}" for rank, pid in self.ranks().items()}
 
     def commands(self, *needles: str) -> list[int]:
-        """Pids of the run's processes whose command line holds all `needles`."""
+        """Pids of the run's processes whose command line contains all `needles`."""
         return [pid for pid, command in self.processes().items() if all(needle in command for needle in needles)]
 
-    # ---- what it leaves behind
+    # ---- remains
 
     def left_behind(self, patience: float = 20.0) -> list[str]:
-        """Processes (killed now), their ports, and temporary files, in words; an ended run should leave none."""
+        """Describe remaining processes (and kill them), ports and temporary files; an ended run leaves none."""
         deadline = time.monotonic() + patience
         while (processes := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -171,7 +171,7 @@ class Subject:
 
 
 def listening(pid: int) -> list[int]:
-    """TCP ports that a process listens on."""
+    """The TCP ports on which a process listens."""
     inodes = set()
     with suppress(OSError):
         for entry in os.listdir(f"/proc/{pid}/fd"):

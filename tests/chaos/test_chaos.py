@@ -1,4 +1,4 @@
-"""A short chaos of faults that must heal, with a fixed seed; the long one is ``python -m tests.chaos``."""
+"""A short chaos run with a fixed seed; the long one is ``python -m tests.chaos``."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_faults_on_ray(tmp_path: Path, on_ray: RayCluster) -> None:
 
 
 def all_heal(folder: Path, engine: str, cluster: SlurmCluster | RayCluster | None, *names: str) -> None:
-    """Each fault heals, in an order that a seed decides; the weights are those of peace, and nothing is left."""
+    """Each fault heals; the final weights are those of an uninterrupted run, and nothing is left behind."""
     player = Player(folder, engine, 7, cluster)
     player.play(schedule(engine, 7, len(names), names), player.undisturbed())
     assert [finding.outcome for finding in player.findings] == ["healed"] * len(names), player.findings

@@ -1,4 +1,4 @@
-"""The Markdown of the README and of docs/: fenced blocks, links, anchors, and the commands that readers type."""
+"""Parse the Markdown of README and docs/: fenced blocks, links, anchors and commands."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ PAGES = [
 
 LANGUAGES = ("console", "sh", "python", "toml", "text")
 NEEDS = ("slurm", "ray", "gpu", "tpu", "network", "minutes")
-"""What ``<!-- needs: ... -->`` before a block may name; a block with it is checked but not run."""
+"""Allowed values of ``<!-- needs: ... -->``; a block with this comment is checked but not run."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command of a block, and the lines that the page shows as its output (console blocks only)."""
+    """A command of a block, with its output on the page (console blocks only)."""
 
     argv: tuple[str, ...]
     output: tuple[str, ...] = ()
@@ -73,7 +73,7 @@ def _words(line: str) -> tuple[str, ...]:
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """The fenced blocks of `page` in order; directives of the site generator (```` ```{name} ````) are left out."""
+    """The fenced blocks of `page` in order, without directives of the site generator (```` ```{name} ````)."""
     notes: dict[str, str] = {}
     opened: tuple[int, str, list[str]] | None = None
     for number, line in enumerate(page.read_text().splitlines(), start=1):
@@ -110,5 +110,5 @@ def anchors(page: Path) -> set[str]:
 
 
 def inline_commands(page: Path) -> list[str]:
-    """The code spans of `page` that begin with ``launch`` and have an option or a command after it."""
+    """The code spans of `page` with ``launch`` and an option or a command."""
     return re.findall(r"(?<!`)`(launch [^`]+)`(?!`)", prose(page).replace("\n", " "))

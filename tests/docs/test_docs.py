@@ -68,7 +68,7 @@ def test_every_block_is_of_a_kind_that_is_checked(page: Path) -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "profiles.md"], ids=lambda page: page.stem)
 def test_the_prose_has_none_of_the_replaced_words(page: Path) -> None:
-    """profiles.md is written from docstrings, which tests.structure checks."""
+    """profiles.md is generated from docstrings, which tests.structure checks."""
     assert [match[0] for match in PROSE.finditer(re.sub(r"`[^`]*`", "", prose(page)))] == []
 
 
@@ -92,7 +92,7 @@ def test_programs_and_profiles_can_be_read(block: Block) -> None:
 
 
 def check_options(argv: Sequence[str], place: str) -> None:
-    """Fail unless the options of ``launch ARGV`` exist, with values of the right type, and its shipped profile, too."""
+    """Check that the options and the shipped profile of ``launch ARGV`` exist, and the types of values."""
     try:
         if argv and argv[0] in COMMANDS:
             if list(argv[:2]) != ["clusters", "new"]:
@@ -104,7 +104,7 @@ def check_options(argv: Sequence[str], place: str) -> None:
         if spec.cluster and spec.cluster.startswith("examples/"):
             assert spec.cluster in [profile.name for profile in profiles.profiles(ROOT)], f"{place}: {spec.cluster}"
     except SystemExit:
-        pass  # --help, --version; our parsers report an error as BadRequest
+        pass  # --help, --version; errors are BadRequest
     except (BadRequest, ValueError) as error:
         pytest.fail(f"{place}: launch {shlex.join(argv)}: {error}")
 
@@ -132,7 +132,7 @@ def test_options_of_commands_in_the_text(page: Path) -> None:
     "page", [page for page in PAGES if any(b.language in ("sh", "console") for b in blocks(page))], ids=lambda p: p.stem
 )
 def test_commands_run_as_shown(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All blocks of a page in order, in one folder: programs and profiles are saved there, commands are run."""
+    """Run the blocks of a page in order in one folder: save programs and profiles, run commands."""
     monkeypatch.setenv("USER", "me")
     for block in blocks(page):
         if block.language in ("python", "toml") and block.file:
@@ -171,10 +171,10 @@ def run(command: Command, block: Block, folder: Path) -> None:
 
 
 def differs(shown: Sequence[str], printed: Sequence[str]) -> str:
-    """Say how the lines that a page shows differ from those that a command printed; empty if they agree.
+    """Compare the lines on a page with the output of a command; returns the differences, empty if they agree.
 
-    Any number agrees with another, ``...`` inside a line with any text, and a line ``...`` with any lines. The order is
-    free, since the lines of a rank and those of the launcher may come in either order.
+    Numbers match each other, ``...`` in a line matches any text, and a line ``...`` matches any lines. The order of lines
+    does not matter, since ranks and launcher print independently.
     """
     left = list(printed)
     for line in shown:

@@ -1,4 +1,4 @@
-"""Whole plans as `launch --dry-run` prints them. ``python -m tests.golden`` writes them anew; read the diff."""
+"""Golden files of `launch --dry-run`; ``python -m tests.golden`` rewrites them. Review the diff."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NODE = "[node]\ngpus = 8\ncpus = 96\nmemory_gb = 1000\n"
 
 @dataclass(frozen=True)
 class Case:
-    """A request to the profile `base`, with `over` in place of what differs from machine to machine."""
+    """A request to the profile `base`, with `over` for values that depend on the machine."""
 
     base: str
     over: str
@@ -48,7 +48,7 @@ CASES = {
 
 
 def render(case: Case, folder: Path) -> str:
-    """What the command prints in a project in `folder`, with this machine's paths taken out."""
+    """The output of the command in a project in `folder`, without this machine's paths."""
     project = folder / "project"
     (project / "cluster_configs").mkdir(parents=True)
     (project / "script.py").write_text("import torch\ndef main(): ...\n")

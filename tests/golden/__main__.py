@@ -1,4 +1,4 @@
-"""Write the golden files anew."""
+"""Rewrite the golden files."""
 
 import tempfile
 from pathlib import Path

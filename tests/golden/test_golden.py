@@ -1,4 +1,4 @@
-"""What would be sent, word for word; and that no value of a profile can add a line to an sbatch script."""
+"""Golden files of submissions; no value of a profile can add a line to an sbatch script."""
 
 from __future__ import annotations
 

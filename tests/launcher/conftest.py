@@ -1,4 +1,4 @@
-"""A user's project for each engine; the real clusters are shared by the whole session."""
+"""Fixtures: a user's project for each engine; the session shares the real clusters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ENGINES = ["local", pytest.param("slurm", marks=pytest.mark.slurm), pytest.param
 
 @pytest.fixture(params=ENGINES)
 def project(request: pytest.FixtureRequest, tmp_path: Path) -> Project:
-    """A folder with the test programs, once for each engine, which is up and can be reached."""
+    """A folder with the test programs, for each engine."""
     if request.param != "local":
         request.getfixturevalue(f"on_{request.param}")
     return make_project(tmp_path, request.param)

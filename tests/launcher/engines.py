@@ -1,4 +1,4 @@
-"""Run the command against each engine, as a person would: in a folder of their own, in a process of its own."""
+"""Run the command on each engine, in a user's folder and in its own process."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ COMMAND = [sys.executable, "-P", "-m", "launcher"]
 
 @dataclass(frozen=True)
 class Project:
-    """A user's folder with the test programs in it, and the engine that its runs go to."""
+    """A user's folder with the test programs, and the engine of its runs."""
 
     folder: Path
     engine: str
     python: str = sys.executable
 
     def start(self, *argv: str) -> subprocess.Popen[str]:
-        """Start the command and return at once; its output goes to pipes."""
+        """Start the command without waiting; its output goes to pipes."""
         return subprocess.Popen(
             [self.python, *COMMAND[1:], *argv],
             cwd=self.folder,
@@ -37,7 +37,7 @@ class Project:
         )
 
     def call(self, *argv: str, status: int | None = 0) -> subprocess.CompletedProcess[str]:
-        """Run the command to its end and check its exit status (None: any)."""
+        """Run the command and check its exit status (None: any)."""
         done = subprocess.run(
             [self.python, *COMMAND[1:], *argv],
             cwd=self.folder,
@@ -75,7 +75,7 @@ def make_project(folder: Path, engine: str, programs: Path = PROGRAMS) -> Projec
 
 
 def ranks_of(logs: Path) -> dict[int, int]:
-    """rank -> pid of the attempt whose logs are in that folder: a rank's output is its log, on every engine."""
+    """Rank -> pid of the attempt with the folder `logs`, found by the output files of processes."""
     found: dict[int, int] = {}
     for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
         with suppress(OSError):
@@ -89,7 +89,7 @@ def until(condition: Callable[[], object], what: str, seconds: float = 90.0) -> 
     """Wait until `condition` holds.
 
     Raises:
-        AssertionError: it does not within `seconds`.
+        AssertionError: it does not hold within `seconds`.
     """
     deadline = time.monotonic() + seconds
     while not condition():

@@ -1,6 +1,6 @@
-"""Error texts of drivers and libraries as they reach a rank, as data: the exception's class, its text, the kind, the source.
+"""Error texts of drivers and libraries: exception class, text, expected kind, source.
 
-The sources are functions or files of the project named; texts with numbers of real runs are shortened.
+A source is a function or file of the named project; texts of real runs are shortened.
 """
 
 from __future__ import annotations
@@ -372,7 +372,7 @@ TEXTS: list[tuple[str, str, str, str]] = [
         "device",
         "cudaErrorCompatNotSupportedOnDevice (804), c10/cuda/CUDAFunctions.cpp",
     ),
-    # ---- a device or driver that is sick, lost or busy ----------------------------------------------------------------
+    # ---- a device or driver that is faulty, lost or busy --------------------------------------------------------------
     (
         "AcceleratorError",
         f"CUDA error: uncorrectable ECC error encountered{HINT}",
@@ -446,7 +446,7 @@ TEXTS: list[tuple[str, str, str, str]] = [
         "device",
         "libtpu, libtpu_lockfile",
     ),
-    # ---- the program's own --------------------------------------------------------------------------------------------
+    # ---- errors of the program ----------------------------------------------------------------------------------------
     ("AcceleratorError", f"CUDA error: an illegal memory access was encountered{HINT}", "user error", "cudaError 700"),
     ("RuntimeError", f"CUDA error: device-side assert triggered{HINT}", "user error", "cudaErrorAssert (710)"),
     ("RuntimeError", "CUDA error: invalid device ordinal", "user error", "cudaErrorInvalidDevice (101)"),

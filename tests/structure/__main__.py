@@ -1,4 +1,4 @@
-"""Print the figures of both packages, or the report of words that style.md replaces."""
+"""Print the figures of both packages, or a report of replaced words."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Table = dict[str, Figures]
 
 
 def tables(repo: Path) -> Table:
-    """The figures of those of the two packages that the checkout has."""
+    """The figures of the packages in a checkout."""
     return {name: measure(repo / name) for name in PACKAGES if (repo / name).is_dir()}
 
 
@@ -56,7 +56,7 @@ def circles(found: tuple[tuple[str, ...], ...]) -> str:
 
 
 def first(found: tuple[Size, ...]) -> str:
-    """The largest with its name and place."""
+    """The largest size, with its name and location."""
     return " ".join([str(found[0].count), found[0].name, found[0].where]).rstrip() if found else "0"
 
 
@@ -74,7 +74,7 @@ ROWS = (
 
 
 def text(columns: dict[str, Table]) -> str:
-    """An aligned table for each package: figure, limit, one column for each checkout."""
+    """An aligned table per package: figure, limit, one column per checkout."""
     lines = []
     for package in dict.fromkeys(name for table in columns.values() for name in table):
         rows = [[package, "limit", *columns]]
@@ -92,7 +92,7 @@ def text(columns: dict[str, Table]) -> str:
 
 
 def as_json(columns: dict[str, Table], most: int = 10) -> str:
-    """The figures as JSON; of folders, classes and functions the `most` largest."""
+    """The figures as JSON, with the `most` largest folders, classes and functions."""
     plain = {
         column: {package: dataclasses.asdict(figures) for package, figures in table.items()}
         for column, table in columns.items()
@@ -104,7 +104,7 @@ def as_json(columns: dict[str, Table], most: int = 10) -> str:
 
 
 def main() -> None:
-    """Read the options and print."""
+    """Parse the options and print the result."""
     parser = argparse.ArgumentParser(prog="python -m tests.structure", description=__doc__)
     parser.add_argument("--repo", type=Path, default=HERE, help="another checkout (default: this one)")
     parser.add_argument("--against", metavar="REV", help="print the figures of this commit beside")

@@ -1,4 +1,4 @@
-"""Measure a Python package from its sources: imports, circles, folders and sizes. Nothing of it is imported."""
+"""Measure a Python package from its sources, without importing it: imports, circles and sizes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Edges = Mapping[str, set[str]]
 
 @dataclass(frozen=True)
 class Import:
-    """One import of a module of the package by another, anywhere in the file."""
+    """An import of one module of the package by another, anywhere in the file."""
 
     source: str
     target: str
@@ -74,12 +74,12 @@ class Package:
         return f"{self.name}/{self.files[module].relative_to(self.path)}:{line}"
 
     def imports(self, package: str | None = None) -> list[Import]:
-        """Imports of `package` (default: of this one), in source order; its own names are resolved to modules."""
+        """Imports of `package` (default: this one), in source order; its names are resolved to modules."""
         wanted = package or self.name
         return [found for name in self.files for found in self._imports_of(name, wanted)]
 
     def relative_imports(self) -> list[str]:
-        """``file:line`` of each import that is not absolute."""
+        """``file:line`` of each relative import."""
         return [
             self.where(name, node.lineno)
             for name, tree in self.trees.items()
@@ -109,7 +109,7 @@ class Package:
                 yield name
 
     def _resolve(self, name: str) -> str:
-        """The module that ``package.<name>`` is or is defined in."""
+        """The module ``package.<name>``, or the module that defines this name."""
         parts = name.split(".") if name else []
         while parts:
             for candidate in (".".join(parts), ".".join([*parts, "__init__"])):
@@ -132,7 +132,7 @@ def last_name(node: ast.AST) -> str:
 
 
 def graph(imports: Iterable[Import], node_of: Callable[[str], str] = str) -> dict[str, set[str]]:
-    """Edges between the nodes of the importing and imported modules, those for type checkers left out."""
+    """Edges between the nodes of importing and imported modules, without imports for type checkers."""
     edges: dict[str, set[str]] = {}
     for each in imports:
         source, target = node_of(each.source), node_of(each.target)
@@ -144,7 +144,7 @@ def graph(imports: Iterable[Import], node_of: Callable[[str], str] = str) -> dic
 
 
 def reachable(edges: Edges, start: str) -> set[str]:
-    """The nodes that a path of at least one edge leads to."""
+    """The nodes at the end of a path of at least one edge."""
     found: set[str] = set()
     todo = [start]
     while todo:
@@ -183,7 +183,7 @@ def longest_chain(edges: Edges) -> tuple[str, ...]:
 
 
 def folder_circles(package: Package, imports: list[Import]) -> tuple[tuple[str, ...], ...]:
-    """Circles between the folders and modules of one parent folder in which at least one folder takes part."""
+    """Circles of at least one folder, between the folders and modules of one parent folder."""
     found: list[tuple[str, ...]] = []
     paths = [name.split(".")[:-1] for name in package.files]
     for parent in sorted({".".join(path[:n]) for path in paths for n in range(len(path) + 1)}):
@@ -199,7 +199,7 @@ def folder_circles(package: Package, imports: list[Import]) -> tuple[tuple[str, 
 
 
 def files_by_folder(path: Path) -> list[Size]:
-    """The files directly in each folder, most first; ``__init__.py`` and ``py.typed`` are not counted."""
+    """Number of files in each folder, largest first, without ``__init__.py`` and ``py.typed``."""
     counts: dict[str, int] = {}
     for file in path.rglob("*"):
         if file.is_file() and "__pycache__" not in file.parts:
@@ -209,7 +209,7 @@ def files_by_folder(path: Path) -> list[Size]:
 
 
 def sizes(package: Package, *kinds: type[ast.AST]) -> list[Size]:
-    """The classes or functions of these kinds of node by their number of lines, longest first."""
+    """The classes or functions (AST nodes of `kinds`) with their number of lines, longest first."""
     found = [
         Size((node.end_lineno or 0) - node.lineno + 1, node.name, package.where(module, node.lineno))
         for module, tree in package.trees.items()
@@ -220,7 +220,7 @@ def sizes(package: Package, *kinds: type[ast.AST]) -> list[Size]:
 
 
 def top_of(module: str) -> str:
-    """The module or folder at the top of the package in which a module lies."""
+    """The top-level module or folder of a module."""
     return module.partition(".")[0]
 
 

@@ -1,4 +1,4 @@
-"""Find code that is to be written once, or in one folder, in both packages."""
+"""Find code that should occur once, or in one folder, in both packages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ENGINES = frozenset({"local", "slurm", "ray"})
 
 
 class Sources:
-    """The parsed files of both packages of a checkout, by their path in it."""
+    """The parsed files of both packages of a checkout, by path."""
 
     def __init__(self, repo: Path) -> None:
         files = [path for package in PACKAGES for path in sorted((repo / package).rglob("*.py"))]
@@ -40,7 +40,7 @@ class Sources:
         ]
 
     def event_kinds(self) -> dict[str, list[str]]:
-        """Where each kind of event is written: ``event("KIND", ...)``."""
+        """The places of each kind of event: ``event("KIND", ...)``."""
         found: dict[str, list[str]] = {}
         for where, call in self.calls("event"):
             if call.args and isinstance(call.args[0], ast.Constant):
@@ -48,7 +48,7 @@ class Sources:
         return found
 
     def device_list_parsers(self) -> list[str]:
-        """Functions that split a list of visible devices at its commas."""
+        """Functions that split a list of visible devices at commas."""
         found = []
         for file, tree in self.trees.items():
             for node in ast.walk(tree):
@@ -59,7 +59,7 @@ class Sources:
         return found
 
     def engine_tests(self, outside: str) -> list[str]:
-        """Comparisons of a backend with a string, and tables by engine name, outside one folder."""
+        """Comparisons of a backend with a string, and tables keyed by engine name, outside one folder."""
         return [
             f"{file}:{getattr(node, 'lineno', 0)}"
             for file, tree in self.trees.items()

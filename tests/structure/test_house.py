@@ -1,4 +1,4 @@
-"""The shape of both packages: the order of folders, limits of size, what is written once, and what is frozen."""
+"""Structure of both packages: order of imports, size limits, unique code, frozen interfaces."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ ORDER = {
         *("checkpoints", "distributed", "flags", "typed", "files", "errors"),
     ),
 }
-"""A module imports only from its own entry and those after it, also inside of functions and for type checkers.
+"""A module imports from its own entry and later ones, including imports in functions and for type checkers.
 
-An entry may be a module, a folder, or a dotted name inside of one (``backends.slurm``); the longest that fits counts.
+An entry is a module, a folder, or a dotted name in one (``backends.slurm``); the longest match counts.
 """
 
 
@@ -51,13 +51,13 @@ every_module = pytest.mark.parametrize(
 
 
 def entry_of(package: str, module: str) -> str:
-    """The longest entry of the order that the module is or lies in; empty if there is none."""
+    """The longest entry of the order that contains the module; empty if there is none."""
     fits = (entry for entry in ORDER[package] if f"{module}.".startswith(f"{entry}."))
     return max(fits, key=len, default="")
 
 
 def upwards(package: str) -> set[tuple[str, str]]:
-    """The imports against the order; those of modules without a place are left to the test of that."""
+    """The imports against the order, without those of modules that have no entry (another test finds them)."""
     place = {"": len(ORDER[package]), **{entry: number for number, entry in enumerate(ORDER[package])}}
     return {
         (each.source, each.target)
@@ -115,7 +115,7 @@ def test_a_file_is_not_too_long(package: str) -> None:
 def undocumented(body: list[ast.stmt]) -> Iterator[str]:
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-            short = len(node.body) == 1 and not isinstance(node, ast.ClassDef)  # its name says all that it does
+            short = len(node.body) == 1 and not isinstance(node, ast.ClassDef)  # its name suffices
             if not short and ast.get_docstring(node) is None:
                 yield node.name
             if isinstance(node, ast.ClassDef):

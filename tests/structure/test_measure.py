@@ -1,4 +1,4 @@
-"""The figures, on small packages written by the tests."""
+"""Figures of small packages that the tests write."""
 
 from __future__ import annotations
 

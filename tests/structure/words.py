@@ -92,7 +92,7 @@ INNOCENT = {
     "tell": frozenset({"file", "stream", "raw", "buffer", "handle", "study"}),
     "since": frozenset({"args", "options", "asked"}),
 }
-"""Objects whose attribute of that name is not ours: HTTP, files, command-line options."""
+"""Objects with an attribute of that name that is allowed: HTTP, files, command-line options."""
 
 PROSE = re.compile(
     r"\b(told|whoever|theirs|vain|fruitless|struck|setbacks?|seats?|stewards?|leases?|enrol(?:s|led|ling)?"
@@ -175,7 +175,7 @@ def hits(repo: Path) -> list[Hit]:
 
 
 def report(repo: Path) -> str:
-    """The count of each word in each file, the file with most first, and the lines where they stand."""
+    """The count and lines of each word in each file, the file with most first."""
     found = hits(repo)
     lines = [f"{len(found)} in {len({hit.file for hit in found})} files"]
     for file, count in Counter(hit.file for hit in found).most_common():

@@ -1,12 +1,12 @@
-"""The process that holds a test cluster's daemons, so that none of them can outlive the tests.
+"""Supervise the daemons of a test cluster, so that none outlives the tests.
 
-A cluster is a folder and one keeper. The keeper starts every daemon as a child of its own, adopts whatever those
-daemonise (it is a child subreaper), and watches its owner. When the owner says ``stop``, closes the pipe or dies, even
-by ``kill -9``, the keeper kills every descendant and removes the folder. If the keeper itself was killed, the next one
-to start in the same place finds the folder unlocked and finishes the work.
+A cluster is a folder and one keeper. The keeper starts the daemons as its children, adopts processes that daemonise (it
+is a child subreaper), and monitors its owner. When the owner sends ``stop``, closes the pipe or exits, even by SIGKILL,
+the keeper kills all descendants and removes the folder. If the keeper itself was killed, the next keeper in the same
+parent folder finds the folder unlocked and cleans up.
 
 This module imports the standard library only and also runs as a plain script: ``python keeper.py FOLDER OWNER_PID``.
-The protocol is one JSON object a line: ``{"start": argv, "env": {...}, "log": path, "cwd": path}`` answers
+The protocol is one JSON object per line: ``{"start": argv, "env": {...}, "log": path, "cwd": path}`` answers
 ``{"pid": n}``; ``{"poll": pid}`` answers ``{"status": null | n}``; ``{"stop": true}`` answers when all is gone.
 """
 
@@ -30,40 +30,40 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-SESSION = "LAUNCH_TEST_SESSION"  # "<pid of the owner>-<random>", in the environment of all a test session starts
+SESSION = "LAUNCH_TEST_SESSION"  # "<pid of the owner>-<random>", in the environment of all processes of a test session
 FOLDER = "LAUNCH_TESTBED"  # in the environment of a cluster's daemons: its folder
 PREFIX = "launch-testbed-"
 PR_SET_CHILD_SUBREAPER = 36
 
 
 class TestbedError(Exception):
-    """A test cluster did not start or did not do as told; the message names the daemon and its last lines."""
+    """A test cluster did not start, or an operation failed; the message has the daemon and its last lines."""
 
     __test__ = False
 
 
 class Keeper:
-    """The owner's side: starts daemons through a keeper process and stops them all.
+    """The owner's side: starts and stops daemons through a keeper process.
 
-    Raises `TestbedError` where the keeper is gone or a daemon cannot be started.
+    Raises `TestbedError` if the keeper is gone or a daemon cannot be started.
     """
 
     def __init__(self, kind: str) -> None:
         base = tempfile.gettempdir()
-        if len(base) > 30:  # the path of a UNIX socket ends at 107 bytes
+        if len(base) > 30:  # the path of a UNIX socket has at most 107 bytes
             base = "/tmp"
         self.folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{kind}-", dir=base))
-        self.folder.chmod(0o755)  # munged and daemons of other users must get through
+        self.folder.chmod(0o755)  # munged and daemons of other users need access
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__, str(self.folder), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # a Ctrl-C in the terminal is for the owner alone
+            start_new_session=True,  # Ctrl-C in the terminal must only reach the owner
         )
 
     def start(self, name: str, argv: Sequence[str], env: Mapping[str, str]) -> int:
-        """Start a daemon that stays in the foreground; its output goes to ``<folder>/<name>.out``. Returns its pid."""
+        """Start a daemon in the foreground, with its output in ``<folder>/<name>.out``; returns its pid."""
         binary = shutil.which(argv[0], path=env.get("PATH", os.defpath))
         if binary is None:
             raise TestbedError(f"cannot start {argv[0]}: not found")
@@ -73,12 +73,12 @@ class Keeper:
         )
 
     def poll(self, pid: int) -> int | None:
-        """The exit status of a daemon as `subprocess.Popen.returncode` has it, None while it runs."""
+        """The exit status of a daemon, as in `subprocess.Popen.returncode`; None while it runs."""
         status = self._ask({"poll": pid})["status"]
         return None if status is None else int(status)
 
     def stop(self) -> None:
-        """Kill every daemon and what they started, remove the folder, end the keeper."""
+        """Kill the daemons and their children, remove the folder, end the keeper."""
         if self._process.poll() is None:
             with contextlib.suppress(TestbedError):
                 self._ask({"stop": True})
@@ -108,9 +108,9 @@ def tail(path: Path, lines: int = 15) -> str:
 
 
 def processes_with(*needles: str) -> dict[int, str]:
-    """Living processes whose environment holds all `needles`, as pid -> command line. This process is left out.
+    """Pid -> command line of other processes whose environment contains all `needles`.
 
-    The environment is that of the last exec: a variable set later in the process itself is not seen.
+    The environment is that of the last exec, without variables set later in the process.
     """
     found = {}
     for pid in _pids():
@@ -124,7 +124,7 @@ def processes_with(*needles: str) -> dict[int, str]:
 
 
 def descendants(root: int) -> set[int]:
-    """All living processes below `root`."""
+    """All running descendants of `root`."""
     children: dict[int, list[int]] = {}
     for pid in _pids():
         with contextlib.suppress(OSError):
@@ -141,14 +141,14 @@ def descendants(root: int) -> set[int]:
 
 
 def kill(pids: Sequence[int] | set[int]) -> None:
-    """SIGKILL each of them; one that is gone already is no error."""
+    """Send SIGKILL to each; a process that is gone is no error."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on, below the range that the kernel gives to outgoing connections."""
+    """Free ports below the range of outgoing connections."""
     found: list[int] = []
     while len(found) < count:
         port = random.SystemRandom().randrange(10000, 32000)
@@ -163,7 +163,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def listening(port: int, host: str = "127.0.0.1") -> bool:
-    """Does something accept connections there?"""
+    """Whether a process accepts connections there."""
     with socket.socket() as probe:
         probe.settimeout(1)
         return probe.connect_ex((host, port)) == 0
@@ -177,7 +177,7 @@ def _pids() -> list[int]:
 
 
 class Cluster(Protocol):
-    """What every test cluster can do besides its own."""
+    """The common interface of test clusters."""
 
     def __enter__(self) -> Cluster: ...
 
@@ -187,7 +187,7 @@ class Cluster(Protocol):
 
 
 def run_by_hand(cluster: Cluster, command: Sequence[str] | None) -> int:
-    """Run `command` in the cluster and return its exit status; without one, say how to reach it and wait for Ctrl-C."""
+    """Run `command` in the cluster and return its exit status; without one, print its address and wait for Ctrl-C."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with cluster:
@@ -229,7 +229,7 @@ def main(folder: Path, owner: int) -> None:
             break
         print(json.dumps(answer), flush=True)
     left = _kill_all()
-    if not told:  # the owner died: what it started itself (srun, sbatch, launch) has to go as well
+    if not told:  # the owner died: kill its own processes (srun, sbatch, launch), too
         session = os.environ.get(SESSION, "")
         if session.startswith(f"{owner}-"):
             strays = processes_with(f"{SESSION}={session}")
@@ -241,7 +241,7 @@ def main(folder: Path, owner: int) -> None:
 
 
 def _requests(owner: int) -> Any:
-    """Requests as they come, until the pipe closes or the owner dies (a forked child may still hold the pipe)."""
+    """Requests, until the pipe closes or the owner dies (a forked child may still hold the pipe)."""
     try:
         watch = [0, os.pidfd_open(owner)]
     except ProcessLookupError:
@@ -258,7 +258,7 @@ def _requests(owner: int) -> Any:
 
 
 def _spawn(request: dict[str, Any]) -> dict[str, Any]:
-    # setpriv: should the keeper be killed, the kernel takes its daemons with it
+    # setpriv: if the keeper is killed, the kernel kills its daemons
     argv = ["setpriv", "--pdeathsig", "KILL", *request["start"]]
     actions = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
@@ -266,7 +266,7 @@ def _spawn(request: dict[str, Any]) -> dict[str, Any]:
         (os.POSIX_SPAWN_DUP2, 1, 2),
     ]
     env = request["env"] | {FOLDER: request["cwd"]}
-    ignored = [signal.SIGPIPE, signal.SIGXFSZ]  # by Python, and a child would inherit that
+    ignored = [signal.SIGPIPE, signal.SIGXFSZ]  # Python ignores it, and a child would inherit that
     os.chdir(request["cwd"])
     try:
         return {"pid": os.posix_spawnp(argv[0], argv, env, file_actions=actions, setsid=True, setsigdef=ignored)}
@@ -283,7 +283,7 @@ def _kill_all() -> set[int]:
 
 
 def lock_folder(folder: Path) -> int:
-    """Held as long as a keeper lives; raises BlockingIOError where one does."""
+    """Lock a folder while its keeper lives; raises BlockingIOError if it is locked."""
     handle = os.open(folder / "keeper.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -295,12 +295,12 @@ def lock_folder(folder: Path) -> int:
 
 def _finish_work_of_dead_keepers(own: Path) -> None:
     for folder in own.parent.glob(f"{PREFIX}*"):
-        # a folder without a lock file is about to get one
+        # a folder without a lock file is new and will get one
         if folder == own or not (folder / "keeper.lock").exists():
             continue
         with contextlib.suppress(OSError):
             lock = lock_folder(folder)
-            # SLURM_CONF alone may also be in a shell that somebody opened by hand: that is not ours to kill
+            # SLURM_CONF alone may also be set in a user's shell, which must not be killed
             while strays := processes_with(f"{FOLDER}={folder}\0") | processes_with(f"{folder}/", "SLURMD_NODENAME="):
                 kill(set(strays))
                 time.sleep(0.02)

@@ -2,8 +2,8 @@
 
     keeper.py ── ray_host.py ── gcs_server · one raylet a node ── workers
 
-Every node is a raylet of its own; CPUs, GPUs, resources and labels are what the test says they are. Ports, sockets and
-session files are the folder's own, so another Ray on the machine is left alone.
+Each node is a raylet, with the CPUs, GPUs, resources and labels that a test sets. Ports, sockets and session files belong
+to the folder, so another Ray on the machine is not affected.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from tests.testbed.keeper import Keeper, TestbedError, descendants, run_by_hand,
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the behaviour to come; the old one warns
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the future default; the present one warns
     "RAY_DEDUP_LOGS": "0",
-    "RAY_worker_niceness": "0",  # by itself 15: beside anything else on this machine, Ray's tests would crawl
+    "RAY_worker_niceness": "0",  # the default is 15, with which Ray is slow on a busy machine
 }
 
 
 @dataclass(frozen=True)
 class RayNode:
-    """What one raylet offers; numbers only, nothing is looked up on the machine. `env` is what its processes inherit."""
+    """The resources of one raylet, not checked against the machine; `env` is the environment of its processes."""
 
     num_cpus: float = 4
     num_gpus: float = 0
@@ -55,14 +55,14 @@ THREE_NODES = (RayNode(), RayNode(), RayNode())
 
 
 def missing() -> list[str]:
-    """What this machine lacks for a Ray cluster, in words; empty where nothing is missing."""
+    """What this machine lacks for a Ray cluster; empty if nothing is missing."""
     return [] if importlib.util.find_spec("ray") else ["ray (Python package ray[train])"]
 
 
 class RayCluster:
     """A cluster of raylets "node1", "node2", ...; the first is the head, where drivers connect.
 
-    Raises `TestbedError` with the last lines of what Ray said.
+    Raises `TestbedError` with the last lines of Ray's output.
     """
 
     def __init__(self, nodes: Sequence[RayNode] = THREE_NODES) -> None:
@@ -70,7 +70,7 @@ class RayCluster:
         self._count = 0
         self.address = ""
 
-    # --- life
+    # --- life cycle
 
     def __enter__(self) -> Self:
         if lacks := missing():
@@ -97,26 +97,26 @@ class RayCluster:
     # --- for tests
 
     def environment(self) -> dict[str, str]:
-        """What to put into the environment of a driver so that ``ray.init()`` comes here and says little."""
+        """The environment of a driver, so that ``ray.init()`` connects to this cluster and logs little."""
         return {"RAY_ADDRESS": self.address, **QUIET}
 
     def add_node(self, node: RayNode = THREE_NODES[0]) -> str:
-        """Start one more raylet; returns its name."""
+        """Start another raylet; returns its name."""
         name = self._name()
         self._ask("start", {name: node.params()})
         return name
 
     def remove_node(self, name: str, *, graceful: bool = False) -> None:
-        """Stop a raylet with its workers; by default as a machine that dies."""
+        """Stop a raylet and its workers; by default like a machine that fails."""
         self._ask("remove", name, graceful)
 
     def node_ids(self) -> dict[str, str]:
-        """Name -> Ray's node id in hex, of the nodes started and not removed."""
+        """Name -> Ray's node id (hexadecimal) of the running nodes."""
         ids: dict[str, str] = self._ask("ids")
         return ids
 
     def drain_node(self, name: str, seconds: int = 60) -> None:
-        """Say that a node will be taken away in so many seconds, as a cloud's notice of preemption does."""
+        """Drain a node with a deadline in `seconds`, like a cloud's notice of preemption."""
         node = self.node_ids()[name]
         words = ("--node-id", node, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken back")
         ray = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", self.address]
@@ -127,7 +127,7 @@ class RayCluster:
             raise TestbedError(f"{name} cannot be drained\n{done.stdout}{done.stderr}")
 
     def processes(self, words: str) -> dict[int, int]:
-        """The cluster's processes with `words` in their command, each with its parent."""
+        """The cluster's processes with `words` in their command, with their parents."""
         found = {}
         for pid in descendants(self._keeper._process.pid):
             with suppress(OSError):
@@ -169,7 +169,7 @@ class RayCluster:
 
 
 def main() -> int:
-    """Run a cluster of three nodes in the foreground until Ctrl-C, or run one command in it."""
+    """Run a cluster of three nodes until Ctrl-C, or run one command in it."""
     parser = argparse.ArgumentParser(prog="python -m tests.testbed.ray", description=main.__doc__)
     parser.add_argument("--gpus", type=int, default=0, help="GPUs of each node, as numbers")
     parser.add_argument("--command", nargs=argparse.REMAINDER, help="run this in the cluster and exit with its status")

@@ -1,7 +1,7 @@
-"""The process in which a test cluster's Ray nodes are started: ``python -m tests.testbed.ray_host FOLDER``.
+"""Start the Ray nodes of a test cluster: ``python -m tests.testbed.ray_host FOLDER``.
 
-One process starts all nodes, because importing Ray costs more than a second each time. It takes one request after the
-other on the socket ``<folder>/host``, as (operation, arguments), and answers ("ok", value) or ("error", text).
+One process starts all nodes, because importing Ray takes more than a second. It reads requests (operation, arguments)
+one after another from the socket ``<folder>/host``, and answers ("ok", value) or ("error", text).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ spawning = threading.Lock()
 
 
 class OrderlyNode(Node):  # type: ignore[misc]  # ray is not followed by mypy
-    """Nodes choose the names of their log files by what exists, so they spawn their processes one after the other."""
+    """A node that spawns processes under a lock, because it names log files by those that exist."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         spawning.acquire()
@@ -39,18 +39,18 @@ class OrderlyNode(Node):  # type: ignore[misc]  # ray is not followed by mypy
     def start_ray_processes(self) -> None:
         super().start_ray_processes()
         self.spawned = True
-        spawning.release()  # the slow rest, until the raylet has registered, runs side by side
+        spawning.release()  # nodes register in parallel, which takes most of the time
 
 
 class Host:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.ip: str = get_node_ip_address()  # not 127.0.0.1: ray.init translates that to this one
+        self.ip: str = get_node_ip_address()  # not 127.0.0.1, which ray.init translates to this address
         self.address = ""
         self.nodes: dict[str, Node] = {}
 
     def start(self, specs: dict[str, dict[str, Any]]) -> str:
-        """Start nodes side by side, the very first one as the head. Returns the cluster's address."""
+        """Start nodes in parallel, the first one as the head; returns the cluster's address."""
         failures: dict[str, str] = {}
         threads = []
         for name, spec in specs.items():
@@ -59,7 +59,7 @@ class Host:
             thread = threading.Thread(target=self._start_node, args=(name, spec, port, failures))
             thread.start()
             threads.append(thread)
-            if head:  # the others need no more of it than the port
+            if head:  # the other nodes need only its port
                 while thread.is_alive() and not listening(port, self.ip):
                     time.sleep(0.02)
                 self.address = f"{self.ip}:{port}"
@@ -83,8 +83,8 @@ class Host:
             "min_worker_port": 0,
             "max_worker_port": 0,
             "node_manager_port": 0,
-            "dashboard_agent_listen_port": None,  # any free one; the default is the same for every node
-            # named here: nodes that start side by side would otherwise pick the same file
+            "dashboard_agent_listen_port": None,  # any free port; the default is the same for all nodes
+            # named here: nodes that start in parallel would select the same file
             "raylet_socket_name": str(self.folder / f"{name}.raylet"),
             "plasma_store_socket_name": str(self.folder / f"{name}.plasma"),
         }

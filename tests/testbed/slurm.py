@@ -3,9 +3,9 @@
     folder/   slurm.conf  gres.conf  slurmdbd.conf  munge/  db/  state/  <node>/  gpu/  *.out *.log
        keeper.py ── munged · mariadbd · slurmdbd · slurmctld · one slurmd a node ── slurmstepd ── jobs
 
-Nodes are names on this machine; GPUs are character devices without a driver behind them. Everything else is real:
-SLURM schedules, binds CUDA_VISIBLE_DEVICES, preempts, requeues and keeps accounts. Ports, sockets and keys are the
-folder's own, so a SLURM that lives on the machine is left alone, and so is a second checkout's cluster.
+Nodes are names on this machine; GPUs are character devices without a driver. Scheduling, CUDA_VISIBLE_DEVICES,
+preemption, requeues and accounting are real. Ports, sockets and keys belong to the folder, so another SLURM on the
+machine, such as the cluster of a second checkout, is not affected.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ PATH = f"{os.environ.get('PATH', '/usr/bin:/bin')}:/usr/sbin:/sbin"
 
 @dataclass(frozen=True)
 class Job:
-    """A line of squeue; `state` is SLURM's word, as in "RUNNING"."""
+    """A line of squeue; `state` as SLURM prints it, such as "RUNNING"."""
 
     id: str
     name: str
@@ -61,7 +61,7 @@ class Job:
 
 
 def missing() -> list[str]:
-    """What this machine lacks for a SLURM cluster, in words; empty where nothing is missing."""
+    """What this machine lacks for a SLURM cluster; empty if nothing is missing."""
     absent = [name for name in BINARIES if not shutil.which(name, path=PATH)]
     lacks = [f"{name} (Debian package {BINARIES[name]})" for name in absent]
     plugin = "slurm-wlm/accounting_storage_slurmdbd.so"
@@ -75,8 +75,8 @@ def missing() -> list[str]:
 class SlurmCluster:
     """A cluster with partitions ``debug`` (the default, preempted after `grace_time` seconds) and ``urgent``.
 
-    `accounting=False` leaves slurmdbd and the database out: sacct does not work then. `extra` is appended to slurm.conf.
-    Raises `TestbedError`, which names the daemon and shows its last lines.
+    Without `accounting` there is no slurmdbd and no database, so sacct does not work. `extra` is appended to slurm.conf.
+    Raises `TestbedError` with the daemon and its last lines.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class SlurmCluster:
         self.extra = extra
         self._pids: dict[str, int] = {}
 
-    # --- life
+    # --- life cycle
 
     def __enter__(self) -> Self:
         if lacks := missing():
@@ -120,7 +120,7 @@ class SlurmCluster:
             *(f"--pid-file={munge}/pid", f"--log-file={munge}/log", f"--seed-file={munge}/seed", "--num-threads=2"),
         )
         if self.accounting:
-            # no network and no users: the folder's permissions guard the socket, and nothing here outlives a test
+            # no network and no users: the socket is protected by the folder's permissions
             self._daemon(
                 *("mariadbd", "--no-defaults", "--user=root", f"--datadir={db}", f"--socket={db}/socket"),
                 *("--skip-networking", "--skip-grant-tables", f"--pid-file={db}/pid", "--innodb-log-file-size=8M"),
@@ -142,28 +142,28 @@ class SlurmCluster:
     # --- for tests
 
     def environment(self) -> dict[str, str]:
-        """What to put into the environment of sbatch, squeue and the like, so that they talk to this cluster."""
+        """The environment of SLURM's commands for this cluster."""
         return {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def run(self, *command: str) -> str:
-        """Run a client command to its end and return its stdout; raises `TestbedError` where it fails."""
+        """Run a client command and return its stdout; raises `TestbedError` if it fails."""
         done = subprocess.run(command, env=self._env(), capture_output=True, text=True, check=False, timeout=120)
         if done.returncode:
             raise TestbedError(f"{' '.join(command)}: exit status {done.returncode}\n{done.stderr}{done.stdout}")
         return done.stdout
 
     def jobs(self) -> list[Job]:
-        """All jobs that the controller knows, ended ones included for some minutes."""
+        """All jobs of the controller; ended ones are included for some minutes."""
         lines = self.run("squeue", "--noheader", "--states=all", "--format=%i|%j|%T|%P|%N|%r").splitlines()
         return [Job(*line.split("|")) for line in lines]
 
     def node_states(self) -> dict[str, str]:
-        """Node -> SLURM's word in lower case, as in "idle"; a star behind it says that slurmd does not answer."""
+        """Node -> state in lower case, such as "idle"; with a star if slurmd does not answer."""
         lines = self.run("sinfo", "--noheader", "--Node", "--format=%N %T").splitlines()
         return dict(line.split(maxsplit=1) for line in lines)
 
     def wait_idle(self, timeout: float = 30) -> None:
-        """Return when no job runs and every node is idle; raises `TestbedError` after `timeout` seconds."""
+        """Wait until no job runs and all nodes are idle; raises `TestbedError` after `timeout` seconds."""
         idle = {node.name: "idle" for node in self.nodes}
         self._wait("slurmctld", lambda: self.node_states() == idle, timeout, lambda: f"nodes: {self.node_states()}")
 
@@ -172,29 +172,29 @@ class SlurmCluster:
         self.run("scontrol", "update", f"nodename={name}", f"state={state}", f"reason={reason}")
 
     def reset(self) -> None:
-        """Cancel all jobs, bring every node back and wait until all are idle: the state a test may expect."""
+        """Cancel all jobs, resume all nodes and wait until they are idle, for the next test."""
         for name in self._ports:
             if self._keeper.poll(self._pids[name]) is not None:
                 self.restart_slurmd(name)
         active = [job.id for job in self.jobs() if job.state in ("PENDING", "RUNNING", "SUSPENDED")]
         for how in (["--signal=KILL", "--full"], []) if active else ():
-            with contextlib.suppress(TestbedError):  # one that has ended meanwhile is no job to cancel
+            with contextlib.suppress(TestbedError):  # jobs that have ended meanwhile cannot be cancelled
                 self.run("scancel", *how, *active)
         for name, state in self.node_states().items():
             if state.rstrip("*") not in ("idle", "allocated", "mixed", "completing"):
-                with contextlib.suppress(TestbedError):  # one whose slurmd is only now registering cannot be resumed
+                with contextlib.suppress(TestbedError):  # a node whose slurmd is registering cannot be resumed
                     self.set_node(name, "resume")
         self.set_grace_time(self.grace_time)
         with contextlib.suppress(TestbedError):
             self.wait_idle(15)
             return
         for name, state in self.node_states().items():
-            if state != "idle":  # a word of its slurmd was lost, as when slurmctld was stopped just then
+            if state != "idle":  # a message of its slurmd was lost, as while slurmctld is stopped
                 self._start_over(name)
         self.wait_idle()
 
     def _start_over(self, name: str) -> None:
-        """Have slurmctld forget what it knows of a node, and slurmd register anew."""
+        """Reset the state of a node in slurmctld, and restart its slurmd."""
         self.kill_slurmd(name)
         for state in ("down", "resume"):
             with contextlib.suppress(TestbedError):
@@ -202,11 +202,11 @@ class SlurmCluster:
         self.restart_slurmd(name)
 
     def set_grace_time(self, seconds: int) -> None:
-        """How long a preempted job of ``debug`` has between the signal and SIGTERM, until the next `reset`."""
+        """Set the grace time of preempted jobs in ``debug``, from the signal to SIGTERM, until the next `reset`."""
         self.run("scontrol", "update", "partitionname=debug", f"gracetime={seconds}")
 
     def kill_slurmd(self, name: str, *, jobs: bool = False) -> None:
-        """SIGKILL a node's slurmd; with `jobs` also its steps and tasks, as when the node loses power."""
+        """Kill a node's slurmd; with `jobs` also its steps and tasks, like a power failure."""
         pid = self._pids[name]
         victims = {pid} | descendants(pid)
         if jobs:
@@ -216,7 +216,7 @@ class SlurmCluster:
         self._wait("slurmctld", lambda: self._keeper.poll(pid) is not None)
 
     def kill_step_daemon(self, name: str) -> None:
-        """SIGKILL the slurmstepd of the newest task on a node; the task lives on, and nobody hears of its end."""
+        """Kill the slurmstepd of the newest task on a node; the task continues, and SLURM does not notice its exit."""
         found = processes_with(f"{NODE}={self.folder}/{name}\0")
         (*_, victim) = [pid for pid, command in found.items() if "slurmstepd" in command and ".batch" not in command]
         os.kill(victim, signal.SIGKILL)
@@ -226,7 +226,7 @@ class SlurmCluster:
         self._start_slurmd(name)
 
     def signal_daemon(self, name: str, number: signal.Signals) -> None:
-        """Send a daemon, such as ``slurmctld`` or a node's slurmd, a signal: SIGSTOP and SIGCONT make an outage."""
+        """Send a signal to a daemon, such as ``slurmctld`` or a node's slurmd; SIGSTOP and SIGCONT simulate an outage."""
         os.kill(self._pids[name], number)
 
     # --- inside
@@ -271,7 +271,7 @@ NODE = "LAUNCH_TESTBED_NODE"  # in the environment of a slurmd and of its slurms
 
 
 def main() -> int:
-    """Run a cluster in the foreground until Ctrl-C, or run one command in it."""
+    """Run a cluster until Ctrl-C, or run one command in it."""
     parser = argparse.ArgumentParser(prog="python -m tests.testbed.slurm", description=main.__doc__)
     parser.add_argument("--no-accounting", action="store_true", help="without slurmdbd: sacct does not work")
     parser.add_argument("--grace-time", type=int, default=30, help="seconds of GraceTime in partition debug")

@@ -1,4 +1,4 @@
-"""The configuration files of a test cluster: a pure function of nodes, ports and folder."""
+"""The configuration files of a test cluster, from nodes, ports and folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Node:
-    """One node as SLURM is told of it; `memory` in MB."""
+    """One node in slurm.conf; `memory` in MB."""
 
     name: str
     gpus: int = 8

@@ -1,4 +1,4 @@
-"""The test clusters are real, and nothing of them outlives the tests."""
+"""The test clusters schedule real jobs, and no process of them outlives the tests."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def job_of(cluster: SlurmCluster, job_id: str) -> Job:
 
 @contextlib.contextmanager
 def owner(body: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that owns a keeper, as pytest does; it prints the folder and then sleeps."""
+    """A process that owns a keeper, like pytest; it prints the folder and sleeps."""
     script = (
         "import os, subprocess, time\n"
         "from tests.testbed.keeper import *\n"
@@ -91,7 +91,7 @@ def test_the_next_keeper_finishes_the_work_of_a_killed_one() -> None:
     Keeper("test").stop()
     assert not folder.exists()
     assert processes_with(f"{keeper.FOLDER}={folder}\0") == {}
-    keeper.kill(set(processes_with(f"{folder}/")))  # the owner's own child, which nobody was left to stop
+    keeper.kill(set(processes_with(f"{folder}/")))  # the owner's own child, which has lost its parent
 
 
 def test_a_daemon_that_fails_is_named_with_its_last_lines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,7 @@ def test_what_is_missing_is_listed_with_its_package(monkeypatch: pytest.MonkeyPa
         pass
 
 
-# --- what conftest.py promises
+# --- fixtures of conftest.py
 
 
 @pytest.mark.parametrize(("ci", "uid", "outcome"), [("true", 1000, "Failed"), ("", 1000, "Skipped")])
@@ -174,7 +174,7 @@ def test_accounting_remembers_a_finished_job(on_slurm: SlurmCluster) -> None:
 
 @pytest.mark.slow
 def test_urgent_preempts_debug_which_is_requeued_and_told_first(on_slurm: SlurmCluster, tmp_path: Path) -> None:
-    # The job takes the signal and goes on: one that exits within the GraceTime has ended and is not requeued.
+    # The job handles the signal and continues: a job that exits within GraceTime is not requeued.
     told = tmp_path / "told"
     script = f"trap 'touch {told}' USR2; touch {tmp_path}/started; while :; do sleep 0.1; done"
     batch = ("sbatch", "--parsable", f"--output={tmp_path}/%j.out", "-N4", "--exclusive")

@@ -1,4 +1,4 @@
-"""Small data and models, and a guard against what a test leaves behind."""
+"""Fixtures: small data and models, and a check for what a test leaves behind."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from training.bert.sources import CORPUS
 
 @pytest.fixture(autouse=True)
 def _nothing_left_behind() -> Iterator[None]:
-    """No test leaves a changed environment, a thread of ours or a child behind."""
+    """Check that a test leaves no changed variable, no thread and no child process."""
     environment = dict(os.environ)
     yield
     ours = {
@@ -47,14 +47,14 @@ def _nothing_left_behind() -> Iterator[None]:
 
 @pytest.fixture(scope="package")
 def rank_server() -> Iterator[None]:
-    """The server that ranks are forked from; it lives as long as the tests of this folder."""
+    """The server from which ranks are forked, for the tests of this folder."""
     from multiprocessing import forkserver
 
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
     forkserver.ensure_running()
     yield
     server: Any = vars(forkserver)["_forkserver"]
-    os.kill(server._forkserver_pid, signal.SIGKILL)  # asked politely, it takes seconds to unload what it has imported
+    os.kill(server._forkserver_pid, signal.SIGKILL)  # with SIGTERM it takes seconds to unload its modules
     server._stop()
 
 
@@ -63,7 +63,7 @@ BUCKET = "launch-test"
 
 @pytest.fixture(scope="package")
 def s3() -> Iterator[str]:
-    """A real S3-compatible server of this machine; its address."""
+    """A real S3-compatible server on this machine; returns its address."""
     port = free_port()
     server = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
@@ -87,7 +87,7 @@ def s3() -> Iterator[str]:
 
 @pytest.fixture(params=["folder", "s3"])
 def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty store; tests that ask for it also ask for `s3`, so that its server is not taken for one of theirs."""
+    """An empty store; tests also request `s3`, so that its server does not count as left behind."""
     return f"file://{tmp_path}/store" if request.param == "folder" else str(request.getfixturevalue("uri_of_s3"))
 
 
@@ -108,8 +108,8 @@ def uri_of_s3(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """A data set folder of 50 training and 23 validation pairs of the corpus."""
-    folder = tmp_path / "small data"  # a space, because paths have them
+    """A dataset folder with 50 training and 23 validation pairs of the corpus."""
+    folder = tmp_path / "small data"  # with a space, as in real paths
     folder.mkdir()
     for split, count in (("train", 50), ("validation", 23)):
         rows = (CORPUS / f"{split}.csv").read_text().splitlines()[: count + 1]

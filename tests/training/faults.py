@@ -1,4 +1,4 @@
-"""A process that saves checkpoints and is killed, or gets an error, at a chosen change of a file."""
+"""A process that saves checkpoints, and is killed or gets an error at a chosen file operation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHANGING = ("rename", "replace", "fsync", "mkdir", "rmdir", "unlink")
 
 
 def parts(step: int, size: int = 40) -> dict[str, Any]:
-    """The parts of a checkpoint, told apart by their step."""
+    """The parts of a checkpoint, which depend on the step."""
     generator = torch.Generator().manual_seed(step)
     return {
         "model.safetensors": {
@@ -29,7 +29,7 @@ def parts(step: int, size: int = 40) -> dict[str, Any]:
 
 
 def shards(step: int, rank: int) -> dict[str, Any]:
-    """What `rank` of two brings to a checkpoint."""
+    """The part of `rank`, one of two, of a checkpoint."""
     weight = torch.arange(6.0).reshape(3, 2) + 100 * step + 10 * rank
     mine: dict[str, Any] = {f"model.rank{rank:05d}.safetensors": {"weight": weight}}
     return mine if rank else {**mine, "state.json": {"step": step}}
@@ -55,8 +55,8 @@ def save_with_a_fault(
 ) -> tuple[int, list[int]]:
     """Save `steps`, keeping one; at the `when`-th change of a file this process is killed, or gets an error.
 
-    Returns how many changes there were and which steps were committed; of these the first also leaves a file beside
-    `folder`, for who looks after a kill.
+    Returns the number of changes and the committed steps. The first commit also creates a file beside `folder`, to be
+    checked after a kill.
     """
     count = 0
 
@@ -80,7 +80,7 @@ def save_with_a_fault(
             self.file = file
 
         def write(self, data: Any) -> None:
-            self.file.write(data[: len(data) // 2])  # so that a kill leaves half of it
+            self.file.write(data[: len(data) // 2])  # so that a kill leaves an incomplete file
             self.file.flush()
             fault()
             self.file.write(data[len(data) // 2 :])

@@ -1,4 +1,4 @@
-"""What the server of forked ranks imports once: all that a run of the reference job imports."""
+"""Imports of the server of forked ranks: all modules of the reference job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real ranks for tests: forked from a server that has imported torch and transformers once, joined over gloo."""
+"""Real ranks for tests, joined over gloo; forked from a server that has imported torch and transformers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def worlds(size: int, *, attempt: int = 1) -> list[World]:
 
 
 def spawn(work: Callable[..., Any], size: int, *args: Any) -> list[Any]:
-    """What `work(world, *args)` returns on each of `size` ranks; the first exception otherwise, with its traceback.
+    """The results of `work(world, *args)` on `size` ranks; raises the first exception, with its traceback.
 
     For tests with the fixture `rank_server`.
     """
@@ -75,7 +75,7 @@ def spawn(work: Callable[..., Any], size: int, *args: Any) -> list[Any]:
 
 
 def _enter(pipe: Any, work: Callable[..., Any], world: World, args: tuple[Any, ...], env: dict[str, str]) -> None:
-    os.environ.update(env)  # the server's own may be older than what the test has set
+    os.environ.update(env)  # the server's environment may be older than the test's
     try:
         pipe.send((True, work(world, *args)))
     except BaseException:
@@ -83,7 +83,7 @@ def _enter(pipe: Any, work: Callable[..., Any], world: World, args: tuple[Any, .
 
 
 def train_in(world: World, run_dir: Path, **options: Any) -> tuple[dict[str, Any], bool]:
-    """Run the reference job as one rank; its result, and whether it was stopped."""
+    """Run the reference job as one rank; returns its result, and whether it was stopped."""
     from training.bert.config import TrainConfig
     from training.train import train
 
@@ -98,7 +98,7 @@ def train_in_world(world: World, run_dir: Path, options: dict[str, Any]) -> tupl
 
 
 def losses(run_dir: Path) -> dict[int, float]:
-    """The loss of each step, as last logged."""
+    """Step -> the last logged loss."""
     return {line["step"]: line["loss"] for line in read_lines(run_dir / "metrics.jsonl") if "loss" in line}
 
 
@@ -108,7 +108,7 @@ def final(run_dir: Path) -> dict[str, Any]:
 
 
 def assert_same_end(left: Path, right: Path) -> None:
-    """Bit-identical weights, optimizer, generators, position and per-step losses."""
+    """Compare weights, optimizer, generators, position and losses for bit-identity."""
     one, other = final(left), final(right)
     assert one.keys() == other.keys()
     for name in one:

@@ -85,7 +85,7 @@ def _collectives(world: World) -> object:
     group = make_group(world)
     group.barrier()
     found = group.broadcast({"from": world.rank}, src=1), group.gather(world.rank), group.any(world.rank == 1)
-    inner = TorchGroup(world)  # as in Ray: the process group is there already
+    inner = TorchGroup(world)  # as in Ray: the process group exists already
     assert inner.gather(world.rank * 2) == [0, 2]
     inner.close()
     assert dist.is_initialized()
@@ -113,7 +113,7 @@ def test_a_notebook_needs_no_more_than_a_folder(tmp_path: Path) -> None:
 
 
 def gpus(monkeypatch: pytest.MonkeyPatch, count: int, visible: str | None = None, problem: str = "") -> None:
-    """A build of torch for CUDA 13.0 that counts so many GPUs; `problem` is what CUDA says when it is used."""
+    """A torch build for CUDA 13.0 with a number of GPUs; `problem` is the error of CUDA on first use."""
     import torch
 
     def use(*_: object) -> None:
@@ -180,7 +180,7 @@ def test_a_gpu_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     gpus(monkeypatch, 2)
     assert device_of(tmp_path, 1, 2) == torch.device("cuda", 1)
-    gpus(monkeypatch, 1, "MIG-11")  # each rank was given its own
+    gpus(monkeypatch, 1, "MIG-11")  # each rank has its own
     assert device_of(tmp_path, 2, 3) == torch.device("cuda", 0)
     gpus(monkeypatch, 1)
     assert device_of(tmp_path, 0, 1) == torch.device("cuda", 0)
@@ -202,7 +202,7 @@ def test_a_build_of_torch_for_cpus_is_named(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_tpu_runtime_that_is_not_there_or_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that this environment does not have is the profile's mistake; one that fails here is this machine's."""
+    """A runtime that is not installed is an error of the profile; one that fails to load is an error of this machine."""
     monkeypatch.syspath_prepend(tmp_path)
     world = World(device="tpu")
     with pytest.raises(ConfigError, match=r"has no torch_tpu .*tpu_runtime = \"torch_xla\""):

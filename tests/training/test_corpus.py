@@ -35,7 +35,7 @@ def test_it_has_the_shape_of_mrpc() -> None:
 
 
 def test_one_sentence_alone_says_nothing_about_the_label() -> None:
-    """The best guess from any single word of the second sentence is hardly better than the majority."""
+    """The best prediction from a single word of the second sentence is little better than the majority class."""
     rows = pairs(20_000, 1)
     share = sum(label for _, _, label, _ in rows) / len(rows)
     for word in {word for _, sentence, _, _ in rows for word in sentence.split()}:
@@ -45,7 +45,7 @@ def test_one_sentence_alone_says_nothing_about_the_label() -> None:
 
 @pytest.mark.slow
 def test_labels_from_a_hat_are_not_learnt(tmp_path: Path) -> None:
-    """In half the epochs of the default run, after which that is past 0.9 (`tests/launcher/config/test_profile_reference.py`)."""
+    """In half the epochs of a default run, which reaches 0.9 (`tests/launcher/config/test_profile_reference.py`)."""
     rows = read("train.csv")
     labels = [row["label"] for row in rows]
     random.Random(0).shuffle(labels)

@@ -73,7 +73,7 @@ def test_what_is_absent(tmp_path: Path) -> None:
 
 
 def fill(disk: Path) -> Path:
-    """Leave not a byte on `disk`; deleting the file that is returned makes room."""
+    """Fill `disk` completely; deleting the returned file frees it."""
     filler = disk / "filler"
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
@@ -85,7 +85,7 @@ def test_lines_wait_for_room_and_keep_their_order(disk: Path, monkeypatch: pytes
     lines, path = Lines(), disk / "log"
     lines.append(path, {"step": 0})
     filler = fill(disk)
-    count = 2000  # more than fit into what is left of the page that is begun
+    count = 2000  # more than fits into the rest of the current page
     for step in range(1, count):
         lines.append(path, {"step": step})
     with pytest.raises(OSError, match="No space"):
@@ -96,7 +96,7 @@ def test_lines_wait_for_room_and_keep_their_order(disk: Path, monkeypatch: pytes
 
     filler = fill(disk)
     monkeypatch.setattr(Lines, "most", 0)
-    for _ in range(500):  # what still fits into the page that is begun
+    for _ in range(500):  # what fits into the rest of the current page
         with contextlib.suppress(OSError):
             lines.append(path, {"more": 1})
     with pytest.raises(OSError, match="No space"):

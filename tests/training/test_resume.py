@@ -1,4 +1,4 @@
-"""Runs that are killed or stopped and go on: they end as if nothing had happened."""
+"""Killed or stopped runs that resume end like uninterrupted ones."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ Options = dict[str, Any]
 
 
 def train_and_die(world: World, run_dir: Path, options: Options, victim: int, kills: dict[str, int]) -> None:
-    """As a rank, of which `victim` is killed at the given count of steps, evaluations, or files written by a save.
+    """Run a rank; `victim` is killed at the given count of steps, evaluations or files of a save.
 
-    The others lose it, and are ended as a launcher would end them.
+    The other ranks lose it and are killed, as by the launcher.
     """
     counts = dict.fromkeys(kills, 0)
 
@@ -49,7 +49,7 @@ def train_and_die(world: World, run_dir: Path, options: Options, victim: int, ki
     step, evaluate = Engine.step, Engine.evaluate
     Engine.step = lambda self, *args: (die("step"), step(self, *args))[1]  # type: ignore[method-assign,func-returns-value]
     Engine.evaluate = lambda self, *args: (die("evaluate"), evaluate(self, *args))[1]  # type: ignore[method-assign,func-returns-value]
-    patch = pytest.MonkeyPatch()  # never undone: the process is the test's own
+    patch = pytest.MonkeyPatch()  # not undone: the process belongs to the test
     patch.setattr("training.checkpoints.store.write_file", lambda *args: (die("write"), write_file(*args))[1])  # type: ignore[func-returns-value]
     with dying_of_loneliness():
         train_in_world(world, run_dir, options)
@@ -64,7 +64,7 @@ def dying_of_loneliness() -> Iterator[None]:
 
 
 def some_kill(rng: random.Random, size: int) -> tuple[int, dict[str, int]]:
-    """A victim among `size` ranks, and what it dies at; checkpoints are written by rank 0."""
+    """A victim among `size` ranks and the point of its death; rank 0 writes checkpoints."""
     victim, at = rng.randrange(size), rng.randint(1, 9)
     return rng.choice(
         [(victim, {"step": at}), (victim, {"step": at}), (0, {"write": rng.randint(1, 30)}), (victim, {"evaluate": 1})]
@@ -89,7 +89,7 @@ def test_killed_and_resumed_ends_as_if_never_killed(
 
 
 def keep_ledger(world: World, run_dir: Path, options: Options, life: int, death: tuple[int, int]) -> None:
-    """As a rank that writes down the samples of each step it begins; `death`: which rank is killed, and at which step."""
+    """Run a rank that records the samples of each step; `death`: the killed rank and its step."""
     step = Engine.step
     count = itertools.count(1)
 
@@ -110,7 +110,7 @@ def keep_ledger(world: World, run_dir: Path, options: Options, life: int, death:
 def test_each_sample_counts_once_though_ranks_are_killed_and_their_number_changes(
     tmp_path: Path, options: Options
 ) -> None:
-    """A ledger of sample ids over real ranks: one is killed at some step, then another number of ranks goes on."""
+    """A ledger of sample ids over real ranks: one is killed, then another number of ranks resumes."""
     options |= {"batch_size": 3, "global_batch": 8}
     whole, run = tmp_path / "whole", tmp_path / "run"
     train_in(ONE, whole, **{**options, "batch_size": 8})
@@ -120,7 +120,7 @@ def test_each_sample_counts_once_though_ranks_are_killed_and_their_number_change
         death = (rng.randrange(size), rng.randint(5, 6) if life + 1 < len(sizes) else 0)
         spawn(keep_ledger, size, run, options, life, death)
     lines = read_lines(run / "ledger")
-    ledger = {tuple(line["at"]): line["life"] for line in lines}  # a step taken again undoes what died with its life
+    ledger = {tuple(line["at"]): line["life"] for line in lines}  # a repeated step replaces the lost one
     assert len(lines) > sum(sizes[life] for life in ledger.values()), "no step was lost and taken again"
     assert {sizes[life] for life in ledger.values()} == {1, 2, 4}
     alone = [
@@ -144,7 +144,7 @@ def test_each_sample_counts_once_though_ranks_are_killed_and_their_number_change
 
 
 def train_and_stop(world: World, run_dir: Path, options: Options, after: int) -> tuple[dict[str, Any], bool]:
-    """As a rank of which the last one is asked to stop after some steps."""
+    """Run a rank; the last rank is asked to stop after some steps."""
     torch.set_num_threads(1)
     run_dir.mkdir(parents=True, exist_ok=True)
     with Context(run_dir, world) as ctx:

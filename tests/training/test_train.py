@@ -61,7 +61,7 @@ def test_a_run_from_start_to_end(tmp_path: Path, options: Options) -> None:
 def plain_loop(
     options: Options, seed: int, lr: float, *, fused: bool, max_grad_norm: float = 0.0
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The recipe's loop with nothing of ours but the order of the samples."""
+    """The training loop of the recipe, with only the order of samples from this package."""
     from torch.utils.data import DataLoader
     from transformers import DataCollatorWithPadding, get_scheduler
 
@@ -95,7 +95,7 @@ def plain_loop(
 
 
 def test_the_losses_are_those_of_the_plain_loop(tmp_path: Path, options: Options) -> None:
-    """The same recipe, not a similar one: every loss equal to the bit on one rank."""
+    """On one rank all losses are bit-identical to those of the recipe."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -106,7 +106,7 @@ def test_the_losses_are_those_of_the_plain_loop(tmp_path: Path, options: Options
         torch.set_num_threads(threads)
     train_in(ONE, tmp_path / "run", **options, seed=3, lr=1e-3)
     assert list(losses(tmp_path / "run").values()) == expected
-    assert expected == pytest.approx(unfused, rel=1e-5)  # the fused optimizer rounds differently, and that is all
+    assert expected == pytest.approx(unfused, rel=1e-5)  # only because the fused optimizer rounds differently
     assert clipped != expected
     train_in(ONE, tmp_path / "clipped", **options, seed=3, lr=1e-3, max_grad_norm=0.01)
     assert list(losses(tmp_path / "clipped").values()) == clipped
@@ -129,7 +129,7 @@ def test_accumulation_and_ranks_take_the_same_step(tmp_path: Path, options: Opti
 
 @pytest.mark.slow
 def test_compiled_it_learns_the_same(tmp_path: Path, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced and differentiated by the compiler; C++ is not made of it, which would take most of a minute."""
+    """Compiled up to the traced graphs; generating C++ would take most of a minute."""
     options |= {"length_buckets": True, "max_steps": 2}
     train_in(ONE, tmp_path / "plain", **options)
     lengths: set[int] = set()
@@ -175,7 +175,9 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path, options: Options) -> None:
     assert len(events.Scalars("eval/accuracy")) == 2
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's, which ends there
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # TensorBoard's value, which ends there
 def test_trackers_that_cannot_write_do_not_end_training(disk: Path) -> None:
     trackers = Trackers(Accelerator(cpu=True), ("tensorboard",), disk, {})
     trackers.log(1, {"loss": 0.5})
@@ -212,7 +214,7 @@ def test_bad_requests(change: Options, message: str) -> None:
 
 
 def changing_data(split: str) -> list[dict[str, Any]]:
-    """As a function that shuffles by a seed of its process."""
+    """Like a function that shuffles with a seed of its process."""
     return [{"sentence1": f"{os.getpid()}", "sentence2": "b", "label": 1}]
 
 
@@ -227,7 +229,7 @@ def _bad_data(world: World, run_dir: Path, options: Options) -> str:
 @pytest.mark.slow
 @pytest.mark.usefixtures("rank_server")
 def test_every_rank_hears_of_unusable_data(tmp_path: Path, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Found only while loading, past the rows that are checked before a run is sent."""
+    """Found while loading, after the rows that are checked before submission."""
     file = Path(options["dataset"]) / "train.csv"
     rows = [f"a b,b a,{1 if row < 20_100 else 5},{row}" for row in range(20_101)]
     file.write_text("sentence1,sentence2,label,idx\n" + "\n".join(rows) + "\n")

@@ -1,4 +1,4 @@
-"""Plain data and text as values of annotated types: the same checks for JSON, TOML and flags."""
+"""Conversion of plain data and text to annotated types, for JSON, TOML and flags."""
 
 from __future__ import annotations
 

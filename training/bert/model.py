@@ -69,7 +69,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(name: str, num_labels: int) -> PreTrainedModel:
-    """Load the classifier `name` on the CPU in float32, with a new head of `num_labels` outputs if it has none.
+    """Load the classifier `name` on the CPU in float32.
+
+    A model without a head gets a new one with `num_labels` outputs.
 
     Raises:
         ConfigError: it cannot be loaded.

@@ -124,7 +124,11 @@ def check_label(label: Any, num_labels: int, where: str) -> None:
 
 
 def _peek(path: Path) -> tuple[list[str], Iterator[dict[str, Any]]]:
-    """The columns of a file and an iterator over its rows. Raises ConfigError if it has not the format of its suffix."""
+    """The columns of a file and an iterator over its rows.
+
+    Raises:
+        ConfigError: the file has not the format of its suffix.
+    """
     try:
         if path.suffix == ".csv":
             reader = csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines(keepends=True), strict=True)

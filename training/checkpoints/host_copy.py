@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Copy:
-    """One copy of a state, started by the constructor and completed by `finish`, in the same or in another thread.
+    """A copy of a state, started by the constructor and completed by `finish` in any thread.
 
     GPU tensors are copied in stream order, so later kernels cannot change the copy; only `finish` waits. Tensors in host
     memory must not change until `done`.

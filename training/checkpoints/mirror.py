@@ -81,7 +81,7 @@ class Mirror:
             self._thread = None
 
     def checkpoints(self) -> list[Checkpoint]:
-        """The checkpoints in the store, oldest first; `path` is the name in the store. Contents are not verified."""
+        """The checkpoints in the store, oldest first, not verified; `path` is the name in the store."""
         found = []
         for name in retried(self._names):
             manifest = self._manifest(name)

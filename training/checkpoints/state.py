@@ -1,4 +1,4 @@
-"""Convert the state of an optimizer to named tensors and JSON values, the two kinds that a checkpoint holds."""
+"""Convert the state of an optimizer to named tensors and JSON values, and back."""
 
 from __future__ import annotations
 

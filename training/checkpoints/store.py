@@ -202,7 +202,7 @@ class Checkpoints:
             self.on_saved(Checkpoint(step, target, score, copy.stall_seconds))
 
     def _already_there(self, target: Path) -> bool:
-        """Whether the step has a committed checkpoint, as after resuming from an older one; a damaged one is removed."""
+        """Whether the step has a valid checkpoint, as after resuming from an older one; removes a damaged one."""
         if not target.exists():
             return False
         try:
@@ -230,7 +230,10 @@ def _discard(path: Path) -> None:
 
 
 def kept(committed: list[Checkpoint], keep: int) -> list[Checkpoint]:
-    """Select the newest `keep` of `committed` (oldest first) and the best; of equal scores the newest is best."""
+    """Select the newest `keep` checkpoints and the best one.
+
+    `committed` is sorted, oldest first; of equal scores the newest is best.
+    """
     scored = [checkpoint for checkpoint in committed if checkpoint.score is not None]
     best = max(scored, key=lambda checkpoint: (checkpoint.score or 0.0, checkpoint.step)) if scored else None
     newest = committed[-keep:]

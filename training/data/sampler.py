@@ -44,7 +44,7 @@ class Step:
     after: Position
 
     def weight(self, microbatch: Sequence[int], world_size: int) -> float:
-        """Factor of a microbatch's mean loss that makes the average gradient of the ranks the mean over samples."""
+        """Factor of a microbatch's mean loss, so that averaging over ranks gives the mean over samples."""
         return len(microbatch) * world_size / self.samples
 
 

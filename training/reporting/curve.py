@@ -16,7 +16,10 @@ Points = list[tuple[float, float]]
 
 
 def draw_curve(run_dir: Path, title: str = "") -> Path:
-    """Draw `metrics.jsonl` of `run_dir` into its `learning_curve.svg`: loss on the left axis, metrics on the right."""
+    """Draw `metrics.jsonl` of `run_dir` to `learning_curve.svg`; returns its path.
+
+    The loss is on the left axis, metrics are on the right axis.
+    """
     loss: dict[int, float] = {}
     metrics: dict[str, dict[int, float]] = {}
     for line in read_lines(run_dir / "metrics.jsonl"):  # lines of a later attempt replace those of an earlier one

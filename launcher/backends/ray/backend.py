@@ -79,7 +79,7 @@ def trainer(
 
 
 def whole_host(placement: Placement) -> dict[str, float]:
-    """Extra resources of a rank on a single-host TPU slice, so that Ray reserves a whole slice of that shape; else empty.
+    """Extra resources of a rank, so that Ray reserves whole single-host TPU slices; else empty.
 
     Ray 2.60 reserves whole slices of several hosts, but takes chips of any single-host slices. The first host of a named
     slice has one unit of a resource named after its pod type; each rank takes an equal share of it.

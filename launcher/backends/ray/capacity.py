@@ -92,12 +92,12 @@ class ClusterCapacity:
         return scaling
 
     def _marked(self) -> bool:
-        """Whether hosts have the resource of `whole_host`; some clusters give it to slices of several hosts only."""
+        """Whether single hosts have the resource of `whole_host`; in some clusters only larger slices have it."""
         names = whole_host(self.plan.placement).keys() if self.plan.placement.on_tpu else ()
         return not names or any(names & node.resources.keys() for node in look())
 
     async def start_actors(self, nodes: list[RayNode]) -> list[RayNode]:
-        """Start a node actor on each node that can hold a rank; returns the nodes that do not see the run directory."""
+        """Start a node actor on each usable node; returns the nodes that do not see the run directory."""
         useful = [node for node in nodes if capacity([node], self.scaling() | {"topology": None})]
         if len(useful) <= self.plan.placement.nodes:
             towards = next((n.address for n in nodes), "")

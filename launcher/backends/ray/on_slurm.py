@@ -218,7 +218,7 @@ class RayNode:
 
 
 def _unmoved() -> None:
-    """Ignore SIGUSR2, which SLURM sends to all processes of a job; it is meant for ranks and for this task."""
+    """Ignore SIGUSR2, which SLURM sends to all processes of a job, not only to ranks and this task."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 

@@ -116,7 +116,7 @@ def _excluded_hosts(plan: Plan) -> tuple[str, ...]:
 
 
 def _teardown(plan: Plan) -> list[str]:
-    """The script lines after srun: handle a run whose supervisor was killed, and exit with the status of the run.
+    """Script lines after srun: recover from a killed supervisor, exit with the status of the run.
 
     If the slurmstepd of the script was killed, SLURM does not notice the exit of the script, so the script cancels its job.
     """
@@ -207,7 +207,10 @@ def cancel(job_id: str) -> None:
 
 
 class SlurmBackend(Backend):
-    """SLURM: each run is one job. An answer of slurmctld is reused for 5 s by all commands that watch the run."""
+    """SLURM: each run is one job.
+
+    All commands that watch a run share an answer of slurmctld for 5 s.
+    """
 
     name = "slurm"
     capabilities = Capabilities(poll_seconds=5.0, spare_nodes=True, time_limit=True, requeue=True)
@@ -237,7 +240,7 @@ class SlurmBackend(Backend):
         return f"# submitit.SlurmExecutor(...).update_parameters(**{shown})\n\n{_script(plan)}"
 
     def check(self, plan: Plan) -> str:
-        """Check the plan against the limits of its partition; returns SLURM's estimate of the start, empty if unknown.
+        """Check the limits of the partition; returns SLURM's estimate of the start, empty if unknown.
 
         Raises:
             BadRequest: a limit is exceeded, or SLURM refuses the job.

@@ -1,4 +1,7 @@
-"""Check a plan against the limits of its partition; SLURM accepts most such jobs and never starts them."""
+"""Check a plan against the limits of its partition.
+
+SLURM accepts most jobs that exceed a limit, and never starts them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command of srun on each node: the agent's Python, with the site's setup, scratch folder and container."""
+"""Command of srun on each node: Python with the site's setup, scratch folder and container."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reference job, held up at every step for as long as the file ``pace`` says, so that there is time for a fault."""
+"""The reference job, delayed at each step by the seconds in the file ``pace``, to leave time for faults."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main(ctx: Context, config: TrainConfig) -> dict[str, Any]:
 
 
 def hang(ctx: Context) -> None:
-    """Do nothing for ever, once, where the file ``hang`` says of this rank how: like a data loader, or in a collective."""
+    """Hang once if the file ``hang`` names this rank: in a data loader, or in a receive."""
     try:
         rank, how = (ctx.run_dir / "hang").read_text().split()
     except (FileNotFoundError, ValueError):
@@ -38,12 +38,12 @@ def hang(ctx: Context) -> None:
         (ctx.run_dir / "hang").unlink()
         if how == "collective":
             other = (ctx.world.rank + 1) % ctx.world.world_size
-            torch.distributed.recv(torch.zeros(1), src=other)  # which never sends
+            torch.distributed.recv(torch.zeros(1), src=other)  # which does not send
         time.sleep(1e6)
 
 
 def pace(file: Path) -> float:
-    """Seconds for each step; 0 where nobody has said anything."""
+    """Extra seconds per step; 0 without a file."""
     try:
         return float(file.read_text() or 0)
     except FileNotFoundError:

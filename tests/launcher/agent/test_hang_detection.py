@@ -14,7 +14,7 @@ WAITS, ELSEWHERE = StackLocation("train.py:9 in step", True), StackLocation("tra
 
 
 def trained(hang_after: float = 10.0, gap: float = 1.0, steps: int = 3) -> tuple[HangDetector, float]:
-    """A watch that has seen `steps` steps of `gap` seconds, and the time after them."""
+    """A detector after `steps` steps of `gap` seconds, and the time after them."""
     watch, now = HangDetector(hang_after), 0.0
     for step in range(steps):
         now = step * gap
@@ -23,7 +23,7 @@ def trained(hang_after: float = 10.0, gap: float = 1.0, steps: int = 3) -> tuple
 
 
 def hung(watch: HangDetector, now: float, seconds: float, *phases: str, states: str = "SS") -> bool:
-    """Whether the run counts as hung after `seconds` in which neither rank moved, looked at every second or so."""
+    """Whether the run counts as hung after `seconds` without progress, checked about every second."""
 
     def beats(age: float) -> dict[int, RankStatus]:
         both = zip(phases or ("training", "training"), states, strict=True)

@@ -44,7 +44,7 @@ def test_not_even_where_it_is_the_only_one_left() -> None:
         try:
             other.setsockopt(socket.IPPROTO_IP, IP_LOCAL_PORT_RANGE, struct.pack("I", port << 16 | port))
         except OSError:
-            return  # an older kernel; the test above asks at random
+            return  # an older kernel; the test above uses random ports
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         with pytest.raises(OSError, match="Address already in use"):
             other.bind(("", 0))

@@ -1,4 +1,4 @@
-"""What holds on every engine: the same command, the same files, the same result."""
+"""The contract of all engines: the same command, files and result."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_first_exception_is_shown_first_and_not_retried(project: Project) ->
 
 
 def test_a_run_outlives_the_shell_that_sent_it(project: Project) -> None:
-    """Killed by -9 while it follows; then status, logs, cancel and resume from another shell."""
+    """The command is killed (SIGKILL) while it follows; then status, logs, cancel and resume from another shell."""
     arguments = ("--backend", project.engine, "--cpus", "2", "--name", "k", "steps:main", "--steps", "4000")
     with project.start(*arguments) as submitting:
         until(lambda: (project.folder / "runs/k/metrics.jsonl").exists(), "a first step")
@@ -72,7 +72,7 @@ def test_a_run_outlives_the_shell_that_sent_it(project: Project) -> None:
     assert stopped["state"] == "stopped"
     reached = stopped["progress"]["step"]
     assert 1 <= reached < 4000
-    # The flags of a run are its own: shorten it by its state instead, and see it go on from there.
+    # A resumed run keeps its flags, so it is shortened by its state.
     (project.folder / "runs/k/state.json").write_text("3998")
     done = project.call("resume", "k", "--json")
     status = json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""What needs no engine runs on the fake one: the requests, the life of a run, and what each command says of it."""
+"""Tests on the fake engine: requests, the life cycle of a run, and the output of each command."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FAILURE = Failure("user error", "LookupError: no sample", 1, "node2", "correct t
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeBackend]:
-    """A registered fake, and a user's folder with a script and a module."""
+    """A registered fake backend, and a user's folder with a script and a module."""
     (tmp_path / "script.py").write_text("print('never runs')\n")
     (tmp_path / "fake_target.py").write_text(
         "from dataclasses import dataclass\n@dataclass\nclass Config:\n    steps: int = 1  # how many\n"
@@ -44,7 +44,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeBacken
 
 @pytest.fixture
 def launch(capsys: pytest.CaptureFixture[str]) -> Launch:
-    """Run the command in this process: its exit status, stdout and stderr."""
+    """Run the command in this process; returns exit status, stdout and stderr."""
 
     def call(*argv: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as exited:
@@ -246,11 +246,11 @@ def test_a_dry_run_sends_and_leaves_nothing(fake: FakeBackend, launch: Launch) -
     assert (fake.jobs, Path("runs").exists()) == ({}, False)
 
 
-# ---- what follows from a capability --------------------------------------------------------------------------------------
+# ---- capabilities --------------------------------------------------------------------------------------------------------
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, fake: FakeBackend) -> None:
-    """Let the first look at a run be interrupted, as by Ctrl-C."""
+    """Interrupt the first poll of a run, as Ctrl-C does."""
     polls: list[str] = []
 
     def poll(job_id: str) -> State:
@@ -370,7 +370,7 @@ def test_a_fake_in_place_of_a_shipped_backend(fake: FakeBackend) -> None:
 
 
 def test_a_name_that_is_not_registered_any_more(tmp_path: Path) -> None:
-    backends.unregister(FakeBackend())  # never was
+    backends.unregister(FakeBackend())  # has never existed
     with pytest.raises(BadRequest, match=r"--backend 'fake': no such backend\. Known: local, slurm, ray\."):
         backends.get("fake")
     with pytest.raises(BadRequest, match="--backend 'fake': no such backend"):
@@ -421,7 +421,7 @@ def test_capabilities_are_frozen() -> None:
 
 
 def test_the_page_on_testing_works(tmp_path: Path) -> None:
-    """The example of docs/testing.md is a test file that passes."""
+    """The example of docs/testing.md is a test file, which passes."""
     page = (Path(__file__).parents[3] / "docs" / "testing.md").read_text()
     [block] = [part.partition("```")[0] for part in page.split("```python\n")[1:]]
     (tmp_path / "test_page.py").write_text(block)

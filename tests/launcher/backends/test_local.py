@@ -1,4 +1,4 @@
-"""What only this machine can show: Ctrl-C, and what happens when a rank or its supervisor is killed."""
+"""Tests of the local backend: Ctrl-C, and the loss of a rank or of its supervisor."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def main(ctx):
 
 
 def test_a_full_disk_is_told_by_its_name(local_project: Project, disk: Path) -> None:
-    """Also where not a byte is left for the telling: the run holds a little of the disk for that."""
+    """Also on a full disk: the run reserves space for its result."""
     (local_project.folder / "fills.py").write_text(FILLS)
     (local_project.folder / "small.toml").write_text(f'extends = "local"\nruns = "{disk}"\n')
     done = local_project.call("--cluster", "./small.toml", "--cpus", "2", "--name", "d", "fills:main", status=1)
@@ -153,7 +153,7 @@ def test_a_full_disk_is_told_by_its_name(local_project: Project, disk: Path) -> 
 
 @contextlib.contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """Nothing can be written there; files that are open stay so."""
+    """Nothing can be written; open files remain open."""
     for options in (["--bind", folder], ["-o", "remount,ro,bind"]):
         subprocess.run(["mount", *options, folder], check=True)
     try:
@@ -193,7 +193,7 @@ time.time = jumped
 
 
 def test_a_clock_that_jumps_is_not_noticed(local_project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In all processes of the run at once, as when a machine corrects its clock."""
+    """In all processes of the run at once, as if the machine's clock is corrected."""
     clock = local_project.folder / "clock"
     (local_project.folder / "site").mkdir()
     (local_project.folder / "site/sitecustomize.py").write_text(JUMPS.format(file=str(clock)))

@@ -1,4 +1,4 @@
-"""GPUs that a machine lists and torch cannot use: the default run does without them, a run that asks for them fails."""
+"""GPUs that torch cannot use: a default run uses CPUs, a run that requests GPUs fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reference job on a real XLA device: torch_xla on its CPU runtime, in an environment of its own (`scripts/setup-xla`)."""
+"""The reference job on torch_xla's CPU runtime, in its own environment (`scripts/setup-xla`)."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ PJRT_DEVICE = "CPU"
 """
 ON_XLA = ("--cluster", "xla", "--tpus", "1", "--accelerator", "v5e")
 STEPS = 24
-LONG = 200  # steps that outlast the time that a request to stop takes
+LONG = 200  # more steps than a request to stop takes
 PATIENCE = 240.0  # seconds; it compiles for each shape
 JOB = ("--", "--max-steps", str(STEPS), "--save-every", "4", "--log-every", "1", "--log-with=", "--keep", "100")
 
 
 def steps(project: Project, run: str) -> dict[int, float]:
-    """The loss of each step; of one that was done again, the last."""
+    """The loss of each step; for a repeated step, the last one."""
     records = read_lines(project.folder / "runs" / run / "metrics.jsonl")
     return {record["step"]: record["loss"] for record in records if "loss" in record}
 
@@ -47,7 +47,7 @@ def weights(project: Project, run: str) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Project:
-    """A user's folder, where the command is that of the Python with torch_xla."""
+    """A user's folder, with the command of the Python that has torch_xla."""
     require("torch_xla", [] if PYTHON.exists() else [f"{PYTHON}, which scripts/setup-xla makes"])
     project = replace(make_project(tmp_path, "local"), python=str(PYTHON))
     (project.folder / "cluster_configs").mkdir()
@@ -56,7 +56,7 @@ def folder(tmp_path: Path) -> Project:
 
 
 def test_it_trains_and_resumes_to_the_same_bits(folder: Project) -> None:
-    """Killed and healed, it ends as a run that was never killed."""
+    """A killed run recovers and ends like an uninterrupted one."""
     folder.call(*ON_XLA, "--name", "peace", *JOB)
     folder.call(*ON_XLA, "--name", "war", "--detach", *JOB)
     until(lambda: max(steps(folder, "war"), default=0) >= 6, "step 6", PATIENCE)
@@ -69,7 +69,7 @@ def test_it_trains_and_resumes_to_the_same_bits(folder: Project) -> None:
 
 
 def test_checkpoints_go_from_xla_to_the_cpu_and_back(folder: Project) -> None:
-    """A run begins on the XLA device, goes on on the CPU, and ends on the XLA device; its losses are those of the CPU."""
+    """A run switches from the XLA device to the CPU and back; its losses are those of a CPU run."""
     job = [str(LONG) if word == str(STEPS) else word for word in JOB]
     folder.call(*ON_XLA, "--name", "r", "--detach", *job)
     stop_after(folder, 8)

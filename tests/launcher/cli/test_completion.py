@@ -1,4 +1,4 @@
-"""`launch completion` in the shells themselves, and `launch --version`."""
+"""`launch completion` in real shells, and `launch --version`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def script(shell: str) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with two runs, a folder that is no run, a profile, and folders with hostile names."""
+    """A folder with two runs, another folder, a profile, and folders with hostile names."""
     for name in ("mrpc-1", "mrpc-2", *HOSTILE):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "plan.json").write_text("{}")
@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def completed(folder: Path, *line: str) -> list[str]:
-    """What bash offers for the last word of the command line `line`."""
+    """The completions of bash for the last word of the command line `line`."""
     words = " ".join(f"'{word}'" for word in line)
     program = f"""{script("bash")}
 COMP_WORDS=({words}); COMP_CWORD={len(line) - 1}

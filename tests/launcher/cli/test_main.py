@@ -1,4 +1,4 @@
-"""Bad input at the command line: refused before anything is sent, with what to do instead; and nothing reaches a shell."""
+"""Bad input at the command line is refused before submission, with a remedy; nothing reaches a shell."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HOSTILE = [
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's folder, and nothing of a home."""
+    """A user's folder, without a home."""
     made = tmp_path / "project"
     made.mkdir()
     (made / "script.py").write_text("import sys\nprint(sys.argv[1:])\n")
@@ -50,7 +50,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def launch(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run the command in this process: its exit status, stdout and stderr."""
+    """Run the command in this process; returns exit status, stdout and stderr."""
 
     def call(*argv: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as exited:
@@ -83,7 +83,7 @@ def leave_run(folder: Path, name: str, state: State | None = None) -> RunDir:
         (["--gpus", "1", "--gpus", "2"], "--gpus is given twice."),
         (["--gpus=1", "--gpus=1"], "--gpus is given twice."),
         (["--name", "a", "--name", "a"], "--name is given twice."),
-        (["-m", "a", "-m", "b"], "no module 'a'"),  # what follows the module is its own
+        (["-m", "a", "-m", "b"], "no module 'a'"),  # arguments after the module belong to it
         (["--gpu", "1"], "unknown option --gpu (did you mean '--gpus'?). `launch --help` lists them; options of the target"),
         (["--nam=x"], "unknown option --nam (did you mean '--name'?)"),
         (["--max_restarts", "1"], "unknown option --max_restarts (did you mean '--max-restarts'?)"),
@@ -225,7 +225,7 @@ def test_the_flags_of_a_target_are_shown(folder: Path) -> None:
 
 
 def test_exit_statuses_follow_the_run(folder: Path, launch: Launch) -> None:
-    """`status` reports and succeeds; what the run came to is in its output."""
+    """`status` succeeds for a failed run; the output has its state."""
     for state in (State.SUCCEEDED, State.FAILED, State.STOPPED):
         leave_run(folder, state.value, state)
         status, out, _ = launch("status", state.value)
@@ -327,7 +327,7 @@ SRUN = "#!/bin/sh\nfor each; do printf '%s\\n' \"[$each]\"; done >> srun.args\n"
 
 
 def test_hostile_values_of_a_profile_never_reach_a_shell(folder: Path, launch: Launch, tmp_path: Path) -> None:
-    """The sbatch script is run for real, by bash, with an srun that only says what it was given."""
+    """bash runs the sbatch script, with an srun that prints its arguments."""
     hostile = "$(touch pwned) `touch pwned` ; touch pwned 'a\" \\"
     value = json.dumps(hostile)
     (folder / "x.toml").write_text(

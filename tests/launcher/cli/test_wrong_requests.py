@@ -1,4 +1,4 @@
-"""Wrong requests of every command: exit status 2, one message, no traceback, and nothing is left on disk."""
+"""Wrong requests of each command: exit status 2, one message, no traceback, and no files."""
 
 from __future__ import annotations
 

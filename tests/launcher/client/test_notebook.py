@@ -1,4 +1,4 @@
-"""A real notebook, executed headless: a function of a cell runs on each engine and its value comes back."""
+"""A real notebook without a browser: a cell's function runs on each engine and returns its value."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def training_function():
     return {"sum": total.item(), "ranks": accelerator.num_processes}
 """
 
-# What was: from accelerate import notebook_launcher; notebook_launcher(training_function, num_processes=2)
+# Replaces: from accelerate import notebook_launcher; notebook_launcher(training_function, num_processes=2)
 CALL = """
 import launcher
 

@@ -1,4 +1,4 @@
-"""Dataclasses to plain data and back."""
+"""Conversion of dataclasses to plain data and back."""
 
 from __future__ import annotations
 

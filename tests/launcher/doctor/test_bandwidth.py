@@ -1,4 +1,4 @@
-"""Who is measured with whom, and when; the measuring itself is tested on a cluster (`test_doctor_nodes`) and over gloo."""
+"""The schedule of bandwidth measurements; `test_on_nodes` measures on a cluster."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_one_node_has_nobody_to_talk_to(tmp_path: Path) -> None:
         assert (bandwidth.speed(ctx), bandwidth.pairs(ctx)) == ({}, {})
 
 
-# Everything that a machine says to itself passes its loopback device, also what is said to an address of another device.
+# Traffic of a machine to its own addresses passes the loopback device.
 NETWORK = """
 set -e
 ip link set lo up
@@ -82,7 +82,7 @@ sys.exit(any([os.waitpid(pid, 0)[1] for pid in pids]))
 
 @pytest.mark.slow
 def test_a_node_behind_a_slow_link_is_slow_with_every_other(tmp_path: Path) -> None:
-    """Four ranks in a network of their own, where the kernel lets 10 MB a second through to the last one and back."""
+    """Four ranks in a network namespace; the kernel limits the last one to 10 MB/s in both directions."""
     ranks = [sys.executable, "-P", "-c", RANKS, str(tmp_path)]
     done = subprocess.run(
         ["unshare", "--net", "sh", "-c", NETWORK, "sh", *ranks],

@@ -1,4 +1,4 @@
-"""``launch doctor --on-nodes``: what the findings mean; and real faults on a real cluster, each found."""
+"""``launch doctor --on-nodes``: verdicts from findings, and real faults on a real cluster."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.testbed.slurm import SlurmCluster
 
 
 def node(number: int, **more: Any) -> dict[str, Any]:
-    """The findings of a node in order."""
+    """The findings of a healthy node."""
     return {
         "node": number,
         "host": f"n{number}",
@@ -85,7 +85,7 @@ def test_what_is_worth_knowing_is_a_note() -> None:
 
 
 def meetings(**rates: float) -> dict[str, Any]:
-    """What was measured between nodes, in MiB/s; `ab` is the pair of n0 and n1."""
+    """Measurements between nodes in MiB/s; `ab` is the pair of n0 and n1."""
     found = [
         {"nodes": ["abcd".index(node) for node in pair], "latency": 0.0004, "bytes_per_second": rate * 2**20}
         for pair, rate in rates.items()
@@ -189,7 +189,7 @@ def only_on_node_1(line: str) -> str:
 @pytest.mark.slow
 @pytest.mark.slurm
 def test_nodes_in_order_and_names_that_do_not_resolve(slurm_project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test cluster's nodes are names that no name service knows."""
+    """The names of the test cluster's nodes cannot be resolved."""
     monkeypatch.setenv("HF_HOME", str(slurm_project.folder))
     found = doctor(slurm_project)
     assert failing(found) == []
@@ -206,7 +206,7 @@ def test_nodes_in_order_and_names_that_do_not_resolve(slurm_project: Project, mo
 def test_each_two_of_four_nodes_are_measured(slurm_project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(slurm_project.folder))
     found = doctor(slurm_project, "--nodes", "4")
-    told = found["pairs"]  # on one busy machine a pair may well be slow
+    told = found["pairs"]  # on one busy machine a pair may be slow
     assert [name for name in failing(found) if name != "pairs"] == []
     assert told.found.startswith("slowest of 6 pairs: node")
     nodes = ["node1", "node2", "node3", "node4"]
@@ -217,7 +217,7 @@ def test_each_two_of_four_nodes_are_measured(slurm_project: Project, monkeypatch
 @pytest.mark.slow
 @pytest.mark.slurm
 def test_another_version_and_another_clock_on_one_node(slurm_project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a cache of models that is not there."""
+    """Also a missing model cache."""
     monkeypatch.setenv("HF_HOME", str(slurm_project.folder / "absent"))
     odd = slurm_project.folder / "odd"
     (odd / "accelerate-0.0.1.dist-info").mkdir(parents=True)
@@ -234,7 +234,7 @@ def test_another_version_and_another_clock_on_one_node(slurm_project: Project, m
 @pytest.mark.slow
 @pytest.mark.slurm
 def test_a_run_folder_that_is_not_the_same_on_all_nodes(slurm_project: Project) -> None:
-    """On one node something else is mounted in its place."""
+    """One node has another mount in its place."""
     runs = slurm_project.folder / "runs"
     inside = f"mount -t tmpfs none '{runs}' && exec \"$@\""
     line = f'exec unshare --mount sh -c {json.dumps(inside)} launch "$@"'.replace('\\"$@\\"', '\\"\\$@\\"')
@@ -247,7 +247,7 @@ def test_a_run_folder_that_is_not_the_same_on_all_nodes(slurm_project: Project) 
 @pytest.mark.slow
 @pytest.mark.slurm
 def test_gpus_without_a_driver(slurm_project: Project) -> None:
-    """The test cluster's GPUs are names, so there is none that a rank could use."""
+    """The test cluster's GPUs have no driver, so ranks cannot use them."""
     found = doctor(slurm_project, "--gpus", "2", "--nodes", "1", "--wait", "60")
     assert failing(found) == ["devices", "run"]
     assert found["devices"].found == "node1: 0 of 2 GPUs can be used [], driver "
@@ -256,7 +256,7 @@ def test_gpus_without_a_driver(slurm_project: Project) -> None:
 @pytest.mark.slow
 @pytest.mark.slurm
 def test_ports_that_are_blocked(slurm_project: Project) -> None:
-    """One node sits in a network of its own: it is up, it sees the files, and reaches nobody."""
+    """One node is in a network namespace: it is up and shares the files, but reaches no other node."""
     line = 'exec unshare --net sh -c \'ip link set lo up && exec "$@"\' launch "$@"'
     found = doctor(slurm_project, "--wait", "10", slurm={"node_setup": [only_on_node_1(line)]})
     assert failing(found) == ["node 1", "run"]
@@ -269,7 +269,7 @@ def test_ports_that_are_blocked(slurm_project: Project) -> None:
 def test_what_is_known_before_anything_is_sent(slurm_project: Project, on_slurm: SlurmCluster) -> None:
     """Nodes that are drained, and a partition whose limit is below the request."""
     for name in ("node2", "node3"):
-        on_slurm.set_node(name, "drain")  # one that is down comes back when its slurmd next gives a sign
+        on_slurm.set_node(name, "drain")  # a node that is down returns when its slurmd next registers
     found = doctor(slurm_project, "--nodes", "3")
     assert failing(found) == ["request"]
     assert found["nodes"].found.endswith(", 2 down or drained")

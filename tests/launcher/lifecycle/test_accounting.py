@@ -1,4 +1,4 @@
-"""Where the time of a run went, from logs written by hand: every number below can be checked in the head."""
+"""The ledger of a run's time, from logs with simple numbers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def evaluated(attempt: int, time: float, step: int, **fields: Any) -> dict[str, 
 
 
 def parts(account: Account) -> dict[str, Any]:
-    """What is not zero."""
+    """The values that are not 0."""
     found = {name: getattr(account, name) for name in ("queue", *PARTS, "steps", "steps_replayed", "steps_lost")}
     return {name: value for name, value in found.items() if value != 0}
 
@@ -45,8 +45,8 @@ def test_an_undisturbed_run() -> None:
             event(131, "saved", attempt=1, rank=0, step=30, blocked=1.0),
             event(170, "finished", attempt=1, state="succeeded"),
         ],
-        # A step takes a second; steps are logged by tens. The evaluation at step 40 takes 4 s, and the checkpoint of
-        # step 30 holds training up for one.
+        # A step takes 1 s and every tenth is logged. The evaluation at step 40 takes 4 s, and the checkpoint of
+        # step 30 delays training by 1 s.
         [*steps(1, (130, 10), (140, 20), (150, 30), (161, 40)), evaluated(1, 165, 40)],
     )
     expected = {"queue": 100, "startup": 20, "useful": 40, "checkpoint": 1, "evaluation": 4, "other": 5, "steps": 40}
@@ -77,9 +77,9 @@ def test_steps_done_twice_after_a_restart_in_place() -> None:
         ],
         [*steps(1, *((11 + n, n) for n in range(1, 10))), *steps(2, *((20 + n, n) for n in range(5, 13)))],
     ).attempts
-    # Nine steps, and 2 s until the loss was noticed; five of them were not in the checkpoint of step 4.
+    # Nine steps, of which five are not in the checkpoint of step 4, and 2 s until the loss is detected.
     assert parts(first) == {"queue": 10, "startup": 1, "useful": 9, "other": 2, "steps": 9, "steps_lost": 5}
-    # In place: from the failure at 22 on the devices wait, and that is start-up, not queue.
+    # In the same allocation: from the failure at 22 s the time is start-up, not queue.
     assert parts(second) == {"startup": 2, "replayed": 5, "useful": 3, "steps": 3, "steps_replayed": 5}
     assert (first.held, second.held) == (12, 10)
 
@@ -122,7 +122,7 @@ def test_a_restart_on_other_nodes_waits_in_the_queue() -> None:
 
 
 def test_an_attempt_that_never_started_and_moves_waits_in_the_queue() -> None:
-    """As when a node does not pass the preflight: devices are not held by a job that waits."""
+    """As if a node does not pass the preflight: a waiting job holds no devices."""
     ledger = keep(
         [
             event(0, "submitted"),
@@ -142,7 +142,7 @@ def test_an_attempt_that_never_started_and_moves_waits_in_the_queue() -> None:
 
 
 def test_an_attempt_that_went_without_a_word() -> None:
-    """A node loses power: no event ends its attempt, and the scheduler starts the job again by itself."""
+    """A node loses power: no event ends the attempt, and the scheduler requeues the job."""
     ledger = keep(
         [event(0, "submitted"), started(0), started(60, attempt=2), event(65, "finished", attempt=2, state="failed")],
         [*steps(1, (2, 1), (3, 2), (4, 3)), *steps(2, (62, 1), (63, 2))],
@@ -172,7 +172,7 @@ def test_a_clock_that_jumps_back_costs_only_the_moment_in_which_it_does() -> Non
 
 
 def test_clocks_of_two_nodes_differ() -> None:
-    """The coordinator's clock is 30 s ahead of rank 0's: nothing becomes negative, and the steps take what they took."""
+    """The coordinator's clock is 30 s ahead of rank 0's: no value is negative, and the time of steps is correct."""
     events = [event(130, "submitted"), started(130), event(145, "finished", attempt=1, state="succeeded")]
     total = keep(events, steps(1, (105, 1), (106, 2), (107, 3))).total
     assert parts(total) == {"useful": 2, "other": 38, "steps": 3}
@@ -182,9 +182,9 @@ def test_an_evaluation_between_two_records_is_told_by_the_pace_of_the_steps() ->
     events = [started(0), event(33, "finished", attempt=1, state="succeeded")]
     log = [*steps(1, (10, 10), (20, 20)), evaluated(1, 31, 28), *steps(1, (33, 30))]
     assert parts(keep(events, log).total) == {"useful": 30, "evaluation": 3, "steps": 30}
-    log[2]["seconds"] = 3.5  # where it is recorded, that counts
+    log[2]["seconds"] = 3.5  # a recorded time is used
     assert parts(keep(events, log).total) == {"useful": 29.5, "evaluation": 3.5, "steps": 30}
-    # An evaluation as the only record says nothing of itself, unless it is recorded.
+    # An evaluation as the only record has no duration, unless it is recorded.
     assert parts(keep(events, [evaluated(1, 31, 28)]).total) == {"startup": 31, "other": 2, "steps": 28}
     short = keep(events, [evaluated(1, 31, 28, seconds=5.0)]).total
     assert parts(short) == {"startup": 26, "evaluation": 5, "other": 2, "steps": 28}
@@ -212,7 +212,7 @@ def test_a_run_that_still_waits() -> None:
 
 
 def test_strange_lines_are_left_out() -> None:
-    """Whatever a user's function logs: the log is theirs, too."""
+    """A user's function may log arbitrary values."""
     events = [{"event": "started"}, started(0), event(4, "brewed", attempt=7), event(6, "finished", state="succeeded")]
     log: list[dict[str, Any]] = [
         {"step": "first", "time": 1.0},

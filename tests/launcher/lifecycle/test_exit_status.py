@@ -1,4 +1,4 @@
-"""What made a rank end: the kind of what it raised, and the cause of an abort that only its log names."""
+"""Why a rank ended: the kind of its exception, or the cause of an abort in its log."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class DistBackendError(RuntimeError): ...
 
 
 def error_of(name: str, text: str) -> BaseException:
-    """An exception of a class of that name, as a library's is found by its name alone."""
+    """An exception of a class with this name; library exceptions are recognised by name."""
     if text.startswith("[Errno "):
         number, _, words = text.removeprefix("[Errno ").partition("] ")
         return OSError(int(number), words)
@@ -58,7 +58,7 @@ def test_the_table_is_large_and_names_its_sources() -> None:
     ("error", "kind"),
     [
         (MemoryError(), "out of memory"),
-        (OutOfMemoryError("CUDA out of memory"), "out of memory"),  # torch.cuda's is known by its name
+        (OutOfMemoryError("CUDA out of memory"), "out of memory"),  # the class of torch.cuda is recognised by its name
         (OutOfMemoryError("no sign at all"), "out of memory"),
         (OSError(28, "No space left on device"), "disk full"),
         (OSError(122, "Disk quota exceeded"), "disk full"),
@@ -109,7 +109,7 @@ def test_a_rank_that_was_given_no_gpu_and_wants_one_is_wrong() -> None:
 
 
 def test_what_the_installed_torch_says_of_a_missing_gpu() -> None:
-    """Its own texts, from its own functions: a CPU build, or a CUDA build that is shown no GPU."""
+    """The texts of torch itself: a CPU build, or a CUDA build without a visible GPU."""
     code = "import torch; torch.zeros(1).cuda()"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -265,7 +265,7 @@ getattr(library, sys.argv[1])(*(word.encode() for word in sys.argv[2:]))
 def test_a_real_abort_of_c_plus_plus(
     tmp_path: Path, function: str, words: str | None, cause: tuple[str, str] | None
 ) -> None:
-    """Thrown where nobody catches it, as by NCCL's watchdog, with Python's own stacks after it."""
+    """An uncaught C++ exception, as of NCCL's watchdog, followed by Python stacks."""
     run = RunDir(tmp_path)
     (run.logs / "1").mkdir(parents=True)
     with run.log(1, 0).open("w") as log:
@@ -317,7 +317,7 @@ def test_a_rank_that_aborts_for_memory_is_not_started_again(local_project: Proje
 
 @pytest.mark.slow
 def test_ranks_that_call_different_collectives_are_not_started_again(local_project: Project) -> None:
-    """gloo aborts the rank that gets too much, and the others lose it."""
+    """gloo aborts the rank that receives too much, and the others lose their connection."""
     (local_project.folder / "mismatched.py").write_text(MISMATCHED)
     done = local_project.call("--cpus", "2", "--name", "m", "mismatched.py", status=1)
     status = local_project.status("m")

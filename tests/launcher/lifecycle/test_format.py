@@ -1,4 +1,4 @@
-"""A run directory of another format version is named as such by every command, and nothing of it is changed."""
+"""All commands refuse a run directory of another format version and do not change it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OTHERS: list[Any] = [None, 1, FORMAT + 1, FORMAT - 0.0, str(FORMAT), True, -FORM
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a real run that failed, so that each command would do something with it."""
+    """The folder of a real failed run, which each command could use."""
     folder = tmp_path_factory.mktemp("format")
     (folder / "script.py").write_text("print('hello')\nraise SystemExit(1)\n")
     command = [*COMMAND, "--cpus", "1", "--name", "r", "--max-restarts", "0", "script.py"]
@@ -57,12 +57,12 @@ def run(made: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunDir]:
 
 
 def written(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """All that is there, with the time of its last change."""
+    """All files, with their modification times."""
     return {str(p): (p.stat().st_mtime_ns, b"" if p.is_dir() else p.read_bytes()) for p in folder.rglob("*")}
 
 
 def change(run: RunDir, file: str, version: Any) -> Path:
-    """Write `version` into the plan or the first event; None takes it out."""
+    """Write `version` to the plan or the first event; None removes it."""
     path = run.plan_file if file == "plan" else run.events_file
     first, rest = (path.read_text(), "") if file == "plan" else path.read_text().split("\n", 1)
     data = json.loads(first)
@@ -127,7 +127,7 @@ def test_a_run_of_this_version_is_opened(run: RunDir, capsys: pytest.CaptureFixt
 def test_a_torn_log_of_events_does_not_hide_a_run(
     run: RunDir, capsys: pytest.CaptureFixture[str], content: bytes
 ) -> None:
-    """Its first line may be torn where the disk was full; such a line tells no version."""
+    """The first line may be truncated by a full disk and then has no version."""
     run.events_file.write_bytes(content + b"\n")
     assert call(["status", "r"], capsys)[0] == 0
 
@@ -135,7 +135,7 @@ def test_a_torn_log_of_events_does_not_hide_a_run(
 def test_the_target_is_not_looked_up_again_when_the_plan_is_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The plan has the folder to copy; what the target's file holds by then is the rank's to judge."""
+    """The plan has the folder to copy; ranks check the target's file."""
     monkeypatch.chdir(tmp_path)
     script = tmp_path / "deeper" / "script.py"
     script.parent.mkdir()

@@ -1,4 +1,4 @@
-"""What the end of an attempt means: the whole table, and every name in it."""
+"""The policy for the end of an attempt: the whole table."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def test_every_kind_says_whether_it_is_retried_and_what_to_do() -> None:
         (Outcome({0: 0, 1: 3}), Action.STOP),
         (Outcome({0: 0, 1: 0}, stop="SIGTERM"), Action.FINISH),  # the stop came after the last step
         (Outcome({0: 3, 1: 3}, stop="SIGTERM"), Action.STOP),
-        (Outcome({}, stop="SIGINT"), Action.STOP),  # before any rank could say anything
-        (Outcome({0: -15, 1: 3}, stop="SIGTERM"), Action.STOP),  # a script dies of the signal
+        (Outcome({}, stop="SIGINT"), Action.STOP),  # before a rank could report
+        (Outcome({0: -15, 1: 3}, stop="SIGTERM"), Action.STOP),  # the signal kills a script
         (Outcome({0: -9, 1: -9}, stop="SIGINT"), Action.STOP),  # the second Ctrl-C
-        (Outcome({0: 3}, lost=["node1"], stop="SIGTERM"), Action.STOP),  # scancel reaches one node before the other
+        (Outcome({0: 3}, lost=["node1"], stop="SIGTERM"), Action.STOP),  # scancel reaches one node first
     ],
 )
 def test_ends_that_are_no_failures(outcome: Outcome, action: Action) -> None:
@@ -71,9 +71,9 @@ def test_ends_that_are_no_failures(outcome: Outcome, action: Action) -> None:
         ({1: -9}, [], {}, "killed", 1, "rank 1 was ended by SIGKILL"),
         ({1: -11}, [], {}, "killed", 1, "rank 1 was ended by SIGSEGV"),
         ({1: -40}, [], {}, "killed", 1, "rank 1 was ended by signal 40"),
-        # The others lost the killed one; what they say is its echo.
+        # The other ranks lost the killed one; their errors are consequences.
         ({0: 1, 1: -9}, [error("communication", 0)], {}, "killed", 1, "rank 1 was ended by SIGKILL"),
-        # A rank raised, and took a signal on its way out.
+        # A rank raised, and was then killed by a signal.
         ({0: -6}, [error("user error", 0)], {}, "user error", 0, "OSError: no"),
         ({2: 1}, [], {}, "user error", 2, "rank 2 ended with exit status 1 and left no error"),
         ({2: 4}, [], {}, "disk full", 2, "rank 2 could not write its error into the run directory"),
@@ -105,7 +105,7 @@ def test_failures_are_named(
 @pytest.mark.parametrize("code", [0, 1, 130, 143, -15, -9, 3])
 @pytest.mark.parametrize("movable", [False, True])
 def test_a_stop_is_an_end_of_its_own_only_for_a_program_without_a_context(code: int, movable: bool) -> None:
-    """Every row: joined or not x asked to stop or not; `movable`: a requeue is possible."""
+    """All combinations: ranks joined or not, stop requested or not; `movable`: a requeue is possible."""
     errors = [error("user error")] if code == 1 else []
 
     def action(joined: bool, stop: str, finished: bool = False) -> Action:
@@ -136,7 +136,7 @@ def test_only_a_program_without_handler_and_steps_loses_everything() -> None:
 
 def test_the_table_of_failures_covers_every_kind() -> None:
     mark = next(m for m in test_failures_are_named.pytestmark if m.name == "parametrize")
-    # "no progress" is found between two jobs, and "not started" before there are ranks: not at the end of an attempt.
+    # "no progress" is detected between jobs and "not started" before there are ranks, so not at the end of an attempt.
     assert {row[3] for row in mark.args[1]} == set(RULES) - {"no progress", "not started"}
 
 
@@ -158,7 +158,7 @@ def test_what_needs_another_node_waits_for_one_where_a_scheduler_has_them() -> N
 
 
 def test_a_device_that_is_not_there_is_looked_for_elsewhere_and_not_here() -> None:
-    """A sick one may be well again; one that is missing, or that this build of torch cannot use, does not come back."""
+    """A retry may help with a faulty GPU, but not with one that is missing or unusable for this torch."""
     for name, message, here in (
         ("DeviceError", "GPU 1 is not there", Action.FAIL),
         ("AssertionError", "Torch not compiled with CUDA enabled", Action.FAIL),
@@ -215,7 +215,7 @@ def test_the_same_failure_at_the_same_step_is_not_tried_a_third_time() -> None:
 
 def test_restarts_come_at_once_while_the_run_gets_on_and_ever_later_while_it_does_not() -> None:
     def waits(*steps: int | None) -> list[float]:
-        """The wait after each of several failures, each after the given newest step."""
+        """The wait after each of several failures at the given newest steps."""
         past = [FailedAttempt("killed", 0, None, step) for step in steps]
         return [backoff_seconds(History(tuple(past[:n])), step) for n, step in enumerate(steps)]
 

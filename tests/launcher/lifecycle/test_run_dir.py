@@ -1,4 +1,4 @@
-"""The run directory: made once, claimed by one, read by anybody."""
+"""The run directory: created once, claimed by one process, readable by all."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_name_in_use(run: RunDir) -> None:
 
 @pytest.mark.parametrize("blocked", ["runs", "runs/deeper"])
 def test_a_place_where_no_folder_can_be(tmp_path: Path, blocked: str) -> None:
-    (tmp_path / "runs").write_text("a file")  # root may write anywhere, but not make a folder below a file
+    (tmp_path / "runs").write_text("a file")  # root can write anywhere, but not create a folder below a file
     with pytest.raises(BadRequest, match=r"the run directory .*/mine cannot be made: Not a directory\."):
         RunDir(tmp_path / blocked / "mine").create()
 
@@ -101,7 +101,7 @@ def leave_error(run: RunDir, rank: int, kind: str, time: float) -> None:
 
 
 def test_the_likeliest_cause_comes_first(run: RunDir) -> None:
-    """A rank that lost its peers says so early; the cause is who left them."""
+    """A rank that lost its peers reports first; the cause is the rank that left."""
     assert run.errors(1) == []
     for rank, kind, time in ((0, "communication", 1.0), (1, "user error", 5.0), (2, "disk full", 4.0)):
         leave_error(run, rank, kind, time)
@@ -154,7 +154,7 @@ def test_reopening_forgets_the_end_and_keeps_the_history(run: RunDir) -> None:
     run.write_result(State.FAILED, attempts=1)
     assert (run.result() or {})["state"] == "failed"
     run.reopen()
-    run.reopen()  # twice is as good as once
+    run.reopen()  # a second call changes nothing
     assert run.result() is None
     assert run.heartbeat_age() is None
     assert sorted(p.name for p in run.path.iterdir()) == ["errors", "events.jsonl", "job.json", "logs", "plan.json"]

@@ -1,4 +1,4 @@
-"""Stops of programs without a Context: what their ranks do is never called a success, and they go on later."""
+"""Stops of programs without a Context: the run does not count as a success, and it can be resumed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def step_of(project: Project, rank: int = 1) -> int:
 
 
 def begin(project: Project, name: str, *words: str, grace: float = 20) -> None:
-    """Send ``stops.py`` with two ranks and wait until rank 1 has done some steps."""
+    """Submit ``stops.py`` with two ranks and wait until rank 1 has done some steps."""
     (project.folder / "short.toml").write_text(PROFILE.format(engine=project.engine, grace=grace))
     project.call("--cluster", "./short.toml", "--cpus", "2", "--name", name, "--detach", "stops.py", *words)
     until(lambda: step_of(project) >= 20, "steps")
@@ -85,7 +85,7 @@ def test_ctrl_c_on_a_script_promises_no_checkpoint(local_project: Project) -> No
 
 
 def test_a_script_says_that_it_had_finished(local_project: Project) -> None:
-    """The two lines of the README: what comes after them may be stopped, and the run has succeeded all the same."""
+    """With the two lines of the README, a stop after them does not change the success of the run."""
     begin(local_project, "f", "default", "30", "finishes")
     until((local_project.folder / "runs/f/logs/1/0.finished").exists, "its word")
     local_project.call("cancel", "f")
@@ -101,7 +101,7 @@ def test_a_script_that_ended_by_itself_is_what_its_exit_status_says(local_projec
 
 
 def test_user_signal_2_does_not_end_a_rank(local_project: Project) -> None:
-    """SLURM sends it to every process of a step; it is the agent that asks the ranks to stop."""
+    """SLURM sends the signal to all processes of a step; the agent asks the ranks to stop."""
     begin(local_project, "u", "0", "4000")
     for pid in ranks_of(local_project.folder / "runs/u/logs/1").values():
         os.kill(pid, signal.SIGUSR2)
@@ -140,7 +140,7 @@ def send(project: Project, name: str, *words: str) -> None:
 
 
 def finishes(project: Project, name: str) -> None:
-    """Let the next attempt come to its end soon, and wait for it."""
+    """Shorten the next attempt and wait for its end."""
     for rank in range(2):
         until((project.folder / f"saved-{rank}").exists, "what the handler saved")
     until(lambda: told(project, name, "requeued"), "a requeue")
@@ -174,7 +174,7 @@ def test_a_script_is_requeued_and_goes_on(fault: str, slurm_project: Project, on
 def test_a_preempted_script_whose_ranks_end_before_their_agent_looks(
     slurm_project: Project, on_slurm: SlurmCluster
 ) -> None:
-    """The ranks get a SIGTERM of their own and end with status 0 while the agent, which is sent SIGUSR2, stands still."""
+    """The ranks receive SIGTERM and exit with 0 while the agent, which received SIGUSR2, is stopped."""
     send(slurm_project, "r", "0", "4000")
     week = Week(slurm_project, on_slurm, "r")
     agent = week.agent(week.hosts()[0])

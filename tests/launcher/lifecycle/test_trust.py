@@ -1,4 +1,4 @@
-"""Run directories that are damaged, hostile or another user's: nothing is killed, followed, executed or lost."""
+"""Damaged, hostile or foreign run directories: nothing is killed, followed, executed or lost."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def command(folder: Path, *argv: str, **options: Any) -> subprocess.CompletedPro
 
 @pytest.fixture
 def victim() -> Iterator[subprocess.Popen[bytes]]:
-    """A process of this user that no run has started."""
+    """A process of this user that is not part of a run."""
     with subprocess.Popen(["sleep", "300"]) as child:
         yield child
         child.kill()
@@ -84,7 +84,7 @@ def test_a_bad_id_is_refused_by_the_name_of_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: Any, job_id: Any
 ) -> None:
     (tmp_path / "bin").mkdir()
-    for name in ("scancel", "squeue", "sacct"):  # what is called leaves a file
+    for name in ("scancel", "squeue", "sacct"):  # the called command creates a file
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\ntouch {tmp_path}/called\n")
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
@@ -214,7 +214,7 @@ def test_a_refused_resume_leaves_the_end_as_it_was(tmp_path: Path, monkeypatch: 
     assert content(run) == before
 
     def refuse(*_: object, **__: object) -> str:
-        run.write_result(State.FAILED)  # as a driver does that was refused
+        run.write_result(State.FAILED)  # as a refused driver does
         run.beat()
         raise BadRequest("the engine cannot be reached")
 
@@ -257,7 +257,7 @@ def test_a_moved_run_that_lacks_its_code_is_refused(tmp_path: Path) -> None:
     assert content(RunDir(new)) == before
 
 
-# ---- looking -------------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------------------------
 
 DAMAGE = ["{", "[]", "[" * 100_000, '"x"', "1e999", "null", '{"state": 1}', '{"state": "nosuch"}', "\0", "{}"]
 

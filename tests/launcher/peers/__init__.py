@@ -1,1 +1,1 @@
-"""Programs that let a peer's own code say what it would do."""
+"""Programs that run the code of other projects, to compare results."""

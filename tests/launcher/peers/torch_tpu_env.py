@@ -1,7 +1,7 @@
-"""``python torch_tpu_env.py FOLDER CHIPS JSON``: what torch_tpu's own `set_tpu_launch_env(**JSON)` sets, as JSON.
+"""``python torch_tpu_env.py FOLDER CHIPS JSON``: print the result of torch_tpu's `set_tpu_launch_env(**JSON)`.
 
-FOLDER holds its Python files, unchanged. They cannot be imported as a package where there is no TPU: its C++ half loads
-libtpu. So that half is stood in for here: reading variables, free ports (7001, 7002, ...), and the CHIPS found on the bus.
+FOLDER holds its Python files, unchanged. Without a TPU the package cannot be imported, because its C++ part loads libtpu.
+This program replaces that part: variables, free ports (7001, 7002, ...), and the number of CHIPS.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-TOPOLOGIES = {1: "1,1,1", 4: "2,2,1", 8: "2,4,1"}  # torch_tpu's table for v5e and v6e
+TOPOLOGIES = {1: "1,1,1", 4: "2,2,1", 8: "2,4,1"}  # from torch_tpu, for v5e and v6e
 
 
 def module(name: str, **content: Any) -> None:
@@ -67,7 +67,7 @@ def main(folder: Path, chips: int, arguments: dict[str, Any]) -> dict[str, str]:
 
 
 def print_nothing(*_: Any) -> None:
-    """In place of absl's logging."""
+    """Replacement of absl's logging."""
 
 
 if __name__ == "__main__":

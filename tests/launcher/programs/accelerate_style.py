@@ -1,4 +1,4 @@
-"""A script as accelerate starts it: it knows nothing of the launcher."""
+"""A script for accelerate, without code for the launcher."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""A target that hangs in another way in each of its first attempts, and then goes through."""
+"""A target that hangs in a different way in each of its first attempts, then succeeds."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def load() -> None:
 
 
 def skip(ctx: Context, step: int) -> None:
-    """Leave out the barrier that the others wait in, and wait at the next step for what they never send."""
+    """Skip the barrier in which the others wait, then wait in the next step for a message that is not sent."""
     import torch
 
     ctx.heartbeat.beat(step)

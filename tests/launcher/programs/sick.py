@@ -1,4 +1,4 @@
-"""A target that finds a GPU at fault in its first attempt."""
+"""A target that reports a faulty GPU in its first attempt."""
 
 from __future__ import annotations
 

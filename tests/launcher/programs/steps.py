@@ -1,4 +1,4 @@
-"""A target with typed flags that steps along, stops when asked, and resumes where it was."""
+"""A target with typed flags that counts steps, stops on request, and resumes."""
 
 from __future__ import annotations
 

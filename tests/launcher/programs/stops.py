@@ -1,4 +1,4 @@
-"""A script that counts steps and does on SIGTERM what its first argument says; it knows nothing of the launcher."""
+"""A script that counts steps and handles SIGTERM by its first argument; without code for the launcher."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ saved = Path(f"saved-{rank}")
 def save(*_: object) -> None:
     with open(f"handled-{rank}", "a") as handled:
         handled.write(f"{step}\n")
-    time.sleep(0.7)  # longer than the others get after a rank that fails by itself
+    time.sleep(0.7)  # longer than other ranks have after one failed
     saved.write_text(str(step))
     print(f"saved at {step}", flush=True)
     if way == "raises":
@@ -22,7 +22,7 @@ def save(*_: object) -> None:
     sys.exit(int(way))
 
 
-if way == "differ":  # rank 0 ends before the stop, the others end themselves at it
+if way == "differ":  # rank 0 exits before the stop, the others at the stop
     way = "0"
     steps = 3 if rank == 0 else steps
 if way == "ignores":
@@ -35,6 +35,6 @@ while step < steps:
     step += 1
     Path(f"step-{rank}").write_text(str(step))
 print(f"done at {step}", flush=True)
-if len(sys.argv) > 3:  # complete, and then busy with something that may be interrupted
+if len(sys.argv) > 3:  # complete, then busy with work that may be interrupted
     Path(os.environ["LAUNCH_FINISHED"]).touch()
     time.sleep(600)

@@ -1,4 +1,4 @@
-"""A script as torchrun starts it: it knows nothing of the launcher."""
+"""A script for torchrun, without code for the launcher."""
 
 import argparse
 import os

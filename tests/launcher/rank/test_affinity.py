@@ -1,4 +1,4 @@
-"""A rank's own device, whatever CUDA_VISIBLE_DEVICES names, and the cores near it."""
+"""The device of a rank for all forms of CUDA_VISIBLE_DEVICES, and the cores near it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_ranks_do_not_share_a_device(visible: str, shown: int) -> None:
         own_devices(visible, 0, 4)
 
 
-# Two sockets, two hyperthreads a core, two GPUs a socket; and the same with four cores on one.
+# Two sockets with two GPUs each and two hyperthreads per core; and the same with four cores on one socket.
 TWO = {0: [(0, 8), (1, 9), (2, 10), (3, 11)], 1: [(4, 12), (5, 13), (6, 14), (7, 15)]}
 BOX = Machine({"GPU-a1": 0, "GPU-a2": 0, "GPU-b1": 1, "GPU-b2": 1}, TWO)
 ALL = set(range(16))

@@ -1,4 +1,4 @@
-"""What a program observes from its first line on: its own environment, its own imports, its own `__main__`."""
+"""The state of a rank at the first line of its program: environment, imports and `__main__`."""
 
 from __future__ import annotations
 

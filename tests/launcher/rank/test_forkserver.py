@@ -55,7 +55,7 @@ match sys.argv[1]:
 
 
 class Server:
-    """A forkserver and the agent's end of its socket."""
+    """A forkserver, and the agent's end of its socket."""
 
     def __init__(self, run: RunDir, log: Path) -> None:
         self.run = run
@@ -124,7 +124,7 @@ def server(run: RunDir) -> Iterator[Server]:
 
 
 def aim(run: RunDir, *args: str) -> None:
-    """Make the plan of a run of the target with `args`."""
+    """The plan of a run of the target with `args`."""
     target = Target("script", str(run.path / "target.py"), args, path=(str(run.path),))
     site, placement = Cluster("local", "local"), Placement(1, 1, "cpu")
     run.write_plan(Plan("run", run.path, RunSpec("target.py"), "local", site, placement, target, run.path, 60))
@@ -192,7 +192,7 @@ def test_a_stop_that_a_scheduler_sends_to_every_process_reaches_a_rank_once(run:
 
 
 def test_a_kill_right_after_the_start_is_not_lost(run: RunDir, server: Server) -> None:
-    """It may come before the rank has become the leader of its group."""
+    """The signal may arrive before the rank leads its process group."""
     aim(run, "sleep")
     server.preload()
     for _ in range(20):
@@ -219,7 +219,7 @@ def test_what_a_rank_leaves_behind_goes_with_it(run: RunDir, server: Server) -> 
 
 @pytest.mark.parametrize("how", ["closed", "killed"])
 def test_without_its_agent_nothing_stays(run: RunDir, server: Server, how: str) -> None:
-    """`killed`: of the server itself; its ranks die with it, but who reaps a daemon that left them is gone, too."""
+    """`killed`: the server is killed and its ranks with it; then nobody ends a daemon that left them."""
     aim(run, "leave" if how == "closed" else "sleep", "stay")
     server.preload()
     pids = [server.start(0)]
@@ -258,7 +258,7 @@ os.register_at_fork(after_in_child=poison)
 
 
 def test_a_fork_in_which_cuda_would_fail_becomes_a_fresh_interpreter(run: RunDir, server: Server) -> None:
-    """As torch has it once CUDA's devices were counted in the parent: only the fork is marked, and later."""
+    """As in torch after CUDA devices were counted in the parent: the fork is marked, later."""
     (run.path / "fs_poison.py").write_text(POISON)
     aim(run, "exit")
     server.preload("fs_preloaded", "fs_poison")

@@ -1,4 +1,4 @@
-"""A user's own `training` and `launcher`: their programs import them, and this toolkit's processes do not."""
+"""A user's packages `training` and `launcher`: imported by the user's programs, not by this toolkit."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ EXPECTED = ["atexit theirs"] * 2 + [f"rank {rank} 5 theirs [7, 7] 5 theirs" for 
 
 
 def write_packages(folder: Path, regular: bool = True) -> None:
-    """Write a package (without `regular`: a folder of code) `training`, a module `launcher` and a script of both."""
+    """Write a package `training` (without `regular`: a namespace package), a module `launcher` and a script."""
     (folder / "training").mkdir()
     (folder / "training/items.py").write_text(ITEMS)
     if regular:

@@ -1,4 +1,4 @@
-"""The code as submitted: exactly what git knows, as it is now, under hostile names."""
+"""The snapshot of the code: tracked and untracked files of git in their present state, also with hostile names."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_checkout_as_it_is_now(repository: Path, tmp_path: Path) -> None:
 
 
 def test_commit_and_diff_give_back_what_was_tracked(repository: Path, tmp_path: Path) -> None:
-    git(repository, "config", "diff.noprefix", "true")  # what users set for their own eyes
+    git(repository, "config", "diff.noprefix", "true")  # user settings of git's output
     git(repository, "config", "color.ui", "always")
     git(repository, "config", "diff.external", "false")
     taken = take(repository, tmp_path / "code")
@@ -114,7 +114,7 @@ def test_a_checkout_without_a_commit(tmp_path: Path) -> None:
 
 def test_edits_after_the_snapshot_change_nothing(repository: Path, tmp_path: Path) -> None:
     take(repository, tmp_path / "code")
-    with (repository / "kept.py").open("a") as file:  # in place, as editors do: a hard link would see it
+    with (repository / "kept.py").open("a") as file:  # in place, which would change a hard link
         file.write("edited\n")
     (repository / "changed.py").unlink()
     assert (tmp_path / "code/kept.py").read_text() == "# 'kept.py'\n"

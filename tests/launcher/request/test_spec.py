@@ -1,4 +1,4 @@
-"""What is asked: numbers, names, durations, states."""
+"""Values of a request: numbers, names, durations, states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From what the user typed to what every rank calls."""
+"""From the target on the command line to the call on each rank."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def later(): ...
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's folder, with names that no other test imports."""
+    """A user's folder, with module names that no other test imports."""
     folder = tmp_path / "my project"
     for name, text in {
         "tt_module.py": MODULE,
@@ -168,7 +168,7 @@ def test_a_folder_of_our_name_that_holds_no_code_is_fine(tmp_path: Path) -> None
     resolve.check_shadowing(Target("function", "mine:main"), tmp_path)
 
 
-# ---- what a function takes ------------------------------------------------------------------------------------------
+# ---- parameters of a function---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -255,11 +255,11 @@ def test_arguments_that_it_does_not_take() -> None:
         target.arguments(both, ["--stepz", "y"], lambda: cast("Context", "ctx"))
 
 
-# ---- calling it -----------------------------------------------------------------------------------------------------
+# ---- the call -------------------------------------------------------------------------------------------------------
 
 
 def call(target_: Target, pickle: Path = Path("none")) -> Any:
-    """A script and a module are ``__main__`` until their process ends; here this process has to go on."""
+    """Run a target and restore ``__main__``, since this process continues."""
     argv, path, main = list(sys.argv), list(sys.path), {name: sys.modules.get(name) for name in MAIN}
     try:
         return target.call(target_, pickle, lambda: cast("Context", "ctx"))

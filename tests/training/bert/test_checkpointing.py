@@ -1,4 +1,4 @@
-"""Checkpoints of several machines, and disks that fail: nothing committed is ever lost."""
+"""Checkpoints of several machines and failing disks: no committed checkpoint is lost."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from training.errors import CheckpointError, ConfigError
 from training.files import read_lines
 
 Options = dict[str, Any]
-AT_ONCE = 24  # trials that run side by side; they mostly wait for one another and for the disk
+AT_ONCE = 24  # trials in parallel; they mostly wait for each other and for the disk
 
 
 @pytest.fixture
@@ -44,12 +44,12 @@ def options(small: Path, tmp_path: Path) -> Options:
     }  # fmt: skip
 
 
-# --- a sharded save, of which one machine dies
+# --- a sharded save in which one machine is killed
 
 
 def _machine(folder: Path, rank: int, when: int) -> int:
-    """One of two machines that save steps 1 and 2, as a process of its own, killed at its `when`-th change of a file."""
-    child = os.fork()  # from a process without threads, so that nothing is locked in the child
+    """One of two machines that save steps 1 and 2: a process, killed at its `when`-th change of a file."""
+    child = os.fork()  # forked from a process without threads, so that no lock is held in the child
     if child == 0:
         try:
             save_with_a_fault(folder, when, kill=True, part=(rank, 2), steps=(1, 2), patience=0.3)
@@ -59,7 +59,7 @@ def _machine(folder: Path, rank: int, when: int) -> int:
 
 
 def _die_at_every_change(world: World, folder: Path, victim: int) -> int:
-    """Let rank `victim` die at its first change of a file, its second, ...; at how many there was one to die at."""
+    """Kill rank `victim` at its first change of a file, its second, ...; returns the number of changes."""
     died = 0
     while True:
         trials = range(died + 1, died + 1 + AT_ONCE)
@@ -68,7 +68,7 @@ def _die_at_every_change(world: World, folder: Path, victim: int) -> int:
         ]
         for when, pair in zip(trials, pairs, strict=True):
             killed = os.WIFSIGNALED(os.waitpid(pair[victim], 0)[1])
-            if killed and when % 2:  # as the launcher does; in the other trials the survivor finds out for itself
+            if killed and when % 2:  # as the launcher does; in the other trials the survivor detects it by itself
                 os.kill(pair[1 - victim], signal.SIGKILL)
             os.waitpid(pair[1 - victim], 0)
             died += killed
@@ -87,9 +87,9 @@ def test_a_machine_that_dies_at_any_change_of_a_file_leaves_whole_checkpoints_on
 
 
 def _goes_on(folder: Path) -> None:
-    """Whether what two machines left is whole, and two others can save again."""
+    """Check that the checkpoints of two machines are valid and that two others can save again."""
     store, other = Checkpoints(folder, keep=1), Checkpoints(folder, keep=1)
-    newest = store.latest()  # warnings are errors here: nothing torn is ever seen
+    newest = store.latest()  # warnings are errors: no damaged checkpoint is found
     assert newest is not None or not folder.with_suffix(".committed").exists()
     if newest is not None:
         assert torch.equal(load(newest.path)["model.safetensors"]["weight"], whole(newest.step))
@@ -113,7 +113,7 @@ def test_no_rank_waits_for_ever_for_another(tmp_path: Path) -> None:
         store.on_failed = lambda step, error: failed.append(str(error))
     stores[0].save(1, shards(1, 0), part=(0, 2), wait=True)
     assert failed.pop() == "rank 1 has not written its part of .step-000000001.staging in 0 s"
-    stores[1].save(1, shards(1, 1), part=(1, 2), wait=True)  # comes late
+    stores[1].save(1, shards(1, 1), part=(1, 2), wait=True)  # starts late
     assert failed.pop() == "another rank could not write its part of .step-000000001.staging"
     stores[1].save(2, shards(2, 1), part=(1, 2), wait=True)
     assert "has not been committed by rank 0" in failed.pop()
@@ -127,11 +127,11 @@ def test_no_rank_waits_for_ever_for_another(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["step-000000001"]
 
 
-# --- nodes that share no disk
+# --- nodes without a shared disk
 
 
 def train_apart(world: World, folder: Path, options: Options) -> tuple[dict[str, Any], list[str]]:
-    """As one of nodes with a disk each: the result (or the error), and which checkpoints lie there in the end."""
+    """Run as one of the nodes with their own disks; returns the result or error, and its checkpoints."""
     node = replace(world, local_rank=0, node_rank=world.rank, local_world_size=1, num_nodes=world.world_size)
     run = folder / f"node{world.rank}" / "run"
     try:
@@ -149,13 +149,13 @@ def test_nodes_without_a_common_disk_go_on_from_the_mirror(
 ) -> None:
     options |= {"mirror": uri, "shard": sharded}
     spawn(train_apart, 2, tmp_path / "first", {**options, "max_steps": 4})
-    # Fresh machines: all that is left is the store.
+    # New machines: only the store has checkpoints.
     (one, there), (other, here) = spawn(train_apart, 2, tmp_path / "second", {**options, "max_steps": 9})
     assert one["steps"] == other["steps"] == 9
     assert (there, here) == (["step-000000009"], ["step-000000004"])
     events = {line["event"]: line for line in read_lines(tmp_path / "second/node0/run/events.jsonl")}
     assert events["fetched"]["step"] == events["resumed"]["step"] == 4
-    # The second node has an old one, and the first is new.
+    # The second node has an old checkpoint, the first is new.
     shutil.rmtree(tmp_path / "second/node0")
     (_, there), (_, here) = spawn(train_apart, 2, tmp_path / "second", options)
     assert (there, here) == (["step-000000014"], ["step-000000009"])
@@ -193,11 +193,11 @@ def test_a_copy_in_the_mirror_that_is_another_checkpoint_is_refused(tmp_path: Pa
         Store(ctx, TrainConfig(mirror=f"file://{tmp_path}/store"))._bring("step-000000001", digest)
 
 
-# --- disks that fail
+# --- failing disks
 
 
 def fill(disk: Path, leave: int) -> Path:
-    """Take all space of `disk` but `leave` bytes; the file that takes it."""
+    """Fill `disk` except for `leave` bytes; returns the file."""
     ballast = disk / "ballast"
     with ballast.open("wb") as file, contextlib.suppress(OSError):
         file.write(b"\0" * max(0, shutil.disk_usage(disk).free - leave))
@@ -205,7 +205,7 @@ def fill(disk: Path, leave: int) -> Path:
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, actions: dict[int, Callable[[], object]]) -> None:
-    """Have `actions` happen as the optimizer steps of those numbers begin, when no save is under way."""
+    """Call `actions` (step -> function) before these optimizer steps, without a save in progress."""
     step = Engine.step
     count = itertools.count(1)
 
@@ -252,7 +252,7 @@ def test_a_disk_that_takes_nothing_ends_the_run_with_that_name_and_it_goes_on_la
             train_in(one, run, **{**options, "keep": 9})
         assert raised.value.errno == {"full": errno.ENOSPC, "read-only": errno.EROFS}[fault]
     if fault == "read-only":
-        with pytest.raises(OSError, match="Read-only file system"):  # nor does it begin there
+        with pytest.raises(OSError, match="Read-only file system"):  # nor can it start there
             train_in(one, run, **{**options, "keep": 9})
         remount("rw")
     else:
@@ -274,7 +274,7 @@ def test_a_disk_that_takes_nothing_ends_the_run_with_that_name_and_it_goes_on_la
 def test_a_final_model_that_finds_no_room_is_published_by_the_next_start(
     tmp_path: Path, options: Options, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The library that writes it has an error of its own, in which the full disk would go unrecognised."""
+    """The library that writes it raises its own exception, without the errno of a full disk."""
     one, run = World(threads=1), disk / "run"
     finish = Store.finish
     with monkeypatch.context() as patch:

@@ -31,10 +31,10 @@ def test_a_function_of_the_user() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of evaluate and what it imports
+@pytest.mark.filterwarnings("ignore")  # of evaluate and its imports
 def test_evaluate_gives_the_same_numbers(tmp_path: Path) -> None:
     assert Loading(str(GLUE), "mrpc", None)(PREDICTIONS, REFERENCES) == EXPECTED
     with pytest.raises(ConfigError, match=r"cannot be loaded by evaluate .*the task is none of mrpc"):
         Loading(str(GLUE), "nonsense", None)(PREDICTIONS, REFERENCES)
-    # Without a network the Hub's definition gives way to ours.
+    # Without a network, the definition of this package replaces that of the Hub.
     assert find_metric("", 2, "glue/mrpc")(PREDICTIONS, REFERENCES) == EXPECTED

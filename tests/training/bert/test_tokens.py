@@ -202,7 +202,7 @@ def test_data_sets_of_the_users_own_that_do_not_fit(tmp_path: Path, name: str, m
 
 
 def test_the_advice_for_a_stream_is_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The line that the error says to type makes the file that --train-file takes."""
+    """The code in the error message writes the file for --train-file."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as refused:
         encoded(find_source("train", f"{__name__}:stream", ""), tmp_path)

@@ -1,4 +1,4 @@
-"""Manifests from outside: hostile names, types and sizes end as damaged checkpoints, and touch nothing outside."""
+"""Hostile manifests: names, types and sizes are reported as damage; no file outside is touched."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def spelled(body: dict[str, Any]) -> bytes:
 
 
 def attacks(folder: Path, good: dict[str, Any]) -> list[bytes]:
-    """Manifests of which the hash is right and something else is wrong, and such that are none."""
+    """Manifests with a valid hash and an invalid field, and files that are no manifest."""
     content = (folder / "outside" / "sentinel").read_bytes()
     entry = {"bytes": len(content), "xxh3_128": xxhash.xxh3_128(content).hexdigest()}
     named = [{**good, "files": {name.replace("/{root}", str(folder)): entry}} for name in NAMES]
@@ -51,7 +51,7 @@ def attacks(folder: Path, good: dict[str, Any]) -> list[bytes]:
 
 @pytest.fixture
 def two(tmp_path: Path) -> Path:
-    """Checkpoints of steps 1 and 2, here and in a store, beside a file that nobody may touch."""
+    """Checkpoints of steps 1 and 2, local and in a store, and a file that must not change."""
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "sentinel").write_text("untouched")
     mirror, store = Mirror(f"file://{tmp_path}/store", "run"), Checkpoints(tmp_path / "here")

@@ -62,7 +62,7 @@ def test_a_copy_without_its_manifest_or_with_a_wrong_byte_is_none(tmp_path: Path
 
 
 class Shaky:
-    """A store of which every operation fails now and then, or for ever."""
+    """A store whose operations fail sometimes, or always."""
 
     def __init__(self, fs: Any, period: int) -> None:
         self.fs, self.period, self.calls = fs, period, 0
@@ -99,7 +99,7 @@ def test_errors_that_pass_are_tried_again_and_others_do_not_end_training(
 
 
 class Garbling:
-    """A store that keeps something else than it was given."""
+    """A store that changes what it stores."""
 
     def __init__(self, fs: Any) -> None:
         self.fs = fs
@@ -178,7 +178,7 @@ def test_a_damaged_disk_is_healed_by_the_mirror(tmp_path: Path, small: Path) -> 
 
 
 class Dying:
-    """A store that cannot be reached any more from its `when`-th operation on, as if this process had been killed."""
+    """A store that fails from its `when`-th operation on, as if this process had been killed."""
 
     def __init__(self, fs: Any, when: int) -> None:
         self.fs, self.when, self.calls = fs, when, 0

@@ -40,7 +40,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     for step, score in ((1, 0.5), (2, 0.9), (3, None), (4, 0.9), (5, 0.1), (6, None), (7, None)):
         store.save(step, parts(step), score=score)
     store.close()
-    assert [saved.step for saved in store.committed()] == [4, 6, 7]  # of 2 and 4, equally good, the newer
+    assert [saved.step for saved in store.committed()] == [4, 6, 7]  # the newer of 2 and 4, which have the same score
     assert [saved.score for saved in store.committed()] == [0.9, None, None]
 
 
@@ -63,7 +63,7 @@ def test_training_may_change_the_tensors_once_save_has_returned(
     assert store.committed() == []
     threading.Timer(0.2, go.set).start()
     began = time.monotonic()
-    store.save(2, parts(2))  # does not overtake the first
+    store.save(2, parts(2))  # waits for the first
     assert time.monotonic() - began > 0.1
     store.close()
     assert [checkpoint.step for checkpoint in saved] == [1, 2]
@@ -85,11 +85,11 @@ def test_tensors_are_copied_while_training_goes_on_until_it_changes_them(
 
     monkeypatch.setattr(host_copy, "_copy", slow)
     state = parts(1)
-    store.save(1, state, later=True)  # returns, though nothing is copied yet
+    store.save(1, state, later=True)  # returns before anything is copied
     threading.Timer(0.2, go.set).start()
     store.wait_for_copy()
     state["model.safetensors"]["weight"].zero_()
-    store.wait_for_copy()  # nothing left to wait for
+    store.wait_for_copy()  # returns at once
     store.close()
     assert same(load(saved[0].path), parts(1))
     assert 0.1 < saved[0].stall_seconds < 10
@@ -145,7 +145,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path) -> None:
     assert newest.step == 1
     assert ["state.json" in str(warned[0].message), MANIFEST in str(warned[1].message)] == [True, True]
     assert len(told) == 2
-    store.save(3, parts(3), wait=True)  # the run comes by step 3 again: the damaged one gives way
+    store.save(3, parts(3), wait=True)  # the run repeats step 3, which replaces the damaged checkpoint
     store.close()
     newest = store.latest()
     assert newest is not None
@@ -238,7 +238,7 @@ def test_a_file_that_cannot_be_parsed_is_named(tmp_path: Path) -> None:
 
 def _kill_at_every_change(world: World, folder: Path, changes: int) -> None:
     for when in range(1, changes + 1):
-        child = os.fork()  # from a process without threads, so that nothing is locked in the child
+        child = os.fork()  # forked from a process without threads, so that no lock is held in the child
         if child == 0:
             save_with_a_fault(folder / str(when), when, kill=True)
             os._exit(0)
@@ -259,7 +259,7 @@ def test_a_fault_at_any_change_of_a_file_leaves_a_good_checkpoint(tmp_path: Path
         if not kill:
             save_with_a_fault(folder, when, kill=False)
         store = Checkpoints(folder, keep=1)
-        newest = store.latest()  # warnings are errors here: nothing damaged is ever seen
+        newest = store.latest()  # warnings are errors: no damaged checkpoint is found
         assert newest is not None or not (tmp_path / f"{when}.committed").exists()
         if newest is not None:
             assert same(load(newest.path), parts(newest.step))

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("rank_server")
 
 
 class Simulated(Group):
-    """Rank 0 of several ranks of which all have already said what they bring."""
+    """Rank 0 of several ranks that have all contributed their values."""
 
     def __init__(self, others: list[Any]) -> None:
         self.others = others

@@ -37,7 +37,7 @@ def test_a_shuffle_looks_random() -> None:
 def test_each_sample_once_per_epoch_over_interruptions_and_changes_of_ranks(
     size: int, global_batch: int, batch_size: int, by_length: bool, lives: list[tuple[int, int]]
 ) -> None:
-    """A ledger of ids: each life runs some steps on some number of ranks and dies; the last one goes on to the end."""
+    """A ledger of sample ids: each attempt runs some steps on some number of ranks; the last one completes the epoch."""
     lengths = [(sample * 31) % 17 for sample in range(size)] if by_length else None
     seen: Counter[int] = Counter()
     batches = []

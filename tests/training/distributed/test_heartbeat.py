@@ -11,7 +11,7 @@ from training.distributed.world import World
 
 
 def shared(slots: int) -> int:
-    """The descriptor of a memory with room for `slots` pulses."""
+    """The file descriptor of shared memory for `slots` heartbeats."""
     descriptor = os.memfd_create("pulses")
     os.ftruncate(descriptor, slots * SLOT)
     return descriptor
@@ -67,7 +67,7 @@ def test_a_log_says_nothing_of_the_step_of_a_rank_that_does_so_itself(tmp_path: 
     heartbeat = Heartbeat()
     with Context(tmp_path, World(), heartbeat=heartbeat) as ctx:
         ctx.should_stop(5)
-        ctx.log(6, loss=1.0)  # only rank 0 would seem to be ahead
+        ctx.log(6, loss=1.0)  # otherwise rank 0 would be ahead
         assert heartbeat.read().step == 5
 
 

@@ -1,4 +1,4 @@
-"""Every rank trains the same model, on devices that accelerate knows or not; and a rank that does not is found out."""
+"""All ranks train the same model, also on devices unknown to accelerate; a rank that differs is detected."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ Options = dict[str, Any]
 
 
 class Unreplicated(Runtime):
-    """A device on which nobody averages the gradients, as on torch_tpu if that is left to accelerate."""
+    """A device without averaging of gradients, as with torch_tpu in accelerate."""
 
     ddp = False
 
 
 def on_an_unknown_device(world: World, runtime: Runtime) -> World:
-    """Have this process compute with `runtime` on a device that accelerate does not know."""
+    """Use `runtime` in this process, on a device unknown to accelerate."""
     torch.set_num_threads(1)
     RUNTIMES["tpu"] = runtime
     return replace(world, device="tpu")
 
 
 def train_on_unknown(world: World, run: Path, options: Options) -> tuple[int, dict[str, torch.Tensor]]:
-    """Train; how many ranks accelerate saw, and this rank's weights."""
+    """Train; returns the world size of accelerate, and this rank's weights."""
     seen: list[engine.Engine] = []
 
     class Seen(engine.Engine):
@@ -52,7 +52,7 @@ def train_on_unknown(world: World, run: Path, options: Options) -> tuple[int, di
 
 
 def test_ranks_on_a_device_that_accelerate_does_not_know_exchange_gradients(tmp_path: Path, options: Options) -> None:
-    """To the bit as on the CPU, with one rank that logs."""
+    """Bit-identical to the CPU; one rank logs."""
     options |= {"batch_size": 2, "global_batch": 8, "max_grad_norm": 1.0, "log_with": ("tensorboard",)}
     ranks = spawn(train_on_unknown, 2, tmp_path / "unknown", options)
     assert [seen for seen, _ in ranks] == [1, 1], "accelerate takes each rank for the only one"
@@ -65,7 +65,7 @@ def test_ranks_on_a_device_that_accelerate_does_not_know_exchange_gradients(tmp_
 
 
 def failing(world: World, run: Path, fault: str, options: Options) -> str:
-    """Train with a fault on one rank, or on all; the error that ends it."""
+    """Train with a fault on one rank, or on all; returns the error."""
     world = on_an_unknown_device(world, Unreplicated() if fault == "no DDP" else Runtime())
     step = torch.optim.AdamW.step
 
@@ -110,7 +110,7 @@ def test_a_rank_that_trains_another_model_is_found_at_the_first_step(
 
 
 class Others(Group):
-    """A group in which the other ranks said what is given."""
+    """A group in which the other ranks contribute the given values."""
 
     def __init__(self, *others: torch.nn.Module) -> None:
         self.others, self.size = others, len(others) + 1
@@ -158,7 +158,7 @@ def ids_of(world: World, run: Path) -> Any:
 
 
 def test_device_ids_are_those_of_the_ranks_own_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With MIG, or one visible GPU a rank, the device of every rank is 0 whatever its local rank."""
+    """With MIG, or with one visible GPU per rank, the device is 0 for all local ranks."""
     assert spawn(ids_of, 2, tmp_path) == [None, None]
     given = []
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""CUDA_VISIBLE_DEVICES as CUDA reads it, in one place for the whole project."""
+"""Parse CUDA_VISIBLE_DEVICES as CUDA does, in one module for both packages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TABLE: list[tuple[str | None, list[str] | None]] = [
     ("0,", ["0"]),
     ("1gpu2,2ampere", ["1", "2"]),
     ("0,x,1", ["0"]),
-    ("NoDevFiles", []),  # what SLURM sets for a step without GPUs
+    ("NoDevFiles", []),  # set by SLURM for a step without GPUs
     ("none", []),
     ("all", []),
     ("0,0", []),
@@ -77,7 +77,7 @@ def test_a_number_that_the_machine_does_not_have_ends_the_list(
 
 
 def test_nobody_else_takes_the_variable_apart() -> None:
-    """Where it is read, it is handed on as it is, or to `visible_devices`."""
+    """Code that reads the variable passes it on unchanged, or to `visible_devices`."""
     splits = re.compile(r"""(visible|CUDA_VISIBLE_DEVICES)\w*["')\]]*\.(split|count|strip)\b""")
     files = [path for package in ("launcher", "training") for path in (ROOT / package).rglob("*.py")]
     assert len(files) > 80

@@ -1,4 +1,4 @@
-"""The record of what a run ran with."""
+"""The record of a run's environment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What nvidia-smi says, read; and one that is sick, absent or silent. The texts are those of its CSV format."""
+"""Reports of nvidia-smi in its CSV format; nvidia-smi that fails, is missing or does not answer."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_sick_gpu_is_named_unless_it_is_somebody_elses(listed: str, rows: str,
 
 
 def fake(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put an nvidia-smi before all others."""
+    """Put a fake nvidia-smi first on PATH."""
     (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
     (folder / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
@@ -60,7 +60,7 @@ def test_a_driver_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_driver_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With all that it started."""
+    """The processes that it started are killed, too."""
     fake(tmp_path, f"echo $$ >> '{tmp_path}/pids'; sleep 60", monkeypatch)
     started = time.monotonic()
     assert gpus.report(None, 1.0) == {"count": 0, "faults": ["its GPU driver does not answer within 1 s"]}
@@ -83,7 +83,7 @@ def test_without_nvidia_smi_nothing_is_known(tmp_path: Path, monkeypatch: pytest
 
 
 def test_gpus_are_counted_without_a_look_at_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel's list, else nvidia-smi's; and what CUDA_VISIBLE_DEVICES leaves of them."""
+    """From the list of the kernel, otherwise of nvidia-smi, reduced by CUDA_VISIBLE_DEVICES."""
     fake(tmp_path, f"[ $1 = -L ] && cat '{tmp_path}/list'", monkeypatch)
     (tmp_path / "list").write_text(
         "GPU 0: NVIDIA H100 (UUID: GPU-a)\n  MIG 1g.10gb Device 0: (UUID: MIG-b)\nGPU 1: (UUID: c)\n"
@@ -121,7 +121,7 @@ def test_a_list_that_does_not_come_is_given_up(
     [(["0,1", "0,1"], "0,1"), (["3", "1"], "3,1"), (["", ""], None), ([None, "2"], "2"), (["MIG-a", "MIG-b"], "MIG-a,MIG-b")],
 )  # fmt: skip
 def test_what_ray_gave_the_workers_of_a_node_is_one_list(given: list[str | None], visible: str | None) -> None:
-    """A device that is named twice would make it empty."""
+    """Naming a device twice would make the list empty."""
     members = [
         SimpleNamespace(
             node=SimpleNamespace(id="n"), environment={"CUDA_VISIBLE_DEVICES": text} if text is not None else {}

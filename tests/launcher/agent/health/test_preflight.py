@@ -1,4 +1,4 @@
-"""The look before an attempt: what a node finds, who is the odd one out, and real nodes of a cluster that are left."""
+"""Preflight: the report of a node, the comparison of nodes, and the exclusion of real nodes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def facts(ahead: float = 0.0, **more: Any) -> dict[str, Any]:
 
 
 def unfit(*nodes: dict[str, Any] | None, ranks: int = 2) -> dict[str, str]:
-    """Of nodes n0, n1, ...; None has not answered."""
+    """The unfit ones of the nodes n0, n1, ...; None: did not answer."""
     hosts = tuple(f"n{number}" for number in range(len(nodes)))
     return judge({host: node for host, node in zip(hosts, nodes, strict=True) if node}, dict.fromkeys(hosts, ranks))
 
@@ -107,7 +107,7 @@ def test_the_time_that_a_look_takes_is_no_skew() -> None:
     assert skew({"asked": 0.0, "received_at": -5.0, "sent_at": 55.0, "answered": 60.0}) == -5
 
 
-# ---- what a node finds ------------------------------------------------------------------------------------------
+# ---- report of a node -------------------------------------------------------------------------------------------
 
 
 def run(folder: Path, device: str = "cpu", attempt: int = 3) -> dict[str, Any]:
@@ -146,13 +146,13 @@ def test_what_hangs_on_a_node_does_not_hold_up_the_rest(tmp_path: Path, monkeypa
     assert found["versions"] == VERSIONS
 
 
-# ---- what the coordinator makes of it ---------------------------------------------------------------------------
+# ---- judgement by the coordinator -------------------------------------------------------------------------------
 
 
 def ask(
     folder: Path, monkeypatch: pytest.MonkeyPatch, said: Callable[[Coordinator, int], list[tuple[int, AgentMessage]]]
 ) -> Outcome | None:
-    """Let a coordinator ask nodes 0 and 1; when it asks one, `said` is what comes in from which."""
+    """Ask nodes 0 and 1 as a coordinator; `said` has the messages that arrive after each question."""
     (folder / "idle.py").write_text(IDLE)
     plan = make_plan(RunSpec("idle:main", cluster="local", cpus=1), folder)
     plan = replace(plan, placement=replace(plan.placement, nodes=2))
@@ -214,7 +214,7 @@ def test_a_stop_does_not_wait_for_the_answers(tmp_path: Path, monkeypatch: pytes
 
 
 def profile(project: Project, engine: str, *lines: str) -> None:
-    """A profile ``site`` with a preflight, and a target that needs nothing of its node."""
+    """A profile ``site`` with a preflight, and a target without requirements."""
     (project.folder / "idle.py").write_text(IDLE)
     (project.folder / "cluster_configs").mkdir()
     text = "\n".join([f'extends = "{engine}"', "preflight = true", *lines])
@@ -239,7 +239,7 @@ def started_on(project: Project, run: str) -> list[list[str]]:
     return [e["hosts"] for e in project.events(run) if e["event"] == "started"]
 
 
-# The first node that asks is the sick one, whichever SLURM takes first.
+# The first node that runs it is the faulty one, whichever SLURM allocates first.
 SMI = """#!/bin/sh
 exec 9>>"$0.lock"; flock 9
 [ -s "$0.sick" ] || echo "$SLURMD_NODENAME" > "$0.sick"
@@ -254,7 +254,7 @@ esac
 @pytest.mark.slow
 @pytest.mark.slurm
 def test_a_run_goes_on_away_from_a_node_whose_gpu_has_errors(slurm_project: Project) -> None:
-    """nvidia-smi, asked before the ranks start, is a script first on PATH."""
+    """nvidia-smi is a fake script first on PATH."""
     smi = slurm_project.folder / "bin/nvidia-smi"
     smi.parent.mkdir()
     smi.write_text(SMI)
@@ -275,7 +275,7 @@ def test_a_run_goes_on_away_from_a_node_whose_gpu_has_errors(slurm_project: Proj
 
 
 def fast_clock(project: Project) -> str:
-    """A line of node_setup that puts the clock of one node 90 s ahead: of the second that the first job gets."""
+    """A line of node_setup that sets the clock of the first job's second node 90 s ahead."""
     odd, sick = project.folder / "odd", project.folder / "sick"
     odd.mkdir()
     (odd / "sitecustomize.py").write_text("import time\nright = time.time\ntime.time = lambda: right() + 90\n")
@@ -286,7 +286,7 @@ def fast_clock(project: Project) -> str:
 @pytest.mark.slow
 @pytest.mark.slurm
 def test_a_spare_node_takes_the_place_of_one_whose_clock_is_off(slurm_project: Project, on_slurm: SlurmCluster) -> None:
-    """In the same job; and when an operator requeues that job later, it comes back on nodes without that one."""
+    """In the same job; after a requeue by an operator, the job starts without that node."""
     profile(slurm_project, "slurm", "[slurm]", f"node_setup = {json.dumps([fast_clock(slurm_project)])}")
     arguments = ("--cluster", "site", "--cpus", "2", "--nodes", "2", "--spare-nodes", "1", "--name", "p", "--detach")
     slurm_project.call(*arguments, "steps:main", "--steps", "100", "--seconds", "0.2")
@@ -312,7 +312,7 @@ def test_a_spare_node_takes_the_place_of_one_whose_clock_is_off(slurm_project: P
 @pytest.mark.slow
 @pytest.mark.slurm
 def test_where_all_nodes_are_unfit_the_run_ends_and_strikes_none(slurm_project: Project) -> None:
-    """What is wrong with every node is not for another node to put right."""
+    """A fault of all nodes does not lead to another node."""
     line = f"export TMPDIR='{slurm_project.folder}/gone'"
     profile(slurm_project, "slurm", "[slurm]", f"node_setup = {json.dumps([line])}")
     done = slurm_project.call("--cluster", "site", "--cpus", "2", "--nodes", "2", "--name", "a", "idle:main", status=1)

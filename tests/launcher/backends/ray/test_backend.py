@@ -1,4 +1,4 @@
-"""What only Ray can show, on a real cluster of three raylets."""
+"""Tests that need Ray, on a real cluster of three raylets."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_run_leaves_the_node_of_a_sick_gpu(ray_project: Project) -> None:
 
 
 def test_a_node_that_does_not_pass_the_preflight_is_left(ray_project: Project, ray_cluster: RayCluster) -> None:
-    """One node too many is asked for, so that the unfit one is among those that Ray gives; none takes its place here."""
+    """All nodes are requested, so the unfit one is among them; there is no replacement."""
     profile = f'extends = "ray"\npreflight = true\n[ray]\naddress = "{ray_cluster.address}"\nwait = 0.0\n'
     (ray_project.folder / "strict.toml").write_text(profile)
     nodes = str(len(ray_cluster.node_ids()) + 1)
@@ -61,9 +61,9 @@ def test_nobody_listens_at_the_address(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_without_a_cluster_a_ray_is_started_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More CPU ranks than cores are fine for debugging; nothing of the Ray is left afterwards (a fixture looks)."""
+    """More CPU ranks than cores are allowed, for debugging; a fixture checks that no process of Ray remains."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("RAY_TMPDIR", str(Path("/tmp") / f"r{os.getpid()}"))  # its sockets allow no long paths
+    monkeypatch.setenv("RAY_TMPDIR", str(Path("/tmp") / f"r{os.getpid()}"))  # its sockets need short paths
     project = make_project(tmp_path, "ray")
     project.launch("--cpus", "3", "--name", "s", "torchrun_style.py", "--value", "1")
     assert not (Path.home() / ".ray/auth_token").exists(), "its token is its own"

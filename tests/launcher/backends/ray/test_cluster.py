@@ -1,4 +1,4 @@
-"""What a Ray cluster can hold, as arithmetic on its nodes."""
+"""The capacity of a Ray cluster, computed from its nodes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def tpu(slice_name: str, worker: int, chips: float = 4) -> RayNode:
 
 
 def test_room_is_counted_node_by_node() -> None:
-    """Three CPUs on each of two nodes are no room for three ranks of two CPUs."""
+    """Two nodes with three CPUs each do not hold three ranks with two CPUs."""
     assert capacity(nodes(3, 3), CPU) == 2
     assert capacity(nodes(5, 4, 0), CPU) == 4
     assert capacity(nodes(5, 4), CPU | {"placement_strategy": "STRICT_PACK"}) == 2
@@ -47,7 +47,7 @@ def test_a_slice_counts_whole_or_not_at_all() -> None:
 
 
 def test_a_slice_of_one_host_is_a_host_that_says_so() -> None:
-    """Two hosts of four chips make eight chips, but no host with eight; nor are those of a larger slice such hosts."""
+    """Two hosts with four chips, or hosts of a larger slice, are not one host with eight chips."""
     share = {"TPU-v5litepod-8-head": 0.125}
     asked = {"resources_per_worker": {"TPU": 1, **share}, "use_tpu": True, "topology": "2x4", "num_workers": 8}
     labels = {"ray.io/tpu-topology": "2x4"}

@@ -1,4 +1,4 @@
-"""Workers, nodes and drivers that die under a run on Ray, nodes that are drained, and a cluster that becomes too small."""
+"""Loss of workers, nodes and drivers on Ray; drained nodes; a cluster that becomes too small."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ pytestmark = [pytest.mark.soak, pytest.mark.slow, pytest.mark.ray]
 
 STEPS = 400
 JOB = ("--max-steps", str(STEPS), "--save-every", "20", "--log-every", "1", "--log-with=", "--lr", "1e-4")
-PATIENCE = 240.0  # seconds; a lease takes ten on an idle machine
+PATIENCE = 240.0  # seconds; a worker group takes 10 s on an idle machine
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
-    """A head without CPUs, so that no rank lands on it, and three nodes that hold one rank each."""
+    """A head without CPUs, hence without ranks, and three nodes for one rank each."""
     with RayCluster([RayNode(num_cpus=0), RayNode(num_cpus=1)]) as cluster:
-        for _ in range(2):  # one by one: Ray gives a node half a minute to start, however busy the machine is
+        for _ in range(2):  # one by one: Ray limits the start of a node to 30 s, also on a busy machine
             cluster.add_node(RayNode(num_cpus=1))
         yield cluster
 
@@ -43,26 +43,26 @@ def newest(project: Project, run: str) -> dict[str, Any]:
 
 
 def steps_of(project: Project, run: str, attempt: int, more: int = 25) -> None:
-    """Wait until an attempt has done `more` steps, so that there is a checkpoint of it, too."""
+    """Wait until an attempt has done `more` steps, and so has saved a checkpoint."""
     until(lambda: newest(project, run)["attempt"] >= attempt, f"a step of attempt {attempt}", PATIENCE)
     first = newest(project, run)["step"]
     until(lambda: newest(project, run)["step"] >= first + more, f"steps of attempt {attempt}", PATIENCE)
 
 
 def rank_process(project: Project, run: str) -> int:
-    """A process in which a rank of the run trains."""
+    """The process of a rank of the run."""
     attempt = attempts(project, run)[-1]["attempt"]
     return next(iter(ranks_of(project.folder / "runs" / run / f"logs/{attempt}").values()))
 
 
 def in_use(cluster: RayCluster, project: Project, run: str) -> list[str]:
-    """The nodes on which the newest attempt runs."""
+    """The nodes of the newest attempt."""
     hosts = attempts(project, run)[-1]["hosts"]
     return [name for name, node in cluster.node_ids().items() if any(node[:8] in host for host in hosts)]
 
 
 def ray_project(folder: Path, cluster: RayCluster, monkeypatch: pytest.MonkeyPatch, ray: str) -> Project:
-    """A user's folder with a profile called `site` for the cluster; `ray` are further keys of its section."""
+    """A user's folder with a profile `site` of the cluster; `ray` holds more keys of its section."""
     for name, value in cluster.environment().items():
         monkeypatch.setenv(name, value)
     project = make_project(folder, "ray")
@@ -86,12 +86,12 @@ def nothing_left(cluster: RayCluster, project: Project, run: str) -> bool:
     return not any(cluster.processes(words) for words in named)
 
 
-@pytest.mark.filterwarnings("ignore:The `parse_obj` method is deprecated")  # Ray's own, where it reads its record
+@pytest.mark.filterwarnings("ignore:The `parse_obj` method is deprecated")  # as Ray itself reads its record
 @pytest.mark.timeout(1500)
 def test_a_run_outlives_its_ranks_workers_and_nodes(
     cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rank, a worker of Ray Train and a node die, a node is drained; the weights in the end are those of peace."""
+    """A rank, a Ray Train worker and a node are killed, a node is drained; the weights are those of an uninterrupted run."""
     peace = make_project(tmp_path / "peace", "local")
     project = ray_project(tmp_path / "war", cluster, monkeypatch, "wait = 5.0\n")
     with peace.start("--cpus", "2", "--name", "p", "--", *JOB) as undisturbed:
@@ -135,7 +135,7 @@ def test_a_run_outlives_its_ranks_workers_and_nodes(
 def test_hung_then_left_by_its_driver_then_on_fewer_nodes(
     cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both its nodes die while nobody drives the run; resumed, it does with the one that is there by then."""
+    """Both nodes are lost while there is no driver; the resumed run uses the one node that exists by then."""
     project = ray_project(tmp_path, cluster, monkeypatch, "elastic = true\n")
     project.call("--cluster", "site", "--cpus", "2", "--detach", "--name", "e", "steps:main", "--steps", "4000")
     steps_of(project, "e", 1)

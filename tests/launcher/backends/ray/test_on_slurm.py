@@ -1,4 +1,4 @@
-"""Ray inside jobs of SLURM's: two of them at once, on nodes that they share."""
+"""Ray inside SLURM jobs: two jobs at once, on shared nodes."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def weights(run: Path) -> str:
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_two_at_once_share_their_nodes(tmp_path: Path, on_slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of them is told to leave half way, comes back, and ends in the weights of the other.
+    """One of them is preempted, resumes, and ends with the weights of the other.
 
-    Each has a token of its own, whatever an earlier Ray of this user has left in his home.
+    Each has its own token, also if an earlier Ray has left one in the user's home.
     """
     (tmp_path / "home/.ray").mkdir(parents=True)
     (tmp_path / "home/.ray/auth_token").write_text("0" * 64)
@@ -75,7 +75,7 @@ def test_two_at_once_share_their_nodes(tmp_path: Path, on_slurm: SlurmCluster, m
 def test_a_killed_step_daemon_does_not_hold_the_nodes_for_ever(
     host: str, tmp_path: Path, on_slurm: SlurmCluster
 ) -> None:
-    """srun hears of the end of neither the leading task nor the following one; the run comes to its end all the same."""
+    """srun does not notice the exit of either task; the run ends nevertheless."""
     project = make_project(tmp_path, "ray")
     (tmp_path / "cluster_configs").mkdir()
     (tmp_path / "cluster_configs/both.toml").write_text(PROFILE)

@@ -1,4 +1,4 @@
-"""TPU slices on Ray: raylets that say they are the hosts of slices. No chip is touched; where ranks land is Ray's doing."""
+"""TPU slices on Ray: raylets with the resources of slice hosts, without chips; Ray places the ranks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ print(json.dumps(shown), flush=True)
 
 
 def host(name: str, worker: int, topology: str, pod: str) -> RayNode:
-    """Host number `worker` of the slice `name`, as a TPU VM's own Ray presents it; Ray asks a host for TPU_NAME."""
+    """Host number `worker` of the slice `name`, as the Ray of a TPU VM reports it; Ray reads TPU_NAME on a host."""
     resources = {"TPU": 4.0, name: 1.0, "accelerator_type:TPU-V4": 1.0}
     if worker == 0:
         resources[f"TPU-{pod}-head"] = 1.0
@@ -42,7 +42,7 @@ def host(name: str, worker: int, topology: str, pod: str) -> RayNode:
 
 @pytest.fixture(scope="module")
 def slices() -> Iterator[RayCluster]:
-    """A slice of two hosts, and two of one host each."""
+    """A slice of two hosts, and two slices of one host."""
     hosts = [host("deep", 0, "2x2x2", "v4-16"), host("deep", 1, "2x2x2", "v4-16")]
     with RayCluster([*hosts, host("left", 0, "2x2x1", "v4-8"), host("right", 0, "2x2x1", "v4-8")]) as cluster:
         yield cluster
@@ -58,7 +58,7 @@ def project(slices: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def shown(project: Project, run: str) -> list[dict[str, Any]]:
-    """What each rank saw in its environment, by rank."""
+    """Rank -> its environment variables."""
     rows = [json.loads(line.split("] ", 1)[1]) for line in project.logs(run)]
     return sorted(rows, key=lambda row: int(row["RANK"]))
 
@@ -102,7 +102,7 @@ def test_a_slice_that_nobody_makes_is_refused_at_once(tmp_path: Path) -> None:
 def test_hosts_that_do_not_say_what_kind_of_slice_they_are(
     marked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some clusters mark the hosts of several-host slices only; there, what Ray does by itself has to do."""
+    """Some clusters mark the hosts of multi-host slices only; there, Ray's default placement has to suffice."""
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.9:6379")
     spec = RunSpec("launcher:launch", (), backend="ray", tpus=8, accelerator="v4", topology="2x2x1", name="m")
     plan = make_plan(spec, tmp_path)
@@ -118,7 +118,7 @@ def test_hosts_that_do_not_say_what_kind_of_slice_they_are(
 
 
 class _Plan:
-    """As much of a plan as a lease asks for its environment."""
+    """The fields of a plan that a worker group needs for its environment."""
 
     name = "t"
 
@@ -127,7 +127,7 @@ class _Plan:
 
 
 def test_two_slices_of_two_hosts() -> None:
-    """Ranks follow slices, hosts and chips in whatever order Ray's workers come."""
+    """Ranks are ordered by slice, host and chip, in any order of Ray's workers."""
     worker_group = WorkerGroup(_Plan, 1, 16)  # type: ignore[arg-type]
     members = [
         Member(

@@ -1,4 +1,4 @@
-"""What only SLURM can show, on the real cluster of four nodes with eight GPUs each."""
+"""Tests that need SLURM, on a real cluster of four nodes with eight GPUs each."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ print(*(os.environ[name] for name in names), flush=True)
 
 
 def test_sixteen_gpus_are_two_whole_nodes(slurm_project: Project) -> None:
-    """Every rank has a GPU of its own as torchrun scripts expect it: the node's devices, indexed by the local rank."""
+    """Ranks see all devices of the node, indexed by the local rank, as torchrun scripts expect."""
     (slurm_project.folder / "show.py").write_text(SHOW)
     slurm_project.launch("--gpus", "16", "--name", "g", "show.py")
     rows = [line.split("] ")[1].split() for line in slurm_project.logs("g")]
@@ -64,7 +64,7 @@ def test_the_job_ends_as_the_run_does(slurm_project: Project) -> None:
 
 
 def test_two_jobs_share_a_node(slurm_project: Project) -> None:
-    """Their process groups use ports of their own, found without any help from the job id."""
+    """Their process groups use different ports, which do not depend on the job id."""
     runs = [f"j{n}" for n in range(3)]
     for run in runs:
         slurm_project.launch("--detach", "--cpus", "2", "--name", run, "steps:main", "--steps", "60")
@@ -74,7 +74,7 @@ def test_two_jobs_share_a_node(slurm_project: Project) -> None:
 
 
 def test_a_queued_run_can_be_cancelled(slurm_project: Project) -> None:
-    (slurm_project.folder / "waits.py").write_text("import time\ntime.sleep(600)\n")  # the GPUs are only names
+    (slurm_project.folder / "waits.py").write_text("import time\ntime.sleep(600)\n")  # the GPUs have no driver
     slurm_project.launch("--detach", "--gpus", "32", "--name", "all", "waits.py")
     until(lambda: slurm_project.status("all")["state"] == "running", "the first to run")
     slurm_project.launch("--detach", "--gpus", "8", "--name", "next", "steps:main")
@@ -96,9 +96,9 @@ def test_more_than_the_cluster_has_is_refused(slurm_project: Project) -> None:
 
 
 def test_works_on_a_plain_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without sacct, an end is known from the run's files; who kills all agents leaves the batch script to tell of it.
+    """Without sacct, the end is known from the run's files; if all agents are killed, the batch script reports it.
 
-    And where preemption says no more than SIGTERM, as on most sites, the run asks to be started again all the same.
+    If preemption sends SIGTERM only, as on most sites, the run is requeued, too.
     """
     from tests.launcher.engines import make_project
 
@@ -171,7 +171,7 @@ print(json.dumps(shown), flush=True)
 
 
 def test_the_ranks_of_tpu_hosts_agree(slurm_project: Project) -> None:
-    """Two slices of two hosts, a rank on each chip; no chip is touched."""
+    """Two slices of two hosts with a rank per chip, without real chips."""
     (slurm_project.folder / "show.py").write_text(AGREED)
     request = ("--tpus", "16", "--accelerator", "v4", "--topology", "2x2x2", "--name", "t", "show.py")
     slurm_project.launch(*request)

@@ -1,4 +1,4 @@
-"""What a run on SLURM meets in a bad week, in a minute or two: it comes home by itself each time."""
+"""Faults of a SLURM cluster: each time the run recovers without a user."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def processes(pattern: str) -> list[int]:
 
 
 class Week:
-    """A run of two nodes with two ranks each, and what happens to it."""
+    """A run of two nodes with two ranks each, and its faults."""
 
     def __init__(self, project: Project, cluster: SlurmCluster, run: str) -> None:
         self.project, self.cluster, self.run = project, cluster, run
@@ -49,16 +49,16 @@ class Week:
         return next(pid for pid in agents if name in Path(f"/proc/{pid}/environ").read_text())
 
     def meets(self, fault: Callable[[], None], seconds: float = 300) -> None:
-        """Wait until the run gets on, let `fault` happen, and wait until the run gets on in another attempt.
+        """Wait for progress, inject `fault`, and wait for progress in a later attempt.
 
-        That a node is gone SLURM says after 20 s, and on a busy machine only after minutes.
+        SLURM detects a lost node after 20 s, on a busy machine after minutes.
         """
         attempt = max((m["attempt"] for m in self.metrics()), default=1)
         until(lambda: len([m for m in self.metrics() if m["attempt"] == attempt]) > 10, "ten steps")
         fault()
         until(lambda: any(m["attempt"] > attempt for m in self.metrics()), f"a step after {fault}", seconds)
 
-    # ---- what happens -----------------------------------------------------------------------------------------------
+    # ---- faults -----------------------------------------------------------------------------------------------------
 
     def rank_killed(self) -> None:
         attempt = max(m["attempt"] for m in self.metrics())
@@ -84,7 +84,7 @@ class Week:
 
 
 def test_a_bad_week(slurm_project: Project, on_slurm: SlurmCluster) -> None:
-    """Every step of 200 is done, and only those that a sudden death undid are done twice."""
+    """All 200 steps are done; only those lost by a kill are repeated."""
     arguments = ("--cpus", "4", "--nodes", "2", "--max-restarts", "4", "--name", "w", "--detach")
     slurm_project.launch(*arguments, "steps:main", "--steps", "200", "--seconds", "0.05")
     week = Week(slurm_project, on_slurm, "w")
@@ -92,7 +92,7 @@ def test_a_bad_week(slurm_project: Project, on_slurm: SlurmCluster) -> None:
     sudden = [week.rank_killed, week.agent_killed, week.coordinating_agent_killed, week.node_set_down, week.power_lost]
     for fault in (*agreed, *sudden):
         week.meets(fault)
-    on_slurm.signal_daemon("slurmctld", signal.SIGSTOP)  # the end of a run needs no controller
+    on_slurm.signal_daemon("slurmctld", signal.SIGSTOP)  # a run can end without the controller
     try:
         until(lambda: slurm_project.status("w")["state"] == "succeeded", "the end")
     finally:
@@ -109,7 +109,7 @@ def test_a_bad_week(slurm_project: Project, on_slurm: SlurmCluster) -> None:
 def test_a_killed_step_daemon_does_not_hold_up_what_follows(
     node: int, slurm_project: Project, on_slurm: SlurmCluster
 ) -> None:
-    """srun never hears of the end of that node's task, and the batch script not of srun's, when the run needs it to act."""
+    """srun does not notice the exit of the task, nor the batch script that of srun; the run recovers nevertheless."""
     arguments = ("--cpus", "2", "--nodes", "2", "--name", "d", "--detach")
     slurm_project.launch(*arguments, "steps:main", "--steps", "100", "--seconds", "0.1")
     week = Week(slurm_project, on_slurm, "d")
@@ -121,7 +121,7 @@ def test_a_killed_step_daemon_does_not_hold_up_what_follows(
     week.meets(struck_twice)
     until(lambda: slurm_project.status("d")["state"] == "succeeded", "the end")
     reasons = [e["reason"] for e in slurm_project.events("d") if e["event"] == "requeued"]
-    # The srun before may outlive its batch script by seconds, and then end the step of the same number in the next start.
+    # The earlier srun may outlive its batch script by seconds and then end the next start's step of that number.
     assert reasons in (["node lost"], ["node lost"] * 2)
 
 

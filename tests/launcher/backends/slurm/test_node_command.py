@@ -1,4 +1,4 @@
-"""What srun starts on a node: preparation, scratch, containers. The shell lines are run by a real shell."""
+"""The command of srun on a node: setup, scratch, containers. A real shell runs the lines."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_line_that_fails_keeps_the_node_from_starting() -> None:
 
 
 def test_a_scratch_folder_lives_as_long_as_the_ranks(tmp_path: Path) -> None:
-    """Also where the agent is told to stop: the shell around it waits for its end, and passes its exit status on."""
+    """Also if the agent is stopped: the shell waits for it and returns its exit status."""
     program = (
         "import os, signal, sys, tempfile, time\n"
         "def told(number, _): open(sys.argv[1], 'w').write(tempfile.gettempdir()); sys.exit(3)\n"

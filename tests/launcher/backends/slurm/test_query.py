@@ -1,4 +1,4 @@
-"""What SLURM says of its nodes and partitions, read from its own words, and what is refused because of it."""
+"""Nodes and partitions as parsed from SLURM's output, and requests that they cannot meet."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_nodes_that_are_alike_are_one_kind() -> None:
 
 
 def test_small_differences_do_not_make_kinds() -> None:
-    """Racks, a swapped memory module, cores kept for the system: a job over all of them is still one of whole nodes."""
+    """Small differences (racks, memory, reserved cores) do not split a kind of nodes."""
     listed = (
         node("a1", ActiveFeatures="ib,rack1")
         + node("a2", ActiveFeatures="ib,rack2", RealMemory="512000")

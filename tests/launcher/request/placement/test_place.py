@@ -1,4 +1,4 @@
-"""place(): devices asked for + nodes that exist -> nodes x ranks, or a sentence whose suggestions work."""
+"""place(): requested devices and existing nodes -> nodes x ranks, or an error with valid suggestions."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_what_is_placed(
 def test_what_is_placed_on_mixed_nodes(
     devices: Devices, cluster: Cluster, shape: tuple[int, int, int, int], gpu_type: str | None, why: str
 ) -> None:
-    """`shape`: nodes, ranks a node, cores a rank, and the memory of a node that goes with them."""
+    """`shape`: nodes, ranks per node, cores per rank, memory per node."""
     placement = place(devices, cluster)
     found = (placement.nodes, placement.ranks_per_node, placement.cpus_per_rank, int(placement.memory_gb))
     assert (found, placement.gpu_type) == (shape, gpu_type)

@@ -112,7 +112,7 @@ def test_a_controller_that_does_not_answer(mixed: Project, monkeypatch: pytest.M
 
 
 def test_a_first_profile_and_a_run_from_within_a_job(mixed: Project) -> None:
-    """In an interactive job of its own kind of memory; the new job takes nothing over from it."""
+    """Submitted from an interactive job with another memory option; the new job inherits nothing from it."""
     written = mixed.call("clusters", "new", "first").stdout
     assert written.endswith("cluster_configs/first.toml: look at it, then use it with --cluster first\n")
     (mixed.folder / "tiny.py").write_text("import os\nprint('ran as', os.environ['SLURM_JOB_NAME'])\n")
@@ -133,7 +133,7 @@ while not os.path.exists("go"):
 
 
 def test_every_rank_has_a_device_of_its_own(mixed: Project) -> None:
-    """Three jobs at once, two of them on one node; one where the site binds GPUs to tasks by default."""
+    """Three jobs at once, two of them on one node, one with GPUs bound to tasks by default."""
     (mixed.folder / "show.py").write_text(SHOW)
     scratch = f"{mixed.folder}/local-$SLURM_JOB_ID"
     profile(

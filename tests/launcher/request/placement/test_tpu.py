@@ -1,4 +1,4 @@
-"""Slices of TPUs, and the variables their processes start with, beside what torch_tpu itself would set."""
+"""TPU slices, and the variables of their processes compared with those of torch_tpu."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from launcher.request.placement.tpu import (
 )
 
 PEER = Path(__file__).parents[2] / "peers" / "torch_tpu_env.py"
-SOURCE = Path(sys.prefix) / "peers"  # where `make setup` puts the Python files of torch_tpu
+SOURCE = Path(sys.prefix) / "peers"  # `make setup` writes the Python files of torch_tpu there
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def addresses(*hosts: str, chips: int = 4) -> str:
 
 
 FOUR = ("t0", "t1", "t2", "t3")
-# hosts, chips a host, topology, node; and what torch_tpu 0.2.0 set when it was asked
+# hosts, chips per host, topology, node; result of torch_tpu 0.2.0
 ROWS = [
     (
         ("localhost:7001",),
@@ -131,7 +131,7 @@ def test_what_processes_start_with(
 ) -> None:
     found = tpu_environment(hosts, chips, topology, node, "session")
     assert found.pop("TORCH_TPU_XPROF_SESSION_ID") == "session"
-    if "NNODES" in expected:  # torch_tpu takes the topology of several hosts as it is given
+    if "NNODES" in expected:  # torch_tpu uses the topology of several hosts unchanged
         axes = [*topology.split("x"), "1"][:3]
         assert found.pop("TORCH_TPU_TOPOLOGY") == ",".join(axes)
     assert found == expected
@@ -151,7 +151,7 @@ def test_torch_tpu_itself_would_set_the_same(
     command = [sys.executable, str(PEER), str(SOURCE), str(chips), json.dumps(arguments)]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
     theirs = json.loads(done.stdout)
-    # Where the ranks meet is ours to say: the agent holds a port for it.
+    # The rendezvous address is the launcher's: the agent holds a port for it.
     assert {k: v for k, v in theirs.items() if not k.startswith("MASTER_")} == expected
     found.pop("TORCH_TPU_XPROF_SESSION_ID")
     assert found == expected
