@@ -80,7 +80,9 @@ def _attend(run: Any, options: argparse.Namespace) -> int:
     if options.detach:
         print(json.dumps(run.status()) if options.json else f"{run.name}\nlaunch status {run.name} shows how it goes")
         return 0
-    state = _follow(run, sys.stderr if options.json else sys.stdout)
+    from launcher.client.attend import attend
+
+    state = attend(run, sys.stderr if options.json else sys.stdout)
     if state is None:
         return State.STOPPED.exit_status
     _drop_refused(run)
@@ -91,44 +93,6 @@ def _attend(run: Any, options: argparse.Namespace) -> int:
 
         print(summary(run))
     return state.exit_status
-
-
-def _follow(run: Any, out: Any) -> State | None:
-    """Follow; None when a cluster run was left to itself by Ctrl-C.
-
-    Here, the first Ctrl-C asks for a checkpoint and the second ends at once; on a cluster it only stops watching.
-    """
-    from launcher import backends
-    from launcher.client.follow import Follower
-
-    follower = Follower(run, out)
-    try:
-        return follower.follow()
-    except KeyboardInterrupt:
-        if not backends.of(run.dir.plan().cluster).capabilities.interrupt_stops:
-            print(
-                f"\nlaunch: no longer watching; {run.name} goes on. Come back with `launch logs -f {run.name}`, see"
-                f" `launch status {run.name}`, end it with `launch cancel {run.name}`.",
-                file=sys.stderr,
-            )
-            return None
-    print(f"\nlaunch: {_how_it_stops(run)}; Ctrl-C again ends at once", file=sys.stderr)
-    run.dir.request_stop("Ctrl-C")
-    try:
-        return follower.follow()
-    except KeyboardInterrupt:
-        killed: State = run.kill()
-        return killed
-
-
-def _how_it_stops(run: Any) -> str:
-    """What a request to stop does to a run: only a program with a Context, which logs its steps, stops at a step."""
-    plan = run.dir.plan()
-    if run.dir.metrics_file.exists():
-        return "stopping at the next step, with a checkpoint if the program saves one"
-    return (
-        f"stopping: SIGTERM goes to every rank, {plan.cluster.grace:g} seconds before those that still run are killed"
-    )
 
 
 def _drop_refused(run: Any) -> None:

@@ -93,9 +93,10 @@ def resume(name: str | Path, *, runs_folder: str | Path = "runs", wait: bool = T
 
 
 def _attended(run: Run) -> Run:
-    from launcher.client.follow import follow
+    from launcher.client.attend import attend
 
-    follow(run, sys.stdout)
+    if attend(run, sys.stdout) is None:
+        raise KeyboardInterrupt  # the run goes on, and a cell or a script that started it does not
     run.check()
     return run
 

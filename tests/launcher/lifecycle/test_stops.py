@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 
 import pytest
@@ -68,10 +69,13 @@ def test_a_script_that_saves_nothing_is_stopped_and_told_so(local_project: Proje
     assert interrupted["lost_everything"]
 
 
-def test_ctrl_c_on_a_script_promises_no_checkpoint(local_project: Project) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_command_stops_a_script_and_promises_no_checkpoint(
+    local_project: Project, number: signal.Signals
+) -> None:
     with local_project.start("--cpus", "2", "--name", "c", "stops.py", "143", "4000") as running:
         until(lambda: step_of(local_project) >= 20, "steps")
-        running.send_signal(signal.SIGINT)
+        running.send_signal(number)
         out, err = running.communicate(timeout=60)
     assert running.returncode == 3
     assert "launch: stopping: SIGTERM goes to every rank, 60 seconds before those that still run are killed" in err
@@ -82,6 +86,19 @@ def test_ctrl_c_on_a_script_promises_no_checkpoint(local_project: Project) -> No
     assert "`launch resume c` starts the program again (it saved no checkpoint through launch)" in out
     assert "next step" not in out + err
     assert "checkpoint;" not in out + err
+
+
+def test_ctrl_c_in_a_program_that_follows_a_run_stops_the_run(local_project: Project) -> None:
+    code = "import launcher; launcher.launch('stops.py', '143', '4000', cpus=2, name='p')"
+    with subprocess.Popen(
+        [local_project.python, "-c", code], cwd=local_project.folder, stderr=subprocess.PIPE
+    ) as program:
+        until(lambda: (local_project.folder / "runs/p/logs/1/0.log").exists(), "a rank")
+        until(lambda: local_project.status("p")["state"] == "running", "ranks")
+        program.send_signal(signal.SIGINT)
+        _, err = program.communicate(timeout=60)
+    assert b"RunStopped: run 'p' stopped before its end" in err
+    assert local_project.status("p")["state"] == "stopped"
 
 
 def test_a_script_says_that_it_had_finished(local_project: Project) -> None:
