@@ -185,11 +185,13 @@ def place_tpus(devices: Devices, cluster: Cluster) -> Placement:
             f"--tpus {count} --nodes {devices.nodes}: {many(count, f'{generation} chip')} are {many(hosts, 'host')}.",
             *near(count),
         )
-    if cluster.nodes and hosts > cluster.nodes:
+    down = sum(kind.down for kind in cluster.kinds)
+    if (cluster.nodes or down) and hosts > cluster.nodes:
         fewer = count * cluster.nodes // hosts // shape.chips * shape.chips if pinned else 0
         raise Refused(
-            f"--tpus {count}: that is {many(hosts, 'host')}; cluster {cluster.name!r} has {cluster.nodes}.",
-            *near(fewer or _largest_on(generation, cluster) * (not pinned)),
+            f"--tpus {count}: that is {many(hosts, 'host')}; cluster {cluster.name!r} has {cluster.nodes}"
+            f"{f' ({down} more down or drained)' if down else ''}.",
+            *near(fewer or _largest_on(generation, cluster) * (not pinned) * bool(cluster.nodes)),
         )
     ranks = count // hosts
     cores = cluster.node.cpus // ranks if cluster.node.cpus else 0

@@ -51,7 +51,7 @@ def test_ctrl_c_saves_and_stops_and_the_run_goes_on(local_project: Project) -> N
         out, err = running.communicate(timeout=60)
     assert running.returncode == 3
     assert "with a checkpoint" in err
-    assert "`launch resume c` goes on" in out
+    assert "`launch resume c` resumes" in out
     saved = [e["step"] for e in local_project.events("c") if e["event"] == "saved"]
     status = local_project.status("c")
     assert status["state"] == "stopped"

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.request.placement.devices import Placement
+from launcher.config.cluster import Cluster, NodeKind
+from launcher.errors import BadRequest
+from launcher.request.placement.devices import Devices, Placement
+from launcher.request.placement.place import place
 from launcher.request.placement.tpu import (
     CHIPS_PER_HOST,
     Topology,
@@ -176,3 +179,9 @@ def test_a_single_chip_is_a_slice() -> None:
     found = environment_of(Placement(1, 1, "xla"), ("127.0.0.1",), 0, 0, "s")
     assert found["TORCH_TPU_TOPOLOGY"] == "1,1,1"
     assert found["TORCH_TPU_SLICEBUILDER_ADDRESSES"] == "127.0.0.1:8070"
+
+
+def test_hosts_that_are_all_down_hold_no_slice() -> None:
+    kinds = (NodeKind(0, None, 4, accelerator="v5e", down=1),) * 2
+    with pytest.raises(BadRequest, match=r"that is 1 host; cluster 'site' has 0 \(2 more down or drained\)\.$"):
+        place(Devices("tpu", 1, None, "v5e", None), Cluster("site", "slurm", kinds=kinds))
