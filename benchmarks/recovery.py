@@ -1,13 +1,12 @@
 """Time from ``kill -9`` of a rank to the next step of all ranks: ``python -m benchmarks.recovery [ROUNDS]``.
 
 Two gloo ranks (on SLURM four, on two nodes) train a small BERT under DDP, with torch and transformers imported, and rank
-0 saves a checkpoint every five steps. The file imports the model's class by name: what a library imports only when it is used, as transformers' Auto
-classes do, is imported again by every fork of `launch`, too, and that costs it seconds. Round by round, each way of
-starting them runs the same file; one rank, the same for all, is killed at the same step. The time ends when the last of
-the ranks has finished its first step after the kill. A way that has not come to a step within two minutes counts with
-those two minutes, and is named below the table: with torchrun both of the new ranks were then found inside gloo's
-connect, in `init_process_group`. SLURM is a real one that is started for this, where its daemons are installed; all nodes
-are this machine.
+0 saves a checkpoint every five steps. Round by round, each way of starting them runs the same script; one rank, the same
+for all, is killed `AGE` seconds after its first steps, or at once (``, killed at once``: no standby interpreter is ready
+then). The time ends when the last of the ranks has finished its first step after the kill. A way without a step within
+two minutes counts with those two minutes, and is named below the table: with torchrun both of the new ranks were then
+found inside gloo's connect, in `init_process_group`. SLURM is a real one that is started for this if its daemons are
+installed; all nodes are this machine.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from tests.testbed.slurm import SlurmCluster, missing
 LIMIT = 120.0  # seconds to the next step
 START = 300.0  # seconds to the first one
 RANKS = 2
+AGE = 15.0  # seconds between the steps and the kill
 TOKEN = "RECOVERY_BENCHMARK"  # in the environment of all that a case starts
 
 JOB = """
@@ -106,6 +106,7 @@ def main() -> None:
             "Ray Train, FailureConfig(max_failures=3)": [sys.executable, "ray_job.py"],
         }
         runs = {name: killed(name, argv, folder, hung) for name, argv in cases.items()}
+        runs["launch --cpus 2, killed at once"] = killed("at once", cases["launch --cpus 2"], folder, hung, age=0.0)
         if to_slurm:
             name, argv = "launch --backend slurm --nodes 2 --cpus 4", [str(scripts / "launch"), "--backend", "slurm"]
             runs[name] = killed(name, [*argv, "--nodes", "2", "--cpus", "4", "job.py"], folder, hung, 4, to_slurm)
@@ -132,6 +133,7 @@ def killed(
     hung: Counter[str],
     ranks: int = RANKS,
     variables: Mapping[str, str] | None = None,
+    age: float = AGE,
 ) -> Case:
     """A case: start the job, kill a rank, return the seconds to the next step."""
     chance = random.Random(1)  # the same ranks and steps for every way of starting
@@ -145,7 +147,7 @@ def killed(
                 [*argv, job], cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
             )
             try:
-                seconds = _recover(Path(job), ranks, victim, step)
+                seconds = _recover(Path(job), ranks, victim, step, age)
                 print(f"{name}: rank {victim} killed at step {step}, {seconds:.2f} s", file=sys.stderr)
                 with suppress(subprocess.TimeoutExpired):
                     started.wait(20)
@@ -162,9 +164,10 @@ def killed(
     return run
 
 
-def _recover(job: Path, ranks: int, victim: int, step: int) -> float:
-    """Kill rank `victim` once all ranks have done `step`, and return the seconds to the next step of all of them."""
+def _recover(job: Path, ranks: int, victim: int, step: int, age: float) -> float:
+    """Kill rank `victim` `age` seconds after all ranks have done `step`; return the seconds to the next step of all."""
     first = _wait(job, ranks, step, START)
+    time.sleep(age)
     killed_at = time.monotonic()
     os.kill(next(pid for rank, pid in first if rank == victim), signal.SIGKILL)
     second = _wait(job, ranks, 1, LIMIT, set(first))
