@@ -102,10 +102,11 @@ def import_all(modules: Sequence[str]) -> bool:
     except (Exception, SystemExit):
         return False
     torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        os._exit(1)  # it would hold memory of the GPU that the running rank uses
     return (
         all(os.environ.get(name) == value for name, value in before.items())
         and [signal.getsignal(number) for number in signal.valid_signals()] == handlers
-        and (torch is None or not torch.cuda.is_initialized())
     )
 
 
