@@ -42,7 +42,7 @@ from launcher.rank.messages import (
     decode,
     encode,
 )
-from launcher.rank.output import drop_output_on_full_disk
+from launcher.rank.output import drop_output_on_full_disk, redirect_output
 from launcher.rank.standby import Standbys
 from launcher.request.own_packages import IMPORT_OURS
 
@@ -157,7 +157,7 @@ class ForkServer:
             self.ranks[pid] = rank
             self.send(RankStarted(rank, pid))
             return None
-        redirect_output(start)
+        redirect_output(start.log, rank)
         if not self.forks or poisoned():
             self.execute(record, ["rank", json.dumps(asdict(start.world))], start.environment)
         os.environ.clear()
@@ -241,20 +241,6 @@ def leave_server(server: int) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
-
-
-def redirect_output(start: StartRank) -> None:
-    """Append the output of this process to the rank's log; exit if that cannot be opened."""
-    try:
-        output = os.open(start.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    except OSError as error:
-        from launcher.lifecycle.exit_status import error_not_written_status
-
-        print(f"launch: rank {start.world.rank}: {start.log}: {error.strerror}", file=sys.stderr)
-        os._exit(error_not_written_status(error))
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.close(output)
 
 
 def kill_orphans(kept: Set[int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from typing import TextIO
 
@@ -42,3 +43,17 @@ def _patient(stream: TextIO) -> TextIO:
     raw = DropOnFullDisk(stream.fileno(), "w", closefd=False)
     buffered = io.BufferedWriter(raw)  # type: ignore[type-var]  # typeshed knows of no name for the buffers it takes
     return io.TextIOWrapper(buffered, stream.encoding, stream.errors, line_buffering=True)
+
+
+def redirect_output(log: str, rank: int) -> None:
+    """Append the output of this process to the log of a rank; exit if that cannot be opened."""
+    try:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError as error:
+        from launcher.lifecycle.exit_status import error_not_written_status
+
+        print(f"launch: rank {rank}: {log}: {error.strerror}", file=sys.stderr)
+        os._exit(error_not_written_status(error))
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)

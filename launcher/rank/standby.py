@@ -28,6 +28,7 @@ from pathlib import Path
 from launcher.config.timeouts import TIMEOUTS
 from launcher.rank.imports import importable
 from launcher.rank.messages import StartRank, decode, encode
+from launcher.rank.output import redirect_output
 
 PER_ATTEMPT = frozenset(
     (
@@ -82,12 +83,9 @@ def wait_for_start(control: int, start: StartRank, modules: Sequence[str]) -> tu
     sys.stderr.flush()
     printed = os.pread(output, PRINTED_BYTES, 0) if usable else b""
     os.close(output)
-    log = os.open(new.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    redirect_output(new.log, new.world.rank)
     with suppress(OSError):
-        os.write(log, printed)
-    for descriptor in (1, 2):
-        os.dup2(log, descriptor)
-    os.close(log)
+        os.write(1, printed)
     return new, usable
 
 
