@@ -21,7 +21,7 @@ inside = "slurm"
 [slurm]
 nodelist = "node1,node2"
 """
-JOB = ("--max-steps", "40", "--save-every", "5", "--log-every", "1", "--log-with=", "--lr", "1e-4")
+JOB = ("--max-steps", "300", "--save-every", "50", "--log-every", "1", "--log-with=", "--lr", "1e-4")
 
 
 def weights(run: Path) -> str:
