@@ -98,6 +98,11 @@ class Models:
             model.compile()  # in place, so that the names of the parameters stay
         return prepared
 
+    @property
+    def communicate(self) -> bool:
+        """Whether a backward pass sends gradients to other ranks."""
+        return bool(self._replicas or self.sharded)
+
     def synchronise(self, on: bool) -> None:
         """Whether the next backward pass averages the gradients over the ranks; False accumulates them."""
         for replica in self._replicas:

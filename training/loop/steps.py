@@ -155,6 +155,7 @@ class Step:
         self.skipped = False
         self._weight = 0.0
         self._sum: torch.Tensor | None = None
+        self._backward_done = False  # for the present microbatch
         self._result: Callable[[], float] | None = None
 
     def __index__(self) -> int:
@@ -179,7 +180,13 @@ class Step:
         for number, ids in enumerate(self._plan.microbatches, start=1):
             self._weight = self._plan.weight(ids, world_size)
             steps._models.synchronise(number == len(self._plan.microbatches))
+            self._backward_done = False
             yield to_device(next(self._made), device)
+        if not self._backward_done and steps._models.communicate:
+            raise ConfigError(
+                f"step {self.number}: step.backward was not called for its last microbatch, so that the other ranks would"
+                " wait for the gradients of this one; to leave a batch out, call it with the loss times 0"
+            )
         self._finish()
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -189,6 +196,7 @@ class Step:
         """
         weighted = loss * self._weight
         (weighted * self._steps._models.scale.value).backward()  # type: ignore[no-untyped-call]
+        self._backward_done = True
         done = weighted.detach().float()
         self._sum = done if self._sum is None else self._sum + done
 

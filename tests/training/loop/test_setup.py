@@ -115,6 +115,27 @@ def test_all_ranks_begin_with_the_weights_of_rank_0(tmp_path: Path) -> None:
     assert one == two == three
 
 
+def leaves_out(world: World, run_dir: Path) -> int:
+    torch.set_num_threads(1)
+    with Context(run_dir, world) as ctx:
+        model = ctx.setup(Net())
+        steps = ctx.steps(Rows(8), global_batch=4, microbatch=1)
+        for step in steps:
+            for x, y in step:
+                if step.number == 2 and world.rank == 1:
+                    continue
+                step.backward((model(x) - y).square().mean())
+        return steps.number
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("rank_server")
+def test_a_rank_that_leaves_a_batch_out_is_refused(tmp_path: Path) -> None:
+    assert spawn(leaves_out, 1, tmp_path) == [2]
+    with pytest.raises(AssertionError, match=r"step 2: step\.backward was not called for its last microbatch"):
+        spawn(leaves_out, 2, tmp_path)
+
+
 class Half(torch.nn.Module):
     """One of its layers is not used."""
 
