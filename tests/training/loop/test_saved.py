@@ -384,3 +384,36 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
         pytest.raises(CheckpointError, match="every checkpoint"),
     ):
         ctx.state(loader=Counter()).restore()
+
+
+def restored(world: World, run_dir: Path, own: bool) -> str:
+    folder = run_dir / f"node{world.rank}" if own and world.rank else run_dir
+    folder.mkdir(exist_ok=True)
+    with Context(folder, world) as ctx:
+        try:
+            return str(ctx.state(loader=Counter()).restore())
+        except CheckpointError as error:
+            return str(error)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("rank_server")
+def test_a_rank_that_does_not_see_the_checkpoint_is_an_error_of_all_ranks(tmp_path: Path) -> None:
+    with Context(tmp_path, ONE) as ctx:
+        ctx.state(loader=Counter(1)).save(4, wait=True)
+    assert spawn(restored, 2, tmp_path, False) == ["4", "4"]
+    one, two = spawn(restored, 2, tmp_path, True)
+    assert one == two
+    assert "all nodes must see the run directory on a disk that they share" in one
+    file = final_folder(tmp_path) / "state.json"
+    file.write_text(file.read_text() + " ")
+    one, two = spawn(restored, 2, tmp_path, False)
+    assert one == two
+    assert "every checkpoint" in one
+
+
+def test_a_checkpoint_of_the_reference_job_is_refused(tmp_path: Path) -> None:
+    with Context(tmp_path, ONE) as ctx:
+        ctx.checkpoints.save(3, {"model.safetensors": Net().state_dict(), "state.json": {"step": 3}}, wait=True)
+        with pytest.raises(CheckpointError, match=r"was not saved by ctx\.state; use another run directory"):
+            ctx.state(model=Net()).restore()
