@@ -113,7 +113,7 @@ class Context(Rank):
         )
 
     def steps(self, data: Any, collate: Callable[[list[Any]], Any] | None = None, **options: Any) -> Steps:
-        """Return the optimizer steps over `data`; see `training.loop.steps.Steps`. A collective."""
+        """Return the optimizer steps over `data`; `options` are those of `training.loop.steps.Steps`. A collective."""
         from training.loop.steps import Steps
 
         return Steps(self, self._models, data, collate, **options)

@@ -150,7 +150,8 @@ def status_line(name: str, word: str, steps: Sequence[dict[str, Any]]) -> str:
         last = steps[-1]
         total = last.get("total_steps")
         parts.append(f"step {last['step']}" + (f"/{total}" if total else ""))
-        parts.append(f"loss {last['loss']:.4f}")
+        loss = last["loss"]
+        parts.append(f"loss {loss:.4f}" if isinstance(loss, int | float) else f"loss {loss}")  # such as "NaN"
         if rate := last.get("samples_per_second"):
             parts.append(f"{rate:.0f} samples/s")
         spread = last["time"] - steps[0]["time"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import signal
 import time
@@ -32,6 +33,19 @@ def test_records(tmp_path: Path) -> None:
     first, second = read_lines(tmp_path / "events.jsonl")
     assert first == {"time": first["time"], "attempt": 3, "rank": 0, "event": "saved", "step": 5}
     assert (second["rank"], second["event"]) == (1, "hello")
+
+
+def test_values_that_are_not_of_json(tmp_path: Path) -> None:
+    import numpy as np
+    import torch
+
+    with Context(tmp_path, World()) as ctx:
+        ctx.log(1, loss=torch.tensor(0.5), lr=np.float32(0.25), norm=float("nan"), eval={"f1": np.float64(0.1)})
+        ctx.log(np.int64(2), loss=1)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    one, two = (json.loads(line, parse_constant=pytest.fail) for line in text.splitlines())
+    assert (one["loss"], one["lr"], one["norm"], one["eval"]) == (0.5, 0.25, "NaN", {"f1": 0.1})
+    assert (two["step"], two["loss"]) == (2, 1)
 
 
 def test_one_process_stops_when_asked_by_a_signal_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

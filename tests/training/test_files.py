@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import json
+import math
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from training import files as module
-from training.files import Lines, NotPlain, append_line, read_json, read_lines, write_atomic
+from training.files import Lines, NotPlain, append_line, plain, read_json, read_lines, write_atomic
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -140,3 +145,28 @@ def test_the_umask_of_the_process_is_never_set(tmp_path: Path, monkeypatch: pyte
     write_atomic(tmp_path / "file", "x")
     append_line(tmp_path / "lines", {})
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+
+
+class Color(enum.IntEnum):
+    RED = 3
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (torch.tensor(2.5, requires_grad=True), 2.5), (torch.tensor(7), 7), (torch.tensor([True]), [True]),
+        (torch.ones(2, dtype=torch.bfloat16), [1.0, 1.0]), (np.float32(0.5), 0.5), (np.float64(0.1), 0.1), (np.int8(-1), -1),
+        (np.bool_(True), True), (np.array([[1, 2]]), [[1, 2]]), (np.str_("a"), "a"), (np.array("b"), "b"),
+        (math.nan, "NaN"), (-math.inf, "-Infinity"), (torch.tensor(math.inf), "Infinity"), (np.float32("nan"), "NaN"),
+        (None, None), (True, True), (2**70, 2**70), ("text", "text"), (Color.RED, 3), (Path("a/b"), "a/b"), (1 + 2j, "(1+2j)"),
+        ({1: {"a": (torch.tensor(1), [np.float16(2)])}}, {"1": {"a": [1, [2.0]]}}), (frozenset([4]), [4]), (np.float32, str(np.float32)),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_values_of_json(value: Any, expected: object) -> None:
+    found = plain(value)
+    assert found == expected
+    assert type(found) is type(expected)
+    json.dumps(found, allow_nan=False)
+    if isinstance(value, float) and not math.isfinite(value):
+        assert str(float(str(found))) == str(float(value)), "float() reads it"

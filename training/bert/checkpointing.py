@@ -194,6 +194,6 @@ class Store:
         return local
 
     def _saved(self, checkpoint: Checkpoint) -> None:
-        self._ctx.note_saved(checkpoint)
+        self._ctx.note_saved(checkpoint.step, checkpoint.stall_seconds)
         if self._mirror is not None:
             self._mirror.push(checkpoint)

@@ -41,13 +41,13 @@ def fix_order_of_gradients(replica: DistributedDataParallel) -> None:
     class Zero(torch.nn.Module):
         """Takes the place of the model for one pass."""
 
-        def forward(self) -> torch.Tensor:
-            return torch.stack([parameter.flatten()[:1].float().sum() for parameter in parameters]).sum() * 0
+        def forward(self, zero: torch.Tensor) -> torch.Tensor:
+            return zero + torch.stack([parameter.flatten()[:1].float().sum() for parameter in parameters]).sum() * 0
 
     replica._modules["module"] = Zero()
     replica.require_forward_param_sync = False  # DDP fails for a model without buffers; a forward pass sets it again
     try:
-        replica().backward()
+        replica(torch.zeros((), device=parameters[0].device)).backward()  # on a GPU, DDP fails without an input
     finally:
         replica._modules["module"] = model
     for parameter in parameters:

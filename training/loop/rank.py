@@ -20,7 +20,7 @@ from training.files import Lines, plain
 if TYPE_CHECKING:
     import torch
 
-    from training.checkpoints.store import Checkpoint, Checkpoints
+    from training.checkpoints.store import Checkpoints
 
 STAT_SECONDS = 0.25  # between two checks of rank 0 for the file `stop`, because a shared file system may be slow
 
@@ -74,7 +74,7 @@ class Rank:
         from training.checkpoints.store import Checkpoints
 
         checkpoints = Checkpoints(self.run_dir / "checkpoints")
-        checkpoints.on_saved = self.note_saved
+        checkpoints.on_saved = lambda saved: self.note_saved(saved.step, saved.stall_seconds)
         checkpoints.on_failed = self.note_failed_save
         checkpoints.on_damaged = lambda error: self.event("checkpoint-damaged", error=str(error))
         return checkpoints
@@ -103,11 +103,12 @@ class Rank:
         record = {"time": time.time(), "attempt": self.world.attempt, "rank": self.world.rank, "event": kind, **fields}
         self._lines.append(self.run_dir / "events.jsonl", record)
 
-    def note_saved(self, checkpoint: Checkpoint) -> None:
-        """Record a committed checkpoint as the event `saved`, with the seconds that training waited for it."""
+    def note_saved(self, step: int, stall_seconds: float | None = None) -> None:
+        """Record a committed checkpoint as the event `saved`, with the seconds that training waited, if known."""
+        # The field has the name by which the launcher's accounting reads it.
+        stall = {} if stall_seconds is None else {"blocked": round(stall_seconds, 6)}
         with _never_raising():
-            stall = {"blocked": round(checkpoint.stall_seconds, 6)}  # as the launcher's accounting reads it
-            self.event("saved", step=checkpoint.step, **stall)
+            self.event("saved", step=step, **stall)
 
     def note_failed_save(self, step: int, error: Exception) -> None:
         """Record a failed save: in `failed_saves`, as the event `save-failed`, and as a line on stderr."""

@@ -10,6 +10,7 @@ step-000000500/
 from __future__ import annotations
 
 import operator
+import sys
 import time
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
@@ -79,6 +80,7 @@ class SavedState:
         self._step = self._saved = parts["state.json"]["step"]
         if rank.world.rank == 0:
             rank.note_resumed(self._step)
+            print(f"continuing after step {self._step} of {rank.run_dir}", file=sys.stderr)
         return self._step
 
     # ---- save -----------------------------------------------------------------------------------------------------

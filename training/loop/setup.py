@@ -98,6 +98,11 @@ class Models:
             model.compile()  # in place, so that the names of the parameters stay
         return prepared
 
+    @property
+    def communicate(self) -> bool:
+        """Whether a backward pass sends gradients to other ranks."""
+        return bool(self._replicas or self.sharded)
+
     def synchronise(self, on: bool) -> None:
         """Whether the next backward pass averages the gradients over the ranks; False accumulates them."""
         for replica in self._replicas:
@@ -105,21 +110,25 @@ class Models:
         for model in self.sharded:
             model.set_requires_gradient_sync(on)
 
-    def unscale(self) -> bool:
-        """Divide the gradients by the factor on losses; returns whether they are finite, and else removes them.
+    def divide_gradients(self, divisor: float) -> bool:
+        """Divide the gradients by `divisor` and the factor on losses; returns false if that removes them.
 
-        Then an optimizer changes nothing. The same on all ranks; a collective for sharded models.
+        With fp16, gradients that are not finite are removed, so that an optimizer changes nothing. The result is the same
+        on all ranks; a collective for sharded models.
         """
         import torch
 
-        if self.scale.value == 1.0:
+        scaled = self.scale.value != 1.0
+        if not scaled and divisor == 1.0:
             return True
         parameters = {parameter for model in self._models for parameter in model.parameters()}
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
         with torch.no_grad():
-            grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
             for grad in grads:
-                grad /= self.scale.value
-            finite = all(bool(_local(grad).isfinite().all()) for grad in grads)
+                grad /= self.scale.value * divisor
+        if not scaled:
+            return True
+        finite = all(bool(_local(grad).isfinite().all()) for grad in grads)
         if self.sharded:
             finite = not self._rank.group.any(not finite)
         self.scale.update(finite)

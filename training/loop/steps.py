@@ -23,6 +23,19 @@ if TYPE_CHECKING:
 class Steps:
     """The steps of a run from its position on; iterating continues where the last iteration ended.
 
+    Args:
+        data: a dataset with `len(data)` and `data[number]`, the same on all ranks. Its order in an epoch is a function of
+            (`seed`, epoch), and independent of the number of ranks.
+        collate: makes a batch of a list of samples; that of torch by default.
+        global_batch: samples of one step, over all ranks. The last step of an epoch may have fewer.
+        epochs: passes over the data.
+        max_steps: end after so many steps, if that is sooner.
+        microbatch: samples of one forward pass of a rank; by default all that it has of a step.
+        workers: processes of each rank that load samples ahead; with 0 the rank loads them itself.
+
+    Raises:
+        ConfigError: the dataset is empty, a stream, or of different sizes on the ranks, or a number is less than 1.
+
     Attributes:
         number: steps done since the beginning of the run.
         total: steps of the whole run.
@@ -153,8 +166,10 @@ class Step:
         self.ends_epoch = plan.after.position == 0
         self.is_last = self.number == steps.total
         self.skipped = False
-        self._weight = 0.0
+        self._share = 0.0  # the factor on the loss of the present microbatch; 0 if it is not of this rank
+        self._by_weight, self._weights = False, 0.0
         self._sum: torch.Tensor | None = None
+        self._backward_done = False  # for the present microbatch
         self._result: Callable[[], float] | None = None
 
     def __index__(self) -> int:
@@ -177,28 +192,53 @@ class Step:
         world_size, device = steps._rank.world.world_size, steps._rank.device
         steps._open = True
         for number, ids in enumerate(self._plan.microbatches, start=1):
-            self._weight = self._plan.weight(ids, world_size)
+            self._share = self._plan.weight(ids, world_size)
             steps._models.synchronise(number == len(self._plan.microbatches))
+            self._backward_done = False
             yield to_device(next(self._made), device)
+        if not self._backward_done and steps._models.communicate:
+            raise ConfigError(
+                f"step {self.number}: step.backward was not called for its last microbatch, so that the other ranks would"
+                " wait for the gradients of this one; to leave a batch out, call it with the loss times 0"
+            )
         self._finish()
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: torch.Tensor, *, weight: float | torch.Tensor | None = None) -> None:
         """Add the gradients of `loss`, the mean loss over the samples of the present microbatch (a scalar tensor).
 
-        After the last microbatch the gradients are those of the mean over all samples of the step, on every rank.
+        After the last microbatch the gradients are those of the mean over all samples of the step, on every rank. If `loss`
+        is a mean over something else, such as tokens, `weight` is their number in the microbatch: then the gradients are
+        those of the mean over all tokens of the step.
+
+        Raises ConfigError if some calls of a step have a weight and others have none.
         """
-        weighted = loss * self._weight
+        if self._sum is not None and (weight is not None) != self._by_weight:
+            raise ConfigError(f"step {self.number}: give each call of step.backward a weight, or none of them")
+        factor = self._share
+        if weight is not None:
+            self._by_weight = True
+            factor = float(weight) if self._share else 0.0
+            self._weights += factor
+        weighted = loss * factor
         (weighted * self._steps._models.scale.value).backward()  # type: ignore[no-untyped-call]
+        self._backward_done = True
         done = weighted.detach().float()
         self._sum = done if self._sum is None else self._sum + done
 
     def _finish(self) -> None:
         import torch
 
-        steps = self._steps
-        self.skipped = not steps._models.unscale()
-        total = self._sum if self._sum is not None else torch.tensor(float("nan"), device=steps._rank.device)
-        self._result = _once(mean_of_ranks(steps._rank.group, total))
+        steps, group = self._steps, self._steps._rank.group
+        divisor = 1.0
+        total = self._sum
+        if total is None:
+            total = torch.tensor(float("nan"), device=steps._rank.device)
+        if self._by_weight:  # the ranks' average of gradients becomes a sum over all weights
+            divisor = (
+                mean_of_ranks(group, torch.tensor(self._weights, device=total.device, dtype=torch.float64))() or 1.0
+            )
+        self.skipped = not steps._models.divide_gradients(divisor)
+        self._result = _once(mean_of_ranks(group, total / divisor if self._by_weight else total))
         steps._loss = self._result
         steps._at, steps.number, steps._open = self._plan.after, self.number, False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,20 @@ def draw_curve(run_dir: Path, title: str = "") -> Path:
     """
     loss: dict[int, float] = {}
     metrics: dict[str, dict[int, float]] = {}
-    for line in read_lines(run_dir / "metrics.jsonl"):  # lines of a later attempt replace those of an earlier one
-        if "loss" in line:
+    for line in read_lines(run_dir / "metrics.jsonl"):  # a later attempt's line replaces an earlier one's
+        if _finite(line.get("loss")):
             loss[line["step"]] = line["loss"]
         for name, value in line.get("eval", {}).items():
-            if name != "samples":
+            if name != "samples" and _finite(value):
                 metrics.setdefault(name, {})[line["step"]] = value
     curves = {name: sorted(values.items()) for name, values in metrics.items()}
     path = run_dir / "learning_curve.svg"
     write_atomic(path, svg(sorted(loss.items()), curves, title), 0o666)
     return path
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)  # others are logged as strings, such as "NaN"
 
 
 def svg(loss: Sequence[tuple[float, float]], metrics: dict[str, Any], title: str) -> str:

@@ -51,6 +51,7 @@ def test_the_learning_curve_is_a_picture(tmp_path: Path) -> None:
     draw_curve(tmp_path, "nothing yet")
     for step in range(1, 6):
         append_line(tmp_path / "metrics.jsonl", {"step": step, "loss": 1 / step})
+    append_line(tmp_path / "metrics.jsonl", {"step": 6, "loss": "NaN", "eval": {"accuracy": "Infinity"}})
     append_line(tmp_path / "metrics.jsonl", {"step": 5, "eval": {"accuracy": 0.8, "f1": 0.9, "samples": 3}})
     path = draw_curve(tmp_path, "a <model> & data")
     root = ElementTree.fromstring(path.read_text())

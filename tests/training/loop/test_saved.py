@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 import time
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training.loop.jobs import Config, Net, Rows, fit_in_world
-from tests.training.ranks import final, spawn
+from tests.training.ranks import final, losses, spawn
 from training.context import Context
 from training.distributed.world import World
 from training.errors import CheckpointError, ConfigError
@@ -262,6 +263,45 @@ def test_a_save_that_fails_while_a_later_one_succeeds(tmp_path: Path) -> None:
     assert saved(tmp_path) == [2]
 
 
+def on_a_full_disk(world: World, run_dir: Path, ballast: Path | None) -> tuple[list[int], list[float]]:
+    torch.set_num_threads(1)
+    run_dir.mkdir(exist_ok=True)
+    with Context(run_dir, world) as ctx:
+        ctx.seed(0)
+        model = ctx.setup(Net())
+        big = Counter(torch.zeros(500_000))
+        steps = ctx.steps(Rows(40), global_batch=4)
+        state = ctx.state(model=model, big=big, steps=steps)
+        found = []
+        for step in steps:
+            for x, y in step:
+                step.backward((model(x) - y).square().mean())
+            found.append(step.loss)
+            ctx.log(step, loss=step.loss)
+            if ballast and world.rank == 0 and step.number == 4:
+                with ballast.open("wb") as file, contextlib.suppress(OSError):
+                    file.write(b"\0" * (shutil.disk_usage(ballast.parent).free - 4096))
+            if ballast and world.rank == 0 and step.number == 8:
+                ctx.checkpoints.wait()
+                ballast.unlink()
+            ctx.should_stop(step, save=state, every=2)
+            ctx.checkpoints.wait()
+        return [each["step"] for each in ctx.failed_saves], found
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("rank_server")
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_full_disk_costs_checkpoints_and_nothing_else(tmp_path: Path, disk: Path, size: int) -> None:
+    whole = spawn(on_a_full_disk, size, tmp_path / "run", None)
+    assert whole[0][0] == []
+    results = spawn(on_a_full_disk, size, disk / "run", disk / "ballast")
+    assert results[0] == ([4, 6], whole[0][1])
+    assert saved(disk / "run") == [2, 8, 10]
+    assert all("No space left on device" in error for error in failed(disk / "run").values())
+    assert sorted(losses(disk / "run")) == list(range(1, 11))
+
+
 # ---- when, and which stay -------------------------------------------------------------------------------------------
 
 
@@ -344,3 +384,36 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
         pytest.raises(CheckpointError, match="every checkpoint"),
     ):
         ctx.state(loader=Counter()).restore()
+
+
+def restored(world: World, run_dir: Path, own: bool) -> str:
+    folder = run_dir / f"node{world.rank}" if own and world.rank else run_dir
+    folder.mkdir(exist_ok=True)
+    with Context(folder, world) as ctx:
+        try:
+            return str(ctx.state(loader=Counter()).restore())
+        except CheckpointError as error:
+            return str(error)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("rank_server")
+def test_a_rank_that_does_not_see_the_checkpoint_is_an_error_of_all_ranks(tmp_path: Path) -> None:
+    with Context(tmp_path, ONE) as ctx:
+        ctx.state(loader=Counter(1)).save(4, wait=True)
+    assert spawn(restored, 2, tmp_path, False) == ["4", "4"]
+    one, two = spawn(restored, 2, tmp_path, True)
+    assert one == two
+    assert "all nodes must see the run directory on a disk that they share" in one
+    file = final_folder(tmp_path) / "state.json"
+    file.write_text(file.read_text() + " ")
+    one, two = spawn(restored, 2, tmp_path, False)
+    assert one == two
+    assert "every checkpoint" in one
+
+
+def test_a_checkpoint_of_the_reference_job_is_refused(tmp_path: Path) -> None:
+    with Context(tmp_path, ONE) as ctx:
+        ctx.checkpoints.save(3, {"model.safetensors": Net().state_dict(), "state.json": {"step": 3}}, wait=True)
+        with pytest.raises(CheckpointError, match=r"was not saved by ctx\.state; use another run directory"):
+            ctx.state(model=Net()).restore()

@@ -13,6 +13,7 @@ import torch
 from tests.training.loop.jobs import Config, Net, Rows, evaluations, fit_in_world, reference
 from tests.training.ranks import losses, spawn
 from training.context import Context
+from training.data.sampler import order
 from training.distributed.world import World
 from training.errors import ConfigError
 from training.loop.setup import GROWTH_STEPS, LossScale
@@ -113,6 +114,74 @@ def weights_of(world: World, run_dir: Path) -> Any:
 def test_all_ranks_begin_with_the_weights_of_rank_0(tmp_path: Path) -> None:
     one, two, three = spawn(weights_of, 3, tmp_path)
     assert one == two == three
+
+
+def by_tokens(world: World, run_dir: Path, microbatch: int, precision: str, shard: bool) -> list[Any]:
+    """Texts of different lengths, with a loss that is the mean over tokens."""
+    torch.set_num_threads(1)
+    with Context(run_dir, world) as ctx:
+        torch.manual_seed(0)
+        model = ctx.setup(Net(0.0), precision=precision, shard=shard)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        data = [
+            (x.expand(1 + number % 4, 6), y) for number, (x, y) in enumerate(zip(Rows(13).x, Rows(13).y, strict=True))
+        ]
+        found: list[Any] = []
+        for step in ctx.steps(data, lambda rows: rows, global_batch=5, microbatch=microbatch):
+            for rows in step:
+                errors = torch.cat([(model(x) - y).square() for x, y in rows])
+                step.backward(errors.mean(), weight=len(errors) if step.number > 1 else torch.tensor(len(errors)))
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(step.loss)
+        whole = [
+            value.full_tensor() if hasattr(value, "full_tensor") else value for value in model.state_dict().values()
+        ]
+        return [*found, *(number for tensor in whole for number in tensor.flatten().tolist())]
+
+
+def reference_by_tokens() -> list[float]:
+    torch.manual_seed(0)
+    model, found = Net(0.0), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for at in range(0, 13, 5):
+        samples = order(13, 0, 0)[at : at + 5]
+        errors = torch.cat([(model(Rows(13).x[i].expand(1 + i % 4, 6)) - Rows(13).y[i]).square() for i in samples])
+        errors.mean().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(errors.mean().item())
+    return [*found, *(number for parameter in model.parameters() for number in parameter.flatten().tolist())]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("rank_server")
+@pytest.mark.parametrize(("size", "microbatch", "shard"), [(1, 2, False), (2, 2, False), (3, 1, False), (2, 1, True)])
+def test_a_mean_over_tokens_is_exact(tmp_path: Path, size: int, microbatch: int, shard: bool) -> None:
+    expected = reference_by_tokens()
+    for found in spawn(by_tokens, size, tmp_path, microbatch, "fp32", shard):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def leaves_out(world: World, run_dir: Path) -> int:
+    torch.set_num_threads(1)
+    with Context(run_dir, world) as ctx:
+        model = ctx.setup(Net())
+        steps = ctx.steps(Rows(8), global_batch=4, microbatch=1)
+        for step in steps:
+            for x, y in step:
+                if step.number == 2 and world.rank == 1:
+                    continue
+                step.backward((model(x) - y).square().mean())
+        return steps.number
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("rank_server")
+def test_a_rank_that_leaves_a_batch_out_is_refused(tmp_path: Path) -> None:
+    assert spawn(leaves_out, 1, tmp_path) == [2]
+    with pytest.raises(AssertionError, match=r"step 2: step\.backward was not called for its last microbatch"):
+        spawn(leaves_out, 2, tmp_path)
 
 
 class Half(torch.nn.Module):

@@ -128,6 +128,17 @@ def test_a_step_that_is_not_used_up(tmp_path: Path) -> None:
             next(steps)
 
 
+@pytest.mark.parametrize("weights", [(None, 2), (2, None)])
+def test_weights_of_some_calls_only(tmp_path: Path, weights: tuple[int | None, int | None]) -> None:
+    with Context(tmp_path, ONE) as ctx:
+        steps = iter(ctx.steps(range(9), global_batch=4))
+        step = next(steps)
+        next(iter(step))
+        step.backward(torch.ones((), requires_grad=True), weight=weights[0])
+        with pytest.raises(ConfigError, match=r"give each call of step\.backward a weight, or none"):
+            step.backward(torch.ones((), requires_grad=True), weight=weights[1])
+
+
 def test_a_save_inside_of_a_step_fails(tmp_path: Path) -> None:
     with Context(tmp_path, ONE) as ctx:
         steps = ctx.steps(range(9), global_batch=4)
