@@ -221,7 +221,8 @@ def shape(hint: Any) -> str:
     if hint in (int, float, str, Path):
         return {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH"}[hint]
     raise ConfigError(
-        f"no flag can have the type {hint!r}; use int, float, str, bool, Path, Literal, Enum, list or tuple"
+        f"no flag can have the type {hint!r}; use int, float, str, bool, Path, Literal, Enum, list or tuple,"
+        " or a dataclass of those"
     )
 
 
