@@ -11,6 +11,9 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any
 
+_DIRECTIVES = ("noqa", "type:", "fmt:", "pragma:", "pylint:")
+"""Beginnings of comments that are for programs."""
+
 
 def of_fields(cls: type[Any]) -> dict[str, str]:
     """Return the comment on the line of each field; empty if there is no source, as for a class made in a shell."""
@@ -46,13 +49,15 @@ def _comments_in(source: str, names: Collection[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     previous = ""
     lines: dict[int, str] = {}
-    with suppress(tokenize.TokenError):  # the head of a function ends early
+    with suppress(tokenize.TokenError, SyntaxError):  # the head of a function ends early
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
             first = not token.line[: token.start[1]].strip()
             if token.type == tokenize.NAME and first and token.string in names:
                 lines.setdefault(token.start[0], token.string)
             elif token.type == tokenize.COMMENT:
                 text = token.string.lstrip("# ").strip()
+                if text.startswith(_DIRECTIVES):
+                    continue
                 if token.start[0] in lines:
                     previous = lines[token.start[0]]
                     found[previous] = text

@@ -34,7 +34,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from training.errors import ConfigError, did_you_mean
 from training.flags import comments
-from training.typed import Mismatch, brief, from_text, shape
+from training.typed import Mismatch, brief, from_text, is_missing, shape
 
 T = TypeVar("T")
 
@@ -283,7 +283,9 @@ def _default(field: dataclasses.Field[Any], base: Any) -> Any:
     """The default of a field: the value that `base` has, its own, or MISSING."""
     if base is not None and base is not dataclasses.MISSING:
         return getattr(base, field.name)
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if not is_missing(field.default_factory):
+        return field.default_factory()  # type: ignore[operator]
+    return dataclasses.MISSING if is_missing(field.default) else field.default
 
 
 def _shape(hint: Any) -> str:
