@@ -33,7 +33,9 @@ class Call:
         bound = inspect.BoundArguments(self.parameters.without_context(), dict(self.arguments))
         bound.apply_defaults()
         hints = self.parameters.hints
-        return [value for name, value in bound.arguments.items() if dataclass_of(hints.get(name))[0] is not None]
+        return [
+            value for name, value in bound.arguments.items() if dataclass_of(hints.get(name))[0] and value is not None
+        ]
 
     def run(self, function: Callable[..., Any], context: Callable[[], Any]) -> Any:
         """Call `function`; `context` makes the Context where one is taken."""
@@ -180,7 +182,7 @@ def describe_flags(name: str, parameters: Parameters) -> str:
         BadRequest: a required parameter is no flag.
     """
     _check_no_flags(parameters, (), {})
-    flags = usage(parameters.as_dataclass())
+    flags = usage(parameters.as_dataclass(comments=True))
     reasons = [f"  {_reason(parameters, each)}" for each in parameters.problems if each in parameters.hints]
     takes = "a Context and reads its arguments itself" if parameters.context else "no arguments"
     first = f"launch [OPTIONS] {name} [ARGS]...\n\n{flags}" if flags else f"{name} takes {takes}."

@@ -43,7 +43,7 @@ class Parameters:
         problems: why a parameter is no flag, and what to write instead.
         context: the parameter that takes the Context; None without one.
         guessed: that one is neither annotated `Context` nor called so; it is the first and has no annotation.
-        comments: the comments beside them.
+        target: the function itself, for the comments beside them.
     """
 
     function: str
@@ -52,7 +52,7 @@ class Parameters:
     problems: Mapping[str, str]
     context: str | None
     guessed: bool
-    comments: Mapping[str, str]
+    target: Callable[..., Any]
 
     @classmethod
     def of(cls, function: Callable[..., Any]) -> Parameters:
@@ -92,7 +92,7 @@ class Parameters:
             problems={name: text for name, text in problems.items() if name not in (context, guess)},
             context=context or guess,
             guessed=guess is not None,
-            comments=of_parameters(function),
+            target=function,
         )
 
     @property
@@ -102,18 +102,20 @@ class Parameters:
         fit = [name for name in self.hints if name not in self.problems and name != self.context]
         return [name for name in fit if parameters[name].kind not in VARIADIC]
 
-    def as_dataclass(self, given: Mapping[str, Any] | None = None) -> type:
+    def as_dataclass(self, given: Mapping[str, Any] | None = None, *, comments: bool = False) -> type:
         """Return a dataclass whose fields are the flags; values that are `given` are defaults in it.
+
+        With `comments` it has the comments beside the parameters, which takes reading the source.
 
         The fields of a dataclass that is the only one among the parameters have no prefix.
         """
-        flags = self.flags
+        flags, texts = self.flags, of_parameters(self.target) if comments else {}
         nested = [name for name in flags if dataclass_of(self.hints[name])[0] is not None]
         made: list[tuple[str, Any, Any]] = []
         for name in flags:
             default = (given or {}).get(name, self.signature.parameters[name].default)
             options: dict[str, Any] = {"kw_only": True}
-            options["metadata"] = {"help": self.comments.get(name, ""), "top": [name] == nested}
+            options["metadata"] = {"help": texts.get(name, ""), "top": [name] == nested}
             if default is not Parameter.empty:
                 options["default_factory"] = functools.partial(_same, default)
             made.append((name, self.hints[name], dataclasses.field(**options)))

@@ -129,5 +129,6 @@ def check(target: Target, values: Path) -> None:
     with own_packages.on_path(target.path):
         function: Any = load(target.name)
         made = call_of(target, function, values)
-        if hasattr(function, "check"):
-            function.check(*made.configs())
+        configs = made.configs() if hasattr(function, "check") else []
+        if configs:
+            function.check(*configs)

@@ -29,7 +29,7 @@ import enum
 import importlib
 import textwrap
 import types
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from training.errors import ConfigError, did_you_mean
@@ -101,7 +101,7 @@ def build(cls: type[Any], values: Mapping[str, Any], *, prog: str = "") -> Any:
 
 def usage(cls: type[Any]) -> str:
     """Return the help of the dataclass `cls`: name, type, comment and default of each flag, nested ones in groups."""
-    group = _group(cls)
+    group = _group(cls, help_of=comments.of_fields)
     rows = [[each.row() for each in part.flags.values()] for part in group.walk()]
     width = min(34, max((len(flag) for part in rows for flag, _ in part), default=0))
     parts = []
@@ -242,8 +242,17 @@ class _Group:
             raise ConfigError(f"{where}{self.cls.__name__}: {error or type(error).__name__}") from error
 
 
-def _group(cls: Any, name: str = "", base: Any = dataclasses.MISSING, inside: tuple[type, ...] = ()) -> _Group:
-    """Return the flags of the dataclass `cls`, which is the field `name`. Raises ConfigError for what cannot have flags."""
+def _group(
+    cls: Any,
+    name: str = "",
+    base: Any = dataclasses.MISSING,
+    inside: tuple[type, ...] = (),
+    help_of: Callable[[type], Mapping[str, str]] = lambda _: {},
+) -> _Group:
+    """Return the flags of the dataclass `cls`, which is the field `name`; `help_of` reads the comments, for the help alone.
+
+    Raises ConfigError for what cannot have flags.
+    """
     if not dataclasses.is_dataclass(cls) or not isinstance(cls, type):
         raise ConfigError(f"{cls!r} is no dataclass, so it has no flags; decorate it with @dataclass")
     if cls in inside:
@@ -255,7 +264,7 @@ def _group(cls: Any, name: str = "", base: Any = dataclasses.MISSING, inside: tu
             f"the annotations of {cls.__name__} cannot be read: {error}; define and import the types that they name at the"
             " top of the module, not below `if TYPE_CHECKING`"
         ) from None
-    texts = comments.of_fields(cls)
+    texts = help_of(cls)
     group = _Group(cls, name, base, "", "", {}, {})
     for field in (field for field in dataclasses.fields(cls) if field.init):
         hint, default = hints[field.name], _default(field, base)
@@ -267,7 +276,7 @@ def _group(cls: Any, name: str = "", base: Any = dataclasses.MISSING, inside: tu
             group.flags[field.name] = _Flag(flag, hint, default, text)
             continue
         top = bool(field.metadata.get("top"))
-        below = _group(nested, "" if top else flag, default, (*inside, cls))
+        below = _group(nested, "" if top else flag, default, (*inside, cls), help_of)
         if optional and not top:
             below = dataclasses.replace(below, off=flag, flags={"": _off(flag, default)} | below.flags)
         group.groups[field.name] = dataclasses.replace(below, help=text)
