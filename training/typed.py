@@ -56,6 +56,18 @@ def from_data(cls: type[T], data: Any, where: str) -> T:
         raise ConfigError(f"{error.where}: {text}.") from None
 
 
+def decode(hint: Any, data: Any, where: str) -> Any:
+    """Return plain data as a value of the type `hint`; `where` names its source in errors.
+
+    Raises:
+        Mismatch: it has another type.
+        ConfigError: an unknown or missing key of a dataclass, or data that is nested too deeply.
+        TypeError: a type that cannot be checked.
+    """
+    _check_depth(data, where)
+    return _value(hint, data, where)
+
+
 def brief(value: Any, most: int = 200) -> str:
     """Return the repr of `value`, shortened in its middle to about `most` characters."""
     try:
@@ -102,7 +114,12 @@ def _fields(cls: Any) -> tuple[dict[str, Any], dict[str, dataclasses.Field[Any]]
 
 def required(field: dataclasses.Field[Any]) -> bool:
     """Whether the field of a dataclass has no default."""
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    return is_missing(field.default) and is_missing(field.default_factory)
+
+
+def is_missing(value: Any) -> bool:
+    """Whether `value` is dataclasses.MISSING, or the copy of it in a dataclass that was pickled by value."""
+    return isinstance(value, type(dataclasses.MISSING))
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
@@ -221,7 +238,8 @@ def shape(hint: Any) -> str:
     if hint in (int, float, str, Path):
         return {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH"}[hint]
     raise ConfigError(
-        f"no flag can have the type {hint!r}; use int, float, str, bool, Path, Literal, Enum, list or tuple"
+        f"no flag can have the type {hint!r}; use int, float, str, bool, Path, Literal, Enum, list or tuple,"
+        " or a dataclass of those"
     )
 
 

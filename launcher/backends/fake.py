@@ -81,7 +81,7 @@ class FakeBackend(Backend):
 
     def render(self, plan: Plan) -> str:
         """One line per rank."""
-        target = f"{plan.target.kind} {plan.target.name} {json.dumps(plan.target.args)}"
+        target = f"{plan.target.kind} {plan.target.name} {plan.target.listed()}"
         return "".join(f"rank {rank}: {target}\n" for rank in range(plan.placement.world_size))
 
     def check(self, plan: Plan) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,7 +54,7 @@ class LocalBackend(Backend):
             own = start.environments.get(world.rank, {}) | finished_variable(run_dir, world)
             environment = rank_environment({}, plan, world, own)
             environment["MASTER_PORT"] = "<a free port>"
-            lines.append(f"rank {world.rank}: {plan.target.kind} {plan.target.name} {json.dumps(plan.target.args)}")
+            lines.append(f"rank {world.rank}: {plan.target.kind} {plan.target.name} {plan.target.listed()}")
             lines += [f"    {key}={value}" for key, value in sorted(environment.items())]
         return "\n".join(lines) + "\n"
 

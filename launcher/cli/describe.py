@@ -16,11 +16,10 @@ def describe(plan: Any) -> str:
 
     limited = backends.of(plan.cluster).capabilities.time_limit
     where = plan.backend if plan.cluster.name == plan.backend else f"{plan.backend} ({plan.cluster.name})"
-    arguments = " ".join(plan.target.args)
     return (
-        f"launch: {plan.spec.target} {arguments}".rstrip()
-        + f"\n  on     {where}: {plan.placement.why}"
-        + f"\n  run    {_short(plan.run_dir)}"
+        f"launch: {plan.target.spelled(plan.spec.target)}"
+        f"\n  on     {where}: {plan.placement.why}"
+        f"\n  run    {_short(plan.run_dir)}"
         + (f"\n  limit  {plan.time_minutes} min" if limited else "")
         + (f"\n  start  {plan.start}" if plan.start else "")
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.cli.parser import add_options, command, given, launch_parser, split
-from launcher.errors import BadRequest
+from launcher.errors import OURS, BadRequest
 from launcher.request.spec import NOT_RESUMED, RunSpec, State
 
 
@@ -77,15 +77,17 @@ def run_resume(argv: Sequence[str]) -> int:
 
 def _attend(run: Any, options: argparse.Namespace) -> int:
     """Follow a run to its end, unless asked not to; report it; return the exit status."""
+    from launcher.client.api import drop_refused
+
     if options.detach:
         print(json.dumps(run.status()) if options.json else f"{run.name}\nlaunch status {run.name} shows how it goes")
         return 0
-    from launcher.client.attend import attend
+    from launcher.client.follow import attend
 
     state = attend(run, sys.stderr if options.json else sys.stdout)
     if state is None:
         return State.STOPPED.exit_status
-    _drop_refused(run)
+    drop_refused(run)
     if options.json:
         print(json.dumps(run.status()))
     else:
@@ -95,31 +97,20 @@ def _attend(run: Any, options: argparse.Namespace) -> int:
     return state.exit_status
 
 
-def _drop_refused(run: Any) -> None:
-    """A run whose target refused its input at the start leaves nothing: it counts as never sent.
-
-    Raises:
-        BadRequest: with the target's words.
-    """
-    failure = (run.dir.result() or {}).get("failure")
-    if failure and failure["kind"] == "bad request" and run.dir.last_attempt() <= 1 and not run.dir.metrics():
-        import shutil
-
-        shutil.rmtree(run.path, ignore_errors=True)
-        raise BadRequest(failure["message"])
-
-
 def target_help(spec: RunSpec) -> int:
-    """``launch module:function --help``: the flags of the function's config dataclass."""
+    """``launch module:function --help``: the flags of the function."""
+    from launcher.request.binding import describe_flags
+    from launcher.request.parameters import Parameters
     from launcher.request.resolve import resolve
-    from launcher.request.target import load, signature
-    from training.flags import usage
+    from launcher.request.target import load, short_traceback
 
     resolve(spec.target, (), Path.cwd())
     sys.path.insert(0, str(Path.cwd()))
-    takes_context, config = signature(load(spec.target))
-    if config is not None:
-        print(f"launch [OPTIONS] {spec.target} [ARGS]...\n\n{usage(config)}")
-    else:
-        print(f"{spec.target} takes {'a Context and reads its arguments itself' if takes_context else 'no arguments'}.")
+    function = load(spec.target)
+    try:
+        print(describe_flags(spec.target, Parameters.of(function)))
+    except OURS:
+        raise
+    except Exception as error:  # of the target's own code, such as the factory of a default
+        raise BadRequest(f"the flags of {spec.target} cannot be listed:\n{short_traceback(error)}") from None
     return 0

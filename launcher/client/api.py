@@ -7,20 +7,22 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from launcher import backends
-from launcher.client.plan import check_shared, make_plan, name_of
+from launcher.client.plan import NOTHING_GIVEN, Given, check_shared, make_plan, name_of
 from launcher.client.run import Run, find
 from launcher.config.codec import to_data, to_json
 from launcher.errors import BadRequest
 from launcher.lifecycle.run_dir import FORMAT, RunDir
 from launcher.request import own_packages, snapshot
+from launcher.request.binding import values_of
 from launcher.request.spec import NOT_RESUMED, Plan, RunSpec, State, check_name, check_options, options
+from launcher.request.values import check_given, write
 from training.files import write_atomic
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -48,13 +50,22 @@ def _with_options(*without: str) -> Callable[[F], F]:
 
 
 @_with_options()
-def launch(target: str | Callable[..., Any] = RunSpec.target, *args: str, wait: bool = True, **given: Any) -> Run:
+def launch(
+    target: str | Callable[..., Any] = RunSpec.target,
+    *words: str,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    wait: bool = True,
+    **given: Any,
+) -> Run:
     """Send `target` to where the accelerators are.
 
     Args:
         target: ``"package.module:function"``, ``"script.py"``, ``"-m module"``, or a function; one that has no
             importable name (a notebook's, a nested one) travels by value.
-        args: command-line arguments of the target.
+        words: command-line arguments of the target, such as ``"--lr", "3e-4"``.
+        args: values for the parameters of a function, by position; its Context is not counted.
+        kwargs: values for the parameters of a function, by name.
         wait: follow the run to its end, printing what rank 0 prints, and raise if it fails.
         {options}
 
@@ -65,10 +76,11 @@ def launch(target: str | Callable[..., Any] = RunSpec.target, *args: str, wait: 
         BadRequest: nothing was sent.
         RunFailed, RunStopped: only with `wait`.
     """
-    check_options("launch", given, options(), "wait")
+    check_options("launch", given, options(), "args, kwargs, wait")
+    values = check_given(words, args, kwargs)
     function = target if callable(target) else None
     named = name_of(target) if callable(target) else target
-    run = submit(make_plan(RunSpec(named, tuple(args), **given), Path.cwd(), function), function)
+    run = submit(make_plan(RunSpec(named, words, **given), Path.cwd(), function, values), function, values)
     return _attended(run) if wait else run
 
 
@@ -93,16 +105,31 @@ def resume(name: str | Path, *, runs_folder: str | Path = "runs", wait: bool = T
 
 
 def _attended(run: Run) -> Run:
-    from launcher.client.attend import attend
+    from launcher.client.follow import attend
 
     if attend(run, sys.stdout) is None:
         raise KeyboardInterrupt  # the run goes on, and a cell or a script that started it does not
+    drop_refused(run)
     run.check()
     return run
 
 
-def submit(plan: Plan, function: Callable[..., Any] | None = None) -> Run:
+def drop_refused(run: Run) -> None:
+    """Remove a run whose target refused its input at the start: it counts as never sent.
+
+    Raises:
+        BadRequest: with the target's words.
+    """
+    failure = (run.dir.result() or {}).get("failure")
+    if failure and failure["kind"] == "bad request" and run.dir.last_attempt() <= 1 and not run.dir.metrics():
+        shutil.rmtree(run.path, ignore_errors=True)
+        raise BadRequest(failure["message"])
+
+
+def submit(plan: Plan, function: Callable[..., Any] | None = None, given: Given = NOTHING_GIVEN) -> Run:
     """Make the run directory, copy the code, and send the plan. After an error nothing of it is left.
+
+    `function` and `given` are those of `make_plan`.
 
     Raises:
         BadRequest: a check failed, or the engine refused.
@@ -112,6 +139,8 @@ def submit(plan: Plan, function: Callable[..., Any] | None = None) -> Run:
     try:
         if plan.target.kind == "value":
             _pickle(function, run_dir.target_pickle)
+        if plan.target.values.pickled:
+            write(run_dir.arguments_pickle, *values_of(plan.target, function, given))
         if plan.target.path:
             _copy_code(plan, run_dir)
         run_dir.write_plan(plan)
@@ -219,8 +248,13 @@ def _copy_code(plan: Plan, run_dir: RunDir) -> None:
 
 
 def _check_target(plan: Plan) -> None:
-    """Import the target here before it waits in a queue; where its ranks start at once, they report the same."""
-    if not backends.of(plan.cluster).capabilities.precheck or plan.target.kind != "function":
+    """Import the target here before it waits in a queue; where its ranks start at once, they report the same.
+
+    Values from Python are checked in any case, here unless the function itself was given.
+    """
+    values = plan.target.values
+    unchecked = bool(values.shown) and values.context is None
+    if plan.target.kind != "function" or not (backends.of(plan.cluster).capabilities.precheck or unchecked):
         return
     command = own_packages.command("launcher.client.preimport")
     done = subprocess.run(command, input=to_json(to_data(plan)), capture_output=True, text=True, check=False)

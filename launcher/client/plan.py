@@ -17,16 +17,27 @@ from launcher.config.durations import parse_minutes
 from launcher.errors import BadRequest
 from launcher.lifecycle.run_dir import RunDir
 from launcher.request import snapshot
+from launcher.request.binding import checked_values
 from launcher.request.placement.place import Devices, Placement, place
 from launcher.request.resolve import check_shadowing, python_path, resolve
-from launcher.request.spec import Plan, RunSpec, Target, check_name
-from launcher.request.target import signature
+from launcher.request.spec import Plan, RunSpec, Target, Values, check_name
+from launcher.request.values import pack, show
+from training.errors import ConfigError
 
 DEFAULT_MINUTES = 60
 
+Given = tuple[tuple[Any, ...], dict[str, Any]]
+"""The `args` and `kwargs` of a call of `launch`."""
 
-def make_plan(spec: RunSpec, cwd: Path, function: Callable[..., Any] | None = None) -> Plan:
+NOTHING_GIVEN: Given = ((), {})
+
+
+def make_plan(
+    spec: RunSpec, cwd: Path, function: Callable[..., Any] | None = None, given: Given = NOTHING_GIVEN
+) -> Plan:
     """Work out everything that would be sent. Writes nothing and starts nothing.
+
+    `function` is the target if that was given as an object, and `given` are values from Python for its parameters.
 
     Raises:
         BadRequest: the request cannot be met.
@@ -49,7 +60,7 @@ def make_plan(spec: RunSpec, cwd: Path, function: Callable[..., Any] | None = No
     folder = Path(os.path.abspath(cwd / site.runs))
     run_dir = RunDir(folder / (spec.name or _new_name(spec, folder)))
     _check_folder(run_dir.path, site)
-    found, project = _find_target(spec, cwd, function)
+    found, project = _find_target(spec, cwd, function, given)
     path: tuple[str, ...] = ()
     if project is not None:
         root, _ = snapshot.project_root(project)
@@ -141,11 +152,23 @@ def check_shared(run_dir: Path, site: Cluster) -> None:
         )
 
 
-def _find_target(spec: RunSpec, cwd: Path, function: Callable[..., Any] | None) -> tuple[Target, Path | None]:
-    if function is not None and not _importable(function):
-        signature(function)
-        return Target("value", spec.target, spec.args, source=()), cwd
-    return resolve(spec.target, spec.args, cwd)
+def _find_target(
+    spec: RunSpec, cwd: Path, function: Callable[..., Any] | None, given: Given
+) -> tuple[Target, Path | None]:
+    by_value = function is not None and not _importable(function)
+    found, folder = (Target("value", spec.target, spec.args), cwd) if by_value else resolve(spec.target, spec.args, cwd)
+    if function is None:
+        if any(given) and found.kind != "function":
+            raise BadRequest(
+                f"args and kwargs are for functions; {spec.target} takes strings: launch(target, '--lr', '3')."
+            )
+        return replace(found, values=replace(pack({}, (), *given), shown=show(*given))), folder
+    try:
+        values = checked_values(function, spec.args, *given, by_value=by_value)
+    except ConfigError as error:
+        raise BadRequest(str(error)) from None
+    # Flags alone are left to the ranks, which find the same function.
+    return replace(found, values=values if by_value or any(given) else Values()), folder
 
 
 def _moved(found: Target, root: Path, code: Path) -> dict[str, Any]:

@@ -11,8 +11,9 @@ import sys
 
 from launcher.config.codec import from_data
 from launcher.errors import BadRequest
+from launcher.lifecycle.run_dir import RunDir
 from launcher.request.spec import Plan
-from launcher.request.target import check
+from launcher.request.target import check, short_traceback
 from training.errors import ConfigError
 
 
@@ -21,9 +22,11 @@ def main() -> None:
     plan = from_data(Plan, json.load(sys.stdin), "the plan")
     os.environ.update(plan.environment)
     try:
-        check(plan.target)
+        check(plan.target, RunDir(plan.run_dir).arguments_pickle)
     except (BadRequest, ConfigError) as error:
         sys.exit(str(error))
+    except Exception as error:  # of the target's own code, such as its `check`
+        sys.exit(f"the arguments of {plan.target.name} cannot be checked:\n{short_traceback(error)}")
 
 
 if __name__ == "__main__":

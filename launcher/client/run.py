@@ -259,7 +259,7 @@ def _status(directory: RunDir, state: State) -> dict[str, Any]:
         "cluster": plan.cluster.name,
         "job_id": job.get("job_id"),
         "placement": to_data(plan.placement),
-        "target": " ".join((plan.target.name, *plan.target.args)),
+        "target": plan.target.spelled(plan.target.name),
         "code": read_json(directory.snapshot_file) or {},
         "attempt": directory.last_attempt(),
         "failed_attempts": to_data(past.failed_attempts),

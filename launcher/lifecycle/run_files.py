@@ -44,6 +44,8 @@ class RunFiles:
     snapshot_file = FileOfRun("snapshot.json")
     diff_file = FileOfRun("code.diff")
     target_pickle = FileOfRun("target.pkl")
+    arguments_pickle = FileOfRun("arguments.pkl")
+    """Values for the target's parameters that JSON cannot hold."""
     value_pickle = FileOfRun("value.pkl")
     value_file = FileOfRun("value.json")
     """What the target returned, where that is a dict that JSON can hold."""

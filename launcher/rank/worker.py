@@ -57,7 +57,7 @@ def work(run_dir: RunDir, world: World, heartbeat: Heartbeat | None = None, *, p
     try:
         if world.device == "cuda" and not prepared:
             settle(world.local_rank, world.local_world_size)
-        value = call(plan.target, run_dir.target_pickle, context)
+        value = call(plan.target, run_dir.target_pickle, context, run_dir.arguments_pickle)
     except SystemExit as error:
         if error.code in (None, 0):
             return FINISHED

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
@@ -85,3 +86,16 @@ def python_path_without_others() -> str | None:
     if not others:
         return None
     return os.pathsep.join(folder for folder in folders if str(Path(folder)) not in others)
+
+
+@contextmanager
+def on_path(folders: Sequence[str]) -> Iterator[None]:
+    """Put `folders` first on sys.path; they stay after an error too, since a traceback may still need their sources."""
+    added = [f for f in folders if f not in sys.path]
+    sys.path[:0] = added
+    try:
+        yield
+    finally:
+        for folder in added:
+            if folder in sys.path:
+                sys.path.remove(folder)

@@ -14,9 +14,8 @@ from typing import Any
 
 from launcher.errors import BadRequest, nearest
 from launcher.request import own_packages
-from launcher.request.own_packages import ROOT, code_of, spec_in
+from launcher.request.own_packages import ROOT, code_of, on_path, spec_in
 from launcher.request.spec import Target
-from launcher.request.target import on_path
 
 
 def resolve(name: str, args: Sequence[str], cwd: Path) -> tuple[Target, Path | None]:

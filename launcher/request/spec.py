@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
@@ -160,6 +161,25 @@ def _check_number(flag: str, value: Any, option: Option) -> None:
         raise BadRequest(f"{shown}: at most {option.most} is allowed.")
 
 
+@dataclass(frozen=True)
+class Values:
+    """Values for the parameters of a function that were given from Python.
+
+    Attributes:
+        args, kwargs: by position and by name, as JSON data; empty if they are pickled.
+        pickled: they lie in ``arguments.pkl`` of the run directory.
+        shown: them, or the beginning of them, as text; empty without any.
+        context: the parameter that takes the Context, "" for none, if flags are among the values and all were checked;
+            None if the target has not been imported yet.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    pickled: bool = False
+    shown: str = ""
+    context: str | None = None
+
+
 TargetKind = Literal["function", "script", "module", "value"]
 
 
@@ -172,6 +192,7 @@ class Target:
             ``module`` (run as ``-m name``) or ``value`` (a function that travels pickled in ``target.pkl``).
         path: entries that come first on ``sys.path`` of every rank; they point into the snapshot.
         source: files whose import statements the forkserver preloads.
+        values: values for a function's parameters besides the flags in `args`.
     """
 
     kind: TargetKind
@@ -179,6 +200,15 @@ class Target:
     args: tuple[str, ...] = ()
     path: tuple[str, ...] = ()
     source: tuple[str, ...] = ()
+    values: Values = Values()
+
+    def listed(self) -> str:
+        """The arguments as a JSON list, followed by the values, for a dry run."""
+        return json.dumps(self.args) + (f" ({self.values.shown})" if self.values.shown else "")
+
+    def spelled(self, name: str) -> str:
+        """The target, called `name`, with its values and arguments, for a person."""
+        return " ".join((f"{name}({self.values.shown})" if self.values.shown else name, *self.args))
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,33 @@
-"""The target as every rank has it: what it takes, and the call."""
+"""The target as every rank has it: found, checked and called."""
 
 from __future__ import annotations
 
 import builtins
 import importlib
 import importlib.util
-import inspect
 import runpy
 import sys
 import traceback
 import types
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import is_dataclass
+from collections.abc import Callable, Sequence
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.errors import BadRequest, nearest
 from launcher.request import own_packages
+from launcher.request.binding import call_of
 from launcher.request.spec import Target
 
 if TYPE_CHECKING:
     from training.context import Context
 
 
-def call(target: Target, pickle: Path, context: Callable[[], Context]) -> Any:
-    """Run `target` in this process and return what it returns; `context` makes the Context where one is asked for."""
+def call(target: Target, pickle: Path, context: Callable[[], Context], values: Path = Path()) -> Any:
+    """Run `target` in this process and return what it returns; `context` makes the Context where one is asked for.
+
+    `pickle` holds a function that travels by value, and `values` the values of its parameters if they are pickled.
+    """
     match target.kind:
         case "script":
             sys.path[:0] = [folder for folder in target.path if folder not in sys.path]
@@ -37,7 +38,7 @@ def call(target: Target, pickle: Path, context: Callable[[], Context]) -> Any:
             own_packages.give_way(target.path)
             run_module(target.name, target.args, target.path)
             return None
-    with on_path(target.path):
+    with own_packages.on_path(target.path):
         match target.kind:
             case "value":
                 import cloudpickle
@@ -45,7 +46,7 @@ def call(target: Target, pickle: Path, context: Callable[[], Context]) -> Any:
                 function = cloudpickle.loads(pickle.read_bytes())
             case "function":
                 function = load(target.name)
-        return function(*arguments(function, target.args, context))
+        return call_of(target, function, values).run(function, context)
 
 
 def run_script(script: Path, args: Sequence[str]) -> None:
@@ -117,90 +118,17 @@ def short_traceback(error: BaseException) -> str:
     return "".join(report.format())
 
 
-def signature(function: Callable[..., Any]) -> tuple[bool, type | None]:
-    """Return whether `function` takes a Context, and the config dataclass it takes after it.
-
-    Raises:
-        BadRequest: it needs other arguments than ``()``, ``(Context)`` or ``(Context, config dataclass)``.
-    """
-    required = [
-        p
-        for p in inspect.signature(function).parameters.values()
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
-    named = getattr(function, "__qualname__", repr(function))
-    if any(
-        each(function)
-        for each in (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
-    ):
-        raise BadRequest(f"{named} only begins when it is awaited or iterated; a target is a plain function.")
-    if not required:
-        return False, None
-    if len(required) > 2 or any(p.kind is p.KEYWORD_ONLY for p in required):
-        raise BadRequest(
-            f"{named} needs the arguments {', '.join(p.name for p in required)}. A target takes nothing, a Context, or a"
-            " Context and one config dataclass; give the others defaults."
-        )
-    if len(required) == 1:
-        return True, None
-    config = required[1].annotation
-    if isinstance(config, str):
-        # Only this one: the Context's annotation may be a name that is imported for type checkers alone.
-        with suppress(NameError, AttributeError):
-            config = eval(config, getattr(function, "__globals__", {}))
-    if not (isinstance(config, type) and is_dataclass(config)):
-        raise BadRequest(
-            f"{named}: its second argument {required[1].name!r} needs a dataclass as annotation, whose fields become flags."
-        )
-    return True, config
-
-
-def arguments(function: Callable[..., Any], args: Sequence[str], context: Callable[[], Context]) -> list[Any]:
-    """Return the positional arguments for `function`, its flags parsed from `args`.
-
-    Raises:
-        BadRequest: the function takes no flags but some were given.
-        training.errors.ConfigError: a flag is unknown or its value is wrong.
-    """
-    takes_context, config = signature(function)
-    if config is not None:
-        from training.flags import parse
-
-        return [context(), parse(config, args)]
-    # A function that takes a Context reads what followed it from ctx.args; one that takes nothing can read nothing.
-    if args and not takes_context:
-        raise BadRequest(f"the target takes no arguments, but {' '.join(args)!r} followed it.")
-    return [context()] if takes_context else []
-
-
-def check(target: Target) -> None:
-    """Import the target and check its flags and its own ``check(config)``; for engines that are far away.
+def check(target: Target, values: Path) -> None:
+    """Import the target and check its arguments and its own ``check(config)``; for engines that are far away.
 
     Raises:
         BadRequest, training.errors.ConfigError: with the text for the user.
     """
     if target.kind != "function":
         return
-    with on_path(target.path):
-        function = load(target.name)
-        _, config = signature(function)
-        if config is None:
-            return
-        from training.flags import parse
-
-        parsed: Any = parse(config, target.args)
-        if hasattr(function, "check"):
-            function.check(parsed)
-
-
-@contextmanager
-def on_path(folders: Sequence[str]) -> Iterator[None]:
-    """Put `folders` first on sys.path; they stay after an error too, since a traceback may still need their sources."""
-    added = [f for f in folders if f not in sys.path]
-    sys.path[:0] = added
-    try:
-        yield
-    finally:
-        for folder in added:
-            if folder in sys.path:
-                sys.path.remove(folder)
+    with own_packages.on_path(target.path):
+        function: Any = load(target.name)
+        made = call_of(target, function, values)
+        configs = made.configs() if hasattr(function, "check") else []
+        if configs:
+            function.check(*configs)

@@ -127,3 +127,128 @@ def test_a_class_without_source_has_usage_too() -> None:
     space: dict[str, Any] = {"dataclass": dataclass}
     exec("@dataclass\nclass Made:\n    size: int = 1", space)
     assert "--size INT" in usage(space["Made"])
+
+
+# ---- nested dataclasses ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    lr: float = 1e-3  # learning rate
+    fused: bool = True  # one kernel for all parameters
+    kind: Literal["sgd", "adam"] = "adam"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    warmup: int  # steps
+    optimizer: Optimizer | None = None
+
+
+@dataclass(frozen=True)
+class Nested:
+    steps: int = 3  # optimizer steps
+    optimizer: Optimizer = Optimizer(lr=5.0)  # of the model
+    schedule: Schedule | None = None
+    second: Optimizer | None = field(default_factory=lambda: Optimizer(kind="sgd"))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", Nested()),
+        ("--steps 4 --optimizer.kind sgd", Nested(4, Optimizer(5.0, kind="sgd"))),
+        ("--no-optimizer.fused --optimizer.lr=3e-4", Nested(optimizer=Optimizer(3e-4, fused=False))),
+        ("--schedule.warmup 9", Nested(schedule=Schedule(9))),
+        ("--schedule.warmup 9 --schedule.optimizer.lr 2", Nested(schedule=Schedule(9, Optimizer(2.0)))),
+        ("--schedule.warmup 9 --schedule.optimizer none", Nested(schedule=Schedule(9))),
+        ("--second.lr 7", Nested(second=Optimizer(7.0, kind="sgd"))),
+        ("--second none", Nested(second=None)),
+    ],
+)
+def test_fields_of_a_nested_dataclass_are_dotted_flags(words: str, expected: Nested) -> None:
+    assert parse(Nested, words.split()) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--optimizer.rl 3", "unknown option --optimizer.rl; did you mean --optimizer.lr?"),
+        ("--optimizer.kind x", "--optimizer.kind: 'x' is not one of sgd, adam"),
+        ("--optimizer none", "unknown option --optimizer;"),
+        ("--schedule.optimizer.lr 2", "--schedule.warmup must be given"),
+        ("--schedule none --schedule.warmup 2", "--schedule none and other flags of it are given"),
+        ("--second yes", "--second: 'yes' is not none"),
+    ],
+)
+def test_what_is_wrong_with_a_nested_flag_is_named(words: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(Nested, words.split())
+
+
+def test_a_required_nested_dataclass_asks_for_its_required_fields() -> None:
+    @dataclass
+    class Outer:
+        size: int
+        schedule: Schedule
+
+    Outer.__annotations__ = {"size": int, "schedule": Schedule}
+    with pytest.raises(ConfigError, match=r"--size and --schedule\.warmup must be given"):
+        parse(Outer, [])
+    assert parse(Outer, ["--size", "1", "--schedule.warmup", "2"]) == Outer(1, Schedule(2))
+
+
+def test_usage_groups_the_flags_of_nested_dataclasses() -> None:
+    top, optimizer, schedule, below, second = usage(Nested).split("\n\n")
+    assert top.split() == ["--steps", "INT", "optimizer", "steps", "(default:", "3)"]
+    assert optimizer.splitlines()[0] == "optimizer (Optimizer): of the model"
+    assert "learning rate (default: 5.0)" in optimizer
+    assert "--[no-]optimizer.fused" in optimizer
+    assert schedule.splitlines()[0] == "schedule (Schedule or none)"
+    assert "leave it out (default)" in schedule
+    assert "steps (required)" in schedule
+    assert "--schedule.optimizer.lr NUMBER" in below
+    assert "(default: sgd)" in second
+
+
+@dataclass
+class Endless:
+    inner: Endless | None = None
+
+
+@dataclass
+class Unknown:
+    thing: NoSuchType = None  # type: ignore[name-defined] # noqa: F821
+
+
+@dataclass
+class TwoOfThem:
+    either: Optimizer | Schedule = Optimizer()
+
+
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        (Endless, "--inner: Endless contains itself"),
+        (Unknown, "the annotations of Unknown cannot be read: name 'NoSuchType' is not defined"),
+        (TwoOfThem, "--either: no flag can have the type"),
+    ],
+)
+def test_a_dataclass_that_cannot_have_flags_is_an_error_of_ours(cls: type, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(cls, [])
+    with pytest.raises(ConfigError, match=message):
+        usage(cls)
+
+
+def test_a_value_error_of_the_class_is_wrong_input() -> None:
+    @dataclass
+    class Picky:
+        size: int = 1
+
+        def __post_init__(self) -> None:
+            if self.size > 3:
+                raise ValueError("size is at most 3")
+
+    with pytest.raises(ConfigError, match="Picky: size is at most 3"):
+        parse(Picky, ["--size", "4"])

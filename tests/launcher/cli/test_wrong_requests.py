@@ -61,7 +61,7 @@ WRONG: list[list[str]] = [
     ["target:" + LONG], ["os:getcwd:x"], ["a:b:c"], [":"], [":f"], ["target:"], [""], ["..."], ["/dev/null"], ["-"],
     ["os:getcwdd"], ["target:nosuch"], ["no.such.module:f"], ["sys:exit"], ["-m", ""], ["-m", "."], ["-m", "a..b"],
     ["-m", LONG], ["-m", "os:getcwd"], ["-m"],
-    ["nested:main", "--help"], ["nested:table", "--help"], ["target:three", "--help"], ["target:CONST", "--help"],
+    ["nested:table", "--help"], ["target:three", "--help"], ["target:CONST", "--help"],
     ["target:gen", "--help"], ["target:K.__init__.x", "--help"], ["a:b:c", "--help"],
     # runs
     *([command, name] for command in ("status", "logs", "cancel", "resume") for name in ("", LONG, "~nosuch", "/dev/null", ".")),
@@ -109,10 +109,10 @@ def test_a_wrong_request_has_one_message_and_leaves_nothing(
 
 
 def test_the_command_itself_shows_no_traceback_and_speaks_json(folder: Path) -> None:
-    for argv in (["nested:main", "--help"], ["--cpus", HUGE], ["--cluster", "deep.toml"]):
+    for argv in (["nested:table", "--help"], ["--cpus", HUGE], ["--cluster", "deep.toml"]):
         done = subprocess.run([*COMMAND, *argv], capture_output=True, text=True, check=False, timeout=60)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    done = subprocess.run([*COMMAND, "--json", "nested:main", "--help"], capture_output=True, text=True, check=False)
+    done = subprocess.run([*COMMAND, "--json", "nested:table", "--help"], capture_output=True, text=True, check=False)
     assert "no flag can have the type" in json.loads(done.stdout)["error"]
 
 

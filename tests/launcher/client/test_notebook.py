@@ -33,8 +33,34 @@ print(value)
 """
 
 
-def test_a_function_of_a_cell_runs_and_returns(project: Project) -> None:
-    cells = [nbformat.v4.new_code_cell(source) for source in (DEFINE, CALL.format(engine=project.engine))]
+CONFIG = """
+from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Optimizer:
+    lr: float = 1e-3
+
+@dataclass
+class Config:
+    steps: int = 3
+    optimizer: Optimizer | None = None
+
+def train(ctx, config: Config, factor: int = 1):
+    return {"product": config.steps * config.optimizer.lr * factor}
+"""
+
+ARGUMENTS = """
+import launcher
+
+print(launcher.launch(train, cpus=1, name="values", args=(Config(3, Optimizer(2.0)),), kwargs={"factor": 5}).result())
+print(launcher.launch(train, "--steps", "4", "--optimizer.lr", "0.5", cpus=1, name="flags").result())
+"""
+
+
+def execute(project: Project, *sources: str) -> str:
+    """Run the cells; return what the last one prints."""
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
     notebook = nbformat.v4.new_notebook(cells=cells)
     client = NotebookClient(
         notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(project.folder)}}
@@ -42,6 +68,16 @@ def test_a_function_of_a_cell_runs_and_returns(project: Project) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # jupyter's own, about its event loop
         client.execute()
-    printed = "".join(o["text"] for o in notebook.cells[1].outputs if o.get("name") == "stdout")
+    return "".join(o["text"] for o in notebook.cells[-1].outputs if o.get("name") == "stdout")
+
+
+def test_a_config_of_a_cell_travels_by_value_and_its_fields_are_flags(local_project: Project) -> None:
+    printed = execute(local_project, CONFIG, ARGUMENTS)
+    assert "{'product': 30.0}" in printed
+    assert "{'product': 2.0}" in printed
+
+
+def test_a_function_of_a_cell_runs_and_returns(project: Project) -> None:
+    printed = execute(project, DEFINE, CALL.format(engine=project.engine))
     assert "{'sum': 30.0, 'ranks': 2}" in printed
     assert project.status("cell")["metrics"] == {"sum": 30.0, "ranks": 2}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,7 +12,6 @@ import pytest
 from launcher.errors import BadRequest
 from launcher.request import resolve, target
 from launcher.request.spec import Target
-from training.errors import ConfigError
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -168,94 +165,7 @@ def test_a_folder_of_our_name_that_holds_no_code_is_fine(tmp_path: Path) -> None
     resolve.check_shadowing(Target("function", "mine:main"), tmp_path)
 
 
-# ---- parameters of a function---------------------------------------------------------------------------------------
-
-
-@dataclass
-class Config:
-    steps: int = 3
-
-
-def nothing() -> str:
-    return "nothing"
-
-
-def defaults(a: int = 1, *more: int, b: int = 2, **rest: int) -> None: ...
-def context(ctx: Context) -> Any:
-    return ctx
-
-
-def both(ctx: Context, config: Config) -> Any:
-    return ctx, config.steps
-
-
-def both_as_text(ctx: NoSuchName, config: Config) -> None: ...  # type: ignore[name-defined] # noqa: F821
-def three(ctx: Context, config: Config, more: int) -> None: ...
-def keyword(*, needed: int) -> None: ...
-def no_annotation(ctx: Context, config) -> None: ...  # type: ignore[no-untyped-def]
-def no_dataclass(ctx: Context, config: dict[str, int]) -> None: ...
-def unknown(ctx: Context, config: nowhere.Config) -> None: ...  # type: ignore[name-defined] # noqa: F821
-async def coroutine() -> None: ...
-def generator() -> Any:
-    yield 1
-
-
-class Callable_:
-    def __call__(self, ctx: Context) -> None: ...
-    def method(self, ctx: Context) -> None: ...
-
-
-@pytest.mark.parametrize(
-    ("function", "expected"),
-    [
-        (nothing, (False, None)),
-        (defaults, (False, None)),
-        (context, (True, None)),
-        (lambda ctx: ctx, (True, None)),
-        (both, (True, Config)),
-        (both_as_text, (True, Config)),
-        (Callable_(), (True, None)),
-        (Callable_().method, (True, None)),
-    ],
-)
-def test_what_a_function_takes(function: Callable[..., Any], expected: tuple[bool, type | None]) -> None:
-    assert target.signature(function) == expected
-
-
-@pytest.mark.parametrize(
-    ("function", "words"),
-    [
-        (three, "three needs the arguments ctx, config, more. A target takes nothing, a Context, or a Context and one"),
-        (keyword, "keyword needs the arguments needed"),
-        (no_annotation, "its second argument 'config' needs a dataclass as annotation"),
-        (no_dataclass, "needs a dataclass as annotation"),
-        (unknown, "needs a dataclass as annotation"),
-        (coroutine, "coroutine only begins when it is awaited or iterated; a target is a plain function."),
-        (generator, "generator only begins when it is awaited"),
-    ],
-)
-def test_what_a_function_may_not_take(function: Callable[..., Any], words: str) -> None:
-    with pytest.raises(BadRequest) as refused:
-        target.signature(function)
-    assert words in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("function", "args", "expected"),
-    [(nothing, [], []), (context, ["--x"], ["ctx"]), (both, ["--steps", "5"], ["ctx", Config(5)])],
-)
-def test_its_arguments(function: Callable[..., Any], args: list[str], expected: list[Any]) -> None:
-    assert target.arguments(function, args, lambda: cast("Context", "ctx")) == expected
-
-
-def test_arguments_that_it_does_not_take() -> None:
-    with pytest.raises(BadRequest, match=r"the target takes no arguments, but '--x y' followed it"):
-        target.arguments(nothing, ["--x", "y"], lambda: cast("Context", "ctx"))
-    with pytest.raises(ConfigError, match="--stepz"):
-        target.arguments(both, ["--stepz", "y"], lambda: cast("Context", "ctx"))
-
-
-# ---- the call -------------------------------------------------------------------------------------------------------
+# ---- calling it -----------------------------------------------------------------------------------------------------
 
 
 def call(target_: Target, pickle: Path = Path("none")) -> Any:
