@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import enum
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import cloudpickle
 import pytest
 
 from training.bert.config import TrainConfig
@@ -252,3 +255,44 @@ def test_a_value_error_of_the_class_is_wrong_input() -> None:
 
     with pytest.raises(ConfigError, match="Picky: size is at most 3"):
         parse(Picky, ["--size", "4"])
+
+
+def test_the_factory_of_a_default_is_called_once_for_an_instance() -> None:
+    calls = []
+
+    @dataclass
+    class Counted:
+        sizes: list[int] = field(default_factory=lambda: calls.append(1) or [1])  # type: ignore[func-returns-value]
+
+    Counted.__annotations__ = {"sizes": list[int]}
+    assert parse(Counted, []) == Counted([1])
+    assert len(calls) == 1
+    assert "(default: 1)" in usage(Counted)
+
+
+def test_a_dataclass_that_was_pickled_by_value_has_flags() -> None:
+    space: dict[str, Any] = {"__name__": "__main__", "dataclass": dataclass, "field": field}
+    exec("@dataclass\nclass Made:\n    size: int\n    more: list[int] = field(default_factory=list)", space)
+    made = _in_another_process(space["Made"])
+    assert made == ["--size must be given", "1 []"]
+
+
+def _in_another_process(cls: type) -> list[str]:
+    """What `parse` says there, where the class is made anew from its pickle."""
+    program = """
+import sys, cloudpickle
+from training.errors import ConfigError
+from training.flags import parse
+made = cloudpickle.loads(sys.stdin.buffer.read())
+try:
+    parse(made, [])
+except ConfigError as error:
+    print(error)
+found = parse(made, ["--size", "1"])
+print(found.size, found.more)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], input=cloudpickle.dumps(cls), capture_output=True, check=True
+    )
+    lines: list[str] = done.stdout.decode().splitlines()
+    return lines

@@ -30,7 +30,7 @@ import importlib
 import textwrap
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from training.errors import ConfigError, did_you_mean
 from training.flags import comments
@@ -142,7 +142,10 @@ def dataclass_of(hint: Any) -> tuple[type[Any] | None, bool]:
 
 @dataclasses.dataclass(frozen=True)
 class _Flag:
-    """One flag: its dotted name, and type, default (MISSING: required) and help of the field that it sets."""
+    """One flag: its dotted name, and type, default and help of the field that it sets.
+
+    The default is MISSING for one that is required, and a `_Factory` for one that each instance makes.
+    """
 
     name: str
     hint: Any
@@ -156,8 +159,8 @@ class _Flag:
         text = self.help
         if self.default is dataclasses.MISSING:
             text += " (required)"
-        elif self.default is not None and self.default != "":
-            text += f" (default: {_spell(self.default)})"
+        elif (default := _made(self.default)) is not None and default != "":
+            text += f" (default: {_spell(default)})"
         return flag, text.strip()
 
 
@@ -275,6 +278,7 @@ def _group(
             check_type(flag, hint)
             group.flags[field.name] = _Flag(flag, hint, default, text)
             continue
+        default = _made(default)
         top = bool(field.metadata.get("top"))
         below = _group(nested, "" if top else flag, default, (*inside, cls), help_of)
         if optional and not top:
@@ -288,12 +292,23 @@ def _off(name: str, default: Any) -> _Flag:
     return _Flag(name, type(None), None, "leave it out" + (" (default)" if default is None else ""))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Factory:
+    """The factory of a default, which is called only if its value is needed."""
+
+    make: Callable[[], Any]
+
+
+def _made(default: Any) -> Any:
+    return default.make() if isinstance(default, _Factory) else default
+
+
 def _default(field: dataclasses.Field[Any], base: Any) -> Any:
-    """The default of a field: the value that `base` has, its own, or MISSING."""
+    """The default of a field: the value that `base` has, its own or its factory, or MISSING."""
     if base is not None and base is not dataclasses.MISSING:
         return getattr(base, field.name)
     if not is_missing(field.default_factory):
-        return field.default_factory()  # type: ignore[operator]
+        return _Factory(cast(Any, field.default_factory))
     return dataclasses.MISSING if is_missing(field.default) else field.default
 
 
