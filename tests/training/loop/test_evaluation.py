@@ -161,6 +161,7 @@ def normed(world: World, run_dir: Path, stop_at: int) -> Any:
                 step.backward((model(x) - y).square().mean())
             optimizer.step()
             optimizer.zero_grad()
+            ctx.evaluate(lambda batch: model(batch[0]), data, len, batch_size=28)  # rank 1 has no batch
             found = ctx.evaluate(lambda batch: model(batch[0]), data, lambda p: p, batch_size=10)
             if world.rank == 0:
                 bare = getattr(model, "module", model).eval()
