@@ -46,7 +46,10 @@ from launcher.rank.output import drop_output_on_full_disk, redirect_output
 from launcher.rank.standby import Standbys
 from launcher.request.own_packages import IMPORT_OURS
 
-ENTER = f"import sys; sys.path[:1] == [''] and sys.path.pop(0); {IMPORT_OURS}from launcher.rank.worker import enter; enter()"
+ENTER = (
+    f"import sys; bare = frozenset(sys.modules); sys.path[:1] == [''] and sys.path.pop(0); {IMPORT_OURS}"
+    "from launcher.rank.worker import enter; enter(bare)"
+)
 """What a fresh interpreter runs. Its first entry of sys.path is the current folder, whose modules are the user's."""
 
 PR_SET_PDEATHSIG = 1

@@ -29,6 +29,7 @@ from launcher.lifecycle.exit_status import (
 from launcher.lifecycle.run_dir import RunDir
 from launcher.rank.affinity import settle
 from launcher.rank.output import drop_output_on_full_disk
+from launcher.request import own_packages
 from launcher.request.spec import Plan
 from launcher.request.target import call, short_traceback
 from training.context import Context
@@ -165,12 +166,13 @@ def main(run_dir: Path, world: World, heartbeats: int, *, prepared: bool = False
     return work(RunDir(run_dir), world, Heartbeat.of(heartbeats, world.local_rank), prepared=prepared)
 
 
-def enter() -> NoReturn:
-    """Run a rank in a fresh interpreter, as its arguments say.
+def enter(bare: frozenset[str]) -> NoReturn:
+    """Run a rank in a fresh interpreter, as its arguments say; `bare` are the modules that it began with.
 
-    They are the run directory, the descriptor of the heartbeats, that of the record of imports (-1: none), and either
+    The arguments are the run directory, the descriptor of the heartbeats, that of the record of imports (-1: none), and either
     ``rank`` with the world, or ``standby`` with the descriptors of the forkserver's socket and of its request.
     """
+    own_packages.loaded_at_start = bare
     drop_output_on_full_disk()
     run_dir, heartbeats, record, (kind, *arguments) = (
         Path(sys.argv[1]),

@@ -15,6 +15,9 @@ NAMES = ("training", "launcher")
 ROOT = Path(__file__).resolve().parents[2]
 """The folder that holds both packages of this toolkit."""
 
+loaded_at_start: frozenset[str] = frozenset(sys.modules)
+"""The modules of a bare interpreter; set when a rank starts (`launcher.rank.worker.enter`)."""
+
 IMPORT_OURS = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import launcher, training; sys.path.pop(0); "
 """First statements of each process of this toolkit: PYTHONPATH may lead to a user's package of the same name."""
 
@@ -70,13 +73,25 @@ def make_regular(folders: Iterable[Path | str]) -> None:
 
 
 def give_way(folders: Iterable[Path | str]) -> None:
-    """Forget the packages of this toolkit whose names the program's own packages in `folders` have.
+    """Forget modules that the program's own files in `folders` hide: of this toolkit, and of the standard library.
 
-    Code of this toolkit that runs keeps its references; it must not import from a forgotten package afterwards.
+    A program imports its own ``random.py`` though this toolkit has imported Python's; not if a bare interpreter has imported
+    it already. Code of this toolkit keeps its references; it must not import from a forgotten package afterwards.
     """
-    for package in {name for name, _, _ in find(folders)}:
+    places = list(folders)
+    hidden = {name for name, _, _ in find(places)}
+    loaded = {name.partition(".")[0] for name in sys.modules} - loaded_at_start - {"__main__", "__mp_main__"}
+    hidden |= {name for name in loaded if any(_hides(place, name) for place in places)}
+    for package in hidden:
         for module in [m for m in sys.modules if m == package or m.startswith(f"{package}.")]:
             del sys.modules[module]
+
+
+def _hides(folder: Path | str, name: str) -> bool:
+    """Whether `folder` has a module `name` that is not the one imported already."""
+    code = code_of(folder, name)
+    loaded = getattr(sys.modules.get(name), "__file__", None)
+    return code is not None and name not in NAMES and str(code) != loaded
 
 
 def python_path_without_others() -> str | None:

@@ -76,7 +76,7 @@ def _run_main(main: types.ModuleType, code: types.CodeType, argv: list[str]) -> 
     `runpy` would put the former ``__main__`` back. Exit handlers, threads and `multiprocessing`, which has a name of its
     own for it, look the program's classes up in it.
     """
-    main.__dict__["__builtins__"] = builtins
+    main.__dict__.update(__builtins__=builtins, __annotations__={})
     sys.argv = argv
     sys.modules["__main__"] = main
     if "multiprocessing" in sys.modules:

@@ -65,6 +65,9 @@ def pool(method: str) -> Program:
     return Program(f"{POOL.replace('METHOD', method)}{report}\n")
 
 
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"}
+"""gloo under torchrun otherwise uses the address of the host's name, which may lead nowhere."""
+
 PROGRAMS: dict[str, Program] = {
     # ---- the module __main__ -----------------------------------------------------------------------------------------
     "argv": reporting("import sys, os\nfound = [os.path.basename(sys.argv[0]), sys.argv[1:]]", args=("a", "--b=1", "", "c d")),
@@ -115,7 +118,7 @@ found = [typing.get_type_hints(Config)["lr"].__name__, dataclasses.asdict(Config
 from . import sibling
 import os, sys
 found = [__name__, __package__, __spec__.name, os.path.basename(sys.argv[0]), sys.argv[1:], sibling.NAME,
-         os.path.basename(sys.path[0]) == os.path.basename(os.getcwd())]
+         os.path.isfile(os.path.join(sys.path[0], "package", "sibling.py"))]
 """, module="package.program", script="package/program.py", args=("x",),
         files={"package/__init__.py": "", "package/sibling.py": "NAME = __name__"}),
     "module of a folder": reporting("""
@@ -130,7 +133,7 @@ try:
     import above
 except ImportError:
     above = None
-found = [sibling.NAME, above is None, os.path.basename(os.path.dirname(__file__))]
+found = [sibling.NAME, above is None]
 """, script="sub/program.py", files={"sub/sibling.py": "NAME = 'sibling'", "above.py": ""}),
     # ---- imports -----------------------------------------------------------------------------------------------------
     "rank of a module": reporting("import helper\nfound = helper.RANK", files={"helper.py": "import os\nRANK = os.environ.get('RANK')"}),
@@ -147,7 +150,7 @@ FOUND = [os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR")]
     "random of a module": reporting("import helper\nfound = None\ndistinct = helper.VALUE",
                                     files={"helper.py": "import random\nVALUE = random.random()"}),
     "numpy random": reporting("import numpy\nfound = None\ndistinct = float(numpy.random.rand())"),
-    "torch random": reporting("import torch\nfound = [torch.initial_seed(), torch.rand(2).tolist()]"),
+    "torch random": reporting("import torch\nfound = None\ndistinct = torch.initial_seed()"),
     "thread of a module": reporting("""
 import helper
 helper.jobs.put(1)
@@ -324,12 +327,12 @@ value = torch.ones(3)
 dist.all_reduce(value)
 found = [(value / dist.get_world_size()).tolist(), dist.get_rank(), dist.is_torchelastic_launched()]
 dist.destroy_process_group()
-"""),
+""", environment=LOOPBACK),
     "accelerator": reporting("""
 from accelerate import Accelerator
 accelerator = Accelerator()
 found = [accelerator.process_index, accelerator.local_process_index, accelerator.is_main_process,
          str(accelerator.distributed_type), accelerator.device.type, accelerator.mixed_precision]
-"""),
+""", environment={**LOOPBACK, "ACCELERATE_USE_CPU": "true"}),  # which launch sets on CPUs; else it is not distributed there
 }  # fmt: skip
 """By name. Of a program that ends before its report, only whether it fails is compared."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.agent.network import reserve_port
 from tests.differential.programs import Program
 from tests.differential.torchrun import Torchrun
 from tests.launcher.engines import Project
@@ -66,8 +67,9 @@ def under_torchrun(program: Program, folder: Path, torchrun: Torchrun) -> Observ
     reports = folder / "observed-by-torchrun"
     reports.mkdir()
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **program.environment, "OBSERVED": str(reports)}
-    options = ["--nproc-per-node", str(RANKS), "--master-port", "0"]
-    return read(reports, torchrun.run([*options, *words(program)], folder, environment))
+    with reserve_port() as port:  # for the process group; a listener may share it
+        options = ["--nproc-per-node", str(RANKS), "--master-port", str(port.getsockname()[1])]
+        return read(reports, torchrun.run([*options, *words(program)], folder, environment))
 
 
 def under_launch(program: Program, project: Project, *options: str) -> Observed:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+LIMIT = 60
+"""Seconds of one program."""
 
 
 class Torchrun:
@@ -50,6 +54,8 @@ def serve() -> None:
         words, folder, environment = json.loads(line)
         pid = os.fork()
         if pid == 0:
+            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))  # which ends its ranks, too
+            signal.alarm(LIMIT)
             os.chdir(folder)
             os.environ.clear()
             os.environ.update(environment)
