@@ -81,10 +81,19 @@ def give_way(folders: Iterable[Path | str]) -> None:
     places = list(folders)
     hidden = {name for name, _, _ in find(places)}
     loaded = {name.partition(".")[0] for name in sys.modules} - loaded_at_start - {"__main__", "__mp_main__"}
-    hidden |= {name for name in loaded if any(_hides(place, name) for place in places)}
+    for place in places:
+        hidden |= {name for name in loaded & _names_in(place) if _hides(place, name)}
     for package in hidden:
         for module in [m for m in sys.modules if m == package or m.startswith(f"{package}.")]:
             del sys.modules[module]
+
+
+def _names_in(folder: Path | str) -> set[str]:
+    """The names that modules in `folder` can have."""
+    try:
+        return {entry.name.partition(".")[0] for entry in os.scandir(folder)}
+    except OSError:
+        return set()
 
 
 def _hides(folder: Path | str, name: str) -> bool:
