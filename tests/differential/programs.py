@@ -139,7 +139,7 @@ found = [sibling.NAME, above is None]
     "rank of a module": reporting("import helper\nfound = helper.RANK", files={"helper.py": "import os\nRANK = os.environ.get('RANK')"}),
     "world of a module": reporting("import helper\nfound = helper.FOUND", files={"helper.py": """
 import os
-FOUND = [os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR")] + [os.environ["WORLD_SIZE"].isdigit()]
+FOUND = [os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "ROLE_RANK")] + [os.environ["WORLD_SIZE"].isdigit()]
 """}),
     "folder of a module": reporting("import helper, os\nfound = os.path.isdir(helper.FOLDER)\ndistinct = helper.FOLDER",
                                     files={"helper.py": "import tempfile\nFOLDER = tempfile.mkdtemp()"}),
@@ -203,8 +203,8 @@ found = len(open(path).read())
     # ---- environment and process -------------------------------------------------------------------------------------
     "environment": reporting("""
 import os
-names = ("RANK", "LOCAL_RANK", "ROLE_RANK", "ROLE_NAME", "MASTER_ADDR", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_USE_AGENT_STORE")
-found = [os.environ.get(name) for name in names[:6]] + [os.environ["MASTER_PORT"].isdigit()]
+names = ("RANK", "LOCAL_RANK", "ROLE_RANK", "ROLE_NAME", "TORCHELASTIC_RESTART_COUNT")
+found = [os.environ.get(name) for name in names] + [bool(os.environ["MASTER_ADDR"]), os.environ["MASTER_PORT"].isdigit()]
 """),
     "variables of the shell": reporting("import os\nfound = [os.environ.get('OF_THE_SHELL'), os.environ.get('EMPTY'), os.environ['PATH'] != '']",
                                         environment={"OF_THE_SHELL": "a 'b' $c \\ é", "EMPTY": ""}),

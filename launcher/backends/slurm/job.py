@@ -196,8 +196,7 @@ class AgentTask:
 def with_our_packages(task: Callable[[], None]) -> Callable[[], None]:
     """Wrap `task` so that it imports this toolkit's packages on a node.
 
-    The first entry of sys.path in submitit's process is the working directory, which may hold packages of the same name.
-    The wrapper imports nothing of this toolkit, so that it can be unpickled before sys.path is set.
+    PYTHONPATH may lead to packages of the same name. The wrapper imports nothing of this toolkit, so that it can be unpickled before sys.path is set.
     """
     import cloudpickle
 
@@ -208,7 +207,7 @@ def with_our_packages(task: Callable[[], None]) -> Callable[[], None]:
         import sys
 
         path = list(sys.path)
-        sys.path[:] = [root, *path[1:]]
+        sys.path[:] = [root, *path]
         for package in ("launcher", "training"):
             __import__(package)
         sys.path[:] = path

@@ -21,7 +21,8 @@ def command(plan: Plan) -> str:
         BadRequest: the profile's ``python`` is not a valid command.
     """
     slurm = plan.cluster.slurm
-    words = shlex.join(python(plan))
+    # Without -P the working directory, which is the user's, is first on sys.path of submitit's process.
+    words = shlex.join([*python(plan), "-P"])
     if not slurm.node_setup and not slurm.scratch:
         return words
     # One eval per line, so that a comment or an open quote ends with its line.
