@@ -49,7 +49,7 @@ def plan(device: Any = "cuda", python: str | None = None, **slurm: Any) -> Plan:
 )  # fmt: skip
 def test_the_python_of_a_node(wanted: Plan, words: list[str]) -> None:
     assert node_command.python(wanted) == words
-    assert shlex.split(node_command.command(wanted)) == words
+    assert shlex.split(node_command.command(wanted)) == [*words, "-P"]
 
 
 ALONE = ["--kill-on-bad-exit=0", "--wait=120"]
