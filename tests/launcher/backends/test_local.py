@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launcher.engines import Project, until
+from tests.launcher.engines import Project, ranks_of, until
 from training.files import read_lines
 
 pytestmark = pytest.mark.slow
@@ -28,10 +28,10 @@ def main(ctx):
 """
 
 
-def ranks(run: str) -> list[int]:
-    """The pids of the run's forkserver and of its ranks, oldest first."""
+def processes(run: str) -> list[int]:
+    """The pids of the run's forkserver, of its ranks and of their standbys."""
     found = subprocess.run(
-        ["pgrep", "-f", f"launcher.rank.(forkserver|worker import enter).*/{run} .*[0-9]+$"],
+        ["pgrep", "-f", f"launcher.rank.(forkserver|worker import enter).*/{run} [0-9]+"],
         capture_output=True,
         text=True,
         check=False,
@@ -72,13 +72,13 @@ def test_ctrl_c_twice_stops_at_once(local_project: Project) -> None:
         running.communicate(timeout=20)
     assert running.returncode == 3
     assert local_project.status("d")["state"] == "stopped"
-    until(lambda: not ranks("d"), "no process", 5)
+    until(lambda: not processes("d"), "no process", 5)
 
 
 def test_a_killed_rank_is_replaced_in_place(local_project: Project) -> None:
     with local_project.start("--cpus", "2", "--name", "k", "steps:main", "--steps", "600") as running:
         until(lambda: has_stepped(local_project, "k"), "a first step")
-        os.kill(ranks("k")[-1], signal.SIGKILL)
+        os.kill(ranks_of(local_project.folder / "runs/k/logs/1")[1], signal.SIGKILL)
         out, _ = running.communicate(timeout=60)
     assert running.returncode == 0
     assert "killed: rank" in out
@@ -93,7 +93,7 @@ def test_a_killed_agent_takes_its_ranks_along(local_project: Project) -> None:
     until(lambda: has_stepped(local_project, "a"), "a first step")
     _, pid, _ = local_project.status("a")["job_id"].rsplit(":", 2)
     os.kill(int(pid), signal.SIGKILL)
-    until(lambda: not ranks("a"), "no rank", 5)
+    until(lambda: not processes("a"), "no rank", 5)
     until(lambda: local_project.status("a")["state"] == "lost", "the loss to be known", 30)
     assert "ended without a result" in local_project.call("status", "a").stdout
     (local_project.folder / "runs/a/state.json").write_text("3999")
@@ -169,7 +169,8 @@ def test_a_run_waits_for_a_mount_that_comes_back(local_project: Project, disk: P
         metrics = disk / "gone/metrics.jsonl"
         until(lambda: len(read_lines(metrics)) > 5, "some steps")
         with read_only(disk):
-            until(lambda: len(ranks("gone")) == 1, "the end of the ranks, not of the process they come from")
+            until(lambda: not ranks_of(disk / "gone/logs/1"), "the end of the ranks")
+            assert processes("gone"), "the process that they come from is still there"
         output, _ = run.communicate(timeout=60)
     assert run.returncode == 0, output
     failures = [event for event in read_lines(disk / "gone/events.jsonl") if event["event"] == "failed"]

@@ -44,7 +44,7 @@ class Week:
 
     def agent(self, host: str) -> int:
         """The pid of the agent on `host`."""
-        agents = processes(f"^[^ ]*python[0-9.]* -u -m submitit.core._submit {self.path}/")
+        agents = processes(f"^[^ ]*python[0-9.]* -P -u -m submitit.core._submit {self.path}/")
         name = f"SLURMD_NODENAME={host}\0"
         return next(pid for pid in agents if name in Path(f"/proc/{pid}/environ").read_text())
 
