@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -28,6 +30,9 @@ from launcher.lifecycle.policy import (
 from launcher.lifecycle.run_dir import RunDir, tail
 from launcher.request.spec import Plan, State
 from training.files import read_json
+
+UNFINISHED = re.compile(r"\.(value\.json|value\.pkl|[0-9]+\.json)\.[0-9a-f]+\.tmp")
+"""Names of the temporary files of what ranks write: the value of the target, and errors."""
 
 
 class Elsewhere(StrEnum):
@@ -231,8 +236,18 @@ def end_run(
         run_dir.write_result(state, **fields)
     except OSError as error:  # then the exit status is all that says it
         print(f"launch: {run_dir.result_file}: {error.strerror}: {state.value} {fields}", file=sys.stderr)
+    remove_unfinished(run_dir)
     history.record_finished(run_dir, state.value, attempt=attempt)
     return state
+
+
+def remove_unfinished(run_dir: RunDir) -> None:
+    """Remove the temporary files that ranks had not renamed yet when they were killed; all ranks have ended."""
+    for folder in (run_dir.path, *(run_dir.path / "errors").glob("*")):
+        with suppress(OSError):
+            for entry in list(os.scandir(folder)):
+                if UNFINISHED.fullmatch(entry.name):
+                    os.unlink(entry)
 
 
 def abort_causes(run_dir: RunDir, attempt: int, exits: Mapping[int, int]) -> dict[int, tuple[str, str]]:
