@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launcher.agent.health import gpus
 from launcher.config.check import Check
 from launcher.config.cluster import Cluster
 from launcher.errors import BadRequest
@@ -119,6 +118,8 @@ class Backend(ABC):
 
 def this_machine(cluster: Cluster) -> Cluster:
     """Count the GPUs and cores of this machine, without importing torch."""
+    from launcher.agent.health import gpus  # only commands that place a run need it
+
     node = cluster.node
     shown = gpus.count(os.environ.get("CUDA_VISIBLE_DEVICES")) if node.gpus is None else node.gpus
     found = replace(node, gpus=shown, cpus=node.cpus or len(os.sched_getaffinity(0)))
