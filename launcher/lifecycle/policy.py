@@ -248,7 +248,7 @@ def no_progress(history: History, step: int | None, allowed: int) -> Failure | N
 
 
 def backoff_seconds(history: History, step: int | None) -> float:
-    """Seconds to wait before the next attempt: none while the run gets on, else 1, 2, 4, ... for each failure without progress."""
+    """Seconds to wait before the next attempt: none while the run makes progress, else 1, 2, 4, ... for each failure without progress."""
     failures = history.failures_without_progress(step)
     return min(LONGEST_BACK_OFF, 2.0 ** (failures - 1)) if failures else 0.0
 

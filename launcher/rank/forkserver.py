@@ -43,7 +43,7 @@ from launcher.rank.messages import (
     encode,
 )
 from launcher.rank.output import drop_output_on_full_disk, redirect_output
-from launcher.rank.standby import Standbys
+from launcher.rank.standby import Standbys, kill_group
 from launcher.request.own_packages import IMPORT_OURS
 
 ENTER = (
@@ -258,13 +258,6 @@ def kill_orphans(kept: Set[int]) -> None:
                 os.kill(pid, signal.SIGKILL)
             with suppress(ChildProcessError):
                 os.waitpid(pid, 0)
-
-
-def kill_group(pid: int) -> None:
-    """Kill a rank and its process group, its data workers; a rank just forked does not lead its group yet."""
-    for kill in (os.killpg, os.kill):
-        with suppress(ProcessLookupError):
-            kill(pid, signal.SIGKILL)
 
 
 def preload(modules: Sequence[str]) -> bool:

@@ -178,7 +178,7 @@ class Standbys:
                     standby.control.sendall(encode(start))
                     slot.start, slot.size = start, -1  # its record goes on
                     return standby.pid
-        _kill(standby.pid)
+        kill_group(standby.pid)
         return None
 
     def prepare(self, running: set[int]) -> bool:
@@ -236,7 +236,7 @@ class Standbys:
         """Kill the interpreters that wait, and keep no others."""
         self.enabled = False
         for pid in self.pids:
-            _kill(pid)
+            kill_group(pid)
             self.forget(pid)
 
 
@@ -268,7 +268,8 @@ def available_memory() -> int:
     return min(found)
 
 
-def _kill(pid: int) -> None:
+def kill_group(pid: int) -> None:
+    """Kill a process and its group; a process just forked does not lead its group yet."""
     for kill in (os.killpg, os.kill):
         with suppress(ProcessLookupError):
             kill(pid, signal.SIGKILL)

@@ -15,6 +15,9 @@ with open(_os.path.join(_os.environ["OBSERVED"], _os.environ["RANK"]), "w") as _
     _json.dump([found, globals().get("distinct")], _file)
 """
 
+INDENTED = REPORT.strip().replace("\n", "\n    ")
+"""`REPORT` for the end of an indented block."""
+
 
 @dataclass(frozen=True)
 class Program:
@@ -61,9 +64,11 @@ if __name__ == "__main__":
 
 def pool(method: str) -> Program:
     """A pool of processes that return objects of a class of the script."""
-    report = "\n".join(f"    {line}" for line in REPORT.strip().splitlines())
-    return Program(f"{POOL.replace('METHOD', method)}{report}\n")
+    return Program(f"{POOL.replace('METHOD', method)}    {INDENTED}\n")
 
+
+REPORTED = reporting("found = 1").source
+"""A program that has reported, and then ends in some way."""
 
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"}
 """gloo under torchrun otherwise uses the address of the host's name, which may lead nowhere."""
@@ -260,7 +265,7 @@ if __name__ == "__main__":
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
         item = executor.submit(make, 5).result()
     found = [type(item) is Item, item.n]
-    """ + REPORT.strip().replace("\n", "\n    ") + "\n"),
+    """ + INDENTED + "\n"),
     "manager": Program("""
 if __name__ == "__main__":
     import multiprocessing
@@ -268,13 +273,13 @@ if __name__ == "__main__":
         shared = manager.dict(a=1)
         shared["b"] = 2
         found = dict(shared)
-    """ + REPORT.strip().replace("\n", "\n    ") + "\n"),
+    """ + INDENTED + "\n"),
     "loader": Program("""
 if __name__ == "__main__":
     import torch
     loader = torch.utils.data.DataLoader(list(range(6)), batch_size=2, num_workers=2, multiprocessing_context="spawn")
     found = [batch.tolist() for batch in loader]
-    """ + REPORT.strip().replace("\n", "\n    ") + "\n"),
+    """ + INDENTED + "\n"),
     "spawn of torch": Program("""
 def child(number, folder):
     open(f"{folder}/child-{number}-" + __import__("os").environ["RANK"], "w").close()
@@ -283,7 +288,7 @@ if __name__ == "__main__":
     import os, torch.multiprocessing
     torch.multiprocessing.spawn(child, (os.environ["OBSERVED"],), nprocs=2)
     found = sorted(n for n in os.listdir(os.environ["OBSERVED"]) if n.startswith("child") and n.endswith(os.environ["RANK"]))
-    """ + REPORT.strip().replace("\n", "\n    ") + "\n"),
+    """ + INDENTED + "\n"),
     "subprocess": reporting("""
 import subprocess, sys
 child = "import os, sys; print(os.environ['RANK'], sys.path[0] == ''); sys.exit(5)"
@@ -305,20 +310,20 @@ async def main():
 found = asyncio.run(main())
 """),
     # ---- ends --------------------------------------------------------------------------------------------------------
-    "exit 0": reporting("found = 1").__class__(reporting("found = 1").source + "\nimport sys\nsys.exit(0)\n"),
-    "exit without a word": Program(reporting("found = 1").source + "\nimport sys\nsys.exit()\n"),
-    "hard exit": Program(reporting("found = 1").source + "\nimport os\nos._exit(0)\n"),
-    "exit 3": Program(reporting("found = 1").source + "\nimport sys\nsys.exit(3)\n", fails=True),
-    "exit with a text": Program(reporting("found = 1").source + "\nraise SystemExit('no')\n", fails=True),
-    "exception": Program(reporting("found = 1").source + "\nraise ValueError('no')\n", fails=True),
-    "usage": Program(reporting("found = 1").source + "\nimport argparse\nargparse.ArgumentParser().parse_args()\n",
+    "exit 0": Program(REPORTED + "\nimport sys\nsys.exit(0)\n"),
+    "exit without a word": Program(REPORTED + "\nimport sys\nsys.exit()\n"),
+    "hard exit": Program(REPORTED + "\nimport os\nos._exit(0)\n"),
+    "exit 3": Program(REPORTED + "\nimport sys\nsys.exit(3)\n", fails=True),
+    "exit with a text": Program(REPORTED + "\nraise SystemExit('no')\n", fails=True),
+    "exception": Program(REPORTED + "\nraise ValueError('no')\n", fails=True),
+    "usage": Program(REPORTED + "\nimport argparse\nargparse.ArgumentParser().parse_args()\n",
                      args=("--unknown",), fails=True),
     "syntax error": Program("found = (", fails=True),
     "missing import": Program("import no_such_module", fails=True),
     "exit handlers": Program("import atexit\nfound = 1\n@atexit.register\ndef last():\n    "
-                             + REPORT.strip().replace("\n", "\n    ") + "\n"),
+                             + INDENTED + "\n"),
     "threads at the end": Program("import threading, time\nfound = 1\ndef last():\n    time.sleep(0.3)\n    "
-                                  + REPORT.strip().replace("\n", "\n    ") + "\nthreading.Thread(target=last).start()\n"),
+                                  + INDENTED + "\nthreading.Thread(target=last).start()\n"),
     # ---- frameworks --------------------------------------------------------------------------------------------------
     "all-reduce": reporting("""
 import torch, torch.distributed as dist

@@ -107,7 +107,7 @@ def final(run_dir: Path) -> dict[str, Any]:
     return load(newest)
 
 
-def assert_same_end(left: Path, right: Path) -> None:
+def assert_same_checkpoint(left: Path, right: Path) -> None:
     """Compare weights, optimizer, generators, position and losses for bit-identity."""
     one, other = final(left), final(right)
     assert one.keys() == other.keys()
@@ -119,4 +119,9 @@ def assert_same_end(left: Path, right: Path) -> None:
         else:
             assert one[name] == other[name], name
     assert losses(left) == losses(right)
+
+
+def assert_same_end(left: Path, right: Path) -> None:
+    """Compare the newest checkpoints, the losses and the published models for bit-identity."""
+    assert_same_checkpoint(left, right)
     assert (left / "model" / "model.safetensors").read_bytes() == (right / "model" / "model.safetensors").read_bytes()

@@ -28,7 +28,7 @@ from launcher.lifecycle.recovery import Elsewhere, End, Recovery
 from launcher.lifecycle.run_dir import RunDir, tail
 from launcher.lifecycle.trust import SLURM_ID, check_id
 from launcher.rank.output import drop_output_on_full_disk
-from launcher.request.own_packages import ROOT
+from launcher.request.own_packages import IMPORT_OURS
 from launcher.request.spec import State
 
 
@@ -200,17 +200,12 @@ def with_our_packages(task: Callable[[], None]) -> Callable[[], None]:
     """
     import cloudpickle
 
-    data, root = cloudpickle.dumps(task), str(ROOT)
+    data, import_ours = cloudpickle.dumps(task), IMPORT_OURS
 
     def run() -> None:
         import pickle
-        import sys
 
-        path = list(sys.path)
-        sys.path[:] = [root, *path]
-        for package in ("launcher", "training"):
-            __import__(package)
-        sys.path[:] = path
+        exec(import_ours)
         pickle.loads(data)()
 
     return run

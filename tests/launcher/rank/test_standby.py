@@ -7,8 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import pytest
 
 from launcher.rank import imports, standby
 from launcher.rank.messages import StartRank
-from tests.launcher.engines import Project
+from tests.launcher.engines import Project, until
 from training.distributed.world import World
 
 LIBRARY = """
@@ -50,14 +48,6 @@ while attempt == 0:
 """
 
 
-def until(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + 120
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-    return found
-
-
 def write(project: Project, before: str = "") -> Path:
     """Write the program and its library; return the folder of the library."""
     library = project.folder.parent / f"{project.folder.name}-lib" / "site-packages"
@@ -76,9 +66,9 @@ def restart(project: Project, library: Path, monkeypatch: pytest.MonkeyPatch, ex
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(library), *filter(None, [os.environ.get("PYTHONPATH")])]))
     words = [project.python, "-m", "launcher", "--cpus", "2", "--name", "kept", "train.py"]
     with subprocess.Popen(words, cwd=project.folder, stdout=subprocess.DEVNULL) as command:
-        [first] = until(lambda: [*project.folder.rglob("started-0-0-*")])
-        until(lambda: [*project.folder.rglob("started-0-1-*")])
-        until(lambda: len([*library.glob("?-*")]) >= expected)
+        until(lambda: len([*project.folder.rglob("started-0-*")]) == 2, "both ranks")
+        until(lambda: len([*library.glob("?-*")]) >= expected, "the imports of their standbys")
+        [first] = project.folder.rglob("started-0-0-*")
         os.kill(int(first.name.rpartition("-")[2]), signal.SIGKILL)
         assert command.wait(120) == 0
     lines = [

@@ -11,23 +11,14 @@ import pytest
 import torch
 
 from tests.training.loop.jobs import Config, evaluations, fit_and_die, fit_in_world, ids_of_epochs, reference
-from tests.training.ranks import final, losses, spawn
+from tests.training.ranks import assert_same_checkpoint, final, losses, spawn
 
 pytestmark = [pytest.mark.usefixtures("rank_server"), pytest.mark.slow]
 
 
 def assert_same_end(left: Path, right: Path) -> None:
     """Bit-identical weights, optimizer, generators, position, per-step losses and evaluations."""
-    one, other = final(left), final(right)
-    assert one.keys() == other.keys()
-    for name in one:
-        if name.endswith(".safetensors"):
-            assert one[name].keys() == other[name].keys()
-            for key in one[name]:
-                assert torch.equal(one[name][key], other[name][key]), f"{name}: {key}"
-        else:
-            assert one[name] == other[name], name
-    assert losses(left) == losses(right)
+    assert_same_checkpoint(left, right)
     assert evaluations(left) == evaluations(right)
 
 
