@@ -7,7 +7,6 @@ import errno
 import json
 import math
 import os
-import secrets
 import stat
 import threading
 from collections import deque
@@ -77,7 +76,7 @@ def write_atomic(path: Path, data: bytes | str, mode: int = 0o600) -> None:
     Raises the OSError of the file system, after the temporary file is removed.
     """
     raw = data.encode() if isinstance(data, str) else data
-    name = str(path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp"))
+    name = str(path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp"))
     # The kernel applies the umask, which cannot be read without setting it for all threads of the process.
     handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     try:

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.cli.describe import failed_saves
 from launcher.cli.parser import Once, command, whole
 from launcher.errors import BadRequest, LaunchError
 from launcher.request.spec import State
@@ -53,6 +52,7 @@ def _listed(run: Run) -> dict[str, Any]:
 def run_status(argv: Sequence[str]) -> int:
     """``launch status RUN``."""
     options = command("status").parse_args(list(argv))
+    from launcher.cli.describe import failed_saves
     from launcher.client.run import find
 
     run = find(options.run, Path(options.runs))

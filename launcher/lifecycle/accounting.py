@@ -14,7 +14,6 @@ and the last duration of an attempt.
 from __future__ import annotations
 
 import math
-import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -166,6 +165,8 @@ def _attempts(events: Iterable[Record], logs: Mapping[int, Sequence[Record]], no
 
 def _habits(logs: Iterable[Sequence[Record]]) -> tuple[float, int]:
     """The seconds of a step and the steps between two records of steps; medians over the run."""
+    from statistics import median  # imported on use: `launch list` starts without it
+
     paces, gaps = [], []
     for log in logs:
         for before, after in pairwise(log):
@@ -174,7 +175,7 @@ def _habits(logs: Iterable[Sequence[Record]]) -> tuple[float, int]:
                 paces.append(seconds / gap)
                 gaps.append(gap)
     # If the log has no two records of steps, the steps before a first record are those since step 0, and they took no time.
-    return statistics.median(paces) if paces else 0.0, round(statistics.median(gaps)) if gaps else sys.maxsize
+    return median(paces) if paces else 0.0, round(median(gaps)) if gaps else sys.maxsize
 
 
 class _Parts:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
-import socket
 import stat
 import time
 from collections.abc import Iterable, Iterator
@@ -66,6 +64,9 @@ class RunDir(RunFiles):
         Raises:
             BadRequest: there is none, so this is not a run directory; or its format is not `FORMAT`.
         """
+        return from_data(Plan, self._plan_data(), str(self.plan_file))
+
+    def _plan_data(self) -> Any:
         try:
             data = read_json(self.plan_file)
         except (OSError, ValueError, RecursionError) as error:
@@ -74,7 +75,7 @@ class RunDir(RunFiles):
             raise BadRequest(f"{self.path} is not a run directory: it has no plan.json.")
         if isinstance(data, dict):
             _check_format(self.plan_file, data.pop("format", None))
-        return from_data(Plan, data, str(self.plan_file))
+        return data
 
     def check_format(self) -> None:
         """Check that the plan and the log of events are of this version's format, and change nothing.
@@ -82,7 +83,7 @@ class RunDir(RunFiles):
         Raises:
             BadRequest: one is not; the text names both versions.
         """
-        self.plan()
+        self._plan_data()
         first: object = None
         with suppress(OSError, ValueError, RecursionError), os.fdopen(open_plain(self.events_file), "rb") as file:
             first = json.loads(file.readline(64 * 1024))
@@ -91,7 +92,7 @@ class RunDir(RunFiles):
 
     def write_job(self, backend: str, job_id: str) -> None:
         """Leave what any shell needs to ask the engine about the run."""
-        record = {"backend": backend, "job_id": job_id, "host": socket.gethostname(), "time": time.time()}
+        record = {"backend": backend, "job_id": job_id, "host": os.uname().nodename, "time": time.time()}
         write_atomic(self.job_file, to_json(record))
 
     def job(self) -> dict[str, Any] | None:
@@ -158,7 +159,7 @@ class RunDir(RunFiles):
     @contextmanager
     def reopened(self) -> Iterator[None]:
         """As `reopen`; where the block raises, the end, the plan, the job and the events are again what they were."""
-        kept = self.path / f".end-{secrets.token_hex(8)}"
+        kept = self.path / f".end-{os.urandom(8).hex()}"
         kept.mkdir(0o700)
         changed = (self.plan_file, self.job_file, self.script_file)
         size = self.events_file.stat().st_size if self.events_file.exists() else 0

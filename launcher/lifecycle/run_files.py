@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import sys
 import time
 from collections.abc import Callable
@@ -150,7 +149,7 @@ class RunFiles:
 
     def claim_session(self, host: str) -> str:
         """Take the run over as its one supervisor and return what says so; an earlier one sees it and leaves."""
-        token = secrets.token_hex(8)
+        token = os.urandom(8).hex()
         text = to_json({"session": token, "host": host, "time": time.time()})
         self._making_room(lambda: write_atomic(self.session_file, text))
         return token
