@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from launcher.agent.coordinator import Coordinator
+from launcher.agent.network import raise_file_limit
 from launcher.agent.node_ranks import NodeRanks, on_signals
 from launcher.agent.protocol import AgentInfo, End, FromAgent, Hello, StopRequest, ToAgent
 from launcher.config.timeouts import TIMEOUTS
@@ -25,11 +26,15 @@ from launcher.request.spec import Plan, State
 from training.files import read_json
 
 SLICES = 4
+MANY_RANKS = 128
+"""A run of so many ranks raises the limit of open files; a smaller one leaves its programs what they would have."""
 
 
 async def run_agent(run_dir: RunDir, agent_info: AgentInfo) -> int:
     """Be the agent of one node until the run ends; return the run's exit status."""
     plan = run_dir.plan()
+    if plan.placement.world_size >= MANY_RANKS:
+        raise_file_limit()
     run_dir.logs.mkdir(exist_ok=True)
     if agent_info.node:
         return await follow(run_dir, plan, agent_info)

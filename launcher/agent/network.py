@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import resource
 import socket
 import struct
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 SIOCGIFADDR = 0x8915
 
@@ -22,15 +26,29 @@ def reserve_port(address: str = "") -> socket.socket:
     return holder
 
 
+def listener() -> socket.socket:
+    """Return a listening TCP socket on a free port of all addresses of this machine, IPv4 and IPv6."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))
+
+
+def peer_of(name: tuple[Any, ...]) -> str:
+    """Return the IP address in the name of a peer; that of an IPv4 peer of a socket for both as IPv4."""
+    return str(name[0]).removeprefix("::ffff:") if "." in name[0] else str(name[0])
+
+
 def source_towards(address: str) -> str:
-    """Return the IP address of this machine that packets to `address` leave from. Sends nothing."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    """Return the IP address of this machine that packets to the IP address `address` leave from. Sends nothing."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((address, 1))
         return str(probe.getsockname()[0])
 
 
-def interface_of(ip: str) -> str | None:
-    """Return the name of the network interface that has the IPv4 address `ip`, or None."""
+def interface_of(ip: str, root: Path = Path("/")) -> str | None:
+    """Return the name of the network interface that has the IP address `ip`, or None."""
+    if ":" in ip:
+        return _interface_of_ipv6(ip, root)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
@@ -40,3 +58,57 @@ def interface_of(ip: str) -> str | None:
             if socket.inet_ntoa(packed[20:24]) == ip:
                 return name
     return None
+
+
+def _interface_of_ipv6(ip: str, root: Path) -> str | None:
+    wanted = socket.inet_pton(socket.AF_INET6, ip.partition("%")[0]).hex()
+    with suppress(OSError):
+        for line in (root / "proc/net/if_inet6").read_text().splitlines():
+            words = line.split()
+            if words and words[0] == wanted:
+                return words[-1]
+    return None
+
+
+def interface_variables(interface: str | None, root: Path = Path("/")) -> dict[str, str]:
+    """Return the variables that name the network interface between nodes to gloo and NCCL.
+
+    Without them, both look up the host's own name, and use the loopback if it does not resolve. NCCL's is set only if the
+    node has no faster network: not beside an adapter of InfiniBand or RoCE, nor beside a faster interface that is up. It
+    is an exact name, since NCCL otherwise takes it for a prefix, and ``eth1`` for ``eth10``, too.
+    """
+    if not interface:
+        return {}
+    variables = {"GLOO_SOCKET_IFNAME": interface}
+    if not _faster_network(interface, root):
+        variables["NCCL_SOCKET_IFNAME"] = f"={interface}"
+    return variables
+
+
+def _faster_network(interface: str, root: Path) -> bool:
+    adapters = root / "sys/class/infiniband"
+    if adapters.is_dir() and any(adapters.iterdir()):
+        return True
+    cards = [path.parent for path in (root / "sys/class/net").glob("*/device")]  # virtual interfaces have no device
+    speeds = {card.name: _speed(card) for card in cards}
+    return max(speeds.values(), default=0) > speeds.get(interface, _speed(root / "sys/class/net" / interface))
+
+
+def _speed(interface: Path) -> int:
+    """The speed of an interface in Mbit/s; 0: down or unknown."""
+    try:
+        up = (interface / "operstate").read_text().strip() == "up"
+        return max(0, int((interface / "speed").read_text())) if up else 0
+    except (OSError, ValueError):
+        return 0
+
+
+def raise_file_limit() -> None:
+    """Raise the limit of open files of this process, and of those that it starts, to what the system allows.
+
+    In a large run the coordinator has a connection for each node, and rank 0 has some for each rank; many systems allow
+    1,024 files unless a process asks for more.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -14,7 +14,7 @@ from typing import assert_never
 
 from launcher.agent.hang_detection import RankStatus, stack_location_of
 from launcher.agent.health import preflight
-from launcher.agent.network import interface_of, source_towards
+from launcher.agent.network import interface_of, interface_variables, source_towards
 from launcher.agent.protocol import (
     AgentInfo,
     Alive,
@@ -229,11 +229,8 @@ def node_environment(agent_info: AgentInfo) -> dict[str, str]:
     """Return the environment of this process with what the node adds: the network interface for the process group."""
     environment = dict(os.environ)
     if agent_info.nodes > 1:
-        # gloo and NCCL otherwise look the host's own name up, and fall back to loopback if it does not resolve.
         interface = interface_of(source_towards(agent_info.address))
-        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            if interface:
-                environment.setdefault(variable, interface)
+        environment = interface_variables(interface) | environment
     return environment
 
 

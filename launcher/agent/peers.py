@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from launcher.agent.network import listener, peer_of
 from launcher.agent.protocol import AgentInfo, AgentMessage, Alive, End, FromAgent, Hello, Joined, Lost, ToAgent
 from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle.run_dir import RunDir
@@ -35,7 +35,7 @@ class Peers:
 
     async def listen(self) -> None:
         """Listen, and write the address to the rendezvous file."""
-        self._server = await asyncio.start_server(self._serve, "", 0, family=socket.AF_INET)
+        self._server = await asyncio.start_server(self._serve, sock=listener())
         port = self._server.sockets[0].getsockname()[1]
         self._token = secrets.token_hex(16)
         # The token keeps other users of the node away; the run directory's own permissions guard the file.
@@ -59,7 +59,7 @@ class Peers:
         self._writers[node] = writer
         self._received_at[node] = time.monotonic()
         self.hosts[node] = hello.host
-        self.addresses[node] = writer.get_extra_info("peername")[0]
+        self.addresses[node] = peer_of(writer.get_extra_info("peername"))
         self.emit(node, Joined())
         with suppress(ConnectionError):
             while line := await reader.readline():

@@ -86,7 +86,7 @@ def profile_text(found: Sequence[Partition], kinds: Sequence[NodeKind]) -> str:
             "# scratch = \"/local/$SLURM_JOB_ID\"       # the ranks' TMPDIR, on each node's own disk",
             "",
             "# [environment]",
-            '# NCCL_SOCKET_IFNAME = "ib0"            # see the profiles examples/network-*',
+            '# NCCL_SOCKET_IFNAME = "=ib0"           # see the profiles examples/network-*',
             "",
         ]
     )
