@@ -44,6 +44,10 @@ def test_ranks_do_not_share_a_device(visible: str, shown: int) -> None:
 TWO = {0: [(0, 8), (1, 9), (2, 10), (3, 11)], 1: [(4, 12), (5, 13), (6, 14), (7, 15)]}
 BOX = Machine({"GPU-a1": 0, "GPU-a2": 0, "GPU-b1": 1, "GPU-b2": 1}, TWO)
 ALL = set(range(16))
+# One socket as four NUMA nodes (NPS4) of two cores.
+FOUR = Machine(
+    {"GPU-a": 0, "GPU-b": 1}, {node: [(2 * node, 2 * node + 8), (2 * node + 1, 2 * node + 9)] for node in range(4)}
+)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +69,12 @@ ALL = set(range(16))
         (Machine({"GPU-a": -1}, TWO), None, 0, 1, ALL, set()),
         (Machine({"GPU-a": 0}, {0: TWO[0]}), None, 0, 1, ALL, set()),
         (Machine({}, TWO), None, 0, 2, ALL, set()),
+        (Machine(BOX.gpus, TWO, numbered=False), "0,1,2,3", 0, 4, ALL, set()),  # CUDA's order is another
+        (Machine(BOX.gpus, TWO, numbered=False), "GPU-b2", 0, 1, ALL, {4, 5, 6, 7, 12, 13, 14, 15}),
+        (BOX, "0,1", 0, 2, ALL, {0, 1, 8, 9}),  # half of a fair share
+        (FOUR, "0,1", 0, 2, ALL, {0, 8, 1, 9}),
+        (FOUR, "0,1", 0, 2, {*range(2, 8), 0}, set()),  # a core of its own near it, and six elsewhere
+        (Machine({"GPU-a": 0}, FOUR.cores), None, 0, 1, ALL, set()),  # a quarter of the cores, where all were its own
     ],
 )
 def test_the_cores_near_a_device(
@@ -80,9 +90,11 @@ def test_ranks_of_a_node_get_cores_of_their_own() -> None:
 
 
 def test_a_machine_is_read_from_proc_and_sys(tmp_path: Path) -> None:
+    (tmp_path / "dev").mkdir()
     for address, uuid, numa in (("0000:81:00.0", "GPU-b1", 1), ("0000:01:00.0", "GPU-a1", 0)):
+        (tmp_path / f"dev/nvidia{numa}").touch()
         (tmp_path / "proc/driver/nvidia/gpus" / address).mkdir(parents=True)
-        text = f"Model: \t\t NVIDIA H100\nIRQ:   \t\t 48\nGPU UUID: \t {uuid}\nDevice Minor: \t 0\n"
+        text = f"Model: \t\t NVIDIA H100\nIRQ:   \t\t 48\nGPU UUID: \t {uuid}\nDevice Minor: \t {numa}\n"
         (tmp_path / "proc/driver/nvidia/gpus" / address / "information").write_text(text)
         (tmp_path / "sys/bus/pci/devices" / address).mkdir(parents=True)
         (tmp_path / "sys/bus/pci/devices" / address / "numa_node").write_text(f"{numa}\n")
@@ -96,6 +108,19 @@ def test_a_machine_is_read_from_proc_and_sys(tmp_path: Path) -> None:
             (folder / "thread_siblings_list").write_text(f"{siblings}\n")
     assert this_machine(tmp_path) == Machine({"GPU-a1": 0, "GPU-b1": 1}, {0: [(0, 4), (1,)], 1: [(2, 6), (3,)]})
     assert this_machine(tmp_path / "nothing") == Machine({}, {})
+    (tmp_path / "dev/nvidia0").unlink()  # as for a job that has the other GPU alone, which CUDA then calls 0
+    machine = this_machine(tmp_path)
+    assert machine.gpus == {"GPU-b1": 1}
+    assert cores_near(machine, "0", 0, 1, {0, 1, 2, 3}) == {2, 3}
+
+
+def test_the_numbers_of_unequal_gpus_are_known_only_in_the_order_of_pci_addresses(tmp_path: Path) -> None:
+    for address, model in (("0000:01:00.0", "NVIDIA A10"), ("0000:81:00.0", "NVIDIA H100")):
+        (tmp_path / "proc/driver/nvidia/gpus" / address).mkdir(parents=True)
+        (tmp_path / "proc/driver/nvidia/gpus" / address / "information").write_text(f"Model: \t {model}\n")
+    assert not this_machine(tmp_path).numbered
+    assert not this_machine(tmp_path, "FASTEST_FIRST").numbered
+    assert this_machine(tmp_path, "PCI_BUS_ID").numbered
 
 
 def test_this_very_machine_can_be_read() -> None:
