@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from launcher.config.timeouts import TIMEOUTS
-from training.distributed.heartbeat import STARTING, TRAINING
+from training.distributed.heartbeat import CONNECTING, STARTING, TRAINING
 
 LONGER_ELSEWHERE = 10.0
 """Factor of the time limit outside of training steps: evaluations, saves and compilations take longer than a step."""
@@ -32,8 +32,9 @@ class HangDetector:
     """Measures the duration of steps and detects ranks without a heartbeat.
 
     The limit during steps is `hang_after` seconds, or three times the longest step so far if that is more; in other phases
-    it is `LONGER_ELSEWHERE` times as long. A rank that is starting (until its first step is done) has no limit: downloads
-    and first compilations vary too much, and the process group has timeouts of its own. If a process is stopped (SIGSTOP),
+    it is `LONGER_ELSEWHERE` times as long. A rank that is starting (until its first step is done) has no limit, since downloads
+    and first compilations vary too much. While it connects to the others it has the limit of a step, counted from
+    when the last rank began to. If a process is stopped (SIGSTOP),
     the limit of a step holds in all phases.
 
     While one rank evaluates or saves, other ranks may wait for it. This does not excuse a rank that is behind in steps,
@@ -55,6 +56,8 @@ class HangDetector:
             self._woke = now  # this process was suspended, too: earlier heartbeats say nothing about hangs
         self._looked = now
         beats = {rank: replace(beat, age=min(beat.age, now - self._woke)) for rank, beat in beats.items()}
+        last = min((beat.age for beat in beats.values() if beat.phase == CONNECTING), default=0.0)
+        beats = {rank: replace(beat, age=last) if beat.phase == CONNECTING else beat for rank, beat in beats.items()}
         self._learn(beats, now)
         patience = max(self.hang_after, 3 * max(self._gaps, default=0.0))
         limits = {rank: self._limit(beat, patience) for rank, beat in beats.items()}
@@ -66,7 +69,8 @@ class HangDetector:
 
     def _learn(self, beats: Mapping[int, RankStatus], now: float) -> None:
         step, age = max(
-            ((beat.step, -beat.age) for beat in beats.values() if beat.phase != STARTING), default=(-1, 0.0)
+            ((beat.step, -beat.age) for beat in beats.values() if beat.phase not in (STARTING, CONNECTING)),
+            default=(-1, 0.0),
         )
         done = now + age
         if self._newest is not None and 0 < self._newest[0] < step:
@@ -78,7 +82,7 @@ class HangDetector:
     def _limit(beat: RankStatus, patience: float) -> float:
         if beat.phase == STARTING:
             return float("inf")
-        return patience if beat.phase == TRAINING else LONGER_ELSEWHERE * patience
+        return patience if beat.phase in (TRAINING, CONNECTING) else LONGER_ELSEWHERE * patience
 
 
 # ---- the culprit ----------------------------------------------------------------------------------------------------
@@ -86,6 +90,8 @@ class HangDetector:
 FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<function>\S+)')
 WAITING = re.compile(r"/torch/(distributed/|autograd/graph)|/training/group\.py|/torch/nn/parallel/distributed")
 """Files of frames in which a rank waits, or may wait, for others. Gradients are reduced inside of autograd."""
+
+NOT_CONNECTED = "did not connect to each other"
 
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 
@@ -122,6 +128,11 @@ def find_culprit(beats: Mapping[int, RankStatus], places: Mapping[int, StackLoca
     In this order: a stopped process; of the ranks with the fewest steps, one that is not in a collective; if all of these
     are in a collective, a rank with more steps, which did not take part in it.
     """
+    if all(beat.phase == CONNECTING for beat in beats.values()):
+        return None, (
+            f"the {len(beats)} ranks {NOT_CONNECTED}: "
+            + ", ".join(f"rank {r}{_at(r, places)}" for r in sorted(beats)[:4])
+        )
     stopped = [rank for rank, beat in beats.items() if beat.state and beat.state in STOPPED_STATES]
     if stopped:
         rank = min(stopped)

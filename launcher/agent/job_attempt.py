@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -140,9 +141,10 @@ class JobAttempt:
         peers, placement = self.agents.peers, self.plan.placement
         hosts = [peers.hosts[agent] for agent in used]
         history.record_started(self.run_dir, self.number, placement.world_size, hosts)
+        debug = debug_variables(self.plan, history.read(self.run_dir.events()))
         addresses = [peers.addresses[agent] for agent in used]
         for node, agent in enumerate(used):
-            self.agents.send(agent, Start.of(self.plan, self.number, node, addresses, port))
+            self.agents.send(agent, Start.of(self.plan, self.number, node, addresses, port, debug))
 
     async def _outcome(self, attempt: Attempt, used: Sequence[int]) -> Outcome:
         stop, finished = self.stops.reason, self.run_dir.finished(self.number, 0).exists()
@@ -213,3 +215,11 @@ class JobAttempt:
         agents.excluded |= {agent for agent in used if agents.host(agent) in unfit}
         hosts = agents.host_of_rank(used, self.plan.placement)
         return Outcome({}, hosts=hosts, unfit=unfit) if unfit else None
+
+
+def debug_variables(plan: Plan, past: history.History) -> dict[str, str]:
+    """Return what makes NCCL explain itself, for an attempt after one whose ranks never connected to each other."""
+    chosen = "NCCL_DEBUG" in plan.environment or "NCCL_DEBUG" in os.environ
+    if plan.placement.device != "cuda" or chosen or not past.never_connected():
+        return {}
+    return {"NCCL_DEBUG": "INFO"}

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from launcher.agent.hang_detection import RankStatus, StackLocation
@@ -73,8 +73,21 @@ class Start:
     environments: dict[int, dict[str, str]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, plan: Plan, attempt: int, node: int, hosts: Sequence[str], port: int) -> Start:
-        """Return the message to the agent on node number `node` of the placement; `hosts` are the addresses of all nodes."""
+    def of(
+        cls,
+        plan: Plan,
+        attempt: int,
+        node: int,
+        hosts: Sequence[str],
+        port: int,
+        debug: Mapping[str, str] | None = None,
+    ) -> Start:
+        """Return the message to the agent on node number `node` of the placement.
+
+        Args:
+            hosts: the addresses of all nodes.
+            debug: further variables of every rank.
+        """
         placement = plan.placement
         each = placement.ranks_per_node
         worlds = [
@@ -95,7 +108,7 @@ class Start:
             for local in range(each)
         ]
         if not placement.on_tpu:
-            return cls(attempt, worlds)
+            return cls(attempt, worlds, {w.rank: dict(debug) for w in worlds} if debug else {})
         session = f"{plan.name}-{attempt}"
         environments = {w.rank: tpu.environment_of(placement, hosts, node, w.local_rank, session) for w in worlds}
         return cls(attempt, worlds, environments)

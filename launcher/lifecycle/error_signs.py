@@ -49,6 +49,14 @@ _SAME_CALLS = (
 _HOST = "This was memory of the node, not of a GPU: ask for more of it, or use fewer loader workers or ranks a node."
 
 SIGNS = (
+    # ---- launcher.agent.hang_detection ---------------------------------------------------------------------------------
+    _sign(
+        "hung",
+        "did not connect to each other",
+        advice="Look whether the nodes reach each other on the network interface that gloo and NCCL use (GLOO_SOCKET_IFNAME,"
+        " NCCL_SOCKET_IFNAME under [environment] of the profile), on all ports; `launch doctor --on-nodes` measures it. The"
+        " logs of a second attempt have what NCCL says (NCCL_DEBUG=INFO).",
+    ),
     # ---- ranks that misuse a collective: NCCL src/init.cc, src/misc/argcheck.cc; torch/csrc/distributed/c10d ------------
     _sign(
         "user error",

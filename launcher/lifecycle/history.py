@@ -82,6 +82,11 @@ class History:
             failures.append(failed_attempt)
         return failures
 
+    def never_connected(self) -> bool:
+        """Whether the attempt before ended before its first step, by a hang or an error of communication."""
+        last = self.failed_attempts[-1] if self.failed_attempts else None
+        return last is not None and last.kind in ("hung", "communication") and not last.step
+
     def stuck(self, step: int | None) -> bool:
         """Whether nothing was done since the nodes were taken away the last time, now that they are again."""
         return self.preempted is not None and step is not None and step <= self.preempted

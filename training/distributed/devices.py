@@ -64,6 +64,9 @@ class Runtime:
         if shard and not self.shards:
             raise ConfigError("--shard does not work on torch_xla; leave it out, or use torch_tpu or GPUs")
 
+    def connect(self) -> None:
+        """Connect this rank to all others, where the process group would do so only at its first collective."""
+
     def submit(self) -> None:
         """Start the recorded operations on a device that does not start them at once."""
 
@@ -119,6 +122,15 @@ class Cuda(Accelerator):
     name = "cuda"
     backend = "cpu:gloo,cuda:nccl"
     pin_memory_by_default = True
+
+    def connect(self) -> None:
+        """Make NCCL's communicator, by a collective: NCCL has no time limit for it, and the launcher has one."""
+        import torch
+        import torch.distributed as dist
+
+        one = torch.ones(1, device=torch.device(self.name, self._module().current_device()))
+        dist.all_reduce(one)
+        one.item()
 
     def device(self, world: World) -> torch.device:
         """Return the device of the rank. Raises DeviceError if it is missing or cannot be used."""

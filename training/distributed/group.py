@@ -94,6 +94,7 @@ class TorchGroup(Group):
                     "have the nodes in the order of the slice's hosts (TPU_WORKER_ID)"
                 )
         self._control = dist.new_group(backend="gloo", timeout=timeout)
+        RUNTIMES[world.device].connect()
 
     def barrier(self) -> None:
         """Wait until all ranks have called this."""

@@ -66,7 +66,8 @@ class Rank:
         """The process group of all ranks. The first use creates it and is a collective."""
         if not self.runtime.group_first:
             _ = self.device  # NCCL needs the device
-        return make_group(self.world)
+        with self.heartbeat.connecting():
+            return make_group(self.world)
 
     @cached_property
     def checkpoints(self) -> Checkpoints:

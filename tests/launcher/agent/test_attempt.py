@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher.agent.attempt import Attempt
 from launcher.agent.hang_detection import RankStatus, StackLocation
-from launcher.agent.protocol import DumpStacks, Heartbeats, Lost, RankExit, Signal, Stacks, ToAgent
+from launcher.agent.job_attempt import debug_variables
+from launcher.agent.protocol import DumpStacks, Heartbeats, Lost, RankExit, Signal, Stacks, Start, ToAgent
+from launcher.config.cluster import Cluster
 from launcher.config.timeouts import TIMEOUTS
+from launcher.lifecycle.history import FailedAttempt, History
+from launcher.request.placement.place import Placement
+from launcher.request.spec import Plan, RunSpec, Target
 
 KILL = Signal(signal.SIGKILL)
 
@@ -115,3 +122,40 @@ def test_nobody_hangs_while_a_rank_has_not_been_heard() -> None:
         assert sent == []
 
     run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("device", "kind", "step", "environment", "variables"),
+    [
+        ("cuda", "hung", None, {}, {"NCCL_DEBUG": "INFO"}),
+        ("cuda", "communication", 0, {}, {"NCCL_DEBUG": "INFO"}),
+        ("cuda", "hung", 7, {}, {}),
+        ("cuda", "user error", None, {}, {}),
+        ("cuda", "hung", None, {"NCCL_DEBUG": "WARN"}, {}),
+        ("cpu", "hung", None, {}, {}),
+    ],
+)
+def test_nccl_explains_itself_in_the_attempt_after_one_that_never_connected(
+    device: Any, kind: str, step: int | None, environment: dict[str, str], variables: dict[str, str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.delenv("NCCL_DEBUG", raising=False)
+    target = Target("script", "x.py")
+    plan = replace(
+        Plan(
+            "x",
+            tmp_path,
+            RunSpec("x.py"),
+            "local",
+            Cluster("c", "local"),
+            Placement(1, 2, device),
+            target,
+            tmp_path,
+            60,
+        ),
+        environment=environment,
+    )
+    past = History(failed_attempts=(FailedAttempt(kind, None, None, step),))
+    assert debug_variables(plan, past) == variables
+    start = Start.of(plan, 2, 0, ["10.0.0.1"], 1, variables)
+    assert all(start.environments.get(rank, {}) == variables for rank in (0, 1))

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from launcher.agent.hang_detection import HangDetector, RankStatus, StackLocation, find_culprit, stack_location_of
-from training.distributed.heartbeat import STARTING
+from launcher.lifecycle.exit_status import advice
+from training.distributed.heartbeat import CONNECTING, STARTING
 
 WAITS, ELSEWHERE = StackLocation("train.py:9 in step", True), StackLocation("train.py:5 in load", False)
 
@@ -37,6 +38,28 @@ def hung(watch: HangDetector, now: float, seconds: float, *phases: str, states: 
 def test_silence_for_longer_than_the_limit_is_a_hang() -> None:
     assert not hung(*trained(), 9.9)
     assert hung(*trained(), 10.1)
+
+
+def connecting(age: float, other: str = CONNECTING, other_age: float | None = None) -> dict[int, RankStatus]:
+    return {0: RankStatus(-1, CONNECTING, age), 1: RankStatus(-1, other, age if other_age is None else other_age)}
+
+
+def test_ranks_that_connect_have_the_time_of_a_step_once_all_of_them_do() -> None:
+    watch = HangDetector(10.0)
+    assert not watch.see(connecting(9.0), 9.0)
+    assert watch.see(connecting(11.0), 11.0)
+    watch = HangDetector(10.0)
+    for second in range(1, 1000):
+        assert not watch.see(connecting(float(second), STARTING, 0.0), float(second)), "the other one may load data"
+    assert not watch.see(connecting(1000.0, CONNECTING, 1.0), 1000.0), "the last one has just begun to connect"
+    assert watch.see(connecting(1010.0, CONNECTING, 11.0), 1010.0)
+
+
+def test_no_rank_is_to_blame_where_all_wait_to_connect() -> None:
+    places = {0: StackLocation("train.py:7 in main", waiting=True)}
+    rank, text = find_culprit(connecting(11.0), places)
+    assert (rank, text) == (None, "the 2 ranks did not connect to each other: rank 0 at train.py:7 in main, rank 1")
+    assert "GLOO_SOCKET_IFNAME" in advice("hung", text)
 
 
 def test_slow_steps_are_learned() -> None:

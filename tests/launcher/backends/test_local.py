@@ -114,6 +114,16 @@ def test_data_that_cannot_be_used_is_a_bad_request(local_project: Project) -> No
     assert not (local_project.folder / "runs/b").exists(), "the name stays free"
 
 
+def test_ranks_that_never_connect_are_found(local_project: Project) -> None:
+    profile = local_project.folder / "impatient.toml"
+    profile.write_text('extends = "local"\nhang_after = 4.0\n')
+    local_project.launch("--cluster", str(profile), "--cpus", "2", "--name", "u", "unconnected:main")
+    failed = next(event for event in local_project.events("u") if event["event"] == "failed")
+    assert (failed["kind"], failed["rank"], failed["step"]) == ("hung", None, None)
+    assert "the 2 ranks did not connect to each other: rank 0 at" in failed["message"]
+    assert local_project.status("u")["metrics"] == {"ranks": 2}
+
+
 def test_hangs_are_found_and_the_rank_at_fault_is_named(local_project: Project) -> None:
     profile = local_project.folder / "impatient.toml"
     profile.write_text('extends = "local"\nhang_after = 4.0\n')
