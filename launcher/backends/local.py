@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,19 +18,20 @@ from launcher.lifecycle.trust import PROCESS_ID, check_id
 from launcher.request import own_packages
 from launcher.request.spec import Plan, State
 from training.distributed.missing import UNUSABLE
+from training.distributed.visible import visible_devices
 
 
-def unusable_gpus() -> str:
-    """Test the GPUs with torch in a subprocess; returns why they cannot be used, empty if they can."""
+def try_gpus() -> tuple[bool, str]:
+    """Test the GPUs with torch in a subprocess; returns whether they can be used, and what was found or why not."""
     command = own_packages.command("training.distributed.missing")
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUTS.gpu_trial)
     except subprocess.TimeoutExpired:
-        return f"the first GPU does not answer within {TIMEOUTS.gpu_trial:g} s"
+        return False, f"the first GPU does not answer within {TIMEOUTS.gpu_trial:g} s"
     if done.returncode == 0:
-        return ""
+        return True, done.stdout.strip()
     lines = (done.stdout if done.returncode == UNUSABLE else done.stderr).strip().splitlines()
-    return lines[-1] if lines else f"torch exited with {done.returncode} when it used the first GPU"
+    return False, lines[-1] if lines else f"torch exited with {done.returncode} when it used the first GPU"
 
 
 class LocalBackend(Backend):
@@ -59,8 +61,25 @@ class LocalBackend(Backend):
         return "\n".join(lines) + "\n"
 
     def unusable_gpus(self) -> str:
-        """See the function of this name."""
-        return unusable_gpus()
+        """Test the GPUs with torch in a subprocess."""
+        works, found = try_gpus()
+        return "" if works else found
+
+    def check(self, plan: Plan) -> str:
+        """Refuse ranks on several MIG instances of one card, which NCCL cannot connect."""
+        ranks = plan.placement.ranks_per_node
+        visible = visible_devices(os.environ.get("CUDA_VISIBLE_DEVICES")) or []
+        instances = [name for name in visible[:ranks] if name.startswith("MIG-")]
+        if plan.placement.device == "cuda" and len(instances) > 1:
+            from launcher.agent.health.gpus import shared_cards
+
+            for card, slices in shared_cards(instances).items():
+                raise BadRequest(
+                    f"{ranks} ranks would use {len(slices)} MIG instances of one card ({card}), and NCCL connects no two"
+                    " instances of a card. Ask for --gpus 1, or have CUDA_VISIBLE_DEVICES name instances of different"
+                    " cards, or whole GPUs."
+                )
+        return ""
 
     def submit(self, plan: Plan) -> str:
         """Start the agent."""
@@ -80,6 +99,9 @@ class LocalBackend(Backend):
         detached.kill(job_id)
 
     def diagnose(self, cluster: Cluster, cwd: Path) -> Iterator[Check]:
-        """Count the devices."""
+        """Count the devices, and try the GPUs."""
         node = this_machine(cluster).node
         yield Check("devices", True, f"{node.gpus or 'no'} GPUs, {node.cpus} cores")
+        if node.gpus:
+            works, found = try_gpus()
+            yield Check("gpu", works, found, "" if works else "a default run uses the CPU until then")

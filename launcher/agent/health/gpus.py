@@ -6,6 +6,7 @@ All calls have a time limit: a faulty driver hangs the process that queries it.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -72,6 +73,26 @@ def count(visible: str | None, limit: float = TIMEOUTS.gpu_driver, proc: Path = 
         print(f"launch: nvidia-smi -L does not answer within {limit:g} s; no GPU is used", file=sys.stderr)
         return 0
     return sum(line.startswith("GPU ") for line in answer[1].splitlines())
+
+
+def shared_cards(instances: Sequence[str], limit: float = TIMEOUTS.gpu_driver) -> dict[str, list[str]]:
+    """Return the GPUs of which several of the MIG instances are slices: GPU -> the instances.
+
+    Args:
+        instances: ``MIG-<uuid>`` each. Those whose GPU nvidia-smi does not name within `limit` seconds are left out.
+    """
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    status, listed = _answer(_ask("-L"), time.monotonic() + limit) or (1, "")
+    cards: dict[str, list[str]] = {}
+    card = ""
+    for line in listed.splitlines() if status == 0 else ():
+        uuid = re.search(r"UUID: ([^)\s]+)", line)
+        if uuid and line.startswith("GPU "):
+            card = uuid[1]
+        elif uuid and uuid[1] in instances:
+            cards.setdefault(card, []).append(uuid[1])
+    return {card: slices for card, slices in cards.items() if len(slices) > 1}
 
 
 def read(listed: str, rows: str, visible: str | None) -> dict[str, Any]:

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from launcher.backends.local import LocalBackend
 from launcher.client.plan import make_plan
+from launcher.config.cluster import Cluster
 from launcher.errors import BadRequest
 from launcher.request.spec import RunSpec
 from tests.launcher.engines import Project, make_project
+from training.distributed.missing import driver
 
 SCRIPT = "import torch\n\ntorch.zeros(1).cuda()\n"
 FUNCTION = "def main(ctx):\n    return {'device': str(ctx.device)}\n"
@@ -48,6 +51,23 @@ def test_whoever_asks_for_gpus_gets_no_other_device(project: Project) -> None:
         assert device == "cuda"
     plan = make_plan(RunSpec("asks:main", cpus=1), project.folder)
     assert "no GPU is used" not in plan.placement.why, "nobody looked"
+
+
+def test_doctor_tries_the_gpus(project: Project) -> None:
+    checks = {check.name: check for check in LocalBackend().diagnose(Cluster("local", "local"), project.folder)}
+    assert not checks["gpu"].ok
+    assert "CPU build" in checks["gpu"].found
+
+
+def test_the_version_of_the_driver_is_that_of_its_kernel_module(tmp_path: Path) -> None:
+    file = tmp_path / "version"
+    assert driver(file) == "unknown"
+    for line in (
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n",
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54.15  Release Build  (root@x)  Tue Mar  5\n",
+    ):
+        file.write_text(line + "GCC version:  gcc version 12.2.0\n")
+        assert driver(file) == "550.54.15"
 
 
 @pytest.mark.slow

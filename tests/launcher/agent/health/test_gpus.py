@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from launcher.agent.health import gpus
+from launcher.backends.local import LocalBackend
 from launcher.backends.ray.worker_group import WorkerGroup
+from launcher.config.cluster import Cluster
+from launcher.errors import BadRequest
+from launcher.request.placement.place import Placement
+from launcher.request.spec import Plan, RunSpec, Target
 from tests.launcher.engines import until
 
 HEALTHY = "0, GPU-aa, 0, [N/A]\n1, GPU-ab, 0, [N/A]\n2, GPU-c, [N/A], No\n"
@@ -129,3 +135,36 @@ def test_what_ray_gave_the_workers_of_a_node_is_one_list(given: list[str | None]
         for text in given
     ]
     assert WorkerGroup.visible_on(SimpleNamespace(members=members), "n") == visible  # type: ignore[arg-type]
+
+
+MIG_LIST = """\
+GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-5d5ba0d6-d33d-2b2c-524d-9e3d8d2b8a77)
+  MIG 1g.10gb     Device  0: (UUID: MIG-aa)
+  MIG 1g.10gb     Device  1: (UUID: MIG-ab)
+GPU 1: NVIDIA A100-SXM4-80GB (UUID: GPU-second)
+  MIG 3g.40gb     Device  0: (UUID: MIG-ba)
+"""
+
+
+@pytest.mark.parametrize(
+    ("visible", "ranks", "refused"),
+    [
+        ("MIG-aa,MIG-ab", 2, True),
+        ("MIG-ba,MIG-aa,MIG-ab", 3, True),
+        ("MIG-aa,MIG-ab", 1, False),
+        ("MIG-aa,MIG-ba", 2, False),
+        ("MIG-ba,MIG-aa,MIG-ab", 2, False),
+        ("MIG-unknown,MIG-ab", 2, False),
+        ("GPU-5d5ba0d6,GPU-second", 2, False),
+    ],
+)
+def test_several_slices_of_one_card_are_refused_before_anything_is_sent(
+    visible: str, ranks: int, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake(tmp_path, f"cat <<'END'\n{MIG_LIST}END", monkeypatch)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    target = Target("script", "x.py")
+    site, placement = Cluster("local", "local"), Placement(1, ranks, "cuda")
+    plan = Plan("x", tmp_path, RunSpec("x.py"), "local", site, placement, target, tmp_path, 60)
+    with pytest.raises(BadRequest, match=r"2 MIG instances of one card \(GPU-5d5b") if refused else nullcontext():
+        LocalBackend().check(plan)
