@@ -28,7 +28,18 @@ def describe(plan: Any) -> str:
 def describe_ranks(plan: Any) -> str:
     """What every rank gets besides: the part of a plan that only a dry run shows."""
     code = f"\n  code   {plan.target.path[0]}, a copy of the project as it is" if plan.target.path else ""
+    code += "".join(f"\n  {line}" for line in what_travels(plan))
     return code + "".join(f"\n  env    {name}={value}" for name, value in plan.environment.items())
+
+
+def what_travels(plan: Any) -> list[str]:
+    """Lines about code besides the project's, and about what is linked or left out; see `launcher.request.snapshot`."""
+    from launcher.request import snapshot
+
+    if not plan.target.path or plan.project is None:
+        return []
+    parts, _, _ = snapshot.parts(plan.project, plan.cwd, plan.run_dir, plan.target.kind == "module")
+    return snapshot.describe([(part, part.look(snapshot.excluded(part.root, plan.run_dir))) for part in parts])
 
 
 def summary(run: Any) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from launcher.errors import BadRequest
 from launcher.request import snapshot
+from launcher.request.code.roots import project_root
 
 HOSTILE = [
     "with space.py",
@@ -57,8 +58,7 @@ def repository(tmp_path: Path) -> Path:
 
 
 def take(root: Path, destination: Path, exclude: Path | None = None) -> snapshot.Snapshot:
-    top, in_git = snapshot.project_root(root)
-    return snapshot.take(top, in_git, destination, exclude or root / "runs")
+    return snapshot.take(project_root(root), destination, exclude or root / "runs", root)
 
 
 def names(folder: Path) -> set[str]:
@@ -131,7 +131,7 @@ def test_the_runs_are_left_out_even_where_git_does_not_ignore_them(repository: P
 
 
 def test_a_folder_of_the_checkout_takes_the_whole_checkout(repository: Path) -> None:
-    assert snapshot.project_root(repository / "package") == (repository, True)
+    assert project_root(repository / "package") == repository
 
 
 def test_submodules_and_checkouts_inside_come_along(repository: Path, tmp_path: Path) -> None:
@@ -193,4 +193,4 @@ def test_too_much_is_refused_naming_the_largest(tmp_path: Path, in_git: bool, mo
 def test_without_git_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.py").touch()
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert snapshot.project_root(tmp_path) == (tmp_path, False)
+    assert project_root(tmp_path) == tmp_path

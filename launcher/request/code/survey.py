@@ -1,0 +1,303 @@
+"""What of a project is copied with a run, what is linked to where it lies, and what is left out. Writes nothing."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import deque
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launcher.request.code import checkout
+from launcher.request.code.kinds import CONFIG, is_code, is_secret, travels
+from launcher.request.code.roots import is_shared
+
+MAX_SCAN = 20_000
+"""Entries that are looked at for code in one folder of which git knows nothing; what lies deeper is linked."""
+
+MAX_IGNORED = 4_000
+"""The same for a folder that git ignores, or outside of the project."""
+
+MAX_TOTAL = 40_000
+"""The same for all such folders; beyond, `MAX_LATER` a folder."""
+
+MAX_LATER = 200
+
+MAX_LINKS = 5_000
+"""Links in all; data beyond is left out."""
+
+SKIPPED = (".git", "__pycache__")
+"""What no program reads beside its code: a copy would be wrong, or is made again."""
+
+
+@dataclass
+class Survey:
+    """What travels from the project at `root`, by path relative to it.
+
+    Attributes:
+        copied: file -> bytes.
+        linked: file or folder -> the text of the symbolic link.
+        why: entry of `linked` -> the reason.
+        left: entry that is neither copied nor linked -> the reason and the remedy.
+        commit, dirty, diff: of git; None, False and "" outside of a checkout.
+    """
+
+    root: Path
+    copied: dict[str, int] = field(default_factory=dict)
+    linked: dict[str, str] = field(default_factory=dict)
+    why: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    commit: str | None = None
+    dirty: bool = False
+    diff: str = ""
+
+    def link(self, name: str, target: str | Path, why: str) -> None:
+        """Link `name` to `target`, or leave it out if there are too many links already."""
+        if len(self.linked) < MAX_LINKS:
+            self.linked[name] = str(target)
+            self.why[name] = why
+        else:
+            self.left[name] = f"more than {MAX_LINKS} files of data beside code; move them into a folder of their own"
+
+
+def survey(root: Path, exclude: Path, needed: Path | None = None) -> Survey:
+    """Look through the project at `root`, without what lies at or below `exclude` (the runs).
+
+    The files beside the program, in the folder `needed`, are looked at whatever git and the limits say.
+    """
+    walk = _Walk(Survey(root), exclude)
+    if is_shared(root):
+        walk.scanned = MAX_TOTAL  # most of what lies there has nothing to do with the program
+    wanted = needed.relative_to(root).parts if needed is not None and needed.is_relative_to(root) else ()
+    walk.project(root, "", {"/".join(wanted[:n]) for n in range(len(wanted) + 1)})
+    return walk.found
+
+
+class _Walk:
+    """One survey in progress.
+
+    `places` maps the real path of each folder that was looked through to its name in the copy, so that links to the same
+    folder, or into it, become links inside the copy.
+    """
+
+    def __init__(self, found: Survey, exclude: Path) -> None:
+        self.found, self.exclude = found, str(exclude)
+        self.places: dict[str, str] = {}
+        self.scanned = 0
+
+    def project(self, top: Path, prefix: str, needed: Iterable[str] = ()) -> None:
+        """Look through a checkout, or a folder outside of git, whose name in the copy is `prefix`."""
+        self.places[os.path.realpath(top)] = prefix
+        with checkout.opened(top) as git:
+            listed = git.tracked() if git is not None else None
+            if listed is None and checkout.git_dir_of(top) is not None:
+                why = "git cannot read this checkout, or is not installed: as outside git, code and configuration are copied"
+                self.found.left[_join(prefix, ".git")] = why
+            tracked = {_join(prefix, name) for name in listed or ()}
+            real = {prefix, *(_join(prefix, name) for name in needed)}
+            for name in tracked:
+                while (name := os.path.dirname(name)) not in real:
+                    real.add(name)
+            loose = []
+            for folder in sorted(real):
+                loose += self._folder(top, prefix, folder, tracked, real)
+            inner = [_relative(name, prefix) for name in loose]
+            ignored = git.ignored(inner) if git is not None else set()
+            if git is not None and not prefix:
+                found = self.found
+                found.commit, found.dirty = git.commit(), git.dirty()
+                found.diff = git.diff() if found.commit and found.dirty else ""
+        for name in loose:
+            path = top / _relative(name, prefix)
+            if _is_environment(path.parent):
+                self.found.link(name, path, "a part of an environment")
+            else:
+                self.loose(path, name, _relative(name, prefix) in ignored, listed is not None)
+
+    def _folder(self, top: Path, prefix: str, folder: str, tracked: set[str], real: set[str]) -> list[str]:
+        """Sort the entries of one folder with known files; returns the folders in it without."""
+        loose = []
+        path = top / _relative(folder, prefix)
+        if path.is_symlink() or self._excluded(str(path)):
+            return []
+        for entry in _entries(path):
+            name = _join(folder, entry.name)
+            if entry.is_dir(follow_symlinks=False) and not self._excluded(entry.path):
+                if name in real or entry.name in SKIPPED:
+                    continue
+                if name in tracked or checkout.git_dir_of(Path(entry.path)) is not None:
+                    self._inner(Path(entry.path), name)
+                else:
+                    loose.append(name)
+            else:
+                self.entry(entry, name, name in tracked)
+        return loose
+
+    def _inner(self, path: Path, name: str) -> None:
+        """A submodule, or a checkout inside of the checkout; its files are as much part of the code."""
+        if checkout.git_dir_of(path) is not None:
+            self.project(path, name)
+        else:
+            self.loose(path, name, False, True)  # a submodule that was not fetched
+
+    def _excluded(self, path: str) -> bool:
+        return path == self.exclude or path.startswith(self.exclude + os.sep)
+
+    def entry(self, entry: os.DirEntry[str], name: str, tracked: bool) -> None:
+        """Decide about one file or link."""
+        if entry.name in SKIPPED:
+            return
+        if self._excluded(entry.path):
+            self.found.left[name] = "the runs folder"
+            return
+        if entry.is_symlink():
+            self.symlink(Path(entry.path), name)
+            return
+        with suppress(FileNotFoundError):  # removed just now
+            found = entry.stat(follow_symlinks=False)
+            if not stat.S_ISREG(found.st_mode):
+                self.found.left[name] = "neither a file, a folder nor a link; the program has to make it itself"
+            else:
+                self._file(Path(entry.path), name, found.st_size, tracked)
+
+    def _file(self, path: Path, name: str, size: int, tracked: bool) -> None:
+        if not os.access(path, os.R_OK):
+            self.found.link(name, path, "cannot be read")
+        elif travels(name, size, tracked):
+            self.found.copied[name] = size
+        elif not tracked and is_secret(name):
+            self.found.link(name, path, "a secret")
+        else:
+            self.found.link(name, path, "data")
+
+    # ---- folders of which git knows nothing -------------------------------------------------------------------------
+
+    def loose(self, path: Path, name: str, ignored: bool, in_git: bool) -> None:
+        """Copy the code in a folder and link the rest; a folder without code is linked as a whole.
+
+        Configuration counts as code if git does not ignore the folder: results hold files of configuration too.
+        """
+        if _opaque(path):
+            self.found.link(name, path, "hidden, an environment or a run")
+            return
+        self.places[os.path.realpath(path)] = name
+        entries, unknown = self._scan(path, name, MAX_IGNORED if ignored else MAX_SCAN)
+        wanted = {
+            n for n, e in entries.items() if is_code(n) or (not ignored and n.endswith(CONFIG) and _small_config(e))
+        }
+        real: set[str] = set()
+        for each in wanted | {n for n, e in entries.items() if e.is_dir(follow_symlinks=False) and _checkout(e)}:
+            while (each := os.path.dirname(each)) not in real and len(each) >= len(name):
+                real.add(each)
+        if not real:
+            why = "git ignores it" if ignored and in_git else "no code in it"
+            self.found.link(name, path, f"{why}, as far as was looked" if unknown else why)
+        for each, found in entries.items() if real else ():
+            if os.path.dirname(each) not in real or each in real:
+                continue
+            if not found.is_dir(follow_symlinks=False) or self._excluded(found.path):
+                self.entry(found, each, False)
+            elif _checkout(found):
+                self.project(Path(found.path), each)
+            elif found.name not in SKIPPED:
+                why = "too many files to look for code" if each in unknown else "no code in it"
+                self.found.link(each, found.path, why)
+
+    def _scan(self, path: Path, name: str, limit: int) -> tuple[dict[str, os.DirEntry[str]], set[str]]:
+        """The entries below `path` by their names in the copy, and the folders that were not looked at."""
+        limit = max(MAX_LATER, min(limit, MAX_TOTAL - self.scanned))
+        entries: dict[str, os.DirEntry[str]] = {}
+        unknown = set()
+        todo = deque([(str(path), name)])
+        while todo:
+            folder, prefix = todo.popleft()
+            if len(entries) >= limit or (len(found := _entries(folder)) > limit and folder != str(path)):
+                unknown.add(prefix)
+                continue
+            self.scanned += len(found)
+            for entry in found:
+                each = _join(prefix, entry.name)
+                entries[each] = entry
+                if (
+                    entry.is_dir(follow_symlinks=False)
+                    and not self._excluded(entry.path)
+                    and not (entry.name in SKIPPED or _checkout(entry) or _opaque(Path(entry.path)))
+                ):
+                    todo.append((entry.path, each))
+        return entries, unknown
+
+    # ---- links ------------------------------------------------------------------------------------------------------
+
+    def symlink(self, path: Path, name: str) -> None:
+        """Keep a link that stays in the copy; of code elsewhere take a copy, and link other things where they are."""
+        text, real = os.readlink(path), os.path.realpath(path)
+        if (inside := self._inside(real)) is not None:
+            kept = os.path.normpath(os.path.join(os.path.dirname(name), text))
+            stays = not os.path.isabs(text) and not kept.startswith("..")
+            self.found.linked[name] = text if stays else os.path.relpath(inside or ".", os.path.dirname(name) or ".")
+        elif not os.path.exists(real):
+            escapes = os.path.normpath(os.path.join(os.path.dirname(name), text)).startswith("..")
+            self.found.linked[name] = os.path.join(path.parent, text) if escapes else text
+        elif os.path.isdir(real) and not self._above(real):
+            if checkout.git_dir_of(Path(real)) is not None:
+                self.project(Path(real), name)
+            else:
+                self.loose(Path(real), name, True, False)
+        elif os.path.isfile(real):
+            self._file(Path(real), name, os.stat(real).st_size, False)
+        else:
+            self.found.link(name, real, "a link to what holds the project" if os.path.isdir(real) else "a link outside")
+
+    def _inside(self, real: str) -> str | None:
+        """The name in the copy of what has the path `real`; None if it is not in the copy."""
+        if self._excluded(real):
+            return None
+        for place, name in self.places.items():
+            if real == place or real.startswith(place.rstrip(os.sep) + os.sep):
+                return _join(name, os.path.relpath(real, place)) if real != place else name
+        return None
+
+    def _above(self, real: str) -> bool:
+        """Whether the folder holds the project, the runs, or a folder that was looked through."""
+        return any(
+            f"{place}{os.sep}".startswith(real.rstrip(os.sep) + os.sep) for place in (*self.places, self.exclude)
+        )
+
+
+def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as found:
+            return sorted(found, key=lambda entry: entry.name)
+    except OSError:
+        return []
+
+
+def _opaque(path: Path) -> bool:
+    """Whether a folder without tracked files is never looked through: hidden, an environment, or the directory of a run."""
+    if path.name.startswith(".") or path.name in ("node_modules", "site-packages"):
+        return True
+    return _is_environment(path) or (os.path.exists(path / "plan.json") and os.path.isdir(path / "code"))
+
+
+def _is_environment(path: Path) -> bool:
+    return any(os.path.exists(path / name) for name in ("pyvenv.cfg", "conda-meta"))
+
+
+def _checkout(entry: os.DirEntry[str]) -> bool:
+    return os.path.lexists(os.path.join(entry.path, ".git")) and checkout.git_dir_of(Path(entry.path)) is not None
+
+
+def _small_config(entry: os.DirEntry[str]) -> bool:
+    with suppress(OSError):
+        return not entry.name.endswith(".json") and travels(entry.name, entry.stat().st_size, False)
+    return False
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+def _relative(name: str, prefix: str) -> str:
+    return name[len(prefix) + 1 :] if prefix else name
