@@ -12,6 +12,7 @@ from pathlib import Path
 
 from launcher.request.code import checkout
 from launcher.request.code.kinds import CONFIG, is_code, is_secret, travels
+from launcher.request.code.places import Places
 from launcher.request.code.roots import is_shared
 
 MAX_SCAN = 20_000
@@ -76,20 +77,14 @@ def survey(root: Path, exclude: Path, needed: Path | None = None) -> Survey:
 
 
 class _Walk:
-    """One survey in progress.
-
-    `places` maps the real path of each folder that was looked through to its name in the copy, so that links to the same
-    folder, or into it, become links inside the copy.
-    """
+    """One survey in progress."""
 
     def __init__(self, found: Survey, exclude: Path) -> None:
-        self.found, self.exclude = found, str(exclude)
-        self.places: dict[str, str] = {}
-        self.scanned = 0
+        self.found, self.places, self.scanned = found, Places(exclude), 0
 
     def project(self, top: Path, prefix: str, needed: Iterable[str] = ()) -> None:
         """Look through a checkout, or a folder outside of git, whose name in the copy is `prefix`."""
-        self.places[os.path.realpath(top)] = prefix
+        self.places.add(top, prefix)
         with checkout.opened(top) as git:
             listed = git.tracked() if git is not None else None
             if listed is None and checkout.git_dir_of(top) is not None:
@@ -120,11 +115,11 @@ class _Walk:
         """Sort the entries of one folder with known files; returns the folders in it without."""
         loose = []
         path = top / _relative(folder, prefix)
-        if path.is_symlink() or self._excluded(str(path)):
+        if path.is_symlink() or self.places.excludes(str(path)):
             return []
         for entry in _entries(path):
             name = _join(folder, entry.name)
-            if entry.is_dir(follow_symlinks=False) and not self._excluded(entry.path):
+            if entry.is_dir(follow_symlinks=False) and not self.places.excludes(entry.path):
                 if name in real or entry.name in SKIPPED:
                     continue
                 if name in tracked or checkout.git_dir_of(Path(entry.path)) is not None:
@@ -142,14 +137,11 @@ class _Walk:
         else:
             self.loose(path, name, False, True)  # a submodule that was not fetched
 
-    def _excluded(self, path: str) -> bool:
-        return path == self.exclude or path.startswith(self.exclude + os.sep)
-
     def entry(self, entry: os.DirEntry[str], name: str, tracked: bool) -> None:
         """Decide about one file or link."""
         if entry.name in SKIPPED:
             return
-        if self._excluded(entry.path):
+        if self.places.excludes(entry.path):
             self.found.left[name] = "the runs folder"
             return
         if entry.is_symlink():
@@ -182,7 +174,7 @@ class _Walk:
         if _opaque(path):
             self.found.link(name, path, "hidden, an environment or a run")
             return
-        self.places[os.path.realpath(path)] = name
+        self.places.add(path, name)
         entries, unknown = self._scan(path, name, MAX_IGNORED if ignored else MAX_SCAN)
         wanted = {
             n for n, e in entries.items() if is_code(n) or (not ignored and n.endswith(CONFIG) and _small_config(e))
@@ -197,7 +189,7 @@ class _Walk:
         for each, found in entries.items() if real else ():
             if os.path.dirname(each) not in real or each in real:
                 continue
-            if not found.is_dir(follow_symlinks=False) or self._excluded(found.path):
+            if not found.is_dir(follow_symlinks=False) or self.places.excludes(found.path):
                 self.entry(found, each, False)
             elif _checkout(found):
                 self.project(Path(found.path), each)
@@ -222,48 +214,27 @@ class _Walk:
                 entries[each] = entry
                 if (
                     entry.is_dir(follow_symlinks=False)
-                    and not self._excluded(entry.path)
+                    and not self.places.excludes(entry.path)
                     and not (entry.name in SKIPPED or _checkout(entry) or _opaque(Path(entry.path)))
                 ):
                     todo.append((entry.path, each))
         return entries, unknown
 
-    # ---- links ------------------------------------------------------------------------------------------------------
-
     def symlink(self, path: Path, name: str) -> None:
         """Keep a link that stays in the copy; of code elsewhere take a copy, and link other things where they are."""
-        text, real = os.readlink(path), os.path.realpath(path)
-        if (inside := self._inside(real)) is not None:
-            kept = os.path.normpath(os.path.join(os.path.dirname(name), text))
-            stays = not os.path.isabs(text) and not kept.startswith("..")
-            self.found.linked[name] = text if stays else os.path.relpath(inside or ".", os.path.dirname(name) or ".")
-        elif not os.path.exists(real):
-            escapes = os.path.normpath(os.path.join(os.path.dirname(name), text)).startswith("..")
-            self.found.linked[name] = os.path.join(path.parent, text) if escapes else text
-        elif os.path.isdir(real) and not self._above(real):
-            if checkout.git_dir_of(Path(real)) is not None:
-                self.project(Path(real), name)
+        if (text := self.places.link(path, name)) is not None:
+            self.found.linked[name] = text
+            return
+        real = Path(os.path.realpath(path))
+        if real.is_dir() and not self.places.above(str(real)):
+            if checkout.git_dir_of(real) is not None:
+                self.project(real, name)
             else:
-                self.loose(Path(real), name, True, False)
-        elif os.path.isfile(real):
-            self._file(Path(real), name, os.stat(real).st_size, False)
+                self.loose(real, name, True, False)
+        elif real.is_file():
+            self._file(real, name, real.stat().st_size, False)
         else:
-            self.found.link(name, real, "a link to what holds the project" if os.path.isdir(real) else "a link outside")
-
-    def _inside(self, real: str) -> str | None:
-        """The name in the copy of what has the path `real`; None if it is not in the copy."""
-        if self._excluded(real):
-            return None
-        for place, name in self.places.items():
-            if real == place or real.startswith(place.rstrip(os.sep) + os.sep):
-                return _join(name, os.path.relpath(real, place)) if real != place else name
-        return None
-
-    def _above(self, real: str) -> bool:
-        """Whether the folder holds the project, the runs, or a folder that was looked through."""
-        return any(
-            f"{place}{os.sep}".startswith(real.rstrip(os.sep) + os.sep) for place in (*self.places, self.exclude)
-        )
+            self.found.link(name, real, "a link to what holds the project" if real.is_dir() else "a link outside")
 
 
 def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
