@@ -235,12 +235,6 @@ def _copy_code(plan: Plan, run_dir: RunDir) -> None:
     assert plan.project is not None, "a target with entries on the path has a project"
     parts, _, _ = snapshot.parts(plan.project, plan.cwd, run_dir.path, plan.target.kind == "module")
     taken, *others = [snapshot.take_part(part, snapshot.excluded(part.root, run_dir.path)) for part in parts]
-    for file in map(Path, plan.target.source):
-        if run_dir.code in file.parents and not file.is_file():
-            raise BadRequest(
-                f"{taken.root / file.relative_to(run_dir.code)} is not copied with the run: it lies in the runs folder."
-                " Move it, or set another folder with `runs` in the profile."
-            )
     if plan.target.kind in ("script", "module"):
         own_packages.make_regular(plan.target.path)
     record = {key: value for key, value in asdict(taken).items() if key != "diff"}

@@ -74,6 +74,8 @@ def parts(project: Path, cwd: Path, run_dir: Path, as_module: bool) -> tuple[lis
     that come first on sys.path, as entries of PYTHONPATH do, and the current folder of ``python -m`` (`as_module`).
     """
     root = project_root(project, cwd)
+    if project.is_relative_to(run_dir.parent) and not root.is_relative_to(run_dir.parent):
+        root = project  # such as the copy that an earlier run made
     found = {root: Part(root, run_dir / "code", project)}
     moved: dict[str, str] = {}
     first = []
