@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.request.spec import State
+from training.files import read_json
 
 
 def describe(plan: Any) -> str:
@@ -40,6 +41,21 @@ def what_travels(plan: Any) -> list[str]:
         return []
     parts, _, _ = snapshot.parts(plan.project, plan.cwd, plan.run_dir, plan.target.kind == "module")
     return snapshot.describe([(part, part.look(snapshot.excluded(part.root, plan.run_dir))) for part in parts])
+
+
+def not_copied(run: Any) -> list[str]:
+    """Lines about what the run goes without, or reads where later edits reach it, from its ``snapshot.json``."""
+    from launcher.request.code.survey import RUNS_FOLDER, shown
+
+    record = read_json(run.dir.snapshot_file) or {}
+    left = {name: why for name, why in record.get("left", {}).items() if why != RUNS_FOLDER}
+    live = [f"{each['root']} ({each['left']['']})" for each in record.get("packages", ()) if each["left"].get("")]
+    lines = [f"not copied: {each}" for each in live]
+    if left:
+        name, why = next(iter(left.items()))
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        lines.append(f"not copied: {shown(name)}{more} ({why}); --dry-run lists all")
+    return lines
 
 
 def summary(run: Any) -> str:

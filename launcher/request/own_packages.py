@@ -122,6 +122,24 @@ def relocate(moved: Mapping[str, str]) -> None:
         sys.path += [copy for copy in moved.values() if copy not in sys.path]
 
 
+def for_children(moved: Mapping[str, str]) -> list[str]:
+    """Return the copies in `moved` that may be on PYTHONPATH, which comes before the libraries: those that hide none."""
+    if not moved:
+        return []
+    libraries = set(sys.stdlib_module_names).union(*(_modules_in(entry) for entry in sys.path if entry not in moved))
+    return [copy for copy in moved.values() if not _modules_in(copy) & libraries]
+
+
+def _modules_in(folder: str) -> set[str]:
+    """The names of modules in `folder`, and of folders that can be packages."""
+    try:
+        with os.scandir(folder) as found:
+            names = {entry.name for entry in found if entry.name.endswith((".py", ".so")) or entry.is_dir()}
+    except OSError:
+        return set()
+    return {name for name in (name.partition(".")[0] for name in names) if name.isidentifier()} - {"__pycache__"}
+
+
 @contextmanager
 def on_path(folders: Sequence[str]) -> Iterator[None]:
     """Put `folders` first on sys.path; they stay after an error too, since a traceback may still need their sources."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from launcher.errors import BadRequest
 from launcher.request.code import limits, outside
 from launcher.request.code.roots import project_root
-from launcher.request.code.survey import Survey, survey
+from launcher.request.code.survey import Survey, shown, survey
 
 MOST_OUTSIDE = 5_000
 """Files of one project besides the run's own that are copied; with more, it is read where it lies."""
@@ -190,12 +190,8 @@ def _grouped(entries: Mapping[str, str]) -> list[str]:
     groups: dict[str, list[str]] = {}
     for name, why in entries.items():
         groups.setdefault(why, []).append(name)
-    shown = {why: ", ".join(map(_shown, names[:4])) for why, names in groups.items()}
+    texts = {why: ", ".join(map(shown, names[:4])) for why, names in groups.items()}
     return [
-        f"       {shown[why]}{f' and {len(names) - 4} more' if len(names) > 4 else ''} ({why})"
+        f"       {texts[why]}{f' and {len(names) - 4} more' if len(names) > 4 else ''} ({why})"
         for why, names in groups.items()
     ]
-
-
-def _shown(name: str) -> str:
-    return name if name.isprintable() else ascii(name)

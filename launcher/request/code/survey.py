@@ -32,6 +32,9 @@ MAX_LINKS = 5_000
 SKIPPED = (".git", "__pycache__")
 """What no program reads beside its code: a copy would be wrong, or is made again."""
 
+RUNS_FOLDER = "the runs folder"
+"""Why the runs are left out."""
+
 
 @dataclass
 class Survey:
@@ -117,6 +120,8 @@ class _Walk:
         path = top / _relative(folder, prefix)
         if path.is_symlink() or self.places.excludes(str(path)):
             return []
+        if not os.access(path, os.R_OK | os.X_OK) and os.path.lexists(path):
+            self.found.left[folder or "."] = "cannot be read by you"
         for entry in _entries(path):
             name = _join(folder, entry.name)
             if entry.is_dir(follow_symlinks=False) and not self.places.excludes(entry.path):
@@ -142,7 +147,7 @@ class _Walk:
         if entry.name in SKIPPED:
             return
         if self.places.excludes(entry.path):
-            self.found.left[name] = "the runs folder"
+            self.found.left[name] = RUNS_FOLDER
             return
         if entry.is_symlink():
             self.symlink(Path(entry.path), name)
@@ -264,6 +269,11 @@ def _small_config(entry: os.DirEntry[str]) -> bool:
     with suppress(OSError):
         return not entry.name.endswith(".json") and travels(entry.name, entry.stat().st_size, False)
     return False
+
+
+def shown(name: str) -> str:
+    """The name of a file for a terminal."""
+    return name if name.isprintable() else ascii(name)
 
 
 def _join(folder: str, name: str) -> str:

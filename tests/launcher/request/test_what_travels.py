@@ -180,7 +180,12 @@ def test_modules_and_functions_in_an_ignored_folder(
 
 
 def test_an_edit_of_an_editable_install_does_not_reach_a_resumed_run(tmp_path: Path, hooked: tuple[Path, str]) -> None:
-    script = "import os, tt_hooked.inner, tt_path_only\nprint('saw', tt_hooked.inner.V, tt_path_only.V)\n"
+    script = (
+        "import os, subprocess, sys, tt_hooked.inner, tt_path_only\n"
+        "child = [sys.executable, '-c', 'import queue, tt_path_only; print(tt_path_only.V)']\n"
+        "printed = subprocess.run(child, stdout=subprocess.PIPE, text=True).stdout.strip()\n"
+        "print('saw', tt_hooked.inner.V, tt_path_only.V, 'child', printed)\n"
+    )
     write(tmp_path, {"p/train.py": script + "assert os.path.exists('second')\n"})
     here = Project(tmp_path / "p", "local", hooked[1])
     shown = here.launch("--cpus", "1", "--name", "n", "--dry-run", "train.py").stdout
@@ -189,12 +194,42 @@ def test_an_edit_of_an_editable_install_does_not_reach_a_resumed_run(tmp_path: P
     here.launch("--cpus", "1", "--name", "n", "train.py", status=1)
     edit(hooked[0] / "hooked", hooked[0] / "path")
     (tmp_path / "p/second").touch()
-    here.call("resume", "n")
-    log = (tmp_path / "p/runs/n/logs/2/0.log").read_text()
-    assert "saw 1 1" in log
     moved = (tmp_path / "p/runs/n").rename(tmp_path / "moved")
+    here.call("resume", str(moved))
+    assert "saw 1 1 child 1\n" in (moved / "logs/2/0.log").read_text()
     packages = json.loads((moved / "snapshot.json").read_text())["packages"]
     assert {Path(each["root"]).name for each in packages} == {"hooked", "path"}
+
+
+def test_an_editable_install_that_cannot_be_copied_is_named(
+    tmp_path: Path, hooked: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """scikit-build-core's hook comes before sys.path, so that Python never looks at a copy."""
+    hook = (
+        "import sys, importlib.util\n"
+        "class Finder:\n"
+        "    known_source_files = {'tt_first.mod': 'ROOT/tt_first/mod.py', 'tt_first': 'ROOT/tt_first/__init__.py'}\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        file = self.known_source_files.get(name)\n"
+        "        return file and importlib.util.spec_from_file_location(name, file)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    ).replace("ROOT", str(tmp_path / "native"))
+    site = next(hooked[0].glob("env/lib/python*/site-packages"))
+    write(site, {"_tt_first_editable.py": hook, "_tt_first_editable.pth": "import _tt_first_editable\n"})
+    write(tmp_path, {"native/tt_first/__init__.py": "", "native/tt_first/mod.py": "V = 1\n"})
+    write(tmp_path, {"p/train.py": "import tt_first.mod\nprint('saw', tt_first.mod.V)\n"})
+    here = Project(tmp_path / "p", "local", hooked[1])
+    try:
+        why = (
+            "the import hook _tt_first_editable finds it before any copy; install it without -e to keep later edits out"
+        )
+        shown = here.launch("--cpus", "1", "--name", "n", "--dry-run", "train.py").stdout
+        assert f"  live   {tmp_path}/native is not copied: {why}\n" in shown
+        out = here.launch("--cpus", "1", "--name", "n", "train.py").stdout
+        assert f"launch: not copied: {tmp_path}/native ({why})\n" in out
+        assert "saw 1" in out
+    finally:
+        (site / "_tt_first_editable.pth").unlink()
 
 
 @pytest.mark.parametrize("target", ["{site}/tt_installed/train.py", "-m tt_installed.train", "tt_installed.train:main"])
@@ -242,7 +277,11 @@ def test_the_plan_lists_what_is_not_copied_and_why(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
     found = json.loads(here.launch("--cpus", "1", "--name", "n", "--dry-run", "--json", "train.py").stdout)
     assert [line.strip() for line in found["code"]] == [line.strip() for line in lines[start : start + 6]]
-    here.launch("--cpus", "1", "--name", "n", "train.py")
+    out = here.launch("--cpus", "1", "--name", "n", "train.py").stdout
+    assert (
+        "launch: not copied: pipe (neither a file, a folder nor a link; the program has to make it itself); --dry-run"
+        in out
+    )
     record = json.loads((tmp_path / "runs/n/snapshot.json").read_text())
     assert record["linked"][".env"] == "a secret"
     assert list(record["left"]) == ["pipe", "runs"]
