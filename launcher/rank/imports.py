@@ -84,6 +84,4 @@ def importable(record: str, target: str, user_folders: Sequence[str]) -> list[st
     ours = (target, module_of(target), "launcher", "training", "__main__")
     names = [name for name in dict.fromkeys(lines) if name not in ours and name.partition(".")[0] not in ours]
     tops = {name.partition(".")[0] for name in names}
-    specs = [PathFinder.find_spec(top, user_folders) for top in tops]
-    # A folder without code, such as one of data, has a specification without a loader; it hides nothing.
-    return [] if any(spec is not None and spec.loader is not None for spec in specs) else names
+    return [] if any(PathFinder.find_spec(top, user_folders) is not None for top in tops) else names
