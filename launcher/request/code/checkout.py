@@ -56,8 +56,9 @@ class Git:
     def commit(self) -> str | None:
         return (self._run("rev-parse", "--verify", "-q", "HEAD") or "").strip() or None
 
-    def diff(self) -> str:
-        return self._run(*DIFF, SHALLOW, "HEAD") or ""
+    def diff(self, without: Iterable[str]) -> str:
+        """The changes that are not committed, but for the files `without`."""
+        return self._run(*DIFF, SHALLOW, "HEAD", "--", ".", *(f":(exclude,literal){name}" for name in without)) or ""
 
     def dirty(self) -> bool:
         return bool(self._run("status", "--porcelain", SHALLOW))

@@ -13,7 +13,7 @@ class Places:
     """
 
     def __init__(self, exclude: Path) -> None:
-        self.exclude = str(exclude)
+        self.exclude = (str(exclude), os.path.realpath(exclude))
         self.names: dict[str, str] = {}
 
     def add(self, path: Path, name: str) -> None:
@@ -21,11 +21,11 @@ class Places:
         self.names[os.path.realpath(path)] = name
 
     def excludes(self, path: str) -> bool:
-        return _below(path, self.exclude)
+        return any(_below(path, folder) for folder in self.exclude)
 
     def above(self, real: str) -> bool:
         """Whether the folder `real` holds the runs, or a folder that was looked through."""
-        return any(_below(place, real) for place in (*self.names, self.exclude))
+        return any(_below(place, real) for place in (*self.names, *self.exclude))
 
     def inside(self, real: str) -> str | None:
         """The name in the copy of what has the path `real`; None if it is not in the copy."""

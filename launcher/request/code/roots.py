@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -34,5 +35,5 @@ def project_root(folder: Path, cwd: Path | None = None) -> Path:
 
 def is_shared(folder: Path) -> bool:
     """Whether many projects lie in the folder: the home folder, one above it, or that of temporary files."""
-    home = Path.home()
+    home = Path(os.path.expanduser("~"))
     return folder == Path(tempfile.gettempdir()) or folder == home or folder in home.parents

@@ -106,7 +106,7 @@ class _Walk:
             if git is not None and not prefix:
                 found = self.found
                 found.commit, found.dirty = git.commit(), git.dirty()
-                found.diff = git.diff() if found.commit and found.dirty else ""
+                found.diff = git.diff(sorted(tracked & found.why.keys())[:1000]) if found.commit and found.dirty else ""
         for name in loose:
             path = top / _relative(name, prefix)
             if _is_environment(path.parent):

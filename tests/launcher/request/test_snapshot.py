@@ -11,7 +11,7 @@ import pytest
 
 from launcher.errors import BadRequest
 from launcher.request import snapshot
-from launcher.request.code import limits, survey
+from launcher.request.code import kinds, limits, survey
 from launcher.request.code.roots import project_root
 
 HOSTILE = [
@@ -102,6 +102,32 @@ def test_commit_and_diff_give_back_what_was_tracked(repository: Path, tmp_path: 
     assert (again / "changed.py").read_text() == "changed\n"
     assert (again / "crlf.py").read_bytes() == b"one\r\nthree\r\n"
     assert not (again / "deleted.py").exists()
+
+
+def test_a_large_file_is_no_part_of_the_diff(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("large.bin", ":(top)*.bin"):
+        (repository / name).write_bytes(b"1" * 100)
+    git(repository, "add", "--all")
+    git(repository, "commit", "-qm", "second")
+    for name in ("large.bin", ":(top)*.bin", "kept.py"):
+        (repository / name).write_bytes(b"2" * 99)
+    (repository / "large.bin").write_bytes(b"2" * 1000)
+    monkeypatch.setattr(kinds, "MAX_FILE", 999)
+    taken = take(repository, tmp_path / "code")
+    assert taken.linked["large.bin"] == "data"
+    assert "large.bin" not in taken.diff
+    assert ("kept.py" in taken.diff, ":(top)*.bin" in taken.diff) == (True, True)
+
+
+def test_runs_behind_a_link_are_left_out(repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (repository / "my-runs").symlink_to(tmp_path / "scratch")
+    (repository / "also").symlink_to(tmp_path / "scratch")
+    (tmp_path / "alias").symlink_to(repository)
+    taken = take(repository, tmp_path / "code", exclude=tmp_path / "alias/my-runs")
+    assert os.readlink(tmp_path / "code/also") == str(tmp_path / "scratch")
+    taken = take(repository, tmp_path / "two", exclude=repository / "my-runs")
+    assert taken.left == {"my-runs": "the runs folder"}
 
 
 def test_a_clean_checkout_has_no_diff(repository: Path, tmp_path: Path) -> None:
