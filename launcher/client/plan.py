@@ -186,7 +186,7 @@ def _in_snapshot(found: Target, project: Path, cwd: Path, run_dir: RunDir) -> Ta
         found,
         name=move(found.name) if found.kind == "script" else found.name,
         source=tuple(move(s) for s in found.source),
-        path=tuple(dict.fromkeys([own, *path, *first])),
+        path=tuple(dict.fromkeys([own, *first, *path])),
         moved=moved,
     )
 

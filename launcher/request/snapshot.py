@@ -11,7 +11,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher.errors import BadRequest
 from launcher.request.code import limits, outside
 from launcher.request.code.roots import project_root
 from launcher.request.code.survey import Survey, shown, survey
@@ -150,7 +149,7 @@ def _copy_file(source: str, target: str) -> None:
     try:
         found = os.fstat(reader)
         if not stat.S_ISREG(found.st_mode):
-            raise BadRequest(f"{source} was replaced by something that is no file while it was copied. Try again.")
+            return  # replaced just now
         mode = found.st_mode & 0o755 | stat.S_IRUSR
         writer = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
         try:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from training.files import read_plain
 
-TIMEOUT = 120.0
+TIMEOUT = 60.0
 """Seconds that one git command may take."""
 
 # Whatever the user's configuration makes of a diff to look at, this one is for `git apply`.

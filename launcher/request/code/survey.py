@@ -32,6 +32,10 @@ MAX_LINKS = 5_000
 SKIPPED = (".git", "__pycache__")
 """What no program reads beside its code: a copy would be wrong, or is made again."""
 
+HIDDEN = "hidden, an environment or a run"
+
+UNKNOWN = "too many files to look for code, which git has to track to be copied"
+
 RUNS_FOLDER = "the runs folder"
 """Why the runs are left out."""
 
@@ -85,13 +89,21 @@ class _Walk:
     def __init__(self, found: Survey, exclude: Path) -> None:
         self.found, self.places, self.scanned = found, Places(exclude), 0
 
-    def project(self, top: Path, prefix: str, needed: Iterable[str] = ()) -> None:
-        """Look through a checkout, or a folder outside of git, whose name in the copy is `prefix`."""
+    def project(self, top: Path, prefix: str, needed: Iterable[str] = (), most: int | None = None) -> None:
+        """Look through a checkout, or a folder outside of git, whose name in the copy is `prefix`.
+
+        One that is no part of the program's own is linked if it has more than `most` files.
+        """
         self.places.add(top, prefix)
         with checkout.opened(top) as git:
             listed = git.tracked() if git is not None else None
+            if most is not None and len(listed or ()) > most:
+                self.found.link(prefix, top, f"a checkout of more than {most} files")
+                return
             if listed is None and checkout.git_dir_of(top) is not None:
-                why = "git cannot read this checkout, or is not installed: as outside git, code and configuration are copied"
+                why = (
+                    "git cannot read this checkout, or is not installed, so that only code and configuration are copied"
+                )
                 self.found.left[_join(prefix, ".git")] = why
             tracked = {_join(prefix, name) for name in listed or ()}
             real = {prefix, *(_join(prefix, name) for name in needed)}
@@ -128,17 +140,17 @@ class _Walk:
                 if name in real or entry.name in SKIPPED:
                     continue
                 if name in tracked or checkout.git_dir_of(Path(entry.path)) is not None:
-                    self._inner(Path(entry.path), name)
+                    self._inner(Path(entry.path), name, name in tracked)
                 else:
                     loose.append(name)
             else:
                 self.entry(entry, name, name in tracked)
         return loose
 
-    def _inner(self, path: Path, name: str) -> None:
+    def _inner(self, path: Path, name: str, submodule: bool) -> None:
         """A submodule, or a checkout inside of the checkout; its files are as much part of the code."""
         if checkout.git_dir_of(path) is not None:
-            self.project(path, name)
+            self.project(path, name, most=None if submodule else MAX_IGNORED)
         else:
             self.loose(path, name, False, True)  # a submodule that was not fetched
 
@@ -177,7 +189,7 @@ class _Walk:
         Configuration counts as code if git does not ignore the folder: results hold files of configuration too.
         """
         if _opaque(path):
-            self.found.link(name, path, "hidden, an environment or a run")
+            self.found.link(name, path, HIDDEN)
             return
         self.places.add(path, name)
         entries, unknown = self._scan(path, name, MAX_IGNORED if ignored else MAX_SCAN)
@@ -190,16 +202,16 @@ class _Walk:
                 real.add(each)
         if not real:
             why = "git ignores it" if ignored and in_git else "no code in it"
-            self.found.link(name, path, f"{why}, as far as was looked" if unknown else why)
+            self.found.link(name, path, f"{why}; {UNKNOWN}" if unknown else why)
         for each, found in entries.items() if real else ():
             if os.path.dirname(each) not in real or each in real:
                 continue
             if not found.is_dir(follow_symlinks=False) or self.places.excludes(found.path):
                 self.entry(found, each, False)
             elif _checkout(found):
-                self.project(Path(found.path), each)
+                self.project(Path(found.path), each, most=MAX_IGNORED)
             elif found.name not in SKIPPED:
-                why = "too many files to look for code" if each in unknown else "no code in it"
+                why = HIDDEN if _opaque(Path(found.path)) else UNKNOWN if each in unknown else "no code in it"
                 self.found.link(each, found.path, why)
 
     def _scan(self, path: Path, name: str, limit: int) -> tuple[dict[str, os.DirEntry[str]], set[str]]:
@@ -233,7 +245,7 @@ class _Walk:
         real = Path(os.path.realpath(path))
         if real.is_dir() and not self.places.above(str(real)):
             if checkout.git_dir_of(real) is not None:
-                self.project(real, name)
+                self.project(real, name, most=MAX_IGNORED)
             else:
                 self.loose(real, name, True, False)
         elif real.is_file():

@@ -180,6 +180,24 @@ def test_submodules_and_checkouts_inside_come_along(repository: Path, tmp_path: 
     assert not any("/.git/" in name for name in found)
 
 
+def test_a_large_checkout_that_is_no_submodule_is_linked(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in (tmp_path / "submodule", repository / "ignored/clone", repository / "clone", tmp_path / "outside"):
+        git(tmp_path, "init", "-q", str(place))
+        for number in range(3):
+            (place / f"m{number}.py").touch()
+        git(place, "add", "--all")
+        git(place, "commit", "-qm", "inner")
+    (repository / "link").symlink_to(tmp_path / "outside")
+    git(repository, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(tmp_path / "submodule"))
+    monkeypatch.setattr(survey, "MAX_IGNORED", 2)
+    taken = take(repository, tmp_path / "code")
+    why = "a checkout of more than 2 files"
+    assert taken.linked == {"model.ckpt": "data", "ignored/clone": why, "clone": why, "link": why}
+    assert "submodule/m2.py" in names(tmp_path / "code")
+
+
 def test_outside_git_source_and_settings_are_taken(tmp_path: Path) -> None:
     root = tmp_path / "plain"
     taken = ["a.py", "deep/er/b.py", "settings.toml", "data.json", "with space.yaml"]
@@ -242,7 +260,7 @@ def test_a_folder_with_more_entries_than_are_looked_at(tmp_path: Path, monkeypat
     monkeypatch.setattr(survey, "MAX_SCAN", 5)
     monkeypatch.setattr(survey, "MAX_LATER", 0)
     taken = take(root, tmp_path / "code")
-    assert taken.linked == {"big/deep": "too many files to look for code"}
+    assert taken.linked == {"big/deep": survey.UNKNOWN}
     assert names(tmp_path / "code") == {"train.py", "big/near.py", "big/deep"}
     assert (tmp_path / "code/big/deep/far.py").is_file()
 
