@@ -107,7 +107,7 @@ def take_part(part: Part, exclude: Path) -> Snapshot:
     """Copy one project; see `take`. One that is not copied becomes a link."""
     found = part.look(exclude)
     if "" in found.left:
-        part.copy.parent.mkdir(parents=True, exist_ok=True)
+        part.copy.parent.mkdir(0o755, parents=True, exist_ok=True)
         part.copy.symlink_to(part.root)
     else:
         write(found, part.copy)
@@ -125,9 +125,13 @@ def take_part(part: Part, exclude: Path) -> Snapshot:
 
 def write(found: Survey, destination: Path) -> None:
     """Write the copies and links of a survey below `destination`."""
-    names = [*found.copied, *found.linked]
-    for folder in sorted({os.path.dirname(name) for name in names} | {""}):
-        (destination / folder).mkdir(parents=True, exist_ok=True)
+    folders: set[str] = set()
+    for name in (*found.copied, *found.linked):
+        while (name := os.path.dirname(name)) and name not in folders:
+            folders.add(name)
+    destination.parent.mkdir(0o755, parents=True, exist_ok=True)
+    for folder in ("", *sorted(folders)):
+        (destination / folder).mkdir(0o755, exist_ok=True)
     for name, text in found.linked.items():
         os.symlink(text, destination / name)
     source, target = str(found.root), str(destination)

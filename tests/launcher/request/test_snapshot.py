@@ -379,8 +379,13 @@ def test_modes_do_not_widen(plain: Path, tmp_path: Path) -> None:
     for name, mode in modes.items():
         (plain / name).touch()
         (plain / name).chmod(mode)
-    take(plain, tmp_path / "code")
-    found = {name: (tmp_path / "code" / name).stat().st_mode & 0o7777 for name in modes}
+    umask = os.umask(0)
+    try:
+        take(plain, tmp_path / "code")
+    finally:
+        os.umask(umask)
+    found = {name: (tmp_path / "code" / name).stat().st_mode & 0o7777 for name in (*modes, "", "pkg")}
+    assert (found.pop(""), found.pop("pkg")) == (0o755, 0o755)
     assert found == {"a.py": 0o600, "b.py": 0o644, "c.sh": 0o755, "d.py": 0o444, "e.py": 0o640}
 
 

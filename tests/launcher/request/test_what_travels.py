@@ -287,6 +287,52 @@ def test_the_plan_lists_what_is_not_copied_and_why(tmp_path: Path) -> None:
     assert list(record["left"]) == ["pipe", "runs"]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a checkout to a second user")
+def test_a_checkout_of_another_user_with_settings_that_name_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(
+        tmp_path / "p", {"train.py": "print('saw', open(__file__.replace('train.py', 'a.bin')).read())\n", "a.bin": "1"}
+    )
+    write(tmp_path, {"command": f"#!/bin/sh\ntouch {tmp_path}/executed\ncat\n", "home/.profile": ""})
+    (tmp_path / "command").chmod(0o755)
+    subprocess.run(["git", "init", "-q", tmp_path / "p"], check=True)
+    subprocess.run(["git", "-C", tmp_path / "p", "add", "--all"], check=True)
+    for key in ("core.fsmonitor", "filter.f.clean", "diff.external", "core.pager", "core.sshCommand", "core.editor"):
+        subprocess.run(["git", "-C", tmp_path / "p", "config", key, tmp_path / "command"], check=True)
+    for path in [tmp_path / "p", *(tmp_path / "p").rglob("*")]:
+        os.chown(path, 65534, 65534)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # without safe.directory
+    out = Project(tmp_path / "p", "local").launch("--cpus", "1", "--name", "n", "train.py").stdout
+    assert "saw 1" in out
+    assert not (tmp_path / "p/runs/n/code/a.bin").is_symlink()
+    assert not (tmp_path / "executed").exists()
+
+
+def test_pythonpath_outside_of_the_project_is_copied_in_its_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, {f"{name}/tt_pathed.py": f"V = '{name}'\n" for name in ("one", "two")})
+    write(tmp_path, {"p/src/tt_pathed.py": "V = 'src'\n", "p/scripts/train.py": PATHED})
+    subprocess.run(["git", "init", "-q", tmp_path / "p"], check=True)
+    here = Project(tmp_path / "p", "local")
+    own = os.environ.get("PYTHONPATH", "")
+    for number, order in enumerate((["one", "p/src", "two"], ["p/src", "two", "one"], ["two", "one"])):
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*(str(tmp_path / name) for name in order), own]))
+        here.launch("--cpus", "1", "--name", f"n{number}", "scripts/train.py")
+        first = order[0].rpartition("/")[2]
+        log = (tmp_path / f"p/runs/n{number}/logs/1/0.log").read_text()
+        assert log.splitlines()[-1].split() == ["saw", first, first, "True", "True"]
+
+
+PATHED = """
+import subprocess, sys, tt_pathed
+child = "import tt_pathed; print(tt_pathed.V, '/runs/n' in tt_pathed.__file__)"
+printed = subprocess.run([sys.executable, "-c", child], stdout=subprocess.PIPE, text=True).stdout.split()
+print("saw", tt_pathed.V, printed[0], "/runs/n" in tt_pathed.__file__, printed[1])
+"""
+
+
 def test_without_git_the_folder_of_the_command_travels(tmp_path: Path) -> None:
     script = (
         "import sys\nfrom pathlib import Path\nsys.path.append(str(Path(__file__).parents[1]))\nimport sibling.m\n"
