@@ -125,12 +125,14 @@ def is_installed(path: Path) -> bool:
 
 
 def _project_folder(origin: Path, module: str) -> Path | None:
-    origin = origin.resolve()
+    real = origin.resolve()
     installed = {sysconfig.get_path(kind) for kind in ("purelib", "platlib", "stdlib", "platstdlib")}
-    if any(Path(folder).resolve() in origin.parents for folder in installed if folder) or is_installed(origin):
+    if any(Path(folder).resolve() in real.parents for folder in installed if folder) or is_installed(real):
         return None
     above = module.count(".") + (origin.name == "__init__.py" or origin.name == "__main__.py")
-    return origin.parents[above]
+    return Path(os.path.abspath(origin)).parents[
+        above
+    ]  # not of the real path: a package may be a link with another name
 
 
 def check_shadowing(target: Target, project: Path) -> None:

@@ -287,6 +287,24 @@ def test_the_plan_lists_what_is_not_copied_and_why(tmp_path: Path) -> None:
     assert list(record["left"]) == ["pipe", "runs"]
 
 
+@pytest.mark.parametrize(
+    "target", ["-m exp.train", "exp.train:main", "exp/train.py", ".hidden/train.py", "env/bin/train.py"]
+)
+def test_a_program_behind_a_link_or_in_a_hidden_folder(tmp_path: Path, target: str) -> None:
+    program = "from pathlib import Path\ndef main():\n    import WHERE\n    print('saw', WHERE.V, Path(__file__).with_name('a.bin').read_text())\n"
+    program += "if __name__ == '__main__':\n    main()\n"
+    where = "beside" if target.endswith(".py") else "exp.beside"
+    for folder in ("scratch/exp-2", "p/.hidden", "p/env/bin"):
+        write(tmp_path / folder, {"train.py": program.replace("WHERE", where), "beside.py": "V = 1\n", "a.bin": "data"})
+    write(tmp_path, {"p/env/pyvenv.cfg": "", "p/env/lib/huge.py": "", "p/.gitignore": ".hidden\nenv\nexp\n"})
+    (tmp_path / "p/exp").symlink_to("../scratch/exp-2")
+    subprocess.run(["git", "init", "-q", tmp_path / "p"], check=True)
+    Project(tmp_path / "p", "local").launch("--cpus", "1", "--name", "n", *target.split())
+    assert "saw 1 data" in (tmp_path / "p/runs/n/logs/1/0.log").read_text()
+    copies = [path for path in (tmp_path / "p/runs/n/code").rglob("beside.py") if not path.is_symlink()]
+    assert copies
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a checkout to a second user")
 def test_a_checkout_of_another_user_with_settings_that_name_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
