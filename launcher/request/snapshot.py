@@ -41,12 +41,12 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Part:
-    """A project and where its copy lies; `needed` is the folder of the program in it."""
+    """A project and where its copy lies; `needed` is the folder of the program in it, `live` why there is no copy."""
 
     root: Path
     copy: Path
     needed: Path | None = None
-    hook: str = ""
+    live: str = ""
 
     def look(self, exclude: Path) -> Survey:
         """Return what would be copied. Writes nothing.
@@ -54,14 +54,12 @@ class Part:
         Raises:
             BadRequest: the code is too large.
         """
-        if self.hook:
-            why = f"the import hook {self.hook} finds it before any copy; install it without -e to keep later edits out"
-            return Survey(self.root, left={"": why})
+        if self.live:
+            return Survey(self.root, left={"": self.live})
         found = survey(self.root, exclude, self.needed)
         limits.fit(found)
         if self.needed is None and len(found.copied) > MOST_OUTSIDE:
-            why = f"more than {MOST_OUTSIDE} files; install it without -e to keep later edits out of the run"
-            return Survey(self.root, left={"": why})
+            return Survey(self.root, left={"": f"more than {MOST_OUTSIDE} files; {outside.INSTALL}"})
         return found
 
 
@@ -83,11 +81,13 @@ def parts(project: Path, cwd: Path, run_dir: Path, as_module: bool) -> tuple[lis
             name = re.sub(r"[^A-Za-z0-9._-]", "_", each.root.name) or "root"
             taken = {part.copy.name for part in found.values()}
             name = next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10**6))) if n not in taken)
-            found[each.root] = Part(each.root, run_dir / "packages" / name, hook=each.hook)
+            found[each.root] = Part(each.root, run_dir / "packages" / name, live=each.live)
         copy = found[each.root].copy / each.folder.relative_to(each.root)
+        if each.live:
+            continue
         if each.first:
             first.append(str(copy))
-        elif not each.hook and each.folder != project:
+        elif each.folder != project:
             moved[str(each.folder)] = str(copy)
     return list(found.values()), moved, first
 

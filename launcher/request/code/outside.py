@@ -15,6 +15,8 @@ from typing import Any
 from launcher.request.code.roots import is_shared, project_root
 from launcher.request.own_packages import ROOT
 
+INSTALL = "installed without -e, it would be kept from later edits"
+
 
 @dataclass(frozen=True)
 class Outside:
@@ -24,13 +26,13 @@ class Outside:
         folder: the entry of sys.path, or the folder that holds a package which an import hook finds.
         root: its project, which is copied; the same for several folders.
         first: it comes before the standard library, as PYTHONPATH does.
-        hook: the import hook that comes before sys.path, so that a copy would not be found; empty: none.
+        live: why no copy is made; empty: one is.
     """
 
     folder: Path
     root: Path
     first: bool = False
-    hook: str = ""
+    live: str = ""
 
 
 def find(project: Path, cwd: Path, as_module: bool) -> list[Outside]:
@@ -40,10 +42,12 @@ def find(project: Path, cwd: Path, as_module: bool) -> list[Outside]:
     """
     found: dict[Path, Outside] = {}
     current = [(cwd, True, "")] if as_module and not is_shared(cwd) else []
-    for folder, first, hook in (*current, *_on_path(cwd), *_hooked()):
+    for folder, first, live in (*current, *_on_path(cwd), *_hooked()):
         if folder not in found and folder != ROOT and not _is_toolkit(folder) and folder.is_dir():
             root = project if folder.is_relative_to(project) else project_root(folder)
-            found[folder] = Outside(folder, root, first, hook)
+            if is_shared(root):
+                live = "many projects lie in it; edits of its modules reach the run"
+            found[folder] = Outside(folder, root, first, live)
     return list(found.values())
 
 
@@ -88,7 +92,8 @@ def _hooked() -> Iterator[tuple[Path, bool, str]]:
                 path = path.parent if path.name.startswith("__init__.") else path.with_suffix("")
             parts = tuple(name.split("."))
             if path.parts[-len(parts) :] == parts:
-                yield path.parents[len(parts) - 1], False, getattr(module, "__name__", "") if before else ""
+                why = f"the import hook {getattr(module, '__name__', '')} finds it before any copy; {INSTALL}"
+                yield path.parents[len(parts) - 1], False, why if before else ""
 
 
 def _mapping(finder: Any, module: Any) -> Mapping[str, str]:

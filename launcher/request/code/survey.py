@@ -4,33 +4,18 @@ from __future__ import annotations
 
 import os
 import stat
-from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher.request.code import checkout
+from launcher.request.code import checkout, scan
 from launcher.request.code.kinds import CONFIG, is_code, is_secret, travels
 from launcher.request.code.places import Places
 from launcher.request.code.roots import is_shared
 
-MAX_SCAN = 20_000
-"""Entries that are looked at for code in one folder of which git knows nothing; what lies deeper is linked."""
-
-MAX_IGNORED = 4_000
-"""The same for a folder that git ignores, or outside of the project."""
-
-MAX_TOTAL = 40_000
-"""The same for all such folders; beyond, `MAX_LATER` a folder."""
-
-MAX_LATER = 200
-
 MAX_LINKS = 5_000
 """Links in all; data beyond is left out."""
-
-SKIPPED = (".git", "__pycache__")
-"""What no program reads beside its code: a copy would be wrong, or is made again."""
 
 HIDDEN = "hidden, an environment or a run"
 
@@ -76,8 +61,6 @@ def survey(root: Path, exclude: Path, needed: Path | None = None) -> Survey:
     The files beside the program, in the folder `needed`, are looked at whatever git and the limits say.
     """
     walk = _Walk(Survey(root), exclude)
-    if is_shared(root):
-        walk.scanned = MAX_TOTAL  # most of what lies there has nothing to do with the program
     wanted = needed.relative_to(root).parts if needed is not None and needed.is_relative_to(root) else ()
     walk.project(root, "", {"/".join(wanted[:n]) for n in range(len(wanted) + 1)})
     return walk.found
@@ -87,7 +70,10 @@ class _Walk:
     """One survey in progress."""
 
     def __init__(self, found: Survey, exclude: Path) -> None:
-        self.found, self.places, self.scanned = found, Places(exclude), 0
+        self.found, self.places = found, Places(exclude)
+        self.scan = scan.Scan(self.places)
+        self.shared = is_shared(found.root)  # most of what lies there has nothing to do with the program
+        self.most = 0 if self.shared else scan.MAX_IGNORED
 
     def project(self, top: Path, prefix: str, needed: Iterable[str] = (), most: int | None = None) -> None:
         """Look through a checkout, or a folder outside of git, whose name in the copy is `prefix`.
@@ -104,9 +90,9 @@ class _Walk:
                 why = (
                     "git cannot read this checkout, or is not installed, so that only code and configuration are copied"
                 )
-                self.found.left[_join(prefix, ".git")] = why
-            tracked = {_join(prefix, name) for name in listed or ()}
-            real = {prefix, *(_join(prefix, name) for name in needed)}
+                self.found.left[scan.join(prefix, ".git")] = why
+            tracked = {scan.join(prefix, name) for name in listed or ()}
+            real = {prefix, *(scan.join(prefix, name) for name in needed)}
             for name in tracked:
                 while (name := os.path.dirname(name)) not in real:
                     real.add(name)
@@ -121,7 +107,7 @@ class _Walk:
                 found.diff = git.diff(sorted(tracked & found.why.keys())[:1000]) if found.commit and found.dirty else ""
         for name in loose:
             path = top / _relative(name, prefix)
-            if _is_environment(path.parent):
+            if scan.is_environment(path.parent):
                 self.found.link(name, path, "a part of an environment")
             else:
                 self.loose(path, name, _relative(name, prefix) in ignored, listed is not None)
@@ -134,10 +120,10 @@ class _Walk:
             return []
         if not os.access(path, os.R_OK | os.X_OK) and os.path.lexists(path):
             self.found.left[folder or "."] = "cannot be read by you"
-        for entry in _entries(path):
-            name = _join(folder, entry.name)
+        for entry in scan.entries(path):
+            name = scan.join(folder, entry.name)
             if entry.is_dir(follow_symlinks=False) and not self.places.excludes(entry.path):
-                if name in real or entry.name in SKIPPED:
+                if name in real or entry.name in scan.SKIPPED:
                     continue
                 if name in tracked or checkout.git_dir_of(Path(entry.path)) is not None:
                     self._inner(Path(entry.path), name, name in tracked)
@@ -150,13 +136,13 @@ class _Walk:
     def _inner(self, path: Path, name: str, submodule: bool) -> None:
         """A submodule, or a checkout inside of the checkout; its files are as much part of the code."""
         if checkout.git_dir_of(path) is not None:
-            self.project(path, name, most=None if submodule else MAX_IGNORED)
+            self.project(path, name, most=None if submodule else self.most)
         else:
             self.loose(path, name, False, True)  # a submodule that was not fetched
 
     def entry(self, entry: os.DirEntry[str], name: str, tracked: bool) -> None:
         """Decide about one file or link."""
-        if entry.name in SKIPPED:
+        if entry.name in scan.SKIPPED:
             return
         if self.places.excludes(entry.path):
             self.found.left[name] = RUNS_FOLDER
@@ -188,16 +174,19 @@ class _Walk:
 
         Configuration counts as code if git does not ignore the folder: results hold files of configuration too.
         """
-        if _opaque(path):
+        if scan.is_opaque(path):
             self.found.link(name, path, HIDDEN)
             return
+        if self.shared and not any(is_code(entry.name) for entry in scan.entries(path)):
+            self.found.link(name, path, "no code directly in it, beside many other projects")
+            return
         self.places.add(path, name)
-        entries, unknown = self._scan(path, name, MAX_IGNORED if ignored else MAX_SCAN)
+        entries, unknown = self.scan(path, name, scan.MAX_IGNORED if ignored else scan.MAX_SCAN)
         wanted = {
             n for n, e in entries.items() if is_code(n) or (not ignored and n.endswith(CONFIG) and _small_config(e))
         }
         real: set[str] = set()
-        for each in wanted | {n for n, e in entries.items() if e.is_dir(follow_symlinks=False) and _checkout(e)}:
+        for each in wanted | {n for n, e in entries.items() if e.is_dir(follow_symlinks=False) and scan.is_checkout(e)}:
             while (each := os.path.dirname(each)) not in real and len(each) >= len(name):
                 real.add(each)
         if not real:
@@ -208,34 +197,11 @@ class _Walk:
                 continue
             if not found.is_dir(follow_symlinks=False) or self.places.excludes(found.path):
                 self.entry(found, each, False)
-            elif _checkout(found):
-                self.project(Path(found.path), each, most=MAX_IGNORED)
-            elif found.name not in SKIPPED:
-                why = HIDDEN if _opaque(Path(found.path)) else UNKNOWN if each in unknown else "no code in it"
+            elif scan.is_checkout(found):
+                self.project(Path(found.path), each, most=self.most)
+            elif found.name not in scan.SKIPPED:
+                why = HIDDEN if scan.is_opaque(Path(found.path)) else UNKNOWN if each in unknown else "no code in it"
                 self.found.link(each, found.path, why)
-
-    def _scan(self, path: Path, name: str, limit: int) -> tuple[dict[str, os.DirEntry[str]], set[str]]:
-        """The entries below `path` by their names in the copy, and the folders that were not looked at."""
-        limit = max(MAX_LATER, min(limit, MAX_TOTAL - self.scanned))
-        entries: dict[str, os.DirEntry[str]] = {}
-        unknown = set()
-        todo = deque([(str(path), name)])
-        while todo:
-            folder, prefix = todo.popleft()
-            if len(entries) >= limit or (len(found := _entries(folder)) > limit and folder != str(path)):
-                unknown.add(prefix)
-                continue
-            self.scanned += len(found)
-            for entry in found:
-                each = _join(prefix, entry.name)
-                entries[each] = entry
-                if (
-                    entry.is_dir(follow_symlinks=False)
-                    and not self.places.excludes(entry.path)
-                    and not (entry.name in SKIPPED or _checkout(entry) or _opaque(Path(entry.path)))
-                ):
-                    todo.append((entry.path, each))
-        return entries, unknown
 
     def symlink(self, path: Path, name: str) -> None:
         """Keep a link that stays in the copy; of code elsewhere take a copy, and link other things where they are."""
@@ -245,36 +211,13 @@ class _Walk:
         real = Path(os.path.realpath(path))
         if real.is_dir() and not self.places.above(str(real)):
             if checkout.git_dir_of(real) is not None:
-                self.project(real, name, most=MAX_IGNORED)
+                self.project(real, name, most=self.most)
             else:
                 self.loose(real, name, True, False)
         elif real.is_file():
             self._file(real, name, real.stat().st_size, False)
         else:
             self.found.link(name, real, "a link to what holds the project" if real.is_dir() else "a link outside")
-
-
-def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as found:
-            return sorted(found, key=lambda entry: entry.name)
-    except OSError:
-        return []
-
-
-def _opaque(path: Path) -> bool:
-    """Whether a folder without tracked files is never looked through: hidden, an environment, or the directory of a run."""
-    if path.name.startswith(".") or path.name in ("node_modules", "site-packages"):
-        return True
-    return _is_environment(path) or (os.path.exists(path / "plan.json") and os.path.isdir(path / "code"))
-
-
-def _is_environment(path: Path) -> bool:
-    return any(os.path.exists(path / name) for name in ("pyvenv.cfg", "conda-meta"))
-
-
-def _checkout(entry: os.DirEntry[str]) -> bool:
-    return os.path.lexists(os.path.join(entry.path, ".git")) and checkout.git_dir_of(Path(entry.path)) is not None
 
 
 def _small_config(entry: os.DirEntry[str]) -> bool:
@@ -286,10 +229,6 @@ def _small_config(entry: os.DirEntry[str]) -> bool:
 def shown(name: str) -> str:
     """The name of a file for a terminal."""
     return name if name.isprintable() else ascii(name)
-
-
-def _join(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder else name
 
 
 def _relative(name: str, prefix: str) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from launcher.errors import BadRequest
 from launcher.request import snapshot
-from launcher.request.code import kinds, limits, survey
+from launcher.request.code import kinds, limits, outside, scan, survey
 from launcher.request.code.roots import project_root
 
 HOSTILE = [
@@ -191,7 +192,7 @@ def test_a_large_checkout_that_is_no_submodule_is_linked(
         git(place, "commit", "-qm", "inner")
     (repository / "link").symlink_to(tmp_path / "outside")
     git(repository, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(tmp_path / "submodule"))
-    monkeypatch.setattr(survey, "MAX_IGNORED", 2)
+    monkeypatch.setattr(scan, "MAX_IGNORED", 2)
     taken = take(repository, tmp_path / "code")
     why = "a checkout of more than 2 files"
     assert taken.linked == {"model.ckpt": "data", "ignored/clone": why, "clone": why, "link": why}
@@ -257,8 +258,8 @@ def test_a_folder_with_more_entries_than_are_looked_at(tmp_path: Path, monkeypat
     for name in ("big/near.py", "big/deep/far.py", *(f"big/deep/{n}.txt" for n in range(10)), "train.py"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
-    monkeypatch.setattr(survey, "MAX_SCAN", 5)
-    monkeypatch.setattr(survey, "MAX_LATER", 0)
+    monkeypatch.setattr(scan, "MAX_SCAN", 5)
+    monkeypatch.setattr(scan, "MAX_LATER", 0)
     taken = take(root, tmp_path / "code")
     assert taken.linked == {"big/deep": survey.UNKNOWN}
     assert names(tmp_path / "code") == {"train.py", "big/near.py", "big/deep"}
@@ -514,6 +515,41 @@ def test_the_project_outside_git(
         (tmp_path / name).touch()
     (tmp_path / folder).mkdir(parents=True, exist_ok=True)
     assert project_root(tmp_path / folder, tmp_path / cwd if cwd else None) == tmp_path / root
+
+
+def test_a_script_in_the_home_folder_takes_little_along(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = repository.parent
+    for name in ("train.py", "helpers/h.py", "other/deep/x.py", "videos/1.mp4"):
+        (home / name).parent.mkdir(exist_ok=True, parents=True)
+        (home / name).touch()
+    monkeypatch.setenv("HOME", str(home))
+    taken = snapshot.take(project_root(home), tmp_path / "runs/n/code", exclude=home / "runs")
+    assert names(tmp_path / "runs/n/code") == {"train.py", "helpers/h.py", "other", "videos", repository.name}
+    few = "no code directly in it, beside many other projects"
+    assert taken.linked == {"other": few, "videos": few, repository.name: "a checkout of more than 0 files"}
+
+
+def test_folders_on_pythonpath_that_are_no_project_or_too_large(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "many").mkdir()
+    for number in range(3):
+        (tmp_path / f"many/m{number}.py").touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "many"), str(Path.home()), "/", "/no/such/folder", *sys.path])
+    monkeypatch.setattr(snapshot, "MOST_OUTSIDE", 2)
+    found, moved, first = snapshot.parts(repository, repository, tmp_path / "runs/n", as_module=False)
+    assert (moved, first) == ({}, [str(tmp_path / "runs/n/packages/many")])
+    looked = {part.root: part.look(tmp_path / "runs").left.get("", "") for part in found[1:]}
+    shared = "many projects lie in it; edits of its modules reach the run"
+    assert looked == {
+        tmp_path / "many": f"more than 2 files; {outside.INSTALL}",
+        Path.home(): shared,
+        Path("/"): shared,
+    }
+    taken = snapshot.take_part(found[1], tmp_path / "runs")
+    assert (taken.files, os.readlink(tmp_path / "runs/n/packages/many")) == (0, str(tmp_path / "many"))
 
 
 def test_a_repository_of_the_home_folder_is_not_the_project_of_all_in_it(
