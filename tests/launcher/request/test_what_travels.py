@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.request.code.outside import INSTALL
 from tests.launcher.engines import Project, until
 
 pytestmark = pytest.mark.slow
@@ -220,9 +221,7 @@ def test_an_editable_install_that_cannot_be_copied_is_named(
     write(tmp_path, {"p/train.py": "import tt_first.mod\nprint('saw', tt_first.mod.V)\n"})
     here = Project(tmp_path / "p", "local", hooked[1])
     try:
-        why = (
-            "the import hook _tt_first_editable finds it before any copy; install it without -e to keep later edits out"
-        )
+        why = f"the import hook _tt_first_editable finds it before any copy; {INSTALL}"
         shown = here.launch("--cpus", "1", "--name", "n", "--dry-run", "train.py").stdout
         assert f"  live   {tmp_path}/native is not copied: {why}\n" in shown
         out = here.launch("--cpus", "1", "--name", "n", "train.py").stdout
