@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.request.spec import State
+from training.files import read_json
 
 
 def describe(plan: Any) -> str:
@@ -28,7 +29,33 @@ def describe(plan: Any) -> str:
 def describe_ranks(plan: Any) -> str:
     """What every rank gets besides: the part of a plan that only a dry run shows."""
     code = f"\n  code   {plan.target.path[0]}, a copy of the project as it is" if plan.target.path else ""
+    code += "".join(f"\n  {line}" for line in what_travels(plan))
     return code + "".join(f"\n  env    {name}={value}" for name, value in plan.environment.items())
+
+
+def what_travels(plan: Any) -> list[str]:
+    """Lines about code besides the project's, and about what is linked or left out; see `launcher.request.snapshot`."""
+    from launcher.request import snapshot
+
+    if not plan.target.path or plan.project is None:
+        return []
+    parts, _, _ = snapshot.parts(plan.project, plan.cwd, plan.run_dir, plan.target.kind == "module")
+    return snapshot.describe([(part, part.look(snapshot.excluded(part.root, plan.run_dir))) for part in parts])
+
+
+def not_copied(run: Any) -> list[str]:
+    """Lines about what the run goes without, or reads where later edits reach it, from its ``snapshot.json``."""
+    from launcher.request.code.survey import RUNS_FOLDER, shown
+
+    record = read_json(run.dir.snapshot_file) or {}
+    left = {name: why for name, why in record.get("left", {}).items() if why != RUNS_FOLDER}
+    live = [f"{each['root']} ({each['left']['']})" for each in record.get("packages", ()) if each["left"].get("")]
+    lines = [f"not copied: {each}" for each in live]
+    if left:
+        name, why = next(iter(left.items()))
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        lines.append(f"not copied: {shown(name)}{more} ({why}); --dry-run lists all")
+    return lines
 
 
 def summary(run: Any) -> str:

@@ -43,7 +43,7 @@ def run_launch(argv: Sequence[str]) -> int:
     if spec.args and spec.args[0] in ("-h", "--help") and ":" in spec.target:
         return target_help(spec)
     from launcher import backends
-    from launcher.cli.describe import describe, describe_ranks
+    from launcher.cli.describe import describe, describe_ranks, not_copied, what_travels
     from launcher.client.api import submit
     from launcher.client.plan import make_plan
     from launcher.config.codec import to_data
@@ -52,13 +52,16 @@ def run_launch(argv: Sequence[str]) -> int:
     if options.dry_run:
         sent = backends.of(plan.cluster).render(plan)
         if options.json:
-            print(json.dumps({"plan": to_data(plan), "sent": sent}, indent=2))
+            print(json.dumps({"plan": to_data(plan), "code": what_travels(plan), "sent": sent}, indent=2))
         else:
             print(describe(plan) + describe_ranks(plan) + "\n" + sent, end="")
         return 0
     if not (options.json or options.detach):
         print(describe(plan), flush=True)
-    return _attend(submit(plan), options)
+    run = submit(plan)
+    if not options.json:
+        print("".join(f"launch: {line}\n" for line in not_copied(run)), end="", flush=True)
+    return _attend(run, options)
 
 
 def run_resume(argv: Sequence[str]) -> int:

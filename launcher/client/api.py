@@ -206,7 +206,9 @@ def _relocated(plan: Plan, run_dir: RunDir) -> Plan:
     target = plan.target
     name = move(target.name) if target.kind == "script" else target.name
     path, source = tuple(map(move, target.path)), tuple(map(move, target.source))
-    return replace(plan, name=new.name, run_dir=new, target=replace(target, name=name, path=path, source=source))
+    moved = {folder: move(copy) for folder, copy in target.moved.items()}
+    target = replace(target, name=name, path=path, source=source, moved=moved)
+    return replace(plan, name=new.name, run_dir=new, target=target)
 
 
 def _send(plan: Plan, run_dir: RunDir) -> Run:
@@ -231,17 +233,12 @@ def _pickle(function: Callable[..., Any] | None, path: Path) -> None:
 
 def _copy_code(plan: Plan, run_dir: RunDir) -> None:
     assert plan.project is not None, "a target with entries on the path has a project"
-    root, in_git = snapshot.project_root(plan.project)
-    taken = snapshot.take(root, in_git, run_dir.code, exclude=run_dir.path.parent)
-    for file in map(Path, plan.target.source):
-        if run_dir.code in file.parents and not file.is_file():
-            raise BadRequest(
-                f"{root / file.relative_to(run_dir.code)} is not copied with the run: git ignores it (`git add -f` takes"
-                " it along), or it lies in the runs folder."
-            )
+    parts, _, _ = snapshot.parts(plan.project, plan.cwd, run_dir.path, plan.target.kind == "module")
+    taken, *others = [snapshot.take_part(part, snapshot.excluded(part.root, run_dir.path)) for part in parts]
     if plan.target.kind in ("script", "module"):
         own_packages.make_regular(plan.target.path)
     record = {key: value for key, value in asdict(taken).items() if key != "diff"}
+    record["packages"] = [{"root": str(o.root), "commit": o.commit, "files": o.files, "left": o.left} for o in others]
     write_atomic(run_dir.snapshot_file, to_json(to_data(record)))
     if taken.diff:
         write_atomic(run_dir.diff_file, taken.diff.encode("utf-8", "surrogateescape"))

@@ -18,6 +18,7 @@ from launcher.errors import BadRequest
 from launcher.lifecycle.run_dir import RunDir
 from launcher.request import snapshot
 from launcher.request.binding import checked_values
+from launcher.request.code.roots import is_shared
 from launcher.request.placement.place import Devices, Placement, place
 from launcher.request.resolve import check_shadowing, python_path, resolve
 from launcher.request.spec import Plan, RunSpec, Target, Values, check_name
@@ -61,12 +62,9 @@ def make_plan(
     run_dir = RunDir(folder / (spec.name or _new_name(spec, folder)))
     _check_folder(run_dir.path, site)
     found, project = _find_target(spec, cwd, function, given)
-    path: tuple[str, ...] = ()
     if project is not None:
-        root, _ = snapshot.project_root(project)
-        path = python_path(root, run_dir.code, project)
         check_shadowing(found, project)
-        found = replace(found, path=path, **_moved(found, root, run_dir.code))
+        found = _in_snapshot(found, project, cwd, run_dir)
     text = spec.time or site.time
     plan = Plan(
         name=run_dir.path.name,
@@ -157,6 +155,8 @@ def _find_target(
 ) -> tuple[Target, Path | None]:
     by_value = function is not None and not _importable(function)
     found, folder = (Target("value", spec.target, spec.args), cwd) if by_value else resolve(spec.target, spec.args, cwd)
+    if folder is None and found.kind == "module" and not is_shared(cwd):
+        folder = cwd  # an installed program imports from the current folder too
     if function is None:
         if any(given) and found.kind != "function":
             raise BadRequest(
@@ -171,17 +171,24 @@ def _find_target(
     return replace(found, values=values if by_value or any(given) else Values()), folder
 
 
-def _moved(found: Target, root: Path, code: Path) -> dict[str, Any]:
-    """The target's files, as they will lie in the snapshot."""
+def _in_snapshot(found: Target, project: Path, cwd: Path, run_dir: RunDir) -> Target:
+    """The target with its files and folders of code as they will lie in the snapshot."""
+    parts, moved, first = snapshot.parts(project, cwd, run_dir.path, found.kind == "module")
+    root = parts[0].root
 
     def move(file: str) -> str:
         path = Path(file)
-        return str(code / path.relative_to(root)) if root in path.parents else file
+        return str(run_dir.code / path.relative_to(root)) if root in path.parents else file
 
-    return {
-        "name": move(found.name) if found.kind == "script" else found.name,
-        "source": tuple(move(s) for s in found.source),
-    }
+    own = str(run_dir.code / project.relative_to(root))
+    path = [folder for folder in python_path(root, run_dir.code, project) if folder not in moved.values()]
+    return replace(
+        found,
+        name=move(found.name) if found.kind == "script" else found.name,
+        source=tuple(move(s) for s in found.source),
+        path=tuple(dict.fromkeys([own, *first, *path])),
+        moved=moved,
+    )
 
 
 def name_of(function: Callable[..., Any]) -> str:

@@ -120,7 +120,10 @@ class RunDir(RunFiles):
             BadRequest: others can, it belongs to another user, or one of its files is a symbolic link.
         """
         names = [value.name for value in vars(RunFiles).values() if isinstance(value, FileOfRun)]
-        check_own(self.path, [*(name for name in names if name != "code"), "errors", "submitit", "environment.json"])
+        check_own(
+            self.path,
+            [*(name for name in names if name not in ("code", "packages")), "errors", "submitit", "environment.json"],
+        )
 
     def answer(self, job_id: str, seconds: float) -> str | None:
         """What the engine said of the job in the last `seconds`, if anybody asked."""

@@ -40,6 +40,8 @@ class RunFiles:
     job_file = FileOfRun("job.json")
     script_file = FileOfRun("script.sh")
     code = FileOfRun("code")
+    packages = FileOfRun("packages")
+    """Copies of code outside of the project."""
     snapshot_file = FileOfRun("snapshot.json")
     diff_file = FileOfRun("code.diff")
     target_pickle = FileOfRun("target.pkl")

@@ -86,7 +86,8 @@ def work(run_dir: RunDir, world: World, heartbeat: Heartbeat | None = None, *, p
 def prepare(plan: Plan, world: World) -> None:
     """Give this process the import path, for processes that it starts too, and the folder of its rank."""
     # Only now: this module's own imports must not find the user's files, such as a `queue.py`.
-    path = [*plan.target.path, *filter(None, [os.environ.get("PYTHONPATH")])]
+    own = [*plan.target.path, *own_packages.for_children(plan.target.moved)]
+    path = [*own, *filter(None, [os.environ.get("PYTHONPATH")])]
     if path:
         os.environ["PYTHONPATH"] = os.pathsep.join(path)
     if plan.cwd.is_dir():

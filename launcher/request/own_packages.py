@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -68,7 +68,7 @@ def make_regular(folders: Iterable[Path | str]) -> None:
     """
     for name, folder, code in find(folders):
         package = folder / name
-        if package in code.parents:
+        if package in code.parents and not os.path.islink(package):  # the copy's alone
             (package / "__init__.py").touch()
 
 
@@ -110,6 +110,34 @@ def python_path_without_others() -> str | None:
     if not others:
         return None
     return os.pathsep.join(folder for folder in folders if str(Path(folder)) not in others)
+
+
+def relocate(moved: Mapping[str, str]) -> None:
+    """Replace entries of sys.path by their copies; copies of folders that are not there come last.
+
+    Import hooks of editable installs come after sys.path, so a copy of their package is found before it.
+    """
+    if moved:
+        sys.path[:] = [moved.get(entry, entry) for entry in sys.path]
+        sys.path += [copy for copy in moved.values() if copy not in sys.path]
+
+
+def for_children(moved: Mapping[str, str]) -> list[str]:
+    """Return the copies in `moved` that may be on PYTHONPATH, which comes before the libraries: those that hide none."""
+    if not moved:
+        return []
+    libraries = set(sys.stdlib_module_names).union(*(_modules_in(entry) for entry in sys.path if entry not in moved))
+    return [copy for copy in moved.values() if not _modules_in(copy) & libraries]
+
+
+def _modules_in(folder: str) -> set[str]:
+    """The names of modules in `folder`, and of folders that can be packages."""
+    try:
+        with os.scandir(folder) as found:
+            names = {entry.name for entry in found if entry.name.endswith((".py", ".so")) or entry.is_dir()}
+    except OSError:
+        return set()
+    return {name for name in (name.partition(".")[0] for name in names) if name.isidentifier()} - {"__pycache__"}
 
 
 @contextmanager

@@ -37,7 +37,8 @@ def resolve(name: str, args: Sequence[str], cwd: Path) -> tuple[Target, Path | N
         if not os.path.isfile(script):
             raise BadRequest(f"no such script: {name} (looked for {script}).")
         _parse(script)
-        return Target("script", str(script), tuple(args), source=(str(script),)), script.parent
+        folder = None if is_installed(script) else script.parent
+        return Target("script", str(script), tuple(args), source=(str(script),)), folder
     module, colon, function = name.partition(":")
     if not colon or not all(part.isidentifier() for part in [*module.split("."), *function.split(".")]):
         raise BadRequest(
@@ -118,13 +119,20 @@ def _parse(file: Path) -> ast.Module:
         raise BadRequest(f"{file}: the target is not valid Python: {error}") from None
 
 
+def is_installed(path: Path) -> bool:
+    """Whether `path` lies in the site-packages of this environment or of another one."""
+    return any(part in path.parts for part in ("site-packages", "dist-packages"))
+
+
 def _project_folder(origin: Path, module: str) -> Path | None:
-    origin = origin.resolve()
+    real = origin.resolve()
     installed = {sysconfig.get_path(kind) for kind in ("purelib", "platlib", "stdlib", "platstdlib")}
-    if any(Path(folder).resolve() in origin.parents for folder in installed if folder):
+    if any(Path(folder).resolve() in real.parents for folder in installed if folder) or is_installed(real):
         return None
     above = module.count(".") + (origin.name == "__init__.py" or origin.name == "__main__.py")
-    return origin.parents[above]
+    return Path(os.path.abspath(origin)).parents[
+        above
+    ]  # not of the real path: a package may be a link with another name
 
 
 def check_shadowing(target: Target, project: Path) -> None:
@@ -156,7 +164,7 @@ def python_path(root: Path, code: Path, first: Path) -> tuple[str, ...]:
     mapped: dict[str, None] = {}
     for entry in wanted:
         folder = Path(os.path.abspath(entry or "."))
-        if folder == Path(sysconfig.get_path("scripts")) or "site-packages" in folder.parts:
+        if folder == Path(sysconfig.get_path("scripts")) or is_installed(folder):
             continue
         if folder == root or root in folder.parents:
             mapped[str(code / folder.relative_to(root))] = None

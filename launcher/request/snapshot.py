@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
-from dataclasses import dataclass
+import re
+import stat
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher.errors import BadRequest
+from launcher.request.code import limits, outside
+from launcher.request.code.roots import project_root
+from launcher.request.code.survey import Survey, shown, survey
 
-MAX_FILES = 20_000
-MAX_BYTES = 256 * 2**20
-SOURCE_SUFFIXES = (".py", ".pyi", ".json", ".jsonl", ".toml", ".yaml", ".yml", ".txt", ".cfg", ".ini", ".sh", ".md")
-"""Outside git nothing says which files matter; these are copied."""
+MOST_OUTSIDE = 5_000
+"""Files of one project besides the run's own that are copied; with more, it is read where it lies."""
+
+THREADS = 4
+"""Copies at once; on a shared disk each waits for the server most of the time."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What was copied: the project's root, the commit it stood at (None outside git), and the uncommitted diff."""
+    """What was copied from `root`: commit and uncommitted diff of git (None and "" outside), and what was not copied.
+
+    `linked` and `left` map names to the reason; of each, the first 1,000.
+    """
 
     root: Path
     commit: str | None
@@ -26,89 +35,166 @@ class Snapshot:
     files: int
     bytes: int
     diff: str
+    linked: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
 
 
-def project_root(folder: Path) -> tuple[Path, bool]:
-    """Return the top of the git checkout that holds `folder` and True, or `folder` itself and False."""
-    top = _git(folder, "rev-parse", "--show-toplevel")
-    return (Path(top.rstrip("\n")), True) if top else (folder, False)
+@dataclass(frozen=True)
+class Part:
+    """A project and where its copy lies; `needed` is the folder of the program in it, `live` why there is no copy."""
+
+    root: Path
+    copy: Path
+    needed: Path | None = None
+    live: str = ""
+
+    def look(self, exclude: Path) -> Survey:
+        """Return what would be copied. Writes nothing.
+
+        Raises:
+            BadRequest: the code is too large.
+        """
+        if self.live:
+            return Survey(self.root, left={"": self.live})
+        found = survey(self.root, exclude, self.needed)
+        limits.fit(found)
+        if self.needed is None and len(found.copied) > MOST_OUTSIDE:
+            return Survey(self.root, left={"": f"more than {MOST_OUTSIDE} files; {outside.INSTALL}"})
+        return found
 
 
-def take(root: Path, in_git: bool, destination: Path, exclude: Path) -> Snapshot:
+def parts(project: Path, cwd: Path, run_dir: Path, as_module: bool) -> tuple[list[Part], dict[str, str], list[str]]:
+    """The projects whose code a run takes along, and how sys.path changes by that.
+
+    The program's own project is the first, its copy ``code``; the others lie below ``packages``. The second value maps
+    folders to their copies; they take the place of entries of sys.path, or follow the last one. The third are the copies
+    that come first on sys.path, as entries of PYTHONPATH do, and the current folder of ``python -m`` (`as_module`).
+    """
+    root = project_root(project, cwd)
+    if project.is_relative_to(run_dir.parent) and not root.is_relative_to(run_dir.parent):
+        root = project  # such as the copy that an earlier run made
+    found = {root: Part(root, run_dir / "code", project)}
+    moved: dict[str, str] = {}
+    first = []
+    for each in outside.find(root, cwd, as_module):
+        if each.root not in found:
+            name = re.sub(r"[^A-Za-z0-9._-]", "_", each.root.name) or "root"
+            taken = {part.copy.name for part in found.values()}
+            name = next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10**6))) if n not in taken)
+            found[each.root] = Part(each.root, run_dir / "packages" / name, live=each.live)
+        copy = found[each.root].copy / each.folder.relative_to(each.root)
+        if each.live:
+            continue
+        if each.first:
+            first.append(str(copy))
+        elif each.folder != project:
+            moved[str(each.folder)] = str(copy)
+    return list(found.values()), moved, first
+
+
+def take(root: Path, destination: Path, exclude: Path, needed: Path | None = None) -> Snapshot:
     """Copy the project at `root` to `destination`, leaving out what lies below `exclude` (the runs).
 
-    In a git checkout: tracked files as they are now, and untracked ones that git does not ignore. Elsewhere: source and
-    configuration files. Links are copied as links, modes are kept.
+    `needed` is the folder of the program. `launcher.request.code.survey` says what is copied, and what is linked.
 
     Raises:
-        BadRequest: more than `MAX_FILES` files or `MAX_BYTES` bytes; the largest are named.
+        BadRequest: the code is too large; the largest files are named.
     """
-    exclude = exclude.resolve()
-    names = _git_files(root) if in_git else _source_files(root)
-    paths = {name: root / name for name in names}
-    sizes = {
-        name: path.lstat().st_size
-        for name, path in paths.items()
-        if (path.is_symlink() or path.is_file()) and exclude != path and exclude not in path.parents
-    }
-    _check(root, sizes, in_git)
-    for name in sizes:
-        target = destination / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(root / name, target, follow_symlinks=False)
-    commit = _git(root, "rev-parse", "HEAD").strip() or None if in_git else None
-    diff = _git(root, *_DIFF, "HEAD") if commit else ""
-    status = _git(root, "status", "--porcelain") if in_git else ""
-    return Snapshot(root, commit, bool(status), len(sizes), sum(sizes.values()), diff)
+    return take_part(Part(root, destination, needed or root), exclude)
 
 
-# Whatever the user's configuration makes of a diff to look at, this one is for `git apply`.
-_DIFF = ("diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/")
-
-
-def _check(root: Path, sizes: dict[str, int], in_git: bool) -> None:
-    if len(sizes) <= MAX_FILES and sum(sizes.values()) <= MAX_BYTES:
-        return
-    largest = sorted(sizes, key=lambda n: sizes[n], reverse=True)[:3]
-    how = "name them in .gitignore" if in_git else "start from a folder that holds only the code, or `git init` it"
-    raise BadRequest(
-        f"the project {root} is too large to copy with the run (limit: {MAX_FILES} files, {MAX_BYTES >> 20} MiB); the"
-        f" largest files are {', '.join(largest)}. Data and outputs do not belong in it: {how}."
+def take_part(part: Part, exclude: Path) -> Snapshot:
+    """Copy one project; see `take`. One that is not copied becomes a link."""
+    found = part.look(exclude)
+    if "" in found.left:
+        part.copy.parent.mkdir(0o755, parents=True, exist_ok=True)
+        part.copy.symlink_to(part.root)
+    else:
+        write(found, part.copy)
+    return Snapshot(
+        part.root,
+        found.commit,
+        found.dirty,
+        len(found.copied),
+        sum(found.copied.values()),
+        found.diff,
+        dict(list(found.why.items())[:1000]),
+        dict(list(found.left.items())[:1000]),
     )
 
 
-def _git_files(root: Path) -> list[str]:
-    listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
-    found = {name.rstrip("/") for name in listed.split("\0") if name}
-    # A submodule, and a checkout inside this one, is listed as one entry; its files are as much part of the code.
-    for inner in [name for name in found if (root / name / ".git").exists()]:
-        found |= {f"{inner}/{name}" for name in _git_files(root / inner)}
-    return sorted(found)
+def write(found: Survey, destination: Path) -> None:
+    """Write the copies and links of a survey below `destination`."""
+    folders: set[str] = set()
+    for name in (*found.copied, *found.linked):
+        while (name := os.path.dirname(name)) and name not in folders:
+            folders.add(name)
+    destination.parent.mkdir(0o755, parents=True, exist_ok=True)
+    for folder in ("", *sorted(folders)):
+        (destination / folder).mkdir(0o755, exist_ok=True)
+    for name, text in found.linked.items():
+        os.symlink(text, destination / name)
+    source, target = str(found.root), str(destination)
+    todo = list(found.copied)
+    with ThreadPoolExecutor(THREADS) as pool:
+        # The caller sees the first error of any.
+        list(pool.map(lambda start: _copy(source, target, todo[start : start + 200]), range(0, len(todo), 200)))
 
 
-def _source_files(root: Path) -> list[str]:
-    found: list[str] = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in ("__pycache__", "node_modules"))
-        # A nested environment is somebody's installation, not this project's code.
-        folders[:] = [f for f in folders if not os.path.exists(os.path.join(folder, f, "pyvenv.cfg"))]
-        links = [f for f in folders if os.path.islink(os.path.join(folder, f))]
-        wanted = links + [f for f in sorted(files) if f.endswith(SOURCE_SUFFIXES)]
-        found += [os.path.relpath(os.path.join(folder, f), root) for f in wanted]
-        if len(found) > MAX_FILES:
-            break
-    return found
+def _copy(source: str, target: str, names: Iterable[str]) -> None:
+    for name in names:
+        with suppress(FileNotFoundError):  # removed just now
+            _copy_file(f"{source}/{name}", f"{target}/{name}")
 
 
-def _git(folder: Path, *arguments: str) -> str:
-    """Run git in `folder`; an empty string where git is missing or says no."""
+def _copy_file(source: str, target: str) -> None:
+    """Copy a regular file with its time and mode, which nobody else's right to write is a part of."""
+    reader = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
-            capture_output=True,
-            check=False,
-        )
-    except OSError:
-        return ""
-    # Not text=True: it would turn the \r\n inside a diff, or a \r in a file's name, into \n.
-    return os.fsdecode(done.stdout) if done.returncode == 0 else ""
+        found = os.fstat(reader)
+        if not stat.S_ISREG(found.st_mode):
+            return  # replaced just now
+        mode = found.st_mode & 0o755 | stat.S_IRUSR
+        writer = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        try:
+            while data := os.read(reader, 2**20):
+                while data:
+                    data = data[os.write(writer, data) :]
+            os.utime(writer, ns=(found.st_atime_ns, found.st_mtime_ns))
+        finally:
+            os.close(writer)
+    finally:
+        os.close(reader)
+
+
+def excluded(root: Path, run_dir: Path) -> Path:
+    """The folder that is no part of the code: that of all runs, unless the project lies in it."""
+    return run_dir if root.is_relative_to(run_dir.parent) else run_dir.parent
+
+
+def describe(looked: Iterable[tuple[Part, Survey]]) -> list[str]:
+    """Lines for a person about what is not a copy; long lists are shortened."""
+    lines = []
+    for part, found in looked:
+        if "" in found.left:
+            lines.append(f"live   {part.root} is not copied: {found.left['']}")
+            continue
+        if part.copy.name != "code" or part.needed is None:
+            lines.append(f"code   {part.copy}, a copy of {part.root}, from which ranks import too")
+        if found.why:
+            lines.append("links  to where it lies; the nodes have to share it, and the run sees later changes:")
+            lines += _grouped(found.why)
+        if found.left:
+            lines += ["left   not copied:", *_grouped(found.left)]
+    return lines
+
+
+def _grouped(entries: Mapping[str, str]) -> list[str]:
+    groups: dict[str, list[str]] = {}
+    for name, why in entries.items():
+        groups.setdefault(why, []).append(name)
+    texts = {why: ", ".join(map(shown, names[:4])) for why, names in groups.items()}
+    return [
+        f"       {texts[why]}{f' and {len(names) - 4} more' if len(names) > 4 else ''} ({why})"
+        for why, names in groups.items()
+    ]

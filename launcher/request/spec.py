@@ -191,6 +191,7 @@ class Target:
         kind: ``function`` (``name`` is ``module:function``), ``script`` (a path below ``code/`` or absolute),
             ``module`` (run as ``-m name``) or ``value`` (a function that travels pickled in ``target.pkl``).
         path: entries that come first on ``sys.path`` of every rank; they point into the snapshot.
+        moved: folders of code and their copies, which take their place on ``sys.path``, or come last.
         source: files whose import statements the forkserver preloads.
         values: values for a function's parameters besides the flags in `args`.
     """
@@ -201,6 +202,7 @@ class Target:
     path: tuple[str, ...] = ()
     source: tuple[str, ...] = ()
     values: Values = Values()
+    moved: dict[str, str] = field(default_factory=dict)
 
     def listed(self) -> str:
         """The arguments as a JSON list, followed by the values, for a dry run."""

@@ -28,6 +28,7 @@ def call(target: Target, pickle: Path, context: Callable[[], Context], values: P
 
     `pickle` holds a function that travels by value, and `values` the values of its parameters if they are pickled.
     """
+    own_packages.relocate(target.moved)
     match target.kind:
         case "script":
             sys.path[:0] = [folder for folder in target.path if folder not in sys.path]
@@ -126,6 +127,7 @@ def check(target: Target, values: Path) -> None:
     """
     if target.kind != "function":
         return
+    own_packages.relocate(target.moved)
     with own_packages.on_path(target.path):
         function: Any = load(target.name)
         made = call_of(target, function, values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,4 +72,5 @@ def render(case: Case, folder: Path) -> str:
                 raise AssertionError(f"{case} was refused") from None
     checkout = Path(__file__).parents[2]
     text = out.getvalue().replace(str(project), "PROJECT").replace(sys.executable, "PYTHON")
+    text = re.sub(r"  (links|left) .*\n( {9}.*\n)+", "", text)  # caches and environments in the checkout
     return text.replace(str(checkout), "CHECKOUT")

@@ -300,13 +300,12 @@ def test_a_project_with_a_package_of_our_name(folder: Path, launch: Launch) -> N
         )
 
 
-def test_a_script_that_git_ignores_is_not_sent(folder: Path, launch: Launch) -> None:
+def test_a_script_that_git_ignores_is_sent(folder: Path, launch: Launch) -> None:
     subprocess.run(["git", "init", "-q"], check=True)
     (folder / ".gitignore").write_text("script.py\n")
     status, _, err = launch("--name", "n", "script.py")
-    assert status == 2
-    assert f"{folder}/script.py is not copied with the run: git ignores it (`git add -f` takes it along)" in err
-    assert not (folder / "runs/n").exists()
+    assert status == 0, err
+    assert (folder / "runs/n/code/script.py").read_text() == (folder / "script.py").read_text()
 
 
 def test_hostile_names_of_scripts_and_flags_really_run(folder: Path, launch: Launch) -> None:
