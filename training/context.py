@@ -7,7 +7,7 @@ import operator
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex, TypeVar
@@ -84,7 +84,7 @@ class Context(Rank):
         model: M,
         *,
         precision: str = "fp32",
-        compile: bool = False,  # noqa: A002 - torch's own name
+        compile: bool | Mapping[str, Any] = False,  # noqa: A002 - torch's own name
         shard: bool = False,
         find_unused_parameters: bool = False,
     ) -> M | torch.nn.Module:
@@ -96,7 +96,7 @@ class Context(Rank):
         Args:
             model: a module, on any device.
             precision: "fp32", or "bf16" or "fp16": the forward pass runs under autocast, and its outputs are float32.
-            compile: compile the forward pass with torch.compile.
+            compile: compile the forward pass with torch.compile; a mapping has its options, such as {"dynamic": False}.
             shard: shard the parameters over the ranks in place of replicating them.
             find_unused_parameters: the loss does not depend on all parameters; as in DDP.
 
