@@ -118,16 +118,24 @@ class Context(Rank):
 
         return Steps(self, self._models, data, collate, **options)
 
-    def state(self, *, keep: int = 2, **items: Any) -> SavedState:
+    def state(
+        self,
+        *,
+        keep: int = 2,
+        mirror: str = "",
+        overlap: bool = False,
+        files: Mapping[str, Any] | None = None,
+        **items: Any,
+    ) -> SavedState:
         """Return the state of this run, to restore and to save: `items` by name, and the generators of every rank.
 
         An item is anything with `state_dict` and `load_state_dict`. The states of models, optimizers, learning-rate
-        schedulers and `ctx.steps` are those of rank 0; of other items, such as loaders, each rank saves its own. Besides
-        the best checkpoint, the newest `keep` stay.
+        schedulers and `ctx.steps` are those of rank 0; of other items, such as loaders, each rank saves its own. The
+        options are those of `training.loop.saved.SavedState`.
         """
         from training.loop.saved import SavedState
 
-        return SavedState(self, items, keep=keep)
+        return SavedState(self, items, keep=keep, mirror=mirror, overlap=overlap, files=files)
 
     def should_stop(
         self,
@@ -159,6 +167,7 @@ class Context(Rank):
         *,
         collate: Callable[[list[Any]], Any] | None = None,
         batch_size: int = 32,
+        lengths: Sequence[int] | None = None,
     ) -> dict[str, Any]:
         """Return the metric over every sample of `data` once, and their number as "samples". A collective.
 
@@ -172,13 +181,16 @@ class Context(Rank):
                 data; returns a number, or numbers by name. Runs on rank 0.
             collate: makes a batch of a list of samples; that of torch by default.
             batch_size: samples of one call of `predict`.
+            lengths: length of each sample; samples of similar length are then evaluated together, which saves padding.
 
         Raises:
             ConfigError: the dataset is a stream, or `predict` returns another number of rows.
         """
         from training.loop.evaluation import evaluate
 
-        return evaluate(self, self._models, predict, data, metric, collate=collate, batch_size=batch_size)
+        return evaluate(
+            self, self._models, predict, data, metric, collate=collate, batch_size=batch_size, lengths=lengths
+        )
 
     def close(self) -> None:
         """Finish the save, the votes and the lines in progress and leave the group. May be called twice.

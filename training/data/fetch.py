@@ -38,9 +38,7 @@ class Fetch:
             return (self._collate or default_collate)(samples)
 
 
-def batches(
-    fetch: Fetch, keys: Iterable[Key], workers: int, *, pin: bool, prefetch: bool = False
-) -> Generator[Any]:
+def batches(fetch: Fetch, keys: Iterable[Key], workers: int, *, pin: bool, prefetch: bool = False) -> Generator[Any]:
     """The batch of each key, in order: made ahead of its use by `workers` processes or a thread, or else when it is due.
 
     What is made ahead is in pinned memory with `pin`.

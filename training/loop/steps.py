@@ -30,8 +30,7 @@ class Steps:
         data: a dataset with `len(data)` and `data[number]`, the same on all ranks. Its order in an epoch is a function of
             (`seed`, epoch), and independent of the number of ranks.
         collate: makes a batch of a list of samples; that of torch by default.
-        global_batch: samples of one step, over all ranks. The last step of an epoch may have fewer. By default
-            `microbatch` times the number of ranks with which the run begins; a checkpoint keeps it.
+        global_batch: samples of one step, over all ranks. The last step of an epoch may have fewer.
         epochs: passes over the data.
         max_steps: end after so many steps, if that is sooner.
         microbatch: samples of one forward pass of a rank; by default all that it has of a step.
@@ -39,6 +38,7 @@ class Steps:
             saves padding and changes the order.
         workers: processes of each rank that load samples ahead; with 0 the rank loads them itself.
         prefetch: a thread of the rank loads samples ahead; `data` and `collate` must then draw no random numbers.
+        adopt: continue with the global batch of the checkpoint; without it, a checkpoint of another one is refused.
 
     Raises:
         ConfigError: the dataset is empty, a stream, or of different sizes on the ranks, or a number is less than 1.
@@ -58,7 +58,7 @@ class Steps:
         data: Any,
         collate: Callable[[list[Any]], Any] | None = None,
         *,
-        global_batch: int | None = None,
+        global_batch: int,
         epochs: int = 1,
         max_steps: int | None = None,
         microbatch: int | None = None,
@@ -66,12 +66,11 @@ class Steps:
         lengths: Sequence[int] | None = None,
         workers: int = 0,
         prefetch: bool = False,
+        adopt: bool = False,
     ) -> None:
         for name, value in (("global_batch", global_batch), ("epochs", epochs), ("microbatch", microbatch)):
             if value is not None and value < 1:
                 raise ConfigError(f"ctx.steps: {name}={value} must be 1 or more")
-        if global_batch is None and microbatch is None:
-            raise ConfigError("ctx.steps: give global_batch (samples of a step), or microbatch (those of one rank)")
         self._rank, self._models = rank, models
         self._size = check_map_style(data, "ctx.steps", lengths)
         sizes = rank.group.gather(self._size)
@@ -79,14 +78,16 @@ class Steps:
             raise ConfigError(f"ctx.steps: the ranks have datasets of different sizes: {sizes[:8]}")
         self._fetch, self._workers, self._prefetch = Fetch(data, collate, seeded=not prefetch), workers, prefetch
         self._lengths, self._epochs, self._max_steps, self._asked = lengths, epochs, max_steps, microbatch
-        self._fixed = global_batch is not None
+        self._adopt = adopt
         self._at = Position(seed)
         self.number = 0
-        self._share_out(global_batch or (microbatch or 1) * rank.world.world_size)
+        self._share_out(global_batch)
         self._loss: Callable[[], float | None] = lambda: None
         self._losses = Losses()
         self._open = False  # whether a step has begun and its batches are not all used
-        self._unchecked = rank.world.world_size > 1  # until the weights of all ranks are compared after the first update
+        self._unchecked = (
+            rank.world.world_size > 1
+        )  # until the weights of all ranks are compared after the first update
 
     def _share_out(self, global_batch: int) -> None:
         share = -(-global_batch // self._rank.world.world_size)
@@ -144,8 +145,13 @@ class Steps:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at the position of `state`. Raises ConfigError for other data, order, seed or global batch."""
-        now = {"samples": self._size, "global_batch": self.global_batch, "seed": self._at.seed, "lengths": self._order()}
-        if not self._fixed:
+        now = {
+            "samples": self._size,
+            "global_batch": self.global_batch,
+            "seed": self._at.seed,
+            "lengths": self._order(),
+        }
+        if self._adopt:
             del now["global_batch"]
         for name, value in now.items():
             if state.get(name) != value:
