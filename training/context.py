@@ -96,7 +96,7 @@ class Context(Rank):
         Args:
             model: a module, on any device.
             precision: "fp32", or "bf16" or "fp16": the forward pass runs under autocast, and its outputs are float32.
-            compile: compile the forward pass with torch.compile; a mapping has its options, such as {"dynamic": False}.
+            compile: compile the forward pass; a mapping has options of torch.compile, such as {"dynamic": False}.
             shard: shard the parameters over the ranks in place of replicating them.
             find_unused_parameters: the loss does not depend on all parameters; as in DDP.
 
@@ -130,8 +130,8 @@ class Context(Rank):
         """Return the state of this run, to restore and to save: `items` by name, and the generators of every rank.
 
         An item is anything with `state_dict` and `load_state_dict`. The states of models, optimizers, learning-rate
-        schedulers and `ctx.steps` are those of rank 0; of other items, such as loaders, each rank saves its own. The
-        options are those of `training.loop.saved.SavedState`.
+        schedulers and `ctx.steps` are those of rank 0; of other items, such as loaders, each rank saves its own. For the
+        options see `training.loop.saved.SavedState`.
         """
         from training.loop.saved import SavedState
 
@@ -160,15 +160,9 @@ class Context(Rank):
         return stop
 
     def evaluate(
-        self,
-        predict: Callable[[Any], Any],
-        data: Any,
-        metric: Callable[..., Any],
-        *,
-        collate: Callable[[list[Any]], Any] | None = None,
-        batch_size: int = 32,
-        lengths: Sequence[int] | None = None,
-    ) -> dict[str, Any]:
+        self, predict: Callable[[Any], Any], data: Any, metric: Callable[..., Any], *,
+        collate: Callable[[list[Any]], Any] | None = None, batch_size: int = 32, lengths: Sequence[int] | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
         """Return the metric over every sample of `data` once, and their number as "samples". A collective.
 
         The result is the same on every rank, and for every number of ranks. Models of `ctx.setup` are in evaluation mode.

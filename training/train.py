@@ -17,6 +17,7 @@ from training.reporting.report import Report
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from training.bert.tokens import Encoded
     from training.context import Context
@@ -73,15 +74,21 @@ def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
                 state.save(step, score=record.add(step, report.evaluation(step, evaluate)))
             if ctx.should_stop(step, save=state, every=config.save_every):
                 break
-    with ctx.phase("finishing"):
-        if ctx.world.rank == 0:
-            draw_curve(ctx.run_dir, f"{config.model} on {config.dataset}")
-        state.wait()
-        published = {} if ctx.stopped else {"model": publish(ctx, bert, tokenizer)}
-    return record.result() | published
+    state.wait()
+    return record.result() | finish(ctx, config, bert, tokenizer)
 
 
 train.check = check  # type: ignore[attr-defined]  # the launcher asks for it before it sends anything
+
+
+def finish(
+    ctx: Context, config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, str]:
+    """Draw the learning curve and, unless the run was stopped, publish the model. A collective."""
+    with ctx.phase("finishing"):
+        if ctx.world.rank == 0:
+            draw_curve(ctx.run_dir, f"{config.model} on {config.dataset}")
+        return {} if ctx.stopped else {"model": publish(ctx, model, tokenizer)}
 
 
 def order_of(ctx: Context, config: TrainConfig, data: Encoded, collate: Collate) -> Steps:

@@ -28,23 +28,7 @@ def capture(
 
     Raises CheckpointError, on all ranks, if the state of an item cannot be saved on one of them.
     """
-    encoded: dict[str, Encoded] = {}
-    generators: dict[str, torch.Tensor] = {}
-    problem = ""
-    try:
-        for name, item in items.items():
-            if rank.world.rank == 0 or not is_replicated(item) or is_sharded(item):
-                encoded[name] = encode(state_of(item), name)
-                if overlap:
-                    encoded[name] = settled(item, encoded[name])
-        generators = rank.runtime.rng_state()
-    except Exception as error:  # the other ranks wait for this one
-        problem = f"{type(error).__name__}: {error}"
-    own = {name: digest(each) for name, each in encoded.items() if not is_replicated(items[name])}
-    ranks = rank.group.gather((problem, generators, own))
-    for number, (text, _, _) in enumerate(ranks):
-        if text:
-            raise CheckpointError(f"rank {number}: {text}" if len(ranks) > 1 else text)
+    encoded, ranks = _states(rank, items, overlap)
     trees: dict[str, list[Any]] = {}
     parts: dict[str, Any] = {}
     sharded: dict[str, Any] = {}  # what every rank writes
@@ -72,6 +56,28 @@ def capture(
         "rng.safetensors": states,
         "state.json": {"format": FORMAT, "step": step, "ranks": len(ranks), "items": trees},
     }
+
+
+def _states(rank: Rank, items: dict[str, Any], overlap: bool) -> tuple[dict[str, Encoded], list[Any]]:
+    """The states that this rank has to write, and the problem, generators and hashes of every rank. A collective."""
+    encoded: dict[str, Encoded] = {}
+    generators: dict[str, torch.Tensor] = {}
+    problem = ""
+    try:
+        for name, item in items.items():
+            if rank.world.rank == 0 or not is_replicated(item) or is_sharded(item):
+                encoded[name] = encode(state_of(item), name)
+                if overlap:
+                    encoded[name] = settled(item, encoded[name])
+        generators = rank.runtime.rng_state()
+    except Exception as error:  # the other ranks wait for this one
+        problem = f"{type(error).__name__}: {error}"
+    own = {name: digest(each) for name, each in encoded.items() if not is_replicated(items[name])}
+    ranks = rank.group.gather((problem, generators, own))
+    for number, (text, _, _) in enumerate(ranks):
+        if text:
+            raise CheckpointError(f"rank {number}: {text}" if len(ranks) > 1 else text)
+    return encoded, ranks
 
 
 def restore(rank: Rank, items: dict[str, Any], parts: dict[str, Any]) -> None:
