@@ -42,7 +42,7 @@ def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
     asked, config = config, config.resolved()
     tokenizer, data, validation = load_data(ctx, config)
     ctx.seed(config.seed)
-    bert = load_model(config.model, config.num_labels)
+    bert = load_model(config.model, config.num_labels).train()
     static = {"dynamic": False} if config.compile else False
     model = ctx.setup(bert, precision=config.precision, compile=static, shard=config.shard)
     fused = ctx.runtime.fused or None

@@ -44,11 +44,11 @@ def batches(fetch: Fetch, keys: Iterable[Key], workers: int, *, pin: bool, prefe
     What is made ahead is in pinned memory with `pin`.
     """
     if not workers:
-        here = (fetch[key] for key in keys)
+        made_now = (fetch[key] for key in keys)
         if not prefetch:
-            yield from here
+            yield from made_now
             return
-        with closing(in_thread(mapped(batch, _pinned) if pin else batch for batch in here)) as ready:
+        with closing(in_thread(mapped(batch, _pinned) if pin else batch for batch in made_now)) as ready:
             yield from ready
         return
     import torch

@@ -51,10 +51,10 @@ def evaluate(
             if models.sharded and len(local) < -(-len(batches) // world.world_size):
                 predict(to_device(fetch[0, batches[0]], rank.device))  # takes part in gathering the parameters
         everything = rank.group.gather((ids, made))
-        return _measure(metric, size, everything, rank)
+        return measure(metric, size, everything, rank)
 
 
-def _measure(metric: Callable[..., Any], size: int, everything: list[Any], rank: Rank) -> dict[str, Any]:
+def measure(metric: Callable[..., Any], size: int, everything: list[Any], rank: Rank) -> dict[str, Any]:
     """The metric of the predictions of all ranks, computed by rank 0. A collective."""
     import numpy as np
 

@@ -38,7 +38,7 @@ def check_trackers(names: tuple[str, ...]) -> None:
             raise ConfigError(f"--log-with {name} needs a package: pip install {name}, or give --log-with=")
 
 
-def make_accelerator(ctx: Context, precision: str = "fp32") -> Accelerator:
+def make_accelerator(ctx: Context) -> Accelerator:
     """Create an Accelerator that uses the device and the process group of `ctx`."""
     import torch
     from accelerate import Accelerator
@@ -54,7 +54,7 @@ def make_accelerator(ctx: Context, precision: str = "fp32") -> Accelerator:
     facts["ACCELERATE_TORCH_DEVICE"] = str(ctx.device)
     facts["ACCELERATE_USE_CPU"] = str(ctx.world.device == "cpu").lower()
     with environment(facts):
-        return Accelerator(cpu=ctx.world.device == "cpu", mixed_precision={"fp32": "no"}.get(precision, precision))
+        return Accelerator(cpu=ctx.world.device == "cpu", mixed_precision="no")
 
 
 class Trackers:
