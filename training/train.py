@@ -38,7 +38,8 @@ def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
     """
     import torch
 
-    check(config)
+    if ctx.world.attempt == 1:  # a later one has the same options, and what is loaded below is checked there
+        check(config)
     asked, config = config, config.resolved()
     tokenizer, data, validation = load_data(ctx, config)
     ctx.seed(config.seed)

@@ -98,7 +98,7 @@ class Models:
         if several and trained and not shard and rank.runtime.ddp:
             _ = rank.group
             prepared = replica = replicate(model, rank.device, find_unused_parameters=find_unused_parameters)
-            if not find_unused_parameters:
+            if not find_unused_parameters and rank.world.world_size > 2:  # two numbers have one order
                 fix_order_of_gradients(replica)
             self._replicas.append(replica)
         if compile_model and rank.runtime.dynamic_shapes:  # a runtime with static shapes compiles by itself
