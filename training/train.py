@@ -32,9 +32,7 @@ def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
     Resumes from the newest good checkpoint of the run. When the run is asked to stop, saves a checkpoint and returns
     with `ctx.stopped` true.
 
-    Raises:
-        ConfigError: the input cannot be used.
-        CheckpointError: no checkpoint of the run can be used.
+    Raises ConfigError if the input cannot be used, and CheckpointError if no checkpoint of the run can be used.
     """
     import torch
 
