@@ -2,7 +2,7 @@
 
 The model is a BERT of 6 layers x 384 with random weights, its AdamW state filled by one step, on the CPU.
 
-First table: seconds that training stands still for one checkpoint. Ours is `Store.save` as the reference job calls it,
+First table: seconds that training stands still for one checkpoint. Ours is `state.save` as the reference job calls it,
 and the wait before the next update where the copy of the state, which is made beside the next forward and backward
 pass, is not done by then. As that copy takes time of the cores, a row has what the whole next step took longer as well.
 Another has the seconds until that checkpoint is committed, while training would go on. The peers write the same
@@ -25,23 +25,17 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.paired import Case, measure, table
-from training.bert.checkpointing import Store
-from training.bert.config import TrainConfig
-from training.bert.engine import Engine
-from training.bert.model import TINY, load_tokenizer
-from training.bert.state import State
+from training.bert.tokens import quiet
 from training.context import Context
-from training.data.sampler import Position, Step
-from training.distributed.random_state import seed_all
 from training.distributed.world import World
-from training.train import quiet
+from training.reporting.trackers import make_accelerator
 
 if TYPE_CHECKING:
     import torch
@@ -50,27 +44,12 @@ BATCH, TOKENS = 8, 64
 OURS = "ours: until training goes on"
 
 
-class Job:
-    """The reference job's engine and store with made-up batches."""
+class Batches:
+    """Made-up batches, each as one sample."""
 
-    def __init__(self, ctx: Context) -> None:
+    def __init__(self) -> None:
         import torch
-        from transformers import AutoModelForSequenceClassification, BertConfig
 
-        config = TrainConfig(batch_size=BATCH, lr=5e-5, log_with=()).resolved()
-        quiet(ctx)
-        seed_all(config.seed)
-        shape = BertConfig(
-            vocab_size=30522, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
-        )
-        model = AutoModelForSequenceClassification.from_config(shape)
-        self.engine = Engine(ctx, config, model, load_tokenizer(TINY), 1_000_000)
-        self.store = Store(ctx, config)
-        self.checkpoints = ctx.checkpoints
-        self.failures: list[str] = []
-        self.checkpoints.on_failed = lambda step, error: self.failures.append(f"step {step}: {error}")
-        self.steps = 0
-        self._number = 0
         self._batches = [
             {
                 "input_ids": torch.randint(30522, (BATCH, TOKENS)),
@@ -79,20 +58,53 @@ class Job:
             }
             for _ in range(16)
         ]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        return self._batches[number]
+
+
+class Job:
+    """The loop of the reference job with made-up batches."""
+
+    def __init__(self, ctx: Context) -> None:
+        import torch
+        from transformers import AutoModelForSequenceClassification, BertConfig
+
+        quiet()
+        ctx.seed(42)
+        shape = BertConfig(
+            vocab_size=30522, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+        )
+        self.model = ctx.setup(AutoModelForSequenceClassification.from_config(shape))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=5e-5, fused=True)
+        self.accelerator = make_accelerator(ctx)  # for its way to save
+        self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
+        self.accelerator.prepare_optimizer(self.optimizer, device_placement=False)
+        steps = ctx.steps(Batches(), lambda batches: batches[0], global_batch=1, epochs=1_000_000)
+        self.state = ctx.state(model=self.model, optimizer=self.optimizer, steps=steps, overlap=True)
+        self.checkpoints = ctx.checkpoints
+        self.failures: list[str] = []
+        self.checkpoints.on_failed = lambda step, error: self.failures.append(f"step {step}: {error}")
+        self._number = 0
+        self._steps = iter(steps)
+        self.model.train()
         self.step()
 
     def step(self) -> None:
         """One optimizer step."""
-        samples = tuple(range(BATCH))
-        batch = self._batches[self.steps % len(self._batches)]
-        self.engine.step(Step((samples,), BATCH, 0, Position(0)), [batch])
-        self.steps += 1
+        step = next(self._steps)
+        for batch in step:
+            step.backward(self.model(**batch).loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def save(self) -> None:
         """A checkpoint, as the reference job makes it; every one has a number of its own."""
         self._number += 1
-        state = State(Position(42), BATCH, {"data": "random"}, step=self._number)
-        self.store.save(self.engine, self._number, asdict(state), None)
+        self.state.save(self._number)
 
     def settle(self) -> None:
         """Return when nothing is left to write. RuntimeError where a save has failed: nothing measured would count."""
@@ -105,9 +117,9 @@ class Job:
         """All tensors of model and optimizer."""
         import torch
 
-        states = self.engine.optimizer.state_dict()["state"].values()
+        states = self.optimizer.state_dict()["state"].values()
         moments = [value for fields in states for value in fields.values() if isinstance(value, torch.Tensor)]
-        return [*(tensor.detach() for tensor in self.engine.model.state_dict().values()), *moments]
+        return [*(tensor.detach() for tensor in self.model.state_dict().values()), *moments]
 
 
 def cases(job: Job, folder: Path) -> dict[str, Case]:
@@ -158,7 +170,7 @@ def cases(job: Job, folder: Path) -> dict[str, Case]:
             buffer.copy_(tensor)
 
     def save_state() -> None:
-        job.engine.accelerator.save_state(str(peer / "state"))
+        job.accelerator.save_state(str(peer / "state"))
 
     def sync() -> None:
         for file in (peer / "state").iterdir():
@@ -166,7 +178,7 @@ def cases(job: Job, folder: Path) -> dict[str, Case]:
                 os.fsync(opened.fileno())
 
     def plain() -> None:
-        state = {"model": job.engine.model.state_dict(), "optimizer": job.engine.optimizer.state_dict()}
+        state = {"model": job.model.state_dict(), "optimizer": job.optimizer.state_dict()}
         torch.save(state, peer / "state.pt")
 
     return {

@@ -5,7 +5,7 @@ the way results come together. A cell (ranks, batch size, samples) is wrong wher
 process computes from all samples (accuracy and F1, compared to the bit), or where the samples are not counted once each,
 or where it fails: a rank raises, or waits for the others for longer than PATIENCE. New ranks then go on with the next cell.
 
-- ours: `evaluation_batches` and `combine`, as the reference job calls them.
+- ours: `ctx.evaluate`, as the reference job calls it.
 - gather_for_metrics: on a DataLoader that accelerate has prepared; of a list, and of an iterable data set, which has no
   length: dispatched by rank 0 (accelerate's default) or read by every rank (`dispatch_batches=False`).
 - evaluate(num_process=N): GLUE's definition as the module for `evaluate` that ships with `training`; every rank brings
@@ -36,12 +36,12 @@ import numpy as np
 
 from benchmarks.paired import rounds
 from launcher.agent.network import reserve_port
-from training.bert.engine import make_accelerator
 from training.bert.metric_lookup import GLUE
 from training.context import Context
-from training.data.metrics import accuracy_and_f1, combine, evaluation_batches
+from training.data.metrics import accuracy_and_f1
 from training.distributed.group import Group, TorchGroup
 from training.distributed.world import World
+from training.reporting.trackers import make_accelerator
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
@@ -145,18 +145,17 @@ class Rank:
         self.ctx = Context(folder, world)
         self.group = TorchGroup(world, PATIENCE) if world.world_size > 1 else Group()
         self.ctx.group = self.group
-        self.accelerator: Any = make_accelerator(self.ctx, "fp32")
+        self.accelerator: Any = make_accelerator(self.ctx)
         self._module: Any = None
 
     def ours(self, size: int, batch_size: int) -> Evaluation:
         lengths = [1 + sample * 37 % 61 for sample in range(size)]
 
+        def answers(batch: Any) -> tuple[list[int], list[int]]:
+            return [predict(sample) for sample in batch.tolist()], [label(sample) for sample in batch.tolist()]
+
         def evaluation() -> Answer:
-            batches = evaluation_batches(lengths, batch_size)
-            most = -(-len(batches) // self.ranks) * batch_size
-            ids = [sample for batch in batches[self.rank :: self.ranks] for sample in batch]
-            predictions, references = [predict(sample) for sample in ids], [label(sample) for sample in ids]
-            values = combine(self.group, accuracy_and_f1, size, ids, predictions, references, most)
+            values = self.ctx.evaluate(answers, range(size), accuracy_and_f1, batch_size=batch_size, lengths=lengths)
             return values, int(values.pop("samples"))
 
         return evaluation

@@ -141,45 +141,51 @@ def plain(setup: Setup) -> Result:
 
 
 def ours(setup: Setup) -> Result:
-    """The reference job, with a clock at its engine."""
+    """The reference job, with a clock at its steps."""
     import torch
 
     from training.bert.config import TrainConfig
-    from training.bert.engine import Engine
     from training.context import Context
     from training.distributed.world import World
+    from training.loop import evaluation
+    from training.loop.steps import Step, Steps
     from training.train import train
 
     began: list[float] = []
     ended = 0.0
     evaluating = evaluated = 0.0  # seconds of all evaluations, and of those before the last step
     samples = 0
-    step, batches, evaluate = Engine.step, Engine.batches, Engine.evaluate
+    update, steps, finish, evaluate = torch.optim.AdamW.step, Steps.__iter__, Step._finish, evaluation.evaluate
 
-    def timed_batches(engine: Engine, *args: Any) -> Any:
-        if not began:
-            _wait()
-            began.append(time.perf_counter())
-        return batches(engine, *args)
+    def timed_steps(all_steps: Steps) -> Any:
+        _wait()
+        began.append(time.perf_counter())
+        return steps(all_steps)
 
-    def timed_step(engine: Engine, at: Any, tensors: Any) -> None:
-        nonlocal ended, samples, evaluated
-        step(engine, at, tensors)
-        samples += at.samples
+    def counted(step: Step) -> None:
+        nonlocal samples
+        finish(step)
+        samples += step.samples
+
+    def timed_update(optimizer: Any, *args: Any) -> Any:
+        nonlocal ended, evaluated
+        found = update(optimizer, *args)
         evaluated = evaluating
-        ended = 0.0 if engine.ctx.device.type == "cuda" else time.perf_counter()
+        ended = 0.0 if torch.cuda.is_available() else time.perf_counter()
+        return found
 
-    def timed_evaluate(engine: Engine, *args: Any) -> dict[str, float]:
+    def timed_evaluate(*args: Any, **options: Any) -> dict[str, Any]:
         nonlocal ended, evaluating
         _wait()
         started = time.perf_counter()
         ended = ended or started  # on a GPU the step has ended only now; the last one is always followed by this
-        values = evaluate(engine, *args)
+        values = evaluate(*args, **options)
         evaluating += time.perf_counter() - started
         return values
 
-    for method, timed in (("step", timed_step), ("batches", timed_batches), ("evaluate", timed_evaluate)):
-        setattr(Engine, method, timed)
+    timers = ((Steps, "__iter__", timed_steps), (Step, "_finish", counted), (evaluation, "evaluate", timed_evaluate))
+    for owner, method, timed in (*timers, (torch.optim.AdamW, "step", timed_update)):
+        setattr(owner, method, timed)
     with tempfile.TemporaryDirectory() as name:
         flags = [
             "--model", setup.model, "--dataset", setup.data, "--seed", str(setup.seed), "--epochs", str(setup.epochs),

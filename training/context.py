@@ -7,7 +7,7 @@ import operator
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex, TypeVar
@@ -84,7 +84,7 @@ class Context(Rank):
         model: M,
         *,
         precision: str = "fp32",
-        compile: bool = False,  # noqa: A002 - torch's own name
+        compile: bool | Mapping[str, Any] = False,  # noqa: A002 - torch's own name
         shard: bool = False,
         find_unused_parameters: bool = False,
     ) -> M | torch.nn.Module:
@@ -96,7 +96,7 @@ class Context(Rank):
         Args:
             model: a module, on any device.
             precision: "fp32", or "bf16" or "fp16": the forward pass runs under autocast, and its outputs are float32.
-            compile: compile the forward pass with torch.compile.
+            compile: compile the forward pass; a mapping has options of torch.compile, such as {"dynamic": False}.
             shard: shard the parameters over the ranks in place of replicating them.
             find_unused_parameters: the loss does not depend on all parameters; as in DDP.
 
@@ -118,16 +118,24 @@ class Context(Rank):
 
         return Steps(self, self._models, data, collate, **options)
 
-    def state(self, *, keep: int = 2, **items: Any) -> SavedState:
+    def state(
+        self,
+        *,
+        keep: int = 2,
+        mirror: str = "",
+        overlap: bool = False,
+        files: Mapping[str, Any] | None = None,
+        **items: Any,
+    ) -> SavedState:
         """Return the state of this run, to restore and to save: `items` by name, and the generators of every rank.
 
         An item is anything with `state_dict` and `load_state_dict`. The states of models, optimizers, learning-rate
-        schedulers and `ctx.steps` are those of rank 0; of other items, such as loaders, each rank saves its own. Besides
-        the best checkpoint, the newest `keep` stay.
+        schedulers and `ctx.steps` are those of rank 0; of other items, such as loaders, each rank saves its own. For the
+        options see `training.loop.saved.SavedState`.
         """
         from training.loop.saved import SavedState
 
-        return SavedState(self, items, keep=keep)
+        return SavedState(self, items, keep=keep, mirror=mirror, overlap=overlap, files=files)
 
     def should_stop(
         self,
@@ -152,14 +160,9 @@ class Context(Rank):
         return stop
 
     def evaluate(
-        self,
-        predict: Callable[[Any], Any],
-        data: Any,
-        metric: Callable[..., Any],
-        *,
-        collate: Callable[[list[Any]], Any] | None = None,
-        batch_size: int = 32,
-    ) -> dict[str, Any]:
+        self, predict: Callable[[Any], Any], data: Any, metric: Callable[..., Any], *,
+        collate: Callable[[list[Any]], Any] | None = None, batch_size: int = 32, lengths: Sequence[int] | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
         """Return the metric over every sample of `data` once, and their number as "samples". A collective.
 
         The result is the same on every rank, and for every number of ranks. Models of `ctx.setup` are in evaluation mode.
@@ -172,13 +175,16 @@ class Context(Rank):
                 data; returns a number, or numbers by name. Runs on rank 0.
             collate: makes a batch of a list of samples; that of torch by default.
             batch_size: samples of one call of `predict`.
+            lengths: length of each sample; samples of similar length are then evaluated together, which saves padding.
 
         Raises:
             ConfigError: the dataset is a stream, or `predict` returns another number of rows.
         """
         from training.loop.evaluation import evaluate
 
-        return evaluate(self, self._models, predict, data, metric, collate=collate, batch_size=batch_size)
+        return evaluate(
+            self, self._models, predict, data, metric, collate=collate, batch_size=batch_size, lengths=lengths
+        )
 
     def close(self) -> None:
         """Finish the save, the votes and the lines in progress and leave the group. May be called twice.

@@ -14,9 +14,12 @@ from transformers import (
     get_scheduler,
 )
 
-import training.bert.checkpointing
-import training.bert.engine
+import training.bert.record
 import training.bert.tokens
+import training.checkpoints.mirror
+import training.loop.evaluation
+import training.loop.saved
+import training.reporting.report
 import training.train
 
 __all__ = [

@@ -19,14 +19,15 @@ from safetensors.torch import load_file
 
 from tests.training.ranks import assert_same_end, losses, spawn, train_in, train_in_world
 from training.bert.config import TrainConfig
-from training.bert.engine import Engine
 from training.bert.model import load_model, load_tokenizer
 from training.checkpoints.manifest import write_file
 from training.context import Context
-from training.data.sampler import Position, Step, steps
+from training.data.sampler import Position, steps
 from training.distributed.world import World
 from training.errors import CheckpointError, ConfigError
 from training.files import append_line, read_lines
+from training.loop import evaluation
+from training.loop.steps import Step
 from training.train import train
 
 ONE = World(threads=1)
@@ -46,11 +47,13 @@ def train_and_die(world: World, run_dir: Path, options: Options, victim: int, ki
             if counts[kind] == kills[kind]:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    step, evaluate = Engine.step, Engine.evaluate
-    Engine.step = lambda self, *args: (die("step"), step(self, *args))[1]  # type: ignore[method-assign,func-returns-value]
-    Engine.evaluate = lambda self, *args: (die("evaluate"), evaluate(self, *args))[1]  # type: ignore[method-assign,func-returns-value]
+    def dying(kind: str, function: Any) -> Any:
+        return lambda *args, **kwargs: (die(kind), function(*args, **kwargs))[1]  # type: ignore[func-returns-value]
+
     patch = pytest.MonkeyPatch()  # not undone: the process belongs to the test
-    patch.setattr("training.checkpoints.store.write_file", lambda *args: (die("write"), write_file(*args))[1])  # type: ignore[func-returns-value]
+    patch.setattr(Step, "__iter__", dying("step", Step.__iter__))
+    patch.setattr(evaluation, "evaluate", dying("evaluate", evaluation.evaluate))
+    patch.setattr("training.checkpoints.store.write_file", dying("write", write_file))
     with dying_of_loneliness():
         train_in_world(world, run_dir, options)
 
@@ -90,17 +93,18 @@ def test_killed_and_resumed_ends_as_if_never_killed(
 
 def keep_ledger(world: World, run_dir: Path, options: Options, life: int, death: tuple[int, int]) -> None:
     """Run a rank that records the samples of each step; `death`: the killed rank and its step."""
-    step = Engine.step
+    batches = Step.__iter__
     count = itertools.count(1)
 
-    def noted(engine: Engine, what: Step, *args: Any) -> None:
+    def noted(step: Step) -> Iterator[Any]:
+        what = step._plan
         at = [what.after.epoch, what.after.position]
         append_line(run_dir / "ledger", {"life": life, "rank": world.rank, "at": at, "ids": what.microbatches})
         if (world.rank, next(count)) == death:
             os.kill(os.getpid(), signal.SIGKILL)
-        step(engine, what, *args)
+        return batches(step)
 
-    Engine.step = noted  # type: ignore[method-assign,assignment]
+    Step.__iter__ = noted  # type: ignore[method-assign]
     with dying_of_loneliness():
         train_in_world(world, run_dir, options)
 
@@ -148,20 +152,20 @@ def train_and_stop(world: World, run_dir: Path, options: Options, after: int) ->
     torch.set_num_threads(1)
     run_dir.mkdir(parents=True, exist_ok=True)
     with Context(run_dir, world) as ctx:
-        step, count = Engine.step, 0
+        finish, count = Step._finish, 0
 
-        def counted(self: Engine, *args: Any) -> None:
+        def counted(self: Step) -> None:
             nonlocal count
-            step(self, *args)
+            finish(self)
             count += 1
             if count == after and world.rank == world.world_size - 1:
                 ctx.request_stop("test")
 
-        Engine.step = counted  # type: ignore[method-assign,assignment]
+        Step._finish = counted  # type: ignore[method-assign]
         try:
             return train(ctx, TrainConfig(**options)), ctx.stopped
         finally:
-            Engine.step = step  # type: ignore[method-assign]
+            Step._finish = finish  # type: ignore[method-assign]
 
 
 def test_a_stop_saves_and_the_run_ends_as_if_never_stopped(tmp_path: Path, options: Options) -> None:

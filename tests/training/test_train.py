@@ -157,6 +157,27 @@ def test_lower_precision_learns_the_same(tmp_path: Path, options: Options, preci
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
+def test_a_pretrained_model_is_trained_with_dropout_and_evaluated_without(
+    tmp_path: Path, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Libraries load models in evaluation mode."""
+    model = load_model("tiny", 2)
+    model.config.hidden_dropout_prob = 0.5
+    type(model)(model.config).save_pretrained(tmp_path / "model")
+    load_tokenizer("tiny").save_pretrained(tmp_path / "model")
+    modes: list[tuple[bool, bool]] = []
+    dropout = torch.nn.functional.dropout
+
+    def noted(values: torch.Tensor, p: float, training: bool, inplace: bool = False) -> torch.Tensor:
+        modes.append((training, torch.is_grad_enabled()))
+        return dropout(values, p, training, inplace)
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", noted)
+    train_in(ONE, tmp_path / "run", **options, model=str(tmp_path / "model"), max_steps=8)
+    assert {(True, True), (False, False)} == set(modes)
+    assert modes[0] == (True, True)
+
+
 def test_length_buckets_keep_the_samples_and_may_not_change_within_a_run(tmp_path: Path, options: Options) -> None:
     train_in(ONE, tmp_path / "run", **options, length_buckets=True, max_steps=3)
     with pytest.raises(ConfigError, match="--length-buckets cannot be changed"):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from training.bert.model import TINY
-from training.bert.sources import PAIRS
-
-if TYPE_CHECKING:
-    pass
+from training.bert.metric_lookup import check_metric
+from training.bert.model import TINY, check_model
+from training.bert.sources import PAIRS, check_source, find_source
+from training.errors import ConfigError
+from training.reporting.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -56,3 +56,25 @@ class TrainConfig:
             epochs=self.epochs or (4 if tiny else 3),
             lr=self.lr or (1e-3 if tiny else 5e-5),
         )
+
+
+def check(config: TrainConfig) -> None:
+    """Raise ConfigError for a request that cannot work; cheap and without torch, to run before anything is sent."""
+    for name in ("num_labels", "max_length", "eval_batch_size", "log_every", "save_every", "keep"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)} must be 1 or more")
+    for name in ("global_batch", "max_steps", "warmup_steps", "weight_decay", "max_grad_norm", "seed"):
+        if getattr(config, name) < 0:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)} must be 0 or more")
+    for name in ("batch_size", "epochs", "lr"):
+        if getattr(config, name) is not None and getattr(config, name) <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)} must be more than 0")
+    check_trackers(config.log_with)
+    check_metric(config.metric)
+    if config.mirror:
+        from training.checkpoints.mirror import open_store
+
+        open_store(config.mirror)
+    check_model(config.model)
+    for split, file in (("train", config.train_file), ("validation", config.validation_file)):
+        check_source(find_source(split, config.dataset, file), config.num_labels)

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.errors import ConfigError
+from training.files import sync_folder
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from training.context import Context
+    from training.loop.steps import Steps
 
 TINY = "tiny"
 VOCABULARY = Path(__file__).parents[1] / "corpus" / "vocab.txt"
@@ -93,6 +103,57 @@ def load_model(name: str, num_labels: int) -> PreTrainedModel:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(_cannot_load(name, error)) from error
+
+
+def settings_of(model: PreTrainedModel) -> dict[str, Any]:
+    """The content of config.json, with which `from_pretrained` loads the weights."""
+    settings: dict[str, Any] = model.config.to_dict()
+    return settings | {"architectures": [type(model).__name__]}
+
+
+def learning_rate(
+    name: str, warmup_steps: int, optimizer: torch.optim.Optimizer, steps: Steps
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The schedule `name` of transformers over all steps, whose number a checkpoint may change."""
+    import torch
+    from transformers import get_scheduler
+
+    @cache
+    def factors(total: int) -> Callable[[int], float]:
+        factor: Callable[[int], float] = get_scheduler(
+            name, torch.optim.SGD([torch.zeros(1)], 1.0), warmup_steps, total
+        ).lr_lambdas[0]
+        return factor
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factors(steps.total)(step))
+
+
+def publish(ctx: Context, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Save the final model for `from_pretrained`, atomically, to `run_dir/model`; returns the folder name.
+
+    Raises OSError if it cannot be written. A collective.
+    """
+    from safetensors import SafetensorError
+
+    from training.checkpoints.sharding import whole
+
+    weights = whole(model.state_dict(), keep=ctx.world.rank == 0)
+    if ctx.world.rank == 0:
+        staging, target = ctx.run_dir / ".model.staging", ctx.run_dir / "model"
+        shutil.rmtree(staging, ignore_errors=True)
+        try:
+            model.save_pretrained(staging, state_dict=weights)
+        except SafetensorError as error:  # hides the errno, such as that of a full disk
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(staging)) from error
+        tokenizer.save_pretrained(staging)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(staging, target)
+        sync_folder(ctx.run_dir)
+    ctx.group.barrier()
+    return "model"
 
 
 def _look_for_equal_words(model: PreTrainedModel) -> None:

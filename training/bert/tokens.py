@@ -11,15 +11,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.bert.sources import Source, check_label, fingerprint_of, read
+from training.bert.model import load_tokenizer
+from training.bert.sources import Source, check_label, find_source, fingerprint_of, read
+from training.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+    from training.bert.config import TrainConfig
+    from training.context import Context
 
 CACHE = Path("~/.cache/launch/tokens")
 IN_MEMORY_ROWS = 50_000
 TOKENS_VERSION = 1  # increase it if the result of `_encode` changes
+STATIC_LENGTHS = 32  # tokens to a multiple of which batches are padded, if each shape is compiled
 PARALLEL_ROWS = 100_000  # with fewer rows, starting several processes takes longer than tokenising
 
 
@@ -43,12 +50,85 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def __getitem__(self, sample: int) -> dict[str, Any]:
+        return self.rows((sample,))[0]
+
+    def __getitems__(self, ids: Sequence[int]) -> list[dict[str, Any]]:
+        return self.rows(ids)
+
     def rows(self, ids: Sequence[int]) -> list[dict[str, Any]]:
         """The features (input_ids, ..., labels; lists of int) of the samples `ids`, in their order."""
         if self._columns is not None:
             return [{name: values[sample] for name, values in self._columns.items()} for sample in ids]
         columns = self._data[list(ids)]
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def load_data(ctx: Context, config: TrainConfig) -> tuple[PreTrainedTokenizerBase, Encoded, Encoded]:
+    """The tokeniser and both splits. The first rank of each node fills the cache, then the others read it.
+
+    Raises ConfigError, on all ranks, for unusable data and for data that are not the same everywhere.
+    """
+
+    def load() -> tuple[PreTrainedTokenizerBase, Encoded, Encoded]:
+        tokenizer = load_tokenizer(config.model)
+        longest = min(config.max_length, tokenizer.model_max_length)
+        train_data, validation = (
+            encode(
+                find_source(split, config.dataset, file),
+                tokenizer,
+                max_length=longest,
+                num_labels=config.num_labels,
+                cache=config.cache,
+            )
+            for split, file in (("train", config.train_file), ("validation", config.validation_file))
+        )
+        return tokenizer, train_data, validation
+
+    quiet()
+    loaded, problem = None, None
+    if ctx.world.local_rank == 0:
+        try:
+            loaded = load()
+        except ConfigError as error:  # sent to all ranks, which would otherwise wait for this one
+            problem = str(error)
+    problems = [text for text in ctx.group.gather(problem) if text]
+    if problems:
+        raise ConfigError(problems[0])
+    tokenizer, *splits = loaded or load()
+    prints = ctx.group.gather([split.fingerprint for split in splits])
+    different = next((rank for rank, found in enumerate(prints) if found != prints[0]), None)
+    if different is not None:
+        raise ConfigError(
+            f"rank {different} has other data than rank 0; give every node the same files, and let a function of your "
+            "own return the same rows in the same order every time"
+        )
+    return tokenizer, splits[0], splits[1]
+
+
+def quiet() -> None:
+    """Keep the libraries' bars and advice out of the log."""
+    from datasets import disable_progress_bars
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+
+
+class Collate:
+    """Makes a batch of samples: int64 tensors of shape (samples, tokens of the longest), by name.
+
+    With `static`, lengths are rounded up to few values, because each shape is compiled.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, static: bool) -> None:
+        from transformers import DataCollatorWithPadding
+
+        self._pad = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=STATIC_LENGTHS if static else None)
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return dict(self._pad(samples))
 
 
 def encode(

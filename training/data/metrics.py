@@ -9,8 +9,6 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from training.distributed.group import Group
-
 # (predictions, references), float64 arrays of shape (samples,) in the order of the ids -> name -> value
 Metric = Callable[["npt.NDArray[np.float64]", "npt.NDArray[np.float64]"], dict[str, float]]
 
@@ -23,29 +21,6 @@ def evaluation_batches(lengths: Sequence[int], batch_size: int) -> list[list[int
     """
     ordered = sorted(range(len(lengths)), key=lambda sample: (lengths[sample], sample))
     return [ordered[at : at + batch_size] for at in range(0, len(ordered), batch_size)]
-
-
-def combine(
-    group: Group,
-    metric: Metric,
-    size: int,
-    ids: Sequence[int],
-    predictions: Sequence[float],
-    references: Sequence[float],
-    most: int | None = None,
-) -> dict[str, float]:
-    """Return the metric over the predictions of all ranks, and their number as "samples". A collective.
-
-    Each rank contributes up to `most` of the `size` samples. Raises RuntimeError unless each id of range(size) is
-    contributed exactly once.
-    """
-    import numpy as np
-
-    local = np.array([ids, predictions, references], dtype=np.float64).T.reshape(len(ids), 3)
-    rows = group.gather_rows(local, size if most is None else most)
-    rows = rows[np.argsort(rows[:, 0], kind="stable")]
-    check_each_once(rows[:, 0].astype(np.int64), size)
-    return {**metric(rows[:, 1], rows[:, 2]), "samples": size}
 
 
 def check_each_once(ids: npt.NDArray[np.int64], size: int) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import socket
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from training.distributed.cuda_faults import driver_fault, why_no_gpu
@@ -70,11 +69,8 @@ class Runtime:
     def submit(self) -> None:
         """Start the recorded operations on a device that does not start them at once."""
 
-    def without_gradients(self) -> AbstractContextManager[Any]:
-        """Return a context manager in which no gradients are recorded."""
-        import torch
-
-        return torch.inference_mode()
+    def average(self, gradients: list[torch.Tensor]) -> None:
+        """Average `gradients` over the ranks in place, if DDP does not do it on this device. A collective."""
 
     def seed(self, seed: int) -> None:
         """Seed every random generator of this process."""
@@ -203,11 +199,10 @@ class TorchXla(Runtime):
     def submit(self) -> None:
         _need("torch_xla").sync()
 
-    def without_gradients(self) -> AbstractContextManager[Any]:
-        """Return a context manager in which no gradients are recorded."""
-        import torch
-
-        return torch.no_grad()  # torch_xla does not support inference mode
+    def average(self, gradients: list[torch.Tensor]) -> None:
+        """Average `gradients` over the ranks in place; the graph of the step then holds it."""
+        scale = 1.0 / _need("torch_xla.runtime").world_size()
+        _need("torch_xla.core.xla_model").all_reduce("sum", gradients, scale=scale)
 
     def seed(self, seed: int) -> None:
         """Seed the generators of the host and of the device."""

@@ -13,8 +13,6 @@ from training.distributed.world import World
 from training.errors import ConfigError
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
     import torch
 
 TIMEOUT = timedelta(minutes=30)  # of a collective; then it raises an error
@@ -37,13 +35,6 @@ class Group:
     def gather(self, value: Any) -> list[Any]:
         """Return the values of all ranks, in rank order, on every rank. Objects are pickled."""
         return [value]
-
-    def gather_rows(self, rows: npt.NDArray[np.float64], most: int) -> npt.NDArray[np.float64]:
-        """Return the concatenated rows of all ranks: float64, shape (up to `most`, columns) on each rank.
-
-        `most` is the same on every rank, and no row has NaN in its first column.
-        """
-        return rows
 
     def any(self, flag: bool) -> bool:
         """Return whether `flag` is true on at least one rank."""
@@ -117,21 +108,6 @@ class TorchGroup(Group):
         box: list[Any] = [None] * self.size
         dist.all_gather_object(box, value, group=self._control)
         return box
-
-    def gather_rows(self, rows: npt.NDArray[np.float64], most: int) -> npt.NDArray[np.float64]:
-        """Return the concatenated rows of all ranks, by one collective of `most` rows a rank."""
-        import numpy as np
-        import torch
-        import torch.distributed as dist
-
-        local = torch.full((most, rows.shape[1]), torch.nan, dtype=torch.float64)
-        local[: len(rows)] = torch.from_numpy(rows)
-        everything = torch.empty((self.size * most, rows.shape[1]), dtype=torch.float64)
-        # torch 2.13 renamed it and warns about the old name.
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(everything, local, group=self._control)
-        together: npt.NDArray[np.float64] = everything.numpy()
-        return together[~np.isnan(together[:, 0])]
 
     def any(self, flag: bool) -> bool:
         return self.post_any(flag).result()

@@ -98,7 +98,8 @@ def check_replicas(group: Group, model: torch.nn.Module, also: Any = None) -> No
         raise ReplicaError(
             f"{_ranks(odd)} of {group.size} ranks hold other weights than the rest ({len(names)} of {len(reference)}"
             f" parameters differ, such as {names[0] if names else 'further ones there'}), so gradients are not averaged"
-            f" between the ranks, or a rank changes its weights by itself"
+            f" between the ranks, or a rank changes its weights by itself; if the loss does not depend on all parameters,"
+            f" give ctx.setup find_unused_parameters=True"
         )
     odd = _odd([text for _, text in found])
     if odd:

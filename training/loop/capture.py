@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from training.checkpoints.sharding import local_parts, part_name
+from training.checkpoints.sharding import local_parts, part_name, whole
 from training.checkpoints.tree import decode, encode
 from training.distributed.random_state import mixed_seed
 from training.errors import CheckpointError, ConfigError
-from training.loop.items import digest, is_replicated, is_sharded, on_cpu, put_back, state_of
+from training.loop.agreed import FORMAT
+from training.loop.items import digest, is_replicated, is_sharded, on_cpu, put_back, settled, state_of
 
 if TYPE_CHECKING:
     import torch
@@ -17,26 +18,17 @@ if TYPE_CHECKING:
     from training.loop.rank import Rank
 
 
-def capture(rank: Rank, items: dict[str, Any], step: int) -> dict[str, Any]:
+def capture(
+    rank: Rank, items: dict[str, Any], step: int, *, in_parts: bool = True, overlap: bool = False
+) -> dict[str, Any]:
     """The files that this rank writes: all of them on rank 0, its parts of sharded items on another one. A collective.
+
+    Without `in_parts`, rank 0 writes sharded items, too. With `overlap`, the tensors of the files stay as they are until the
+    next update; without it, until this rank goes on.
 
     Raises CheckpointError, on all ranks, if the state of an item cannot be saved on one of them.
     """
-    encoded: dict[str, Encoded] = {}
-    generators: dict[str, torch.Tensor] = {}
-    problem = ""
-    try:
-        for name, item in items.items():
-            if rank.world.rank == 0 or not is_replicated(item) or is_sharded(item):
-                encoded[name] = encode(state_of(item), name)
-        generators = rank.runtime.rng_state()
-    except Exception as error:  # the other ranks wait for this one
-        problem = f"{type(error).__name__}: {error}"
-    own = {name: digest(each) for name, each in encoded.items() if not is_replicated(items[name])}
-    ranks = rank.group.gather((problem, generators, own))
-    for number, (text, _, _) in enumerate(ranks):
-        if text:
-            raise CheckpointError(f"rank {number}: {text}" if len(ranks) > 1 else text)
+    encoded, ranks = _states(rank, items, overlap)
     trees: dict[str, list[Any]] = {}
     parts: dict[str, Any] = {}
     sharded: dict[str, Any] = {}  # what every rank writes
@@ -47,11 +39,14 @@ def capture(rank: Rank, items: dict[str, Any], step: int) -> dict[str, Any]:
             trees[name] = [tree for tree, _ in of_ranks]
             parts |= {f"{name}@{number:05d}.safetensors": tensors for number, (_, tensors) in enumerate(of_ranks)}
         elif name in encoded:
-            trees[name] = [encoded[name][0]]
-            if is_sharded(item):
-                sharded[part_name(file, rank.world.rank)] = local_parts(encoded[name][1], rank.world.rank)
+            tree, tensors = encoded[name]
+            trees[name] = [tree]
+            if not is_sharded(item):
+                parts[file] = tensors
+            elif in_parts:
+                sharded[part_name(file, rank.world.rank)] = local_parts(tensors, rank.world.rank)
             else:
-                parts[file] = encoded[name][1]
+                parts[file] = whole(tensors, keep=rank.world.rank == 0)
     if rank.world.rank:
         return sharded
     states = {f"{number}.{name}": tensor for number, each in enumerate(ranks) for name, tensor in each[1].items()}
@@ -59,8 +54,30 @@ def capture(rank: Rank, items: dict[str, Any], step: int) -> dict[str, Any]:
         **sharded,
         **{file: tensors for file, tensors in parts.items() if tensors},
         "rng.safetensors": states,
-        "state.json": {"format": 1, "step": step, "ranks": len(ranks), "items": trees},
+        "state.json": {"format": FORMAT, "step": step, "ranks": len(ranks), "items": trees},
     }
+
+
+def _states(rank: Rank, items: dict[str, Any], overlap: bool) -> tuple[dict[str, Encoded], list[Any]]:
+    """The states that this rank has to write, and the problem, generators and hashes of every rank. A collective."""
+    encoded: dict[str, Encoded] = {}
+    generators: dict[str, torch.Tensor] = {}
+    problem = ""
+    try:
+        for name, item in items.items():
+            if rank.world.rank == 0 or not is_replicated(item) or is_sharded(item):
+                encoded[name] = encode(state_of(item), name)
+                if overlap:
+                    encoded[name] = settled(item, encoded[name])
+        generators = rank.runtime.rng_state()
+    except Exception as error:  # the other ranks wait for this one
+        problem = f"{type(error).__name__}: {error}"
+    own = {name: digest(each) for name, each in encoded.items() if not is_replicated(items[name])}
+    ranks = rank.group.gather((problem, generators, own))
+    for number, (text, _, _) in enumerate(ranks):
+        if text:
+            raise CheckpointError(f"rank {number}: {text}" if len(ranks) > 1 else text)
+    return encoded, ranks
 
 
 def restore(rank: Rank, items: dict[str, Any], parts: dict[str, Any]) -> None:
@@ -68,6 +85,8 @@ def restore(rank: Rank, items: dict[str, Any], parts: dict[str, Any]) -> None:
 
     Raises CheckpointError if the checkpoint is of other items, and ConfigError if the run has changed otherwise.
     """
+    import torch
+
     saved = parts["state.json"]
     strange = sorted(saved["items"].keys() ^ items.keys())
     if strange:
@@ -82,7 +101,8 @@ def restore(rank: Rank, items: dict[str, Any], parts: dict[str, Any]) -> None:
         except ConfigError:
             raise
         except Exception as error:
-            raise CheckpointError(f"{name} does not take the state of step {saved['step']}: {error}") from error
+            kind = " of another model" if isinstance(item, torch.nn.Module) else ""
+            raise CheckpointError(f"{name} does not take the state of step {saved['step']}{kind}: {error}") from error
     generators: dict[str, dict[str, torch.Tensor]] = {}
     for full, tensor in parts["rng.safetensors"].items():
         owner, _, name = full.partition(".")

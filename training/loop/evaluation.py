@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from training.data.fetch import Fetch, check_map_style, to_device
-from training.data.metrics import check_each_once
+from training.data.metrics import check_each_once, evaluation_batches
 from training.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,15 +28,16 @@ def evaluate(
     *,
     collate: Callable[[list[Any]], Any] | None,
     batch_size: int,
+    lengths: Sequence[int] | None,
 ) -> dict[str, Any]:
     """See `Context.evaluate`."""
     if batch_size < 1:
         raise ConfigError(f"ctx.evaluate: batch_size={batch_size} must be 1 or more")
-    size = check_map_style(data, "ctx.evaluate")
+    size = check_map_style(data, "ctx.evaluate", lengths)
     world = rank.world
     fetch = Fetch(data, collate)
     # Batches do not depend on the number of ranks, and so neither does a prediction that depends on its batch.
-    batches = [tuple(range(at, min(at + batch_size, size))) for at in range(0, size, batch_size)]
+    batches = [tuple(batch) for batch in evaluation_batches(lengths or [0] * size, batch_size)]
     local = batches[world.rank :: world.world_size]
     ids: list[int] = []
     made: list[Columns] = []
@@ -45,14 +46,15 @@ def evaluate(
             for batch in local:
                 made.append(_columns(predict(to_device(fetch[0, batch], rank.device)), len(batch)))
                 ids += batch
+                rank.runtime.submit()
                 rank.heartbeat.beat()
             if models.sharded and len(local) < -(-len(batches) // world.world_size):
                 predict(to_device(fetch[0, batches[0]], rank.device))  # takes part in gathering the parameters
         everything = rank.group.gather((ids, made))
-        return _measure(metric, size, everything, rank)
+        return measure(metric, size, everything, rank)
 
 
-def _measure(metric: Callable[..., Any], size: int, everything: list[Any], rank: Rank) -> dict[str, Any]:
+def measure(metric: Callable[..., Any], size: int, everything: list[Any], rank: Rank) -> dict[str, Any]:
     """The metric of the predictions of all ranks, computed by rank 0. A collective."""
     import numpy as np
 

@@ -53,6 +53,20 @@ def state_of(item: Any) -> Any:
     return {_bare(name, wrappers): value for name, value in state.items()}
 
 
+def settled(item: Any, encoded: Encoded) -> Encoded:
+    """`encoded` without tensors that may change before the next update: buffers, and those of other things, are copied."""
+    import torch
+
+    if isinstance(item, torch.optim.Optimizer):
+        return encoded
+    kept: set[str] = set()
+    if isinstance(item, torch.nn.Module):
+        wrappers = list(_wrappers(item))
+        kept = {_bare(name, wrappers) for name, _ in item.named_parameters()}
+    tree, tensors = encoded
+    return tree, {name: tensor if name in kept else tensor.clone() for name, tensor in tensors.items()}
+
+
 def put_back(item: Any, state: Any) -> None:
     """Load a state that `state_of` has returned; of sharded items this rank takes its part. Raises the item's errors."""
     import torch

@@ -20,7 +20,8 @@ from training.files import Lines, plain
 if TYPE_CHECKING:
     import torch
 
-    from training.checkpoints.store import Checkpoints
+    from training.checkpoints.mirror import Mirror
+    from training.checkpoints.store import Checkpoint, Checkpoints
 
 STAT_SECONDS = 0.25  # between two checks of rank 0 for the file `stop`, because a shared file system may be slow
 
@@ -32,6 +33,7 @@ class Rank:
         stopped: set by `should_stop`.
         stop_reason: the reason given to this rank; empty if another rank was asked to stop.
         failed_saves: {"step", "error"} of each save of this rank that failed, oldest first.
+        mirror: the store to which checkpoints are copied; set by `Context.state`.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Rank:
         self.stopped = False
         self.stop_reason = ""
         self.failed_saves: list[dict[str, Any]] = []
+        self.mirror: Mirror | None = None
         self._votes: dict[str, Vote] = {}
         self._next_stat = 0.0
         self._lines = Lines()
@@ -75,10 +78,15 @@ class Rank:
         from training.checkpoints.store import Checkpoints
 
         checkpoints = Checkpoints(self.run_dir / "checkpoints")
-        checkpoints.on_saved = lambda saved: self.note_saved(saved.step, saved.stall_seconds)
+        checkpoints.on_saved = self._on_saved
         checkpoints.on_failed = self.note_failed_save
         checkpoints.on_damaged = lambda error: self.event("checkpoint-damaged", error=str(error))
         return checkpoints
+
+    def _on_saved(self, saved: Checkpoint) -> None:
+        self.note_saved(saved.step, saved.stall_seconds)
+        if self.mirror is not None:
+            self.mirror.push(saved)
 
     def seed(self, seed: int) -> None:
         """Seed the generators of Python, numpy and torch, the same on every rank; `state.restore` makes them differ."""
@@ -174,6 +182,8 @@ class Rank:
                 vote.settle()
         if "checkpoints" in self.__dict__:
             self.checkpoints.close()
+        if self.mirror is not None:
+            self.mirror.close()
         if "group" in self.__dict__:
             self.__dict__.pop("group").close()
         self._lines.flush()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from training.distributed.replicas import fix_order_of_gradients, replicate, same_on_all_ranks
+from training.distributed.replicas import check_replicas, fix_order_of_gradients, replicate, same_on_all_ranks
 from training.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,13 +29,16 @@ class LossScale:
     Attributes:
         value: the factor; 1 without fp16.
         good: steps with finite gradients since the factor was changed.
+        skipped: the gradients of the last step were not finite.
     """
 
     value: float = 1.0
     good: int = 0
+    skipped: bool = field(default=False, compare=False)
 
     def update(self, finite: bool) -> None:
         """Halve the factor after gradients that are not finite, and double it after GROWTH_STEPS steps without."""
+        self.skipped = not finite
         self.good = self.good + 1 if finite else 0
         if not finite:
             self.value /= 2
@@ -59,7 +62,13 @@ class Models:
         self.sharded: list[Any] = []
 
     def prepare(
-        self, model: M, *, precision: str, compile_model: bool, shard: bool, find_unused_parameters: bool
+        self,
+        model: M,
+        *,
+        precision: str,
+        compile_model: bool | Mapping[str, Any],
+        shard: bool,
+        find_unused_parameters: bool,
     ) -> M | torch.nn.Module:
         """Prepare `model` and return what trains: `model` itself, or its replica. A collective."""
         import torch
@@ -69,8 +78,6 @@ class Models:
             raise ConfigError(f"ctx.setup takes a torch.nn.Module, and not a {type(model).__name__}")
         several = rank.world.world_size > 1
         rank.runtime.check(precision, shard=shard and several)
-        if several and not rank.runtime.ddp:
-            raise ConfigError("ctx.setup does not average gradients on torch_xla; use torch_tpu, GPUs or CPU ranks")
         if rank.world.threads:
             torch.set_num_threads(rank.world.threads)
         model.to(rank.device)
@@ -88,14 +95,15 @@ class Models:
             _autocast(model, rank.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
         self._models.append(model)
         prepared: torch.nn.Module = model
-        if several and trained and not shard:
+        if several and trained and not shard and rank.runtime.ddp:
             _ = rank.group
             prepared = replica = replicate(model, rank.device, find_unused_parameters=find_unused_parameters)
-            if not find_unused_parameters:
+            if not find_unused_parameters and rank.world.world_size > 2:  # two numbers have one order
                 fix_order_of_gradients(replica)
             self._replicas.append(replica)
-        if compile_model and rank.runtime.dynamic_shapes:
-            model.compile()  # in place, so that the names of the parameters stay
+        if compile_model and rank.runtime.dynamic_shapes:  # a runtime with static shapes compiles by itself
+            options = {} if compile_model is True else compile_model
+            model.compile(**options)  # in place, so that the names of the parameters stay
         return prepared
 
     @property
@@ -110,6 +118,23 @@ class Models:
         for model in self.sharded:
             model.set_requires_gradient_sync(on)
 
+    def average_gradients(self) -> None:
+        """Average the gradients of a step over the ranks, on a device for which DDP does not. A collective."""
+        if self._rank.world.world_size > 1 and not self._rank.runtime.ddp:
+            self._rank.runtime.average([_gradient(parameter) for parameter in self._parameters()])
+
+    def check_replicas(self, also: Any) -> None:
+        """Raise ReplicaError unless the models that are not sharded, and `also`, are the same on all ranks. A collective."""
+        import torch
+
+        whole = [model for model in self._models if model not in self.sharded]
+        check_replicas(self._rank.group, torch.nn.ModuleList(whole), also)
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        """The parameters that have gradients, in the same order on all ranks; those that models share once."""
+        every = dict.fromkeys(parameter for model in self._models for parameter in model.parameters())
+        return [parameter for parameter in every if parameter.grad is not None]
+
     def divide_gradients(self, divisor: float) -> bool:
         """Divide the gradients by `divisor` and the factor on losses; returns false if that removes them.
 
@@ -121,14 +146,15 @@ class Models:
         scaled = self.scale.value != 1.0
         if not scaled and divisor == 1.0:
             return True
-        parameters = {parameter for model in self._models for parameter in model.parameters()}
-        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        parameters = self._parameters()
+        grads = [_gradient(parameter) for parameter in parameters]
         with torch.no_grad():
             for grad in grads:
                 grad /= self.scale.value * divisor
         if not scaled:
             return True
-        finite = all(bool(_local(grad).isfinite().all()) for grad in grads)
+        # Asked for once: each answer waits for the device.
+        finite = not grads or bool(torch.stack([_local(grad).isfinite().all() for grad in grads]).all())
         if self.sharded:
             finite = not self._rank.group.any(not finite)
         self.scale.update(finite)
@@ -164,6 +190,11 @@ class Models:
                 module.train(mode)
             for replica, before in zip(self._replicas, syncing, strict=True):
                 replica.require_forward_param_sync = before
+
+
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def _local(tensor: Any) -> torch.Tensor:

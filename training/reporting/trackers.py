@@ -9,10 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from training.distributed.group import environment
 from training.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from training.context import Context
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
@@ -33,6 +36,25 @@ def check_trackers(names: tuple[str, ...]) -> None:
             )
         if name not in installed:
             raise ConfigError(f"--log-with {name} needs a package: pip install {name}, or give --log-with=")
+
+
+def make_accelerator(ctx: Context) -> Accelerator:
+    """Create an Accelerator that uses the device and the process group of `ctx`."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # for a second run in one process, as in a notebook
+    GradientState._reset_state()
+    _ = ctx.group  # created first, so that accelerate uses this process group
+    facts: dict[str, str | None] = dict(ctx.world.environment())
+    if ctx.world.world_size == 1:
+        facts = dict.fromkeys(facts)
+    facts["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # if unset, accelerate changes the number of threads
+    facts["ACCELERATE_TORCH_DEVICE"] = str(ctx.device)
+    facts["ACCELERATE_USE_CPU"] = str(ctx.world.device == "cpu").lower()
+    with environment(facts):
+        return Accelerator(cpu=ctx.world.device == "cpu", mixed_precision="no")
 
 
 class Trackers:

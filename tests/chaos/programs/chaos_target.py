@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch.distributed
 from accelerate import Accelerator  # noqa: F401
@@ -19,12 +19,12 @@ from training.train import train
 def main(ctx: Context, config: TrainConfig) -> dict[str, Any]:
     asked = ctx.should_stop
 
-    def slowly(step: int) -> bool:
+    def slowly(step: SupportsIndex, **options: Any) -> bool:
         time.sleep(pace(ctx.run_dir / "pace"))
         hang(ctx)
-        return asked(step)
+        return asked(step, **options)
 
-    ctx.should_stop = slowly  # type: ignore[method-assign, assignment]
+    ctx.should_stop = slowly  # type: ignore[method-assign]
     return train(ctx, config)
 
 

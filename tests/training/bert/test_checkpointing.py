@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -22,15 +22,14 @@ import torch
 
 from tests.training.faults import parts, save_with_a_fault, shards
 from tests.training.ranks import assert_same_end, spawn, train_in
-from training.bert.checkpointing import Store
-from training.bert.config import TrainConfig
-from training.bert.engine import Engine
 from training.checkpoints.manifest import load, read_manifest
 from training.checkpoints.store import Checkpoints
 from training.context import Context
 from training.distributed.world import World
 from training.errors import CheckpointError, ConfigError
 from training.files import read_lines
+from training.loop.saved import SavedState
+from training.loop.steps import Step
 
 Options = dict[str, Any]
 AT_ONCE = 24  # trials in parallel; they mostly wait for each other and for the disk
@@ -181,16 +180,15 @@ def test_a_node_that_lacks_the_checkpoint_is_named_to_all(tmp_path: Path, option
 def test_a_copy_in_the_mirror_that_is_another_checkpoint_is_refused(tmp_path: Path) -> None:
     for name in ("one", "other"):
         with Context(tmp_path / name / "run", World()) as ctx:
-            store = Store(ctx, TrainConfig(mirror=f"file://{tmp_path}/store"))
+            ctx.state(mirror=f"file://{tmp_path}/store")
             ctx.run_dir.mkdir(parents=True)
             ctx.checkpoints.save(1, parts(len(name)), wait=True)
-            store.close()
     digest = read_manifest(tmp_path / "one/run/checkpoints/step-000000001")["sha256"]
     with (
         Context(tmp_path / "third/run", World()) as ctx,
         pytest.raises(CheckpointError, match="as the mirror has it is not the checkpoint that rank 0 has"),
     ):
-        Store(ctx, TrainConfig(mirror=f"file://{tmp_path}/store"))._bring("step-000000001", digest)
+        ctx.state(mirror=f"file://{tmp_path}/store")._finder.bring("step-000000001", digest)
 
 
 # --- failing disks
@@ -206,16 +204,16 @@ def fill(disk: Path, leave: int) -> Path:
 
 def at_step(monkeypatch: pytest.MonkeyPatch, actions: dict[int, Callable[[], object]]) -> None:
     """Call `actions` (step -> function) before these optimizer steps, without a save in progress."""
-    step = Engine.step
+    batches = Step.__iter__
     count = itertools.count(1)
 
-    def acting(engine: Engine, *args: Any) -> None:
+    def acting(step: Step) -> Iterator[Any]:
         if action := actions.get(next(count)):
-            engine.ctx.checkpoints.wait()
+            step._steps._rank.checkpoints.wait()
             action()
-        step(engine, *args)
+        return batches(step)
 
-    monkeypatch.setattr(Engine, "step", acting)
+    monkeypatch.setattr(Step, "__iter__", acting)
 
 
 @pytest.mark.slow
@@ -276,9 +274,9 @@ def test_a_final_model_that_finds_no_room_is_published_by_the_next_start(
 ) -> None:
     """The library that writes it raises its own exception, without the errno of a full disk."""
     one, run = World(threads=1), disk / "run"
-    finish = Store.finish
+    wait = SavedState.wait
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "finish", lambda self: (finish(self), fill(disk, 100_000))[0])
+        patch.setattr(SavedState, "wait", lambda self: (wait(self), fill(disk, 100_000))[0])
         with pytest.raises(OSError, match="No space left on device") as raised:
             train_in(one, run, **options)
     assert raised.value.errno == errno.ENOSPC

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,29 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.training.ranks import spawn
+from training.context import Context
 from training.data.metrics import (
     accuracy,
     accuracy_and_f1,
-    combine,
     evaluation_batches,
     metric_for,
     pearson_and_spearman,
 )
-from training.distributed.group import Group, make_group
 from training.distributed.world import World
+from training.loop.evaluation import measure
 
 pytestmark = pytest.mark.usefixtures("rank_server")
-
-
-class Simulated(Group):
-    """Rank 0 of several ranks that have all contributed their values."""
-
-    def __init__(self, others: list[Any]) -> None:
-        self.others = others
-
-    def gather_rows(self, rows: Any, most: int) -> Any:
-        assert max(map(len, [rows, *self.others])) <= most
-        return np.concatenate([rows, *self.others])
 
 
 def predict(sample: int) -> int:
@@ -42,47 +32,54 @@ def reference(sample: int) -> int:
     return (sample * 40503 >> 3) % 3 > 0
 
 
+def lengths(size: int) -> list[int]:
+    return [(sample * 13) % 50 for sample in range(size)]
+
+
 def shares(size: int, batch_size: int, world_size: int) -> list[list[int]]:
-    lengths = [(sample * 13) % 50 for sample in range(size)]
-    batches = evaluation_batches(lengths, batch_size)
+    batches = evaluation_batches(lengths(size), batch_size)
     return [[sample for batch in batches[rank::world_size] for sample in batch] for rank in range(world_size)]
 
 
-def brought(ids: list[int]) -> Any:
-    rows = [ids, [predict(sample) for sample in ids], [reference(sample) for sample in ids]]
-    return np.array(rows, dtype=np.float64).T.reshape(len(ids), 3)
+def brought(ids: list[int]) -> tuple[list[int], list[Any]]:
+    """What a rank sends: the ids, and the arrays of its batches."""
+    arrays = [np.array([predict(sample) for sample in ids]), np.array([reference(sample) for sample in ids])]
+    return ids, [arrays] if ids else []
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 8, 32])
 @pytest.mark.parametrize("world_size", range(1, 9))
-def test_any_number_of_ranks_gives_the_number_of_one(world_size: int, batch_size: int) -> None:
+def test_any_number_of_ranks_gives_the_number_of_one(tmp_path: Path, world_size: int, batch_size: int) -> None:
+    with Context(tmp_path, World()) as ctx:
+        of_any_number_of_ranks(ctx, world_size, batch_size)
+
+
+def of_any_number_of_ranks(ctx: Context, world_size: int, batch_size: int) -> None:
     for size in range(1, 409):
         whole = np.arange(size)
         alone = accuracy_and_f1(
             np.array([predict(int(i)) for i in whole], dtype=float), np.array([reference(int(i)) for i in whole], float)
         )
-        mine, *others = [brought(ids) for ids in shares(size, batch_size, world_size)]
-        together = combine(Simulated(others), accuracy_and_f1, size, *mine.T.tolist())
-        assert together == {**alone, "samples": size}
+        ranks = [brought(ids) for ids in shares(size, batch_size, world_size)]
+        assert measure(accuracy_and_f1, size, ranks, ctx) == {**alone, "samples": size}
 
 
-def _combine(world: World, sizes: list[int]) -> list[dict[str, float]]:
-    group = make_group(world)
-    results = []
-    for size in sizes:
-        ids = shares(size, 8, world.world_size)[world.rank]
-        rows = brought(ids).T.tolist()
-        results.append(combine(group, accuracy_and_f1, size, ids, rows[1], rows[2]))
-    group.close()
-    return results
+def _evaluate(world: World, run_dir: Path, sizes: list[int]) -> list[dict[str, float]]:
+    def answers(batch: Any) -> tuple[list[int], list[int]]:
+        return [predict(sample) for sample in batch.tolist()], [reference(sample) for sample in batch.tolist()]
+
+    with Context(run_dir, world) as ctx:
+        return [
+            ctx.evaluate(answers, range(size), accuracy_and_f1, batch_size=8, lengths=lengths(size)) for size in sizes
+        ]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.slow
-def test_real_ranks_give_the_number_of_one(world_size: int) -> None:
+def test_real_ranks_give_the_number_of_one(tmp_path: Path, world_size: int) -> None:
     sizes = [1, 2, 7, 8, 9, 24, 25, 407, 408]
-    alone = _combine(World(), sizes)
-    for result in spawn(_combine, world_size, sizes):
+    alone = _evaluate(World(), tmp_path, sizes)
+    for result in spawn(_evaluate, world_size, tmp_path, sizes):
         assert result == alone
 
 
@@ -90,9 +87,9 @@ def test_real_ranks_give_the_number_of_one(world_size: int) -> None:
     ("ids", "message"),
     [([0, 1], "1 are missing"), ([0, 1, 1], "1 are missing, 1 came more than once"), ([0, 1, 2, 3], "1 do not exist")],
 )
-def test_a_wrong_set_of_samples_is_an_error(ids: list[int], message: str) -> None:
-    with pytest.raises(RuntimeError, match=message):
-        combine(Group(), accuracy, 3, ids, [0] * len(ids), [0] * len(ids))
+def test_a_wrong_set_of_samples_is_an_error(tmp_path: Path, ids: list[int], message: str) -> None:
+    with Context(tmp_path, World()) as ctx, pytest.raises(RuntimeError, match=message):
+        measure(accuracy, 3, [brought(ids)], ctx)
 
 
 vectors = st.integers(1, 60).flatmap(

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from tests.training.ranks import assert_same_end, spawn, train_in, train_in_world
-from training.bert import engine
+from training.bert.model import load_model
 from training.context import Context
 from training.distributed.devices import RUNTIMES, Runtime
 from training.distributed.group import Group
 from training.distributed.replicas import _prints, check_replicas, replicate
 from training.distributed.world import World
 from training.errors import ReplicaError
+from training.reporting.trackers import make_accelerator
 
 pytestmark = pytest.mark.usefixtures("rank_server")
 Options = dict[str, Any]
@@ -37,18 +38,21 @@ def on_an_unknown_device(world: World, runtime: Runtime) -> World:
 
 def train_on_unknown(world: World, run: Path, options: Options) -> tuple[int, dict[str, torch.Tensor]]:
     """Train; returns the world size of accelerate, and this rank's weights."""
-    seen: list[engine.Engine] = []
+    seen: list[Any] = []
 
-    class Seen(engine.Engine):
-        def warm_up(self, data: Any) -> None:
-            seen.append(self)
-            super().warm_up(data)
+    def noted(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seen.append(function(*args, **kwargs))
+            return seen[-1]
+
+        return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "Engine", Seen)
+        patch.setattr("training.train.load_model", noted(load_model))
+        patch.setattr("training.reporting.report.make_accelerator", noted(make_accelerator))
         train_in(on_an_unknown_device(world, Runtime()), run, **options)
-    weights = {name: tensor.numpy() for name, tensor in seen[0].model.state_dict().items()}
-    return seen[0].accelerator.num_processes, weights
+    model, accelerator = seen
+    return accelerator.num_processes, {name: tensor.numpy() for name, tensor in model.state_dict().items()}
 
 
 def test_ranks_on_a_device_that_accelerate_does_not_know_exchange_gradients(tmp_path: Path, options: Options) -> None:
