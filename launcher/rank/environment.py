@@ -33,6 +33,7 @@ def rank_environment(inherited: Mapping[str, str], plan: Plan, world: World, own
         # As under torchrun, a number of threads that the user chose is kept.
         if name != "OMP_NUM_THREADS" or name not in plan.environment:
             environment[name] = value
+    environment.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # as torchrun does
     if world.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""  # scripts ask torch.cuda.is_available(), not us
     if "SLURM_PROCID" in environment:
