@@ -19,6 +19,7 @@ from launcher.lifecycle.run_dir import RunDir
 from launcher.request import snapshot
 from launcher.request.binding import checked_values
 from launcher.request.placement.place import Devices, Placement, place
+from launcher.request.ray_train import refuse_train_object
 from launcher.request.resolve import check_shadowing, python_path, resolve
 from launcher.request.spec import Plan, RunSpec, Target, Values, check_name
 from launcher.request.values import pack, show
@@ -156,6 +157,8 @@ def _find_target(
     spec: RunSpec, cwd: Path, function: Callable[..., Any] | None, given: Given
 ) -> tuple[Target, Path | None]:
     by_value = function is not None and not _importable(function)
+    if function is not None and by_value:
+        refuse_train_object(function)
     found, folder = (Target("value", spec.target, spec.args), cwd) if by_value else resolve(spec.target, spec.args, cwd)
     if function is None:
         if any(given) and found.kind != "function":
