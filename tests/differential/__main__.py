@@ -90,14 +90,19 @@ def main() -> int:
             compared.append(Compared(name, expected, found, found.differences(expected)))
             print(f"{name:<32} {'; '.join(compared[-1].differences) or 'same'}", flush=True)
             shutil.rmtree(folder)
+            write(options, compared, shape)
+    wrong = sum(bool(each.differences) for each in compared)
+    print(f"{len(compared)} programs on {options.engine}, {shape}: {wrong} differ")
+    return min(wrong, 1)
+
+
+def write(options: argparse.Namespace, compared: list[Compared], shape: Shape) -> None:
+    """Write the reports that were asked for, of the programs until now."""
     if options.json:
         options.json.write_text(json.dumps([each.data() for each in compared], indent=1))
     if options.report:
         command = shlex.join(["python", "-m", "tests.differential", *sys.argv[1:]])
         options.report.write_text(text(compared, options.engine, shape, time.strftime("%Y-%m-%d"), command))
-    wrong = sum(bool(each.differences) for each in compared)
-    print(f"{len(compared)} programs on {options.engine}, {shape}: {wrong} differ")
-    return min(wrong, 1)
 
 
 def project_folder(folder: Path, ignored: bool) -> Path:

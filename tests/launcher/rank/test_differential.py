@@ -120,7 +120,7 @@ def test_the_report_has_both_observations(tmp_path: Path) -> None:
     folder = str(tmp_path / "runs")
     same = Observed(True, {0: ["x", folder], 1: ["x", folder]}, {})
     found = text([Compared("argv", same, same, [])], "slurm", Shape(2, 1), "2026-11-26", "python -m tests.differential")
-    assert found.startswith("Differential suite on slurm, 2 nodes x 1 ranks, 2026-11-26: 1 programs, 0 differ.\n")
+    assert found.startswith("Differential suite on slurm, 2 nodes x 1 rank, 2026-11-26: 1 programs, 0 differ.\n")
     assert "\nargv: same\n" in found
     for launcher in ("torchrun", "launch"):
         assert f'  {launcher} succeeded; ranks 0, 1: ["x", "TMP"]\n' in found
