@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.agent.network import reserve_port
 from tests.differential.frameworks import FRAMEWORKS
 from tests.differential.programs import CHEAP, PROGRAMS, Program
 from tests.differential.report import Compared, text
@@ -87,6 +88,36 @@ def compare(program: Program, project: Project, folder: Path, torchrun: Torchrun
     expected = under_torchrun(program, folder / "torchrun", torchrun, shape)
     assert expected.succeeded is not program.fails
     assert under_launch(program, project, shape).differences(expected) == []
+
+
+SPAWN = """
+import os, sys
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+def child(rank, port, folder):
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=port)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    value = torch.tensor(rank + 1)
+    dist.all_reduce(value)
+    open(os.path.join(folder, f"sum-{rank}"), "w").write(str(value.item()))
+    dist.barrier()
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    torch.multiprocessing.spawn(child, (sys.argv[1], os.path.dirname(os.path.abspath(sys.argv[2]))), nprocs=2)
+"""
+
+
+@slow
+def test_one_rank_spawns_a_process_group_of_its_own(project: Project) -> None:
+    """The way of programs that are their own launcher; torchrun's agent store makes it wait for ever."""
+    (project.folder / "spawns.py").write_text(SPAWN)
+    with reserve_port() as port:
+        number = str(port.getsockname()[1])
+        project.launch("--cpus", "1", "spawns.py", number, str(project.folder / "sum"))
+    assert [(project.folder / f"sum-{rank}").read_text() for rank in range(2)] == ["3", "3"]
 
 
 # --- the suite itself
