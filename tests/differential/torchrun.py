@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-LIMIT = 60
+LIMIT = 120
 """Seconds of one program."""
 
 
