@@ -38,7 +38,7 @@ def text(compared: Sequence[Compared], engine: str, shape: Shape, date: str, com
         f"Differential suite on {engine}, {shape}, {date}: {len(compared)} programs, {wrong} differ.",
         f"Repeat: {command}",
         f"Python {platform.python_version()}, {versions}.",
-        "Ranks with the same observation share a line. Folders of this machine are PREFIX and TMP.",
+        "Ranks with the same observation share a line. Folders of this machine are PREFIX, BASE and TMP.",
     ]
     for each in compared:
         lines += ["", f"{each.name}: {'; '.join(each.differences) or 'same'}"]
