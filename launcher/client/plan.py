@@ -20,6 +20,7 @@ from launcher.request import snapshot
 from launcher.request.binding import checked_values
 from launcher.request.code.roots import is_shared
 from launcher.request.placement.place import Devices, Placement, place
+from launcher.request.ray_train import refuse_train_object
 from launcher.request.resolve import check_shadowing, python_path, resolve
 from launcher.request.spec import Plan, RunSpec, Target, Values, check_name
 from launcher.request.values import pack, show
@@ -154,6 +155,8 @@ def _find_target(
     spec: RunSpec, cwd: Path, function: Callable[..., Any] | None, given: Given
 ) -> tuple[Target, Path | None]:
     by_value = function is not None and not _importable(function)
+    if function is not None and by_value:
+        refuse_train_object(function)
     found, folder = (Target("value", spec.target, spec.args), cwd) if by_value else resolve(spec.target, spec.args, cwd)
     if folder is None and found.kind == "module" and not is_shared(cwd):
         folder = cwd  # an installed program imports from the current folder too

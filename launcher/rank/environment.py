@@ -12,11 +12,16 @@ STALE = frozenset(
     (
         *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NODE_RANK", "CROSS_RANK", "CROSS_SIZE"),
         *("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
-        *("MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+        *("MPI_LOCALRANKID", "MPI_LOCALNRANKS", "OMPI_UNIVERSE_SIZE", "OMPI_FIRST_RANKS", "OMPI_NUM_APP_CTX"),
+        *("PALS_RANKID", "PALS_LOCAL_RANKID", "PALS_NODEID", "FLUX_TASK_RANK", "FLUX_TASK_LOCAL_ID"),
+        *("SLURM_PMIX_MAPPING_SERV", "SLURM_PMIXP_ABORT_AGENT_PORT"),
     )
 )
-STALE_PREFIXES = ("TORCHELASTIC_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "PMI_", "PMIX_")
-"""Variables that describe a process of another launcher; torch, accelerate and MPI would take the rank for it."""
+STALE_PREFIXES = (
+    *("TORCHELASTIC_", "OMPI_COMM_WORLD_", "OMPI_MCA_orte_", "OMPI_MCA_ess_", "OMPI_APP_CTX_", "MV2_COMM_WORLD_"),
+    *("PMI_", "PMIX_", "PRTE_", "JSM_NAMESPACE_"),
+)
+"""Variables that describe a process of another launcher; torch, accelerate, JAX, Lightning and MPI would take the rank for it."""
 
 
 def rank_environment(inherited: Mapping[str, str], plan: Plan, world: World, own: Mapping[str, str]) -> dict[str, str]:
@@ -33,6 +38,7 @@ def rank_environment(inherited: Mapping[str, str], plan: Plan, world: World, own
         # As under torchrun, a number of threads that the user chose is kept.
         if name != "OMP_NUM_THREADS" or name not in plan.environment:
             environment[name] = value
+    environment.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # as torchrun does
     if world.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""  # scripts ask torch.cuda.is_available(), not us
     if "SLURM_PROCID" in environment:
@@ -83,6 +89,11 @@ def slurm_step(world: World, inherited: Mapping[str, str]) -> dict[str, str]:
         "SLURM_GTIDS": ",".join(str(first + local) for local in range(each)),
         "SLURM_TASK_PID": "",  # the agent's
     }
+    job = inherited.get("SLURM_JOB_ID", "")
+    if "JAX_COORDINATOR_ADDRESS" not in inherited and job.isdigit():
+        # JAX takes the first node of the step, whose name may not resolve, and which a spare node may have replaced.
+        # The port is the one that it derives from the job.
+        values["JAX_COORDINATOR_ADDRESS"] = f"{world.master_addr}:{int(job) % 2**12 + 65535 - 2**12 + 1}"
     cpus = inherited.get("SLURM_CPUS_PER_TASK", "")
     if cpus.isdigit():
         values["SLURM_CPUS_PER_TASK"] = max(1, int(cpus) // each)

@@ -32,7 +32,7 @@ from launcher.rank.output import redirect_output
 
 PER_ATTEMPT = frozenset(
     (
-        *("MASTER_ADDR", "MASTER_PORT", "LAUNCH_FINISHED"),
+        *("MASTER_ADDR", "MASTER_PORT", "JAX_COORDINATOR_ADDRESS", "LAUNCH_FINISHED"),
         *("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"),
     )
 )

@@ -15,6 +15,7 @@ from typing import Any
 from launcher.errors import BadRequest, nearest
 from launcher.request import own_packages
 from launcher.request.own_packages import ROOT, code_of, on_path, spec_in
+from launcher.request.ray_train import refuse_train_function
 from launcher.request.spec import Target
 
 
@@ -106,6 +107,7 @@ def _check_function(origin: Path, module: str, function: str) -> None:
             f"{origin} has no function {first!r}{nearest(first, public)}. It has: {', '.join(public) or 'none'}"
             f" (as {module}:NAME)."
         )
+    refuse_train_function(tree, function)
 
 
 def _parse(file: Path) -> ast.Module:

@@ -6,6 +6,7 @@ that must differ from rank to rank. Other files of a program lie beside it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -208,8 +209,30 @@ found = len(open(path).read())
     # ---- environment and process -------------------------------------------------------------------------------------
     "environment": reporting("""
 import os
-names = ("RANK", "LOCAL_RANK", "ROLE_RANK", "ROLE_NAME", "TORCHELASTIC_RESTART_COUNT")
+names = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
+         "ROLE_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
 found = [os.environ.get(name) for name in names] + [bool(os.environ["MASTER_ADDR"]), os.environ["MASTER_PORT"].isdigit()]
+"""),
+    "variables of python": reporting("""
+import os
+found = {k: v for k, v in os.environ.items() if k.startswith(("PYTHON", "LD_", "MALLOC_", "TORCH_", "PYTORCH_", "CUDA_"))}
+found.pop("PYTHONPATH", None)
+"""),
+    "stale ranks": reporting("""
+import os
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR")
+found = [os.environ[name] != "stale" and os.environ[name] != "77" for name in names] + [os.environ["RANK"]]
+""", environment=dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"), "77")
+        | {"MASTER_ADDR": "stale"}),
+    "descriptors": reporting("""
+import os
+found = sorted(int(n) for n in os.listdir("/proc/self/fd") if int(n) > 2 and os.path.exists(f"/proc/self/fd/{n}"))
+found = [name for name in (os.readlink(f"/proc/self/fd/{n}") for n in found) if not name.endswith("/fd")]
+found = [name for name in found if not name.startswith(("socket:", "pipe:", "anon_inode:", "/dev/", "/memfd:"))]
+"""),
+    "groups of processes": reporting("""
+import os
+found = [os.getpgrp() == os.getpid(), os.tcgetpgrp(0) if os.isatty(0) else None]
 """),
     "variables of the shell": reporting("import os\nfound = [os.environ.get('OF_THE_SHELL'), os.environ.get('EMPTY'), os.environ['PATH'] != '']",
                                         environment={"OF_THE_SHELL": "a 'b' $c \\ é", "EMPTY": ""}),
@@ -331,6 +354,63 @@ dist.init_process_group("gloo")
 value = torch.ones(3)
 dist.all_reduce(value)
 found = [(value / dist.get_world_size()).tolist(), dist.get_rank(), dist.is_torchelastic_launched()]
+dist.barrier()
+dist.destroy_process_group()
+""", environment=LOOPBACK),
+    "gather": reporting("""
+import os, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+everyone = [None] * dist.get_world_size()
+dist.all_gather_object(everyone, [dist.get_rank(), int(os.environ["LOCAL_RANK"]), int(os.environ["GROUP_RANK"])])
+first = [os.getpid()]
+dist.broadcast_object_list(first)
+pairs = [dist.new_group([rank, rank + 1]) for rank in range(0, dist.get_world_size(), 2)]
+value = torch.tensor(float(dist.get_rank()))
+dist.all_reduce(value, group=pairs[dist.get_rank() // 2])
+found = [everyone, (first == [os.getpid()]) == (dist.get_rank() == 0), value.item()]
+dist.barrier()
+dist.destroy_process_group()
+""", environment=LOOPBACK),
+    "device mesh": reporting("""
+import os, torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+each = int(os.environ["LOCAL_WORLD_SIZE"])
+mesh = init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]) // each, each), mesh_dim_names=("node", "local"))
+found = [mesh.get_coordinate(), mesh["local"].get_local_rank(), mesh["node"].size()]
+dist.barrier()
+dist.destroy_process_group()
+""", environment=LOOPBACK),
+    "replicas": reporting("""
+import torch, torch.distributed as dist
+dist.init_process_group("gloo")
+torch.manual_seed(dist.get_rank())
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 1))
+model(torch.ones(2, 3) * dist.get_rank()).sum().backward()
+found = [[round(v, 6) for p in model.parameters() for v in p.grad.flatten().tolist()],
+         [round(v, 6) for p in model.parameters() for v in p.flatten().tolist()]]
+dist.barrier()
+dist.destroy_process_group()
+""", environment=LOOPBACK),
+    "store": reporting("""
+import datetime, os, torch.distributed as dist
+dist.init_process_group("gloo")
+store = dist.PrefixStore("mine", dist.distributed_c10d._get_default_store())
+store.set(os.environ["RANK"], os.environ["LOCAL_RANK"])
+dist.barrier()
+found = [store.get(str(rank)).decode() for rank in range(dist.get_world_size())]
+dist.barrier()
+dist.destroy_process_group()
+""", environment=LOOPBACK),
+    "sampler": reporting("""
+import torch, torch.distributed as dist
+from torch.utils.data import DataLoader, DistributedSampler
+dist.init_process_group("gloo")
+found = []
+for epoch in range(2):
+    sampler = DistributedSampler(range(10), shuffle=True, seed=3)
+    sampler.set_epoch(epoch)
+    found.append([batch.tolist() for batch in DataLoader(range(10), batch_size=2, sampler=sampler)])
+dist.barrier()
 dist.destroy_process_group()
 """, environment=LOOPBACK),
     "accelerator": reporting("""
@@ -341,3 +421,8 @@ found = [accelerator.process_index, accelerator.local_process_index, accelerator
 """, environment={**LOOPBACK, "ACCELERATE_USE_CPU": "true"}),  # which launch sets on CPUs; else it is not distributed there
 }  # fmt: skip
 """By name. Of a program that ends before its report, only whether it fails is compared."""
+
+CHEAP = sorted(
+    name for name, program in PROGRAMS.items() if not re.search("torch|numpy|accelerate|hub|Pool", program.source)
+)
+"""Programs of about a second: those that import nothing large."""

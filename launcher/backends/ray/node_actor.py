@@ -40,6 +40,7 @@ class NodeActor:
         self.run_dir = RunDir(Path(run_dir))
         if not os.environ.get("CUDA_VISIBLE_DEVICES", "-"):
             del os.environ["CUDA_VISIBLE_DEVICES"]  # Ray hides the devices from this actor; ranks are given their own
+        _prepare_for_drivers()
         plan = self.run_dir.plan()
         # Ray may put any number of the ranks on this node.
         placement = replace(plan.placement, nodes=1, ranks_per_node=plan.placement.world_size)
@@ -119,6 +120,15 @@ class NodeActor:
     async def commands(self, worker: int) -> EndWorker:
         """Return the next command for `worker`; wait until there is one."""
         return await self.commands_of[worker].get()
+
+
+def _prepare_for_drivers() -> None:
+    """Set the variables of ranks such that ``ray.init()`` in one connects to this cluster, as a driver."""
+    import ray
+
+    for name in ("RAY_JOB_ID", "RAY_RAYLET_PID", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        os.environ.pop(name, None)  # of this actor, or of the Ray job that sent the run
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
 class NodeActors:

@@ -7,14 +7,41 @@ from pathlib import Path
 
 import pytest
 
-from tests.differential.programs import PROGRAMS
-from tests.differential.suite import under_launch, under_torchrun
+from launcher.agent.network import reserve_port
+from tests.differential.frameworks import FRAMEWORKS
+from tests.differential.programs import CHEAP, PROGRAMS, Program
+from tests.differential.report import Compared, text
+from tests.differential.suite import Observed, Shape, error_in, under_launch, under_torchrun
 from tests.differential.torchrun import Torchrun
 from tests.launcher.engines import Project
 
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
 
-EVERYWHERE = ("argv", "main names", "module", "id of a module", "own queue", "environment", "pool spawn", "accelerator")
+SHAPES = {"local": Shape(1, 2), "slurm": Shape(2, 2), "ray": Shape(2, 1)}
+"""On the shared Ray cluster a node has room for four ranks, and gets them."""
+
+EVERYWHERE = (
+    "main names",
+    "module",
+    "id of a module",
+    "own queue",
+    "environment",
+    "pool spawn",
+    "gather",
+    "accelerator",
+)
+
+LOCAL_FRAMEWORKS = (
+    *(
+        "accelerate test_ops",
+        "accelerate test_sync",
+        "transformers trainer",
+        "torch spawn",
+        "torch fsdp2 and dcp",
+        "torchdata",
+    ),
+    *("hydra module", "hydra unknown override"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -23,23 +50,114 @@ def torchrun() -> Iterator[Torchrun]:
         yield server
 
 
+@slow
 @pytest.mark.parametrize("name", EVERYWHERE)
 def test_a_program_observes_the_same_on_each_engine(
     name: str, project: Project, tmp_path: Path, torchrun: Torchrun
 ) -> None:
-    compare(name, project, tmp_path, torchrun)
+    compare(PROGRAMS[name], project, tmp_path, torchrun)
 
 
+@slow
 @pytest.mark.parametrize("name", sorted(PROGRAMS.keys() - set(EVERYWHERE)))
 def test_a_program_observes_the_same_on_this_machine(
     name: str, local_project: Project, tmp_path: Path, torchrun: Torchrun
 ) -> None:
-    compare(name, local_project, tmp_path, torchrun)
+    compare(PROGRAMS[name], local_project, tmp_path, torchrun)
 
 
-def compare(name: str, project: Project, folder: Path, torchrun: Torchrun) -> None:
-    program = PROGRAMS[name]
+@slow
+@pytest.mark.parametrize("name", ["lightning", "jax", "hydra"])
+def test_a_framework_observes_the_same_on_each_engine(
+    name: str, project: Project, tmp_path: Path, torchrun: Torchrun
+) -> None:
+    compare(FRAMEWORKS[name], project, tmp_path, torchrun)
+
+
+@slow
+@pytest.mark.parametrize("name", LOCAL_FRAMEWORKS)
+def test_a_framework_observes_the_same_on_this_machine(
+    name: str, local_project: Project, tmp_path: Path, torchrun: Torchrun
+) -> None:
+    compare(FRAMEWORKS[name], local_project, tmp_path, torchrun)
+
+
+def compare(program: Program, project: Project, folder: Path, torchrun: Torchrun) -> None:
     (folder / "torchrun").mkdir()
-    expected = under_torchrun(program, folder / "torchrun", torchrun)
+    shape = SHAPES[project.engine]
+    expected = under_torchrun(program, folder / "torchrun", torchrun, shape)
     assert expected.succeeded is not program.fails
-    assert under_launch(program, project).differences(expected) == []
+    assert under_launch(program, project, shape).differences(expected) == []
+
+
+SPAWN = """
+import os, sys
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+def child(rank, port, folder):
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=port)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    value = torch.tensor(rank + 1)
+    dist.all_reduce(value)
+    open(os.path.join(folder, f"sum-{rank}"), "w").write(str(value.item()))
+    dist.barrier()
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    torch.multiprocessing.spawn(child, (sys.argv[1], os.path.dirname(os.path.abspath(sys.argv[2]))), nprocs=2)
+"""
+
+
+@slow
+def test_one_rank_spawns_a_process_group_of_its_own(project: Project) -> None:
+    """The way of programs that are their own launcher; torchrun's agent store makes it wait for ever."""
+    (project.folder / "spawns.py").write_text(SPAWN)
+    with reserve_port() as port:
+        number = str(port.getsockname()[1])
+        project.launch("--cpus", "1", "spawns.py", number, str(project.folder / "sum"))
+    assert [(project.folder / f"sum-{rank}").read_text() for rank in range(2)] == ["3", "3"]
+
+
+# --- the suite itself
+
+
+def test_differences_are_found() -> None:
+    expected = Observed(True, {0: [1], 1: [2]}, {})
+    assert Observed(True, {0: [1], 1: [2]}, {0: "a", 1: "b"}).differences(expected) == []
+    assert Observed(True, {0: [1], 1: [3]}, {}).differences(expected) == ["rank 1: [3], not [2]"]
+    assert Observed(True, {0: [1]}, {}).differences(expected) == ["no report of the ranks [1]"]
+    assert Observed(True, {0: [1], 1: [2]}, {0: "a", 1: "a"}).differences(expected) == [
+        "the same on several ranks: {0: 'a', 1: 'a'}"
+    ]
+    failed = Observed(False, {}, {}, "ValueError: no")
+    assert failed.differences(Observed(True, {}, {})) == ["it failed"]
+    assert failed.differences(Observed(False, {}, {}, "ValueError: never")) == []
+    assert failed.differences(Observed(False, {}, {}, "KeyError: 1")) == [
+        "it failed with ValueError: no, not KeyError: 1"
+    ]
+
+
+def test_the_exception_is_found_in_the_output_of_both() -> None:
+    line = "AssertionError: The values do not match"
+    assert error_in(f"launch: failed: {line} [rank 2 on node2]\nuser error: fix it") == line
+    other = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n"
+    assert error_in(f"{other}[rank2]: Traceback (most recent call last):\n[rank2]: {line}\n") == line
+    assert error_in("all is well") == ""
+
+
+def test_the_report_has_both_observations(tmp_path: Path) -> None:
+    folder = str(tmp_path / "runs")
+    same = Observed(True, {0: ["x", folder], 1: ["x", folder]}, {})
+    found = text([Compared("argv", same, same, [])], "slurm", Shape(2, 1), "2026-11-26", "python -m tests.differential")
+    assert found.startswith("Differential suite on slurm, 2 nodes x 1 rank, 2026-11-26: 1 programs, 0 differ.\n")
+    assert "\nargv: same\n" in found
+    for launcher in ("torchrun", "launch"):
+        assert f'  {launcher} succeeded; ranks 0, 1: ["x", "TMP"]\n' in found
+    assert str(tmp_path) not in found
+
+
+def test_enough_programs_are_cheap() -> None:
+    assert len(CHEAP) >= 40
+    assert not {"torch random", "accelerator", "pool spawn"} & {*CHEAP}

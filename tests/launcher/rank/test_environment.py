@@ -1,0 +1,101 @@
+"""What a rank's environment holds, and what it must not inherit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launcher.client.plan import make_plan
+from launcher.rank.environment import rank_environment
+from launcher.request.spec import Plan, RunSpec
+from training.distributed.world import World
+
+STEP = {  # of the second of two tasks
+    "SLURM_JOB_ID": "4099",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "1",
+    "SLURM_NTASKS": "2",
+    "SLURM_NPROCS": "2",
+    "SLURM_NNODES": "2",
+    "SLURM_NTASKS_PER_NODE": "1",
+    "SLURM_TASKS_PER_NODE": "1(x2)",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_GTIDS": "1",
+    "SLURM_TASK_PID": "123",
+    "SLURM_CPUS_PER_TASK": "4",
+}
+WORLD = World(3, 1, 1, 4, 2, 2, master_addr="10.0.0.7", master_port=1234)
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    (tmp_path / "script.py").write_text("")
+    return make_plan(RunSpec("script.py", backend="local", cpus=2), tmp_path)
+
+
+def test_the_slurm_step_has_one_task_a_rank(plan: Plan) -> None:
+    found = rank_environment(STEP, plan, WORLD, {})
+    assert {name: found.get(name) for name in STEP} == {
+        "SLURM_JOB_ID": "4099",
+        "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "1",
+        "SLURM_NODEID": "1",
+        "SLURM_NTASKS": "4",
+        "SLURM_NPROCS": "4",
+        "SLURM_NNODES": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_TASKS_PER_NODE": "2(x2)",
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+        "SLURM_STEP_NODELIST": "node[1-2]",
+        "SLURM_GTIDS": "2,3",
+        "SLURM_TASK_PID": None,
+        "SLURM_CPUS_PER_TASK": "2",
+    }
+    assert (found["RANK"], found["LOCAL_RANK"], found["GROUP_RANK"], found["WORLD_SIZE"]) == ("3", "1", "1", "4")
+
+
+def test_slurm_variables_of_uneven_nodes_are_removed(plan: Plan) -> None:
+    found = rank_environment(STEP, plan, replace(WORLD, world_size=5), {})
+    assert found["SLURM_NTASKS"] == "5"
+    assert not {"SLURM_NTASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_STEP_TASKS_PER_NODE"} & found.keys()
+
+
+def test_jax_finds_rank_0_where_it_is(plan: Plan) -> None:
+    # The port is that of jax/_src/clusters/slurm_cluster.py for job 4099.
+    assert rank_environment(STEP, plan, WORLD, {})["JAX_COORDINATOR_ADDRESS"] == "10.0.0.7:61443"
+    own = {**STEP, "JAX_COORDINATOR_ADDRESS": "here:1"}
+    assert rank_environment(own, plan, WORLD, {})["JAX_COORDINATOR_ADDRESS"] == "here:1"
+    assert "JAX_COORDINATOR_ADDRESS" not in rank_environment({}, plan, WORLD, {})
+
+
+def test_nothing_of_another_launcher_is_left(plan: Plan) -> None:
+    stale = (
+        *("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_MCA_orte_hnp_uri", "OMPI_UNIVERSE_SIZE", "PMI_RANK"),
+        *(
+            "PMI_SIZE",
+            "PMIX_RANK",
+            "PMIX_NAMESPACE",
+            "MV2_COMM_WORLD_RANK",
+            "MPI_LOCALRANKID",
+            "TORCHELASTIC_ERROR_FILE",
+        ),
+        *("PALS_RANKID", "FLUX_TASK_RANK", "JSM_NAMESPACE_RANK", "SLURM_PMIX_MAPPING_SERV"),
+    )
+    kept = {"OMPI_MCA_btl": "tcp", "PATH": "/bin", "MY_RANK": "7"}
+    found = rank_environment(dict.fromkeys(stale, "7") | kept, plan, WORLD, {})
+    assert not found.keys() & {*stale}
+    assert found.items() >= kept.items()
+
+
+def test_nccl_handles_errors_as_under_torchrun(plan: Plan) -> None:
+    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    assert rank_environment({}, plan, WORLD, {})[name] == "1"
+    assert rank_environment({name: "3"}, plan, WORLD, {})[name] == "3"
