@@ -245,6 +245,37 @@ def test_ctrl_z_suspends_the_program_and_fg_continues_it(local_project: Project)
         child.close(force=True)
 
 
+def test_bg_continues_the_program_without_the_keyboard(local_project: Project) -> None:
+    source = """
+import os, time
+while not os.path.exists("go"):
+    print("tick", flush=True)
+    time.sleep(0.1)
+print(input("more? "))
+"""
+    (local_project.folder / "program.py").write_text(source)
+    child = pexpect.spawn("bash", ["--norc", "-i"], cwd=str(local_project.folder), encoding="utf-8", timeout=60)
+    try:
+        child.sendline(f"PS1='shell> '; {local_project.python} -P -m launcher --cpus 1 --name run program.py")
+        child.expect("tick")
+        child.sendcontrol("z")
+        child.expect("Stopped")
+        child.expect("shell> ")
+        child.sendline("bg")
+        child.expect("tick")
+        child.sendline("echo the-shell-reads-$((40 + 2))")
+        child.expect("the-shell-reads-42")
+        (local_project.folder / "go").touch()
+        child.expect(r"more\? ")
+        child.sendline("fg")
+        child.expect("program.py\r\n")
+        child.sendline("typed")
+        child.expect("typed.*typed")
+        child.expect("succeeded")
+    finally:
+        child.close(force=True)
+
+
 def pids_with(project: Project, word: str) -> list[int]:
     """The processes of the run `run` that have `word` among their arguments."""
     found = []
