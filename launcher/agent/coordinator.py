@@ -18,16 +18,17 @@ from launcher.lifecycle.history import JobFate
 from launcher.lifecycle.policy import Outcome
 from launcher.lifecycle.recovery import Elsewhere, Recovery
 from launcher.lifecycle.run_dir import RunDir
+from launcher.rank.terminal.relay import Streams
 from launcher.request.spec import Plan, State
 
 
 class Coordinator:
     """Runs one job: all attempts inside one allocation."""
 
-    def __init__(self, run_dir: RunDir, plan: Plan, agent_info: AgentInfo) -> None:
+    def __init__(self, run_dir: RunDir, plan: Plan, agent_info: AgentInfo, streams: Streams | None = None) -> None:
         self.run_dir, self.plan, self.agent_info = run_dir, plan, agent_info
         self.inbox: Inbox = asyncio.Queue()
-        self.local = NodeRanks(run_dir, plan, agent_info, self._emit)
+        self.local = NodeRanks(run_dir, plan, agent_info, self._emit, streams)
         self.peers = Peers(run_dir, agent_info, lambda node, message: self.inbox.put_nowait((node, message)))
         self.agents = Agents(agent_info, self.local, self.peers)
         self.stops = StopRequests(run_dir, plan)
@@ -73,7 +74,8 @@ class Coordinator:
             if await asyncio.to_thread(self._look, session) and not self.stops.first:
                 self._emit(StopRequest(by_file=True))
             for _ in range(round(TIMEOUTS.run_heartbeat / TIMEOUTS.heartbeat)):
-                self._emit(self.local.report())
+                if not self.local.foreground.suspended:
+                    self._emit(self.local.report())
                 await asyncio.sleep(TIMEOUTS.heartbeat)
 
     def _look(self, session: str) -> bool:

@@ -18,6 +18,7 @@ from launcher.agent.peers import Peers
 from launcher.agent.protocol import AgentInfo, AgentMessage, CheckNode, Start, StopRequest, ToAgent
 from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle import history
+from launcher.lifecycle.exit_status import STOPPED
 from launcher.lifecycle.policy import Outcome
 from launcher.lifecycle.recovery import abort_causes
 from launcher.lifecycle.run_dir import RunDir
@@ -147,6 +148,8 @@ class JobAttempt:
             self.agents.send(agent, Start.of(self.plan, self.number, node, addresses, port, debug))
 
     async def _outcome(self, attempt: Attempt, used: Sequence[int]) -> Outcome:
+        if self.agents.local.foreground.interrupted and {STOPPED, -signal.SIGINT} & {*attempt.exits.values()}:
+            self.stops.first = self.stops.first or signal.SIGINT  # Ctrl-C ended the program at a prompt
         stop, finished = self.stops.reason, self.run_dir.finished(self.number, 0).exists()
         host_of_rank = self.agents.host_of_rank(used, self.plan.placement)
         for agent in attempt.lost:

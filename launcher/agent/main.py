@@ -22,6 +22,7 @@ from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle.run_dir import RunDir
 from launcher.rank.messages import decode, encode
 from launcher.rank.output import drop_output_on_full_disk
+from launcher.rank.terminal.relay import Streams
 from launcher.request.spec import Plan, State
 from training.files import read_json
 
@@ -30,8 +31,11 @@ MANY_RANKS = 128
 """A run of so many ranks raises the limit of open files; a smaller one leaves its programs what they would have."""
 
 
-async def run_agent(run_dir: RunDir, agent_info: AgentInfo) -> int:
-    """Be the agent of one node until the run ends; return the run's exit status."""
+async def run_agent(run_dir: RunDir, agent_info: AgentInfo, streams: Streams | None = None) -> int:
+    """Be the agent of one node until the run ends; return the run's exit status.
+
+    `streams` are the standard streams of a single local rank, if a foreground command has passed them on.
+    """
     plan = run_dir.plan()
     if plan.placement.world_size >= MANY_RANKS:
         raise_file_limit()
@@ -42,7 +46,7 @@ async def run_agent(run_dir: RunDir, agent_info: AgentInfo) -> int:
         if result["state"] == State.SUCCEEDED:
             return 0
         run_dir.result_file.unlink()
-    return await Coordinator(run_dir, plan, agent_info).run()
+    return await Coordinator(run_dir, plan, agent_info, streams).run()
 
 
 async def follow(run_dir: RunDir, plan: Plan, agent_info: AgentInfo) -> int:
@@ -119,9 +123,13 @@ async def connect(run_dir: RunDir, agent_info: AgentInfo) -> tuple[asyncio.Strea
 
 
 def main() -> None:
-    """``python -m launcher.agent.main RUN_DIR``: the agent of a run on this machine alone."""
+    """``python -m launcher.agent.main RUN_DIR [stdin|terminal]``: the agent of a run on this machine alone.
+
+    The last word says which descriptors it was started with; see `Streams.inherited`.
+    """
     drop_output_on_full_disk()
-    sys.exit(asyncio.run(run_agent(RunDir(Path(sys.argv[1])), AgentInfo())))
+    streams = Streams.inherited(sys.argv[2]) if len(sys.argv) > 2 else None
+    sys.exit(asyncio.run(run_agent(RunDir(Path(sys.argv[1])), AgentInfo(), streams)))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import assert_never
 
@@ -28,6 +29,7 @@ from launcher.agent.protocol import (
     Signal,
     Stacks,
     Start,
+    StopRequest,
     ToAgent,
 )
 from launcher.config.timeouts import TIMEOUTS
@@ -46,18 +48,28 @@ from launcher.rank.messages import (
     decode,
     encode,
 )
+from launcher.rank.terminal.relay import Streams
 from launcher.request import own_packages
 from launcher.request.spec import Plan, RunSpec
-from training.distributed.heartbeat import SLOT, Heartbeat
+from training.distributed.heartbeat import SLOT, STARTING, Heartbeat
+
+Emit = Callable[[FromAgent], None]
 
 
 class NodeRanks:
     """The ranks of one node, started and watched through its forkserver.
 
     It acts on the coordinator's messages (`handle`) and reports what happens through `emit` (`launcher.agent.protocol`).
+
+    Attributes:
+        streams: the standard streams of the rank, if it is a single one that a foreground command started.
+        foreground: what the user asks for at the terminal of that rank.
     """
 
-    def __init__(self, run_dir: RunDir, plan: Plan, agent_info: AgentInfo, emit: Callable[[FromAgent], None]) -> None:
+    def __init__(
+        self, run_dir: RunDir, plan: Plan, agent_info: AgentInfo, emit: Emit, streams: Streams | None = None
+    ) -> None:
+        self.streams, self.foreground = streams or Streams(), Foreground(self)
         self.run_dir, self.plan, self.agent_info, self.emit = run_dir, plan, agent_info, emit
         self.running: set[int] = set()
         self.pids: dict[int, int] = {}
@@ -71,13 +83,15 @@ class NodeRanks:
     async def open(self) -> None:
         """Start the forkserver; it imports while the agents find each other."""
         local, remote = socket.socketpair()
+        self.streams.open(self.foreground)
         if self.memory < 0:
             self.memory = os.memfd_create("heartbeats")
             os.ftruncate(self.memory, SLOT * self.plan.placement.ranks_per_node)
+        inherited = [self.memory, *self.streams.descriptors]
         with self.run_dir.agent_log(self.agent_info.node).open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
-                *own_packages.command("launcher.rank.forkserver", str(self.run_dir.path), str(self.memory)),
-                pass_fds=[self.memory],
+                *own_packages.command("launcher.rank.forkserver", str(self.run_dir.path), *map(str, inherited)),
+                pass_fds=[each for each in inherited if each >= 0],
                 stdin=remote.fileno(),
                 stdout=log,
                 stderr=log,
@@ -109,6 +123,7 @@ class NodeRanks:
     def _ended(self, rank: int, code: int) -> None:
         self.running.discard(rank)
         self.pids.pop(rank, None)
+        self.streams.drain()
         self.emit(RankExit(rank, code, self.heartbeats[rank].read().step))
 
     def _send(self, message: ToForkServer) -> None:
@@ -134,13 +149,16 @@ class NodeRanks:
                 assert_never(message)
 
     def _start(self, start: Start) -> None:
+        self.foreground.suspended = self.foreground.interrupted = False
         self.heartbeats = {world.rank: Heartbeat.of(self.memory, world.local_rank) for world in start.worlds}
         for world in start.worlds:
             self.heartbeats[world.rank].clear()
             self.running.add(world.rank)
             own = start.environments.get(world.rank, {}) | finished_variable(self.run_dir, world)
             environment = rank_environment(node_environment(self.agent_info), self.plan, world, own)
-            self._send(StartRank(world, str(self.run_dir.log(start.attempt, world.rank)), environment))
+            log = self.run_dir.log(start.attempt, world.rank)
+            self.streams.start(log)
+            self._send(StartRank(world, str(log), environment))
 
     async def _open_and_start(self, start: Start) -> None:
         try:
@@ -153,6 +171,8 @@ class NodeRanks:
         self._start(start)
 
     def _signal(self, number: int, ranks: set[int]) -> None:
+        if self.foreground.suspended:
+            self.foreground.suspend(False)  # a suspended rank cannot act on the signal
         if self.writer is None:
             return
         if number == signal.SIGKILL and ranks - self.pids.keys() and self.process is not None:
@@ -164,6 +184,8 @@ class NodeRanks:
         found = {}
         for rank in sorted(self.running):
             beat = self.heartbeats[rank].read()
+            if self.heartbeats[rank].interactive:
+                beat = replace(beat, phase=STARTING)  # a phase without a time limit
             found[rank] = RankStatus(beat.step, beat.phase, beat.age, process_state(self.pids.get(rank)))
         return Heartbeats(found)
 
@@ -196,9 +218,43 @@ class NodeRanks:
         if self.reading is not None:
             self.running.clear()
             await self.reading
+        self.streams.close()
         if self.memory >= 0:
             os.close(self.memory)
             self.memory = -1
+
+
+class Foreground:
+    """What the user asks for at the terminal of a single local rank.
+
+    Attributes:
+        suspended: the rank is suspended, by Ctrl-Z.
+        interrupted: Ctrl-C was passed on to the program, which was at a prompt or in a debugger.
+    """
+
+    def __init__(self, ranks: NodeRanks) -> None:
+        self.ranks = ranks
+        self.suspended = self.interrupted = False
+
+    def interrupt(self) -> bool:
+        """Return whether Ctrl-C is for the program, at a prompt or in a debugger; else ask the run to stop."""
+        if any(self.ranks.heartbeats[rank].interactive for rank in self.ranks.running):
+            self.interrupted = True
+            return True
+        self.ranks.emit(StopRequest(signal.SIGINT))
+        return False
+
+    def kill(self) -> None:
+        """End the run at once: of two requests to stop by SIGINT, the second one kills."""
+        for _ in range(2):
+            self.ranks.emit(StopRequest(signal.SIGINT))
+
+    def suspend(self, suspended: bool) -> None:
+        """Suspend the processes of the rank, or let them continue."""
+        self.suspended = suspended
+        for pid in self.ranks.pids.values():
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGSTOP if suspended else signal.SIGCONT)
 
 
 def forks(plan: Plan) -> bool:

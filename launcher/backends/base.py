@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ class Capabilities:
     Attributes:
         poll_seconds: seconds for which an answer of `Backend.poll` is reused by all who watch the run; 0: not reused.
         interrupt_stops: Ctrl-C stops the run; otherwise it only stops following it.
+        attaches: a single rank can have the standard input and the terminal of the command (`Backend.attach`).
         queue: a run waits for resources in a queue before it starts.
         precheck: the target is imported before the submission, since its ranks start later or on other machines.
         multi_node: a run can have more than one node.
@@ -33,6 +34,7 @@ class Capabilities:
 
     poll_seconds: float = 0.0
     interrupt_stops: bool = False
+    attaches: bool = False
     queue: bool = True
     precheck: bool = True
     multi_node: bool = True
@@ -82,6 +84,18 @@ class Backend(ABC):
         Raises:
             BadRequest: the engine cannot be reached, or it refuses the request.
         """
+
+    def attach(self, plan: Plan, kind: str, passed: Sequence[tuple[int, int]]) -> str:
+        """Submit `plan`, of a single rank, with streams of this process; only with `Capabilities.attaches`.
+
+        Args:
+            kind: which streams, see `launcher.client.terminal.Attachment`.
+            passed: descriptors of this process, each with its number in the supervisor of the run.
+
+        Returns:
+            The job id.
+        """
+        raise BadRequest(f"the {self.name} backend has no terminal for its ranks.")
 
     def check_id(self, job_id: str) -> None:
         """Check the form of a job id that was read from a file.

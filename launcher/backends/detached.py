@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from launcher.request.spec import State
 from training.files import open_plain
 
 
-def start(module: str, run_dir: Path, log: Path) -> str:
-    """Start ``python -m module RUN_DIR`` in a session of its own and return its job id.
+def start(module: str, run_dir: Path, log: Path, *words: str, passed: Sequence[tuple[int, int]] = ()) -> str:
+    """Start ``python -m module RUN_DIR words`` in a session of its own and return its job id.
+
+    `passed` are descriptors that the process is given, each with its number there, in ascending order of that number.
 
     The job id is ``host:pid:start time``, with the start time in clock ticks since boot to detect a reused pid. The process
     survives the shell that started it.
@@ -28,12 +31,13 @@ def start(module: str, run_dir: Path, log: Path) -> str:
         # Not Popen, which warns about a child that outlives it.
         pid = os.posix_spawn(
             sys.executable,
-            own_packages.command(module, str(run_dir)),
+            own_packages.command(module, str(run_dir), *words),
             os.environ,
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                 (os.POSIX_SPAWN_DUP2, output.fileno(), 1),
                 (os.POSIX_SPAWN_DUP2, output.fileno(), 2),
+                *((os.POSIX_SPAWN_DUP2, own, number) for own, number in passed),
             ],
             setsid=True,
             setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # Python ignores them, and children inherit that

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launcher.backends import detached
@@ -38,7 +38,7 @@ class LocalBackend(Backend):
     """This machine: ranks start at once and report errors of their target, so no precheck is needed."""
 
     name = "local"
-    capabilities = Capabilities(interrupt_stops=True, queue=False, precheck=False, multi_node=False)
+    capabilities = Capabilities(interrupt_stops=True, attaches=True, queue=False, precheck=False, multi_node=False)
 
     def survey(self, cluster: Cluster) -> Cluster:
         """Count the GPUs and cores of this machine, without importing torch."""
@@ -83,11 +83,17 @@ class LocalBackend(Backend):
 
     def submit(self, plan: Plan) -> str:
         """Start the agent."""
+        return self.attach(plan)
+
+    def attach(self, plan: Plan, kind: str = "", passed: Sequence[tuple[int, int]] = ()) -> str:
+        """Start the agent with the streams of a foreground command; see `launcher.client.terminal.Attachment`."""
         if plan.placement.nodes != 1:
             raise BadRequest(
                 "the local backend has one node, this machine. For more nodes use --backend slurm or --backend ray."
             )
-        return detached.start("launcher.agent.main", plan.run_dir, RunDir(plan.run_dir).agent_log(0))
+        words = (kind,) if kind else ()
+        log = RunDir(plan.run_dir).agent_log(0)
+        return detached.start("launcher.agent.main", plan.run_dir, log, *words, passed=passed)
 
     def check_id(self, job_id: str) -> None:
         check_id(PROCESS_ID, job_id)

@@ -7,15 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher.request.spec import State
+from launcher.client.tail import safe
+from launcher.request.spec import RunSpec, State
 from training.files import read_json
 
 
 def describe(plan: Any) -> str:
     """The plan in a few lines for a person."""
     from launcher import backends
+    from launcher.request import accelerate_config
 
     limited = backends.of(plan.cluster).capabilities.time_limit
+    note = accelerate_config.note() if plan.target.name != RunSpec.target else ""
     where = plan.backend if plan.cluster.name == plan.backend else f"{plan.backend} ({plan.cluster.name})"
     return (
         f"launch: {plan.target.spelled(plan.spec.target)}"
@@ -23,6 +26,7 @@ def describe(plan: Any) -> str:
         f"\n  run    {_short(plan.run_dir)}"
         + (f"\n  limit  {plan.time_minutes} min" if limited else "")
         + (f"\n  start  {plan.start}" if plan.start else "")
+        + (f"\n  note   {safe(note)}" if note else "")
     )
 
 

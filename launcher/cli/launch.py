@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from launcher.cli.parser import add_options, command, given, launch_parser, split
 from launcher.errors import OURS, BadRequest
@@ -46,6 +46,7 @@ def run_launch(argv: Sequence[str]) -> int:
     from launcher.cli.describe import describe, describe_ranks, not_copied, what_travels
     from launcher.client.api import submit
     from launcher.client.plan import make_plan
+    from launcher.client.terminal import attach
     from launcher.config.codec import to_data
 
     plan = make_plan(spec, Path.cwd())
@@ -58,10 +59,11 @@ def run_launch(argv: Sequence[str]) -> int:
         return 0
     if not (options.json or options.detach):
         print(describe(plan), flush=True)
-    run = submit(plan)
+    attachment = None if options.detach else attach(plan, _shown_on(options))
+    run = submit(plan, attachment=attachment)
     if not options.json:
         print("".join(f"launch: {line}\n" for line in not_copied(run)), end="", flush=True)
-    return _attend(run, options)
+    return _attend(run, options, attachment)
 
 
 def run_resume(argv: Sequence[str]) -> int:
@@ -74,11 +76,23 @@ def run_resume(argv: Sequence[str]) -> int:
     options = parser.parse_args(list(argv))
     from launcher.client.api import resubmit
     from launcher.client.run import find
+    from launcher.client.terminal import attach
 
-    return _attend(resubmit(find(options.run, Path(options.runs)), **given(options)), options)
+    attachments: list[Any] = [None]
+
+    def attached(plan: Any) -> Any:
+        attachments.append(None if options.detach else attach(plan, _shown_on(options)))
+        return attachments[-1]
+
+    run = resubmit(find(options.run, Path(options.runs)), attached, **given(options))
+    return _attend(run, options, attachments[-1])
 
 
-def _attend(run: Any, options: argparse.Namespace) -> int:
+def _shown_on(options: argparse.Namespace) -> TextIO:
+    return sys.stderr if options.json else sys.stdout
+
+
+def _attend(run: Any, options: argparse.Namespace, attachment: Any = None) -> int:
     """Follow a run to its end, unless asked not to; report it; return the exit status."""
     from launcher.client.api import drop_refused
 
@@ -87,7 +101,7 @@ def _attend(run: Any, options: argparse.Namespace) -> int:
         return 0
     from launcher.client.follow import attend
 
-    state = attend(run, sys.stderr if options.json else sys.stdout)
+    state = attend(run, _shown_on(options), attachment.terminal if attachment is not None else None)
     if state is None:
         return State.STOPPED.exit_status
     drop_refused(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -21,6 +22,8 @@ from launcher.errors import OURS, BadRequest, exit_status
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """The command. Exits with the status that `launch --help` documents."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr; a terminal need not have every character
     try:
         status = _COMMANDS[argv[0]](argv[1:]) if argv and argv[0] in COMMANDS else run_launch(argv)
     except OURS as error:

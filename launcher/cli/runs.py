@@ -118,8 +118,10 @@ def run_logs(argv: Sequence[str]) -> int:
     if options.json:
         print(json.dumps(list(lines)))
         return 0
+    from launcher.client.tail import safe
+
     for line in lines:
-        print(line)
+        print(safe(line))
     return 0
 
 

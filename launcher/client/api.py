@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from launcher import backends
 from launcher.client.plan import NOTHING_GIVEN, Given, check_shared, make_plan, name_of
@@ -24,6 +25,9 @@ from launcher.request.binding import values_of
 from launcher.request.spec import NOT_RESUMED, Plan, RunSpec, State, check_name, check_options, options
 from launcher.request.values import check_given, write
 from training.files import write_atomic
+
+if TYPE_CHECKING:
+    from launcher.client.terminal import Attachment
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -126,10 +130,15 @@ def drop_refused(run: Run) -> None:
         raise BadRequest(failure["message"])
 
 
-def submit(plan: Plan, function: Callable[..., Any] | None = None, given: Given = NOTHING_GIVEN) -> Run:
+def submit(
+    plan: Plan,
+    function: Callable[..., Any] | None = None,
+    given: Given = NOTHING_GIVEN,
+    attachment: Attachment | None = None,
+) -> Run:
     """Make the run directory, copy the code, and send the plan. After an error nothing of it is left.
 
-    `function` and `given` are those of `make_plan`.
+    `function` and `given` are those of `make_plan`, and `attachment` has streams of this process for the rank.
 
     Raises:
         BadRequest: a check failed, or the engine refused.
@@ -138,21 +147,24 @@ def submit(plan: Plan, function: Callable[..., Any] | None = None, given: Given 
     run_dir.create()
     try:
         if plan.target.kind == "value":
-            _pickle(function, run_dir.target_pickle)
+            _pickle(function, run_dir)
         if plan.target.values.pickled:
             write(run_dir.arguments_pickle, *values_of(plan.target, function, given))
         if plan.target.path:
             _copy_code(plan, run_dir)
         run_dir.write_plan(plan)
         _check_target(plan)
-        return _send(plan, run_dir)
+        return _send(plan, run_dir, attachment)
     except BaseException:
         shutil.rmtree(run_dir.path, ignore_errors=True)
         raise
 
 
-def resubmit(run: Run, **changes: Any) -> Run:
-    """Send a run again; see `resume`. After an error the run directory is what it was."""
+def resubmit(run: Run, attach: Callable[[Plan], Attachment | None] = lambda _: None, **changes: Any) -> Run:
+    """Send a run again; see `resume`. After an error the run directory is what it was.
+
+    `attach` returns streams of this process for the rank of the plan that is sent.
+    """
     run.dir.check_own()
     state = run.state()
     if state is State.SUCCEEDED:
@@ -177,7 +189,7 @@ def resubmit(run: Run, **changes: Any) -> Run:
     _check_target(plan)
     with run.dir.reopened():
         run.dir.write_plan(plan)
-        return _send(plan, run.dir)
+        return _send(plan, run.dir, attach(plan))
 
 
 def _relocated(plan: Plan, run_dir: RunDir) -> Plan:
@@ -211,19 +223,27 @@ def _relocated(plan: Plan, run_dir: RunDir) -> Plan:
     return replace(plan, name=new.name, run_dir=new, target=target)
 
 
-def _send(plan: Plan, run_dir: RunDir) -> Run:
+def _send(plan: Plan, run_dir: RunDir, attachment: Attachment | None = None) -> Run:
     fields = {"backend": plan.backend, "cluster": plan.cluster.name, "world_size": plan.placement.world_size}
     run_dir.event("submitted", format=FORMAT, **fields)
     backend = backends.of(plan.cluster)
-    run_dir.write_job(backend.name, backend.submit(plan))
+    if attachment is None:
+        job = backend.submit(plan)
+    else:
+        job = backend.attach(plan, attachment.kind, attachment.passed)
+        attachment.sent()
+    run_dir.write_job(backend.name, job)
     return Run(run_dir)
 
 
-def _pickle(function: Callable[..., Any] | None, path: Path) -> None:
-    import cloudpickle
+def _pickle(function: Callable[..., Any] | None, run_dir: RunDir) -> None:
+    from launcher.client.cells import pickle_with_sources
 
     try:
-        write_atomic(path, cloudpickle.dumps(function))
+        data, sources = pickle_with_sources(function)
+        write_atomic(run_dir.target_pickle, data)
+        if sources:
+            write_atomic(run_dir.sources_file, json.dumps(sources))
     except Exception as error:
         raise BadRequest(
             f"the function cannot be sent: {error}. It, or a variable it uses, does not pickle (an open file, a lock, a"

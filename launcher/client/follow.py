@@ -4,44 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, TextIO
 
 from launcher import backends
 from launcher.client.run import Run
+from launcher.client.screen import Screen
+from launcher.client.tail import LiveTail, Tail, safe
+from launcher.client.terminal import Terminal
 from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle.accounting import Account, keep
 from launcher.request.spec import State
-from training.files import open_plain
-
-
-class Tail:
-    """The complete lines that a growing file gained since the last look; the file may not exist yet."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.offset = 0
-        self.rest = b""
-
-    def read(self) -> list[str]:
-        """The new lines; of one that a progress bar wrote over, what was left to see."""
-        try:
-            with os.fdopen(open_plain(self.path), "rb") as file:
-                file.seek(self.offset)
-                data = file.read()
-        except FileNotFoundError:
-            return []
-        self.offset += len(data)
-        *lines, self.rest = (self.rest + data).split(b"\n")
-        return [line.decode(errors="replace").rpartition("\r")[2] for line in lines]
 
 
 def follow(run: Run, out: TextIO, rank: int = 0) -> State:
@@ -50,11 +29,14 @@ def follow(run: Run, out: TextIO, rank: int = 0) -> State:
 
 
 class Follower:
-    """Prints what one rank prints and what happens to the run; on a terminal, one line of progress below."""
+    """Prints what one rank prints and what happens to the run; on a terminal, one line of progress below.
 
-    def __init__(self, run: Run, out: TextIO, rank: int = 0) -> None:
-        self.run, self.out, self.rank = run, out, rank
-        self.live = out.isatty()
+    With `terminal` the rank itself writes to it, and its log is not read.
+    """
+
+    def __init__(self, run: Run, out: TextIO, rank: int = 0, terminal: Terminal | None = None) -> None:
+        self.run, self.rank, self.terminal = run, rank, terminal
+        self.screen = Screen(out)
         plan = run.dir.plan()
         self.backend, self.has_queue = plan.backend, backends.of(plan.cluster).capabilities.queue
         self.events = Tail(run.dir.events_file)
@@ -70,52 +52,64 @@ class Follower:
         """Print until the run has ended. After an interruption, a second call goes on where the first one was."""
         while True:
             state = self.run.state()
-            if self.live:
-                self.out.write("\r\x1b[K")
-            self._print_events()
-            self._print_log()
+            if self.terminal is not None and state.done:
+                self.terminal.relay(self.screen, TIMEOUTS.ranks_end)
+            self.print_events()
+            self._print_log(end=state.done)
             if state is State.QUEUED and not self.queued and self.has_queue:
                 self.queued = True
-                self.out.write(f"launch: waiting in the queue of {self.backend}\n")
-            if self.live and not state.done:
+                self.screen.line(f"launch: waiting in the queue of {self.backend}")
+            if self.screen.live and not state.done:
                 word = "starting" if state is State.QUEUED and not self.has_queue else state.value
                 self.steps.extend(m for m in _records(self.metrics) if "loss" in m)
-                line = status_line(self.run.name, word, self.steps)
-                self.out.write(line[: shutil.get_terminal_size().columns - 1])
-            if state.done and (text := account_line(keep(self.run.dir.events(), self.run.dir.metrics()).total)):
-                self.out.write(f"launch: {text}\n")
-            self.out.flush()
+                self.screen.progress(status_line(self.run.name, word, self.steps))
+            if state.done:
+                self.screen.erase()
+                if text := account_line(keep(self.run.dir.events(), self.run.dir.metrics()).total):
+                    self.screen.line(f"launch: {text}")
+            self.screen.flush()
             if state.done:
                 return state
-            time.sleep(TIMEOUTS.follow)
+            if self.terminal is not None and self.terminal.connection is not None:
+                self.terminal.relay(self.screen, TIMEOUTS.follow)
+            else:
+                time.sleep(TIMEOUTS.follow)
 
-    def _print_events(self) -> None:
+    def print_events(self) -> None:
+        """Print what has happened to the run since the last call."""
         for event in _records(self.events):
             if self.ended > 0:
                 self.ended -= event["event"] == "finished"
             elif text := describe(event):
                 self._print_log()  # what the rank said before it
-                self.out.write(f"launch: {text}\n")
+                self.screen.line(f"launch: {safe(text)}")
 
-    def _print_log(self) -> None:
-        """Print the lines that the rank's log gained; of the newest attempt, and of the one before it to its end."""
+    def _print_log(self, end: bool = False) -> None:
+        """Print what the rank's log gained; of the newest attempt, and of the one before it to its end."""
+        if self.terminal is not None:
+            return
         newest = self.run.dir.last_attempt()
-        if newest != self.attempt and self.log is not None:
-            self._print(self.log)
         if newest != self.attempt:
-            self.log, self.attempt = Tail(self.run.dir.log(newest, self.rank)), newest
-        if self.log is not None:
-            self._print(self.log)
+            self._print(end=True)
+            log = self.run.dir.log(newest, self.rank)
+            self.log, self.attempt = (LiveTail if self.screen.live else Tail)(log), newest
+        self._print(end)
 
-    def _print(self, log: Tail) -> None:
-        for line in log.read():
-            self.out.write(line + "\n")
+    def _print(self, end: bool) -> None:
+        for text in self.log.read(end) if self.log is not None else ():
+            if self.screen.live:
+                self.screen.text(text)
+            else:
+                self.screen.line(safe(text))
 
 
 def _records(tail: Tail) -> Iterator[dict[str, Any]]:
     for line in tail.read():
         with suppress(ValueError):  # a line whose writer died
             yield json.loads(line)
+
+
+STARTS_OVER = "the program logged no step, so it begins anew unless it loads a checkpoint of its own"
 
 
 def describe(event: dict[str, Any]) -> str:
@@ -142,7 +136,8 @@ def describe(event: dict[str, Any]) -> str:
         case {"event": "requeued"}:
             return "asked the scheduler to start the run again"
         case {"event": "restarted", "attempt": attempt, "kind": kind, "message": message, "restarts_left": left}:
-            return f"attempt {attempt} failed: {kind}: {message}; starting all ranks again ({left} restarts left)"
+            text = f"attempt {attempt} failed: {kind}: {message}; starting all ranks again ({left} restarts left)"
+            return text if event.get("step") is not None else f"{text}; {STARTS_OVER}"
     return ""
 
 
@@ -196,13 +191,13 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM was received while a run was followed."""
 
 
-def attend(run: Run, out: TextIO) -> State | None:
+def attend(run: Run, out: TextIO, terminal: Terminal | None = None) -> State | None:
     """Follow a run to its end and return its state; None if Ctrl-C ended only the watching.
 
-    On this machine the first Ctrl-C, or SIGTERM, asks the run to stop, and the second one ends it. A run of a cluster
-    continues after Ctrl-C; SIGTERM keeps its usual effect there.
+    On this machine the first Ctrl-C, or SIGTERM, asks the run to stop, and the second one ends it; so does a pipe that
+    nobody reads any more. A run of a cluster continues after Ctrl-C; SIGTERM keeps its usual effect there.
     """
-    follower = Follower(run, out)
+    follower = Follower(run, out, terminal=terminal)
     if not backends.of(run.dir.plan().cluster).capabilities.interrupt_stops:
         try:
             return follower.follow()
@@ -213,17 +208,31 @@ def attend(run: Run, out: TextIO) -> State | None:
                 file=sys.stderr,
             )
             return None
-    with _sigterm_raises():
-        try:
-            return follower.follow()
-        except KeyboardInterrupt as interruption:
-            reason = "SIGTERM" if isinstance(interruption, Terminated) else "Ctrl-C"
-        print(f"\nlaunch: {how_it_stops(run)}; {reason} again ends at once", file=sys.stderr)
-        run.dir.request_stop(reason)
-        try:
-            return follower.follow()
-        except KeyboardInterrupt:
-            return run.kill()
+    with _sigterm_raises(), terminal.used() if terminal is not None else nullcontext():
+        if terminal is not None:
+            terminal.on_start = follower.print_events
+            terminal.on_stop = lambda: follower.screen.line(f"launch: {how_it_stops(run)}; Ctrl-C again ends at once")
+        return _until_stopped(run, follower)
+
+
+def _until_stopped(run: Run, follower: Follower) -> State:
+    """Follow a run of this machine to its end, and stop it on request."""
+    try:
+        return follower.follow()
+    except KeyboardInterrupt as interruption:
+        reason = "SIGTERM" if isinstance(interruption, Terminated) else "Ctrl-C"
+    except BrokenPipeError:
+        reason = "nobody reads its output"
+        # What it writes from now on, and the last flush of this process, go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), follower.screen.out.fileno())
+    again = "" if reason.startswith("nobody") else f"; {reason} again ends at once"
+    newline = "\r\n" if follower.screen.raw else "\n"
+    print(f"{newline}launch: {how_it_stops(run)}{again}", end=newline, file=sys.stderr)
+    run.dir.request_stop(reason)
+    try:
+        return follower.follow()
+    except KeyboardInterrupt:
+        return run.kill()
 
 
 def how_it_stops(run: Run) -> str:

@@ -221,7 +221,7 @@ def end_run(
         metrics = (read_json(run_dir.value_file) or {}) if state is State.SUCCEEDED else {}
     fields: dict[str, Any] = {
         "metrics": metrics,
-        "steps": run_dir.newest_step() or 0,
+        "steps": run_dir.newest_step(),  # None: the program logged none
         "world_size": plan.placement.world_size,
         "attempts": attempt,
         "seconds": round(time.monotonic() - started, 3),

@@ -45,6 +45,8 @@ class RunFiles:
     snapshot_file = FileOfRun("snapshot.json")
     diff_file = FileOfRun("code.diff")
     target_pickle = FileOfRun("target.pkl")
+    sources_file = FileOfRun("sources.json")
+    """The text of the notebook cells from which `target_pickle` comes, for tracebacks."""
     arguments_pickle = FileOfRun("arguments.pkl")
     """Values for the target's parameters that JSON cannot hold."""
     value_pickle = FileOfRun("value.pkl")

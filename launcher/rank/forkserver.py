@@ -14,6 +14,7 @@ it, including those in a session of their own, because the server is their reape
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import importlib
 import json
 import os
@@ -21,6 +22,7 @@ import selectors
 import signal
 import socket
 import sys
+import termios
 import threading
 import time
 from collections.abc import Mapping, Sequence, Set
@@ -63,9 +65,10 @@ def _prctl(option: int, value: int) -> None:
 class ForkServer:
     """The server's side: imports, forks, reaps."""
 
-    def __init__(self, control: socket.socket, run_dir: Path, heartbeats: int) -> None:
+    def __init__(self, control: socket.socket, run_dir: Path, heartbeats: int, streams: Sequence[int] = ()) -> None:
         self.control = control
         self.run_dir = run_dir
+        self.stdin, self.terminal = streams or (-1, -1)  # of the rank; -1: none
         self.heartbeats = heartbeats  # the descriptor of the memory that the agent watches
         self.ranks: dict[int, int] = {}  # pid -> rank
         self.buffer = b""
@@ -127,7 +130,8 @@ class ForkServer:
             case Preload(modules, standby, target, folders):
                 started = time.monotonic()
                 self.forks = bool(modules) and preload(modules)
-                self.standbys.enabled = standby
+                # A standby has other streams than its rank when its interpreter looks at them.
+                self.standbys.enabled = standby and self.terminal < 0
                 self.standbys.target, self.standbys.user_folders = target, tuple(folders)
                 self.send(Ready(round(time.monotonic() - started, 3)))
             case StartRank():
@@ -160,7 +164,7 @@ class ForkServer:
             self.ranks[pid] = rank
             self.send(RankStarted(rank, pid))
             return None
-        redirect_output(start.log, rank)
+        redirect_output(start.log, rank, self.terminal)
         if not self.forks or poisoned():
             self.execute(record, ["rank", json.dumps(asdict(start.world))], start.environment)
         os.environ.clear()
@@ -168,6 +172,9 @@ class ForkServer:
         numpy = sys.modules.get("numpy")
         if numpy is not None:
             numpy.random.seed()  # its import has seeded it, once for all ranks of the node
+        for descriptor in (self.stdin, self.terminal):
+            with suppress(OSError):
+                os.close(descriptor)
         from launcher.rank.worker import main
 
         return main(self.run_dir, start.world, self.heartbeats)
@@ -182,7 +189,7 @@ class ForkServer:
         signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         pid = os.fork()
         if pid == 0:
-            leave_server(server)
+            leave_server(server, self.stdin, self.terminal)
             self.control.detach()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
         return pid
@@ -227,9 +234,10 @@ class ForkServer:
         kill_orphans(self.ranks.keys() | self.standbys.pids)
 
 
-def leave_server(server: int) -> None:
-    """Give a forked process a session, the default signal handlers and an empty standard input.
+def leave_server(server: int, stdin: int, terminal: int) -> None:
+    """Give a forked process a session, the default signal handlers and a standard input, which is empty without `stdin`.
 
+    If that is the pseudo-terminal of the rank, it becomes the controlling terminal of the session.
     SIGUSR2 stays ignored, also across exec: SLURM sends it to every process of a step, and it is for the agent.
     """
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -241,6 +249,11 @@ def leave_server(server: int) -> None:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # Descriptor 0 is the server's socket, whose connection this process would keep open.
+    if stdin >= 0:
+        os.dup2(stdin, 0)
+        if terminal >= 0 and os.isatty(0):
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        return
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
@@ -281,10 +294,17 @@ def poisoned() -> bool:
 
 
 def main() -> None:
-    """``python -m launcher.rank.forkserver RUN_DIR DESCRIPTOR``, with the agent's socket as descriptor 0."""
+    """``python -m launcher.rank.forkserver RUN_DIR HEARTBEATS [STDIN TERMINAL]``, with the agent's socket as descriptor 0.
+
+    STDIN and TERMINAL are the descriptors of a rank's standard input and pseudo-terminal; -1: none.
+    """
     drop_output_on_full_disk()  # the ranks inherit this
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
-    status = ForkServer(socket.socket(fileno=0), Path(sys.argv[1]), int(sys.argv[2])).serve()
+    streams = [int(word) for word in sys.argv[3:]]
+    for descriptor in streams:
+        if descriptor >= 0:
+            os.set_inheritable(descriptor, False)  # a rank has copies of them as descriptors 0, 1 and 2
+    status = ForkServer(socket.socket(fileno=0), Path(sys.argv[1]), int(sys.argv[2]), streams).serve()
     if status is not None:
         from launcher.rank.worker import finish
 

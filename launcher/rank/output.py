@@ -45,8 +45,15 @@ def _patient(stream: TextIO) -> TextIO:
     return io.TextIOWrapper(buffered, stream.encoding, stream.errors, line_buffering=True)
 
 
-def redirect_output(log: str, rank: int) -> None:
-    """Append the output of this process to the log of a rank; exit if that cannot be opened."""
+def redirect_output(log: str, rank: int, terminal: int = -1) -> None:
+    """Append the output of this process to the log of a rank; exit if that cannot be opened.
+
+    With `terminal`, the descriptor of a pseudo-terminal, the output goes there, and the agent writes the log.
+    """
+    if terminal >= 0:
+        os.dup2(terminal, 1)
+        os.dup2(terminal, 2)
+        return
     try:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     except OSError as error:

@@ -60,7 +60,7 @@ def work(run_dir: RunDir, world: World, heartbeat: Heartbeat | None = None, *, p
             settle(world.local_rank, world.local_world_size)
         value = call(plan.target, run_dir.target_pickle, context, run_dir.arguments_pickle)
     except SystemExit as error:
-        if error.code in (None, 0):
+        if system_exit_status(error) == 0:
             return FINISHED
         return _leave_error(run_dir, world, error, "user error")
     except KeyboardInterrupt:
@@ -114,7 +114,10 @@ def _ignore_sigterm() -> None:
 def _leave_error(run_dir: RunDir, world: World, error: BaseException, kind: str) -> int:
     """Leave what the target raised, in the log and as a record; returns the rank's exit status."""
     plain = isinstance(error, DeviceError | ReplicaError)  # where our own code was says nothing about them
-    text = f"{error}\n" if plain or kind == "bad request" else short_traceback(error)
+    exits = isinstance(error, SystemExit)
+    text = f"{error}\n" if plain or kind == "bad request" else "" if exits else short_traceback(error)
+    if isinstance(error, SystemExit) and not isinstance(error.code, int | None):
+        text = f"{error.code}\n"  # as the interpreter prints it
     if kind == "communication":
         # The echo of another rank's failure; in full it would drown the cause in the log of rank 0.
         line = headline(str(error))
@@ -127,10 +130,8 @@ def _leave_error(run_dir: RunDir, world: World, error: BaseException, kind: str)
         "rank": world.rank,
         "host": socket.gethostname(),
         "kind": kind,
-        "type": type(error).__name__,
-        "message": str(error)
-        if not isinstance(error, SystemExit)
-        else f"the script ended with exit status {error.code}",
+        "type": "SystemExit" if exits else type(error).__name__,  # also of a subclass
+        "message": f"the script ended with exit status {error.code}" if isinstance(error, SystemExit) else str(error),
         "traceback": text,
     }
     path = run_dir.error(world.attempt, world.rank)
@@ -142,6 +143,13 @@ def _leave_error(run_dir: RunDir, world: World, error: BaseException, kind: str)
             print(f"launch: the error of rank {world.rank} cannot be left in {path}: {problem}", file=sys.stderr)
         return error_not_written_status(problem)
     return BAD_REQUEST if kind == "bad request" else RAISED
+
+
+def system_exit_status(error: SystemExit) -> int:
+    """Return the exit status with which the interpreter would end because of `error`."""
+    if isinstance(error.code, int | None):
+        return (error.code or 0) & 0xFF
+    return 1
 
 
 def _leave_value(run_dir: RunDir, value: Any) -> None:
@@ -164,7 +172,12 @@ def main(run_dir: Path, world: World, heartbeats: int, *, prepared: bool = False
     """Run a rank in this process; return its exit status."""
     faulthandler.enable(2)  # a crash in native code leaves the Python stack in the log
     faulthandler.register(signal.SIGQUIT, 2)  # and the agent asks a rank that hangs for it
-    return work(RunDir(run_dir), world, Heartbeat.of(heartbeats, world.local_rank), prepared=prepared)
+    heartbeat = Heartbeat.of(heartbeats, world.local_rank)
+    if os.isatty(0):
+        from launcher.rank.terminal.prompts import report_prompts
+
+        report_prompts(heartbeat)
+    return work(RunDir(run_dir), world, heartbeat, prepared=prepared)
 
 
 def enter(bare: frozenset[str]) -> NoReturn:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import builtins
 import importlib
 import importlib.util
+import linecache
 import runpy
 import sys
 import traceback
 import types
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ from launcher.errors import BadRequest, nearest
 from launcher.request import own_packages
 from launcher.request.binding import call_of
 from launcher.request.spec import Target
+from training.files import read_json
 
 if TYPE_CHECKING:
     from training.context import Context
@@ -44,10 +47,18 @@ def call(target: Target, pickle: Path, context: Callable[[], Context], values: P
             case "value":
                 import cloudpickle
 
+                show_sources(pickle.with_name("sources.json"))
                 function = cloudpickle.loads(pickle.read_bytes())
             case "function":
                 function = load(target.name)
         return call_of(target, function, values).run(function, context)
+
+
+def show_sources(file: Path) -> None:
+    """Have tracebacks, `pdb` and `inspect` find the source of functions that were defined in notebook cells."""
+    with suppress(OSError, ValueError):
+        for name, text in (read_json(file) or {}).items():
+            linecache.cache[name] = len(text), None, text.splitlines(keepends=True), name
 
 
 def run_script(script: Path, args: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ SLOT = 64
 """Bytes of the heartbeat of one rank: a cache line, which no other rank writes to."""
 
 STARTING, CONNECTING, TRAINING = "starting", "connecting", "training"
+_INTERACTIVE = _LAYOUT.size  # offset of one byte
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,15 @@ class Heartbeat:
             return Reading()
         name = phase.rstrip(b"\0").decode(errors="replace")
         return Reading(step, name, max(0.0, time.monotonic() - moved))
+
+    @property
+    def interactive(self) -> bool:
+        """Whether the rank is at a prompt of its terminal, or in a debugger."""
+        return bool(self._memory[self._offset + _INTERACTIVE])
+
+    @interactive.setter
+    def interactive(self, value: bool) -> None:
+        self._memory[self._offset + _INTERACTIVE] = value
 
     def clear(self) -> None:
         """Erase the report of the rank that used this slot before."""
