@@ -329,7 +329,7 @@ def test_the_doctor_probes_as_many_nodes_as_a_run_can_have(fake: FakeBackend, la
 
 
 SHIPPED = {
-    "local": Capabilities(interrupt_stops=True, queue=False, precheck=False, multi_node=False),
+    "local": Capabilities(interrupt_stops=True, attaches=True, queue=False, precheck=False, multi_node=False),
     "slurm": Capabilities(poll_seconds=5.0, spare_nodes=True, time_limit=True, requeue=True),
     "ray": Capabilities(elastic=True),
     "ray_on_slurm": Capabilities(poll_seconds=5.0, time_limit=True, requeue=True, elastic=True),
