@@ -122,8 +122,8 @@ class NodeRanks:
                 self.task = asyncio.create_task(self._open_and_start(message))
             case Start():
                 self._start(message)
-            case Signal(number, ranks):
-                self._signal(number, self.running if ranks is None else self.running & {*ranks})
+            case Signal(number, ranks, after):
+                self._signal(number, self.running if ranks is None else self.running & {*ranks}, after)
             case DumpStacks(attempt):
                 self.task = asyncio.create_task(self._stacks(attempt))
             case CheckNode(attempt, visible):
@@ -152,12 +152,12 @@ class NodeRanks:
             return
         self._start(start)
 
-    def _signal(self, number: int, ranks: set[int]) -> None:
+    def _signal(self, number: int, ranks: set[int], after: float) -> None:
         if self.writer is None:
             return
         if number == signal.SIGKILL and ranks - self.pids.keys() and self.process is not None:
             self.process.kill()  # it is importing, and would read the message only afterwards
-        self._send(SignalRanks(number, sorted(ranks)))
+        self._send(SignalRanks(number, sorted(ranks), after))
 
     def report(self) -> Heartbeats:
         """Return the status of the ranks that run."""

@@ -153,16 +153,19 @@ class Recovery:
         if fate == "preempting":
             step = step or self.run_dir.newest_step()
             past, allowed = history.read(self.run_dir.events()), self.plan.cluster.requeues_without_progress
-            if failure := no_progress(past, step, allowed):
+            first = self.run_dir.first_step(attempt)
+            if failure := no_progress(past, step, allowed, first):
                 return End(State.STOPPED, failure, step)
             where = relocation.start_elsewhere(attempt, ())
             if where is not Elsewhere.NOWHERE:
-                self._record_requeue(attempt, "preempted", step)
+                self._record_requeue(attempt, "preempted", step, first=first)
                 return Again() if where is Elsewhere.NOW else End(State.STOPPED, requeued=True)
         return End(State.STOPPED)
 
-    def _record_requeue(self, attempt: int, reason: str, step: int | None, hosts: tuple[str, ...] = ()) -> None:
-        self.run_dir.event("requeued", attempt=attempt, reason=reason, step=step, exclude=list(hosts))
+    def _record_requeue(
+        self, attempt: int, reason: str, step: int | None, hosts: tuple[str, ...] = (), **more: int | None
+    ) -> None:
+        self.run_dir.event("requeued", attempt=attempt, reason=reason, step=step, exclude=list(hosts), **more)
 
     def finish(self, end: End, plan: Plan | None = None) -> State:
         """Write the result of a run that has ended; `plan` is given if it ended with other ranks than it began with."""
@@ -193,8 +196,8 @@ def record_failure(
 
 
 def record_interruption(run_dir: RunDir, attempt: int, outcome: Outcome) -> None:
-    """Write the event of what a program without a Context did when it was asked to stop; none for other attempts."""
-    if not outcome.interrupted:
+    """Write the event of what the ranks did when they were asked to stop; none if all of them agreed to stop at a step."""
+    if not (outcome.interrupted or outcome.killed):
         return
     lines = tail(run_dir.log(attempt, 0), 1)
     fields = {"message": describe_interruption(outcome), "last_line": lines[0] if lines else ""}

@@ -70,6 +70,10 @@ class ForkServer:
         self.ranks: dict[int, int] = {}  # pid -> rank
         self.buffer = b""
         self.sigterm_at = -float("inf")
+        self.sigterm_due = float(
+            "inf"
+        )  # when SIGTERM is sent to `sigterm_ranks`, unless it arrives from outside before
+        self.sigterm_ranks: Sequence[int] = ()
         self.forks = False  # ranks are forked; else each is a fresh interpreter
         self.standbys = Standbys(self.spawn, self.execute)
 
@@ -87,7 +91,7 @@ class ForkServer:
             selector.register(wake, selectors.EVENT_READ)
             while True:
                 more = self.standbys.prepare(set(self.ranks.values()))
-                for key, _ in selector.select(TIMEOUTS.standby / 4 if more else None):
+                for key, _ in selector.select(self.seconds_to_wait(more)):
                     if key.fileobj is not self.control:
                         with suppress(BlockingIOError):
                             os.read(wake, 4096)
@@ -101,6 +105,15 @@ class ForkServer:
                         status = self.handle(decode(ToForkServer, line))
                         if status is not None:
                             return status
+                if time.monotonic() >= self.sigterm_due:
+                    self.send_signal(signal.SIGTERM, self.sigterm_ranks)
+
+    def seconds_to_wait(self, more: bool) -> float | None:
+        """How long to wait for a message; `more`: standby interpreters are to be started. None: no limit."""
+        limits = [TIMEOUTS.standby / 4] if more else []
+        if self.sigterm_due < float("inf"):
+            limits.append(max(0.0, self.sigterm_due - time.monotonic()))
+        return min(limits, default=None)
 
     def on_sigterm(self, *_: object) -> None:
         """Note a SIGTERM from outside: a scheduler sends it to every process of a step, so the ranks have it too."""
@@ -132,6 +145,9 @@ class ForkServer:
                 self.send(Ready(round(time.monotonic() - started, 3)))
             case StartRank():
                 return self.fork(message)
+            case SignalRanks(number, ranks, after) if after:
+                assert number == signal.SIGTERM
+                self.sigterm_due, self.sigterm_ranks = time.monotonic() + after, ranks
             case SignalRanks(number, ranks):
                 self.send_signal(number, ranks)
             case _:
@@ -140,8 +156,11 @@ class ForkServer:
 
     def send_signal(self, number: int, ranks: Sequence[int]) -> None:
         """Send a signal to `ranks`, unless it is the SIGTERM that they have received from outside."""
-        if number == signal.SIGTERM and time.monotonic() - self.sigterm_at < TIMEOUTS.same_stop:
-            return
+        if number == signal.SIGTERM:
+            self.sigterm_due = float("inf")
+            # The margin keeps one that arrived just before the request, or while it waited.
+            if time.monotonic() - self.sigterm_at < 2 * TIMEOUTS.same_stop:
+                return
         for pid, rank in list(self.ranks.items()):
             if rank in ranks:
                 # Only SIGKILL is for the rank's children, too.

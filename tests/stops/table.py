@@ -1,0 +1,235 @@
+"""One row of the table for each program: it is run, stopped, and run again until it has ended."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launcher.client.run import Run
+from launcher.lifecycle.run_dir import RunDir
+from launcher.request.spec import State
+from tests.launcher.engines import Project, make_project, until
+
+PROGRAMS = Path(__file__).parent / "programs"
+
+SCRIPTS = (
+    *("no handler", "0", "1", "130", "143", "raises", "interrupts", "hard exit 1", "ignores"),
+    *("one ended", "one ended, no handler", "one saves", "finished"),
+)
+"""What a script does at SIGTERM; a number: it saves and exits with this status."""
+
+FUNCTIONS = (
+    *("function, saves", "function, saves nothing", "function, exits 0", "function, exits 143", "function, raises"),
+    *("function, never asks", "function, silent", "function, one ended", "script with a Context"),
+)
+"""What a program with a Context does when `ctx.should_stop` is true."""
+
+UNHANDLED = {"no handler", "ignores", "one ended, no handler"}
+"""Scripts that keep nothing."""
+
+VAIN = UNHANDLED | {"function, saves nothing", "function, never asks", "function, silent", "function, one ended"}
+"""Programs that begin again at step 1."""
+
+STEPS = 20
+"""Steps that a program has done when it is stopped."""
+
+SECONDS = 100.0
+"""Limit of each wait; a cluster that a dozen programs start on at once is slow."""
+
+
+@dataclass
+class Row:
+    """What became of one program.
+
+    Attributes:
+        signals: how many SIGTERM a handler of each rank received, by rank; without those that have none.
+        first: the first step of each start, by rank.
+        called: what the run was called after each stop: a state, a kind of failure, or ``requeued``.
+        end: the state after a resume, which lets the program finish.
+    """
+
+    source: str
+    program: str
+    run: Run
+    folder: Path
+    command: subprocess.Popen[str] | None = None
+    stopped_at: int = 0
+    stops: int = 0
+    called: list[str] = field(default_factory=list)
+    printed: str = ""
+    end: str = ""
+
+    # ---- what the program wrote
+
+    @property
+    def ranks(self) -> Sequence[int]:
+        """The ranks that run until the stop."""
+        return (1,) if "one ended" in self.program else (0, 1)
+
+    def number(self, rank: int, kind: str) -> int:
+        file = self.folder / f"{rank}.{kind}"
+        return int(file.read_text() or 0) if file.exists() else 0
+
+    def lines(self, rank: int, kind: str) -> list[str]:
+        file = self.folder / f"{rank}.{kind}"
+        return file.read_text().split() if file.exists() else []
+
+    @property
+    def starts(self) -> int:
+        return min(len(self.lines(rank, "first")) for rank in self.ranks)
+
+    def running(self) -> bool:
+        """Whether the program has started once more than it was stopped, and has done some steps since."""
+        if self.starts <= self.stops:
+            assert not self.run.dir.result(), f"{self.program} ended before its stop: {self.run.explain()}"
+            return False
+        return all(self.number(rank, "step") >= int(self.lines(rank, "first")[-1]) + STEPS for rank in self.ranks)
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.run.dir.events() if event["event"] == kind]
+
+    # ---- the table
+
+    def outcome(self) -> str:
+        """State of the run and, if it ended with a failure, its kind."""
+        failure = (self.run.dir.result() or {}).get("failure")
+        return self.run.state().value + (f", {failure['kind']}" if failure else "")
+
+    def did(self) -> str:
+        signals = "/".join(str(len(self.lines(rank, "handled"))) for rank in (0, 1))
+        kept = max(self.number(rank, "saved") for rank in (0, 1))
+        return (f"SIGTERM {signals}; " if signals != "0/0" else "") + (f"saved at {kept}" if kept else "saved nothing")
+
+    def text(self) -> str:
+        """The row as a line of the table."""
+        firsts = " ".join(self.lines(self.ranks[0], "first"))
+        return f"{self.source:<26} {self.program:<24} {self.did():<28} {', '.join(self.called):<44} {firsts:<12} {self.end}"
+
+    def problems(self) -> list[str]:
+        """What must not be so, whatever the engine."""
+        found = []
+        if any(call.startswith("succeeded") for call in self.called) and self.program != "finished":
+            found.append("half done, and called succeeded")
+        if len(self.called) > 3:
+            found.append("requeued without end")
+        if self.program not in VAIN:
+            for rank in self.ranks:
+                told = len(self.lines(rank, "handled"))
+                if told > len(self.called):
+                    found.append(f"rank {rank} received SIGTERM {told} times for {len(self.called)} stops")
+                kept, (first, *again) = self.number(rank, "saved"), self.lines(rank, "first")
+                if (kept and again and int(again[0]) not in (kept + 1, 1)) or first != "1":
+                    found.append(f"rank {rank} began at {first} {again}, and had saved {kept}")
+        if self.end not in ("", "succeeded"):
+            found.append(f"resumed and allowed to finish, it ended as {self.end}")
+        return found
+
+
+HEADER = f"{'stop':<26} {'program':<24} {'what it did':<28} {'what the run was called':<44} {'began at':<12} resumed to"
+
+
+class Table:
+    """Runs programs together on one engine, in one folder, and stops all of them by one source.
+
+    Attributes:
+        requeues: the stop comes from a scheduler, which starts the programs again.
+        foreground: each program has a command that follows it.
+    """
+
+    def __init__(self, folder: Path, engine: str, grace: float = 6.0, *options: str) -> None:
+        self.project: Project = make_project(folder, engine, PROGRAMS)
+        self.options = ("--cluster", "./stops.toml", "--cpus", "2", *options)
+        (folder / "stops.toml").write_text(f'extends = "{engine}"\ngrace = {grace}\n')
+
+    def run(
+        self,
+        source: str,
+        programs: Sequence[str],
+        stop: Callable[[Sequence[Row]], None],
+        *,
+        requeues: bool = False,
+        foreground: bool = False,
+        goes_on: bool = False,
+    ) -> list[Row]:
+        """Start the programs, stop them, and follow each to its end; `goes_on`: the stop concerns the command alone."""
+        rows = [self.start(source, program, foreground) for program in programs]
+        going = rows
+        while going:
+            until(lambda: all(row.running() for row in going), f"steps of {[r.program for r in going]}", SECONDS)  # noqa: B023
+            for row in going:
+                row.stops += 1
+            stop(going)
+            for row in going:
+                self.settle(row, requeues=requeues, goes_on=goes_on)
+            going = [row for row in going if row.called[-1] == "requeued"]
+        for row in rows:
+            self.finish(row)
+        return rows
+
+    def start(self, source: str, program: str, foreground: bool) -> Row:
+        """Send one program."""
+        name = f"{source} {program}".replace(", ", "-").replace(" ", "-").replace("+", "-")
+        run = ("--name", name, *([] if foreground else ["--detach"]))
+        if program.startswith("function"):
+            target = ["stopped_function:main", "--way", program]
+        else:
+            target = ["stopped_function.py" if "Context" in program else "stopped_script.py", program]
+        command = self.project.start(*self.options, *run, *target) if foreground else None
+        if command is None:
+            self.project.call(*self.options, *run, *target)
+        path = self.project.folder / "runs" / name
+        return Row(source, program, Run(RunDir(path)), self.project.folder / program.replace(" ", "-"), command)
+
+    def settle(self, row: Row, *, requeues: bool, goes_on: bool) -> None:
+        """Wait until the run has ended or is requeued; let a program that kept its steps finish."""
+        if row.command is not None:
+            row.printed = "".join(row.command.communicate(timeout=SECONDS))
+        if goes_on:
+            before = row.number(1, "step")
+            until(lambda: row.number(1, "step") > before + STEPS, f"steps of {row.program}", SECONDS)
+            row.called.append(row.run.state().value)
+            return
+        ended = lambda: row.run.state().done or (requeues and len(row.events("requeued")) >= row.stops)  # noqa: E731
+        until(ended, f"the end of {row.program}", SECONDS)
+        requeued = len(row.events("requeued")) >= row.stops
+        row.called.append("requeued" if requeued else row.outcome())
+        if requeued and row.program not in VAIN:
+            (row.folder / "enough").touch()
+            until(lambda: row.run.state().done, f"the end of {row.program}", SECONDS)
+            row.called.append(row.outcome().replace("succeeded", "then succeeded"))
+
+    def finish(self, row: Row) -> None:
+        """Resume a run that has stopped, and let it finish."""
+        (row.folder / "enough").touch()
+        if "one ended" in row.program:
+            row.end = ""  # it ends by itself only if both ranks do
+        if row.run.state() in (State.STOPPED, State.FAILED):
+            self.project.call("resume", row.run.name, status=None)
+        until(lambda: row.run.state().done, f"the end of {row.program}", SECONDS)
+        row.end = row.run.state().value
+
+
+def cancel(project: Project) -> Callable[[Sequence[Row]], None]:
+    """``launch cancel`` for all at once."""
+
+    def stop(rows: Sequence[Row]) -> None:
+        commands = [project.start("cancel", row.run.name) for row in rows]
+        for command in commands:
+            command.communicate(timeout=SECONDS)
+
+    return stop
+
+
+def to_the_command(number: signal.Signals) -> Callable[[Sequence[Row]], None]:
+    """A signal to the command that follows each run."""
+
+    def stop(rows: Sequence[Row]) -> None:
+        for row in rows:
+            assert row.command is not None
+            row.command.send_signal(number)
+
+    return stop
