@@ -34,10 +34,10 @@ UNHANDLED = {"no handler", "ignores", "one ended, no handler"}
 VAIN = UNHANDLED | {"function, saves nothing", "function, never asks", "function, silent", "function, one ended"}
 """Programs that begin again at step 1."""
 
-STEPS = 20
+STEPS = 60
 """Steps that a program has done when it is stopped."""
 
-SECONDS = 100.0
+SECONDS = 200.0
 """Limit of each wait; a cluster that a dozen programs start on at once is slow."""
 
 
@@ -46,10 +46,11 @@ class Row:
     """What became of one program.
 
     Attributes:
-        signals: how many SIGTERM a handler of each rank received, by rank; without those that have none.
-        first: the first step of each start, by rank.
-        called: what the run was called after each stop: a state, a kind of failure, or ``requeued``.
+        stops: how often it was stopped.
+        called: what the run was called after each stop: a state with the kind of failure, or ``requeued``.
+        printed: what the command printed that followed it.
         end: the state after a resume, which lets the program finish.
+        expected: what it has to be called in the end; None: anything.
     """
 
     source: str
@@ -62,6 +63,7 @@ class Row:
     called: list[str] = field(default_factory=list)
     printed: str = ""
     end: str = ""
+    expected: str | None = None
 
     # ---- what the program wrote
 
@@ -114,13 +116,15 @@ class Row:
         found = []
         if any(call.startswith("succeeded") for call in self.called) and self.program != "finished":
             found.append("half done, and called succeeded")
-        if len(self.called) > 3:
+        if self.stops > 3:
             found.append("requeued without end")
+        if self.expected is not None and self.called[-1] != self.expected:
+            found.append(f"called {self.called[-1]}, not {self.expected}")
         if self.program not in VAIN:
             for rank in self.ranks:
                 told = len(self.lines(rank, "handled"))
-                if told > len(self.called):
-                    found.append(f"rank {rank} received SIGTERM {told} times for {len(self.called)} stops")
+                if told > self.stops:
+                    found.append(f"rank {rank} received SIGTERM {told} times for {self.stops} stops")
                 kept, (first, *again) = self.number(rank, "saved"), self.lines(rank, "first")
                 if (kept and again and int(again[0]) not in (kept + 1, 1)) or first != "1":
                     found.append(f"rank {rank} began at {first} {again}, and had saved {kept}")
@@ -168,6 +172,7 @@ class Table:
             going = [row for row in going if row.called[-1] == "requeued"]
         for row in rows:
             self.finish(row)
+            row.expected = expected(row.program, requeues=requeues, goes_on=goes_on)
         return rows
 
     def start(self, source: str, program: str, foreground: bool) -> Row:
@@ -211,6 +216,19 @@ class Table:
             self.project.call("resume", row.run.name, status=None)
         until(lambda: row.run.state().done, f"the end of {row.program}", SECONDS)
         row.end = row.run.state().value
+
+
+def expected(program: str, *, requeues: bool, goes_on: bool) -> str:
+    """What a run is called after its last stop."""
+    if goes_on:
+        return "running"
+    if program == "finished":
+        return "succeeded"
+    if program == "function, raises":
+        return "failed, user error"
+    if not requeues:
+        return "stopped"
+    return "stopped, no progress" if program in VAIN else "then succeeded"
 
 
 def cancel(project: Project) -> Callable[[Sequence[Row]], None]:

@@ -35,10 +35,12 @@ def main(ctx: Context, way: str) -> dict[str, Any] | None:
         counter.value += 1
         (folder / f".{rank}.step").write_text(str(counter.value))
         (folder / f".{rank}.step").replace(folder / f"{rank}.step")
+        enough = (folder / "enough").exists()
         if way == "function, one ended":
-            if rank == 0 and counter.value >= 3:
-                return {"steps": counter.value}
-        elif ctx.group.broadcast((folder / "enough").exists()):
+            enough = enough or (rank == 0 and counter.value >= 3)
+        else:
+            enough = ctx.group.broadcast(enough)
+        if enough:
             return {"steps": counter.value}
         if way != "function, silent":
             ctx.log(counter.value, loss=1.0)
