@@ -31,6 +31,9 @@ from launcher.lifecycle.run_dir import RunDir, tail
 from launcher.request.spec import Plan, State
 from training.files import read_json
 
+STAGING = re.compile(r"\.step-([0-9]{1,18})\.staging")
+"""Names of the folders of saves in progress (`training.checkpoints.store`)."""
+
 UNFINISHED = re.compile(r"\.(value\.json|value\.pkl|[0-9]+\.json)\.[0-9a-f]+\.tmp")
 """Names of the temporary files of what ranks write: the value of the target, and errors."""
 
@@ -119,6 +122,7 @@ class Recovery:
 
     def after(self, relocation: Relocation, attempt: int, outcome: Outcome, *, may_restart: bool = True) -> End | Again:
         """Decide what follows from `outcome`, and record it."""
+        record_unfinished_saves(self.run_dir, attempt)
         past, step = history.read(self.run_dir.events()), outcome.step
         left = self.plan.spec.max_restarts - len(past.failed_attempts) if may_restart else 0
         action, failure = decide(outcome, left, past, relocation.movable, relocation.spare(outcome))
@@ -193,6 +197,18 @@ def record_failure(
     recorded = history.record_failed(run_dir, fields)
     run_dir.event("restarted", **fields, restarts_left=restarts_left)
     return recorded
+
+
+def record_unfinished_saves(run_dir: RunDir, attempt: int) -> None:
+    """Record each save that was in progress when the ranks ended, such as one that took longer than the grace.
+
+    The next attempt removes what is left of it; an event is written for each attempt that finds it.
+    """
+    with suppress(OSError):
+        for path in sorted((run_dir.path / "checkpoints").iterdir()):
+            if found := STAGING.fullmatch(path.name):
+                text = "interrupted: the rank was killed before the checkpoint was complete"
+                run_dir.event("save-failed", attempt=attempt, step=int(found[1]), error=text, unfinished=True)
 
 
 def record_interruption(run_dir: RunDir, attempt: int, outcome: Outcome) -> None:

@@ -7,109 +7,86 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.stops.table import FUNCTIONS, SCRIPTS, Row, Table, cancel, to_the_command
-
-Stop = Callable[[Sequence[Row]], None]
+from tests.stops.table import FUNCTIONS, SCRIPTS, SECONDS, Row, Source, Table
 
 
-@dataclass(frozen=True)
-class Source:
-    """One kind of stop.
-
-    Attributes:
-        requeues: a scheduler starts the programs again.
-        foreground: each program has a command that follows it.
-        goes_on: the stop concerns the command alone.
-        options: of `launch`.
-    """
-
-    stop: Callable[[Table, Any], Stop]
-    requeues: bool = False
-    foreground: bool = False
-    goes_on: bool = False
-    options: tuple[str, ...] = ()
+def cancel(table: Table, rows: Sequence[Row]) -> None:
+    """``launch cancel`` for all at once."""
+    for command in [table.project.start("cancel", row.run.name) for row in rows]:
+        command.communicate(timeout=SECONDS)
 
 
-def _cancel(table: Table, _: Any) -> Stop:
-    return cancel(table.project)
+def to_the_command(number: signal.Signals) -> Callable[[Table, Sequence[Row]], None]:
+    """A signal to the command that follows each run."""
 
-
-def _command(number: signal.Signals) -> Callable[[Table, Any], Stop]:
-    return lambda table, cluster: to_the_command(number)
-
-
-def _scancel(*words: str) -> Callable[[Table, Any], Stop]:
-    """``scancel`` with `words` for the jobs of all runs."""
-
-    def make(table: Table, cluster: Any) -> Stop:
-        return lambda rows: cluster.run("scancel", *words, *map(job_of, rows))
-
-    return make
-
-
-def _preempt(table: Table, cluster: Any) -> Stop:
-    """A job of higher priority takes all nodes."""
-    words = ("sbatch", "-p", "urgent", "-N4", "--exclusive", "-o", os.devnull, "--wrap", "sleep 1")
-    return lambda rows: cluster.run(*words)
-
-
-def _wait(table: Table, cluster: Any) -> Stop:
-    """The time limit, which comes by itself."""
-    return lambda rows: None
-
-
-def _drain(table: Table, cluster: Any) -> Stop:
-    """Ray takes a node away on which a rank of each run is; another one takes its place."""
-
-    def stop(rows: Sequence[Row]) -> None:
-        hosts = [host for row in rows for host in row.events("started")[-1]["hosts"]]
-        ids = cluster.node_ids()
-        counts = {name: sum(node[:8] in host for host in hosts) for name, node in ids.items()}
-        cluster.add_node()
-        for name in sorted(counts, key=lambda name: counts[name]):
-            if counts[name] and any(
-                any(ids[name][:8] in h for h in row.events("started")[-1]["hosts"]) for row in rows
-            ):
-                cluster.drain_node(name)
+    def stop(table: Table, rows: Sequence[Row]) -> None:
+        for row in rows:
+            assert row.command is not None
+            row.command.send_signal(number)
 
     return stop
 
 
-def job_of(row: Row) -> str:
-    """The id of the run's job."""
-    return str(json.loads((row.run.path / "job.json").read_text())["job_id"])
+def scancel(*words: str) -> Callable[[Table, Sequence[Row]], None]:
+    """``scancel`` with `words` for the jobs of all runs."""
+
+    def stop(table: Table, rows: Sequence[Row]) -> None:
+        jobs = [str(json.loads((row.run.path / "job.json").read_text())["job_id"]) for row in rows]
+        table.cluster.run("scancel", *words, *jobs)
+
+    return stop
 
 
-SOURCES: dict[str, dict[str, Source]] = {
-    "local": {
-        "cancel": Source(_cancel),
-        "Ctrl-C": Source(_command(signal.SIGINT), foreground=True),
-        "SIGTERM": Source(_command(signal.SIGTERM), foreground=True),
-    },
-    "slurm": {
-        "cancel": Source(_cancel),
-        "preemption": Source(_preempt, requeues=True),
-        "time limit": Source(_wait, requeues=True, options=("--time", "1m")),
-        "scancel": Source(_scancel()),
-        "scancel TERM": Source(_scancel("--signal=TERM")),
-        "scancel TERM batch": Source(_scancel("--signal=TERM", "--batch")),
-        "scancel TERM full": Source(_scancel("--signal=TERM", "--full")),
-        "scancel USR2": Source(_scancel("--signal=USR2"), requeues=True),
-        "scancel USR2 batch": Source(_scancel("--signal=USR2", "--batch")),
-        "scancel USR2 full": Source(_scancel("--signal=USR2", "--full"), requeues=True),
-        "scancel USR1": Source(_scancel("--signal=USR1")),
-        "Ctrl-C": Source(_command(signal.SIGINT), foreground=True, goes_on=True),
-        "SIGTERM": Source(_command(signal.SIGTERM), foreground=True, goes_on=True),
-    },
-    "ray": {
-        "cancel": Source(_cancel),
-        "drain": Source(_drain, requeues=True),
-        "Ctrl-C": Source(_command(signal.SIGINT), foreground=True, goes_on=True),
-    },
+def preempt(table: Table, rows: Sequence[Row]) -> None:
+    """A job of higher priority takes all nodes."""
+    table.cluster.run("sbatch", "-p", "urgent", "-N4", "--exclusive", "-o", os.devnull, "--wrap", "sleep 1")
+
+
+def wait(table: Table, rows: Sequence[Row]) -> None:
+    """The time limit comes by itself."""
+
+
+def drain(table: Table, rows: Sequence[Row]) -> None:
+    """Ray takes away a node of each run; another node takes its place."""
+    for row in rows:
+        gone = table.cluster.node_ids()
+        host = row.events("started")[-1]["hosts"][0]
+        name = next((name for name, node in gone.items() if node[:8] in host), None)
+        if name is not None and not row.events("preempted")[row.stops - 1 :]:
+            table.cluster.add_node()
+            table.cluster.drain_node(name)
+
+
+SOURCES: dict[str, tuple[Source, ...]] = {
+    "local": (
+        Source("cancel", cancel),
+        Source("Ctrl-C", to_the_command(signal.SIGINT), foreground=True),
+        Source("SIGTERM", to_the_command(signal.SIGTERM), foreground=True),
+    ),
+    "slurm": (
+        Source("preemption", preempt, requeues=True),
+        Source("time limit", wait, requeues=True, options=("--time", "1m")),
+        Source("cancel", cancel),
+        Source("scancel", scancel()),
+        Source("scancel TERM", scancel("--signal=TERM")),
+        Source("scancel TERM batch", scancel("--signal=TERM", "--batch")),
+        Source("scancel TERM full", scancel("--signal=TERM", "--full")),
+        Source("scancel USR2", scancel("--signal=USR2"), requeues=True),
+        Source("scancel USR2 batch", scancel("--signal=USR2", "--batch")),
+        Source("scancel USR2 full", scancel("--signal=USR2", "--full"), requeues=True),
+        Source("scancel USR1", scancel("--signal=USR1"), any_end=True),
+        Source("Ctrl-C", to_the_command(signal.SIGINT), foreground=True, goes_on=True),
+        Source("SIGTERM", to_the_command(signal.SIGTERM), foreground=True, goes_on=True),
+    ),
+    "ray": (
+        Source("cancel", cancel),
+        Source("drain", drain, requeues=True),
+        Source("Ctrl-C", to_the_command(signal.SIGINT), foreground=True, goes_on=True),
+        Source("SIGTERM", to_the_command(signal.SIGTERM), foreground=True, goes_on=True),
+    ),
 }
 
 TOGETHER = {"local": 12, "slurm": 22, "ray": 4}
@@ -131,16 +108,11 @@ def started(engine: str) -> Iterator[Any]:
         yield cluster
 
 
-def rows_of(engine: str, name: str, folder: Path, cluster: Any, programs: Sequence[str] = ()) -> Iterator[Row]:
-    """Play one kind of stop with all programs, so many at once as the engine holds."""
-    source = SOURCES[engine][name]
-    nodes = ("--nodes", "2") if engine == "slurm" else ()
-    programs = programs or (*SCRIPTS, *FUNCTIONS)
-    each = TOGETHER[engine]
-    for number in range(0, len(programs), each):
+def rows_of(
+    engine: str, sources: Sequence[Source], folder: Path, cluster: Any, programs: Sequence[str] = ()
+) -> Iterator[Row]:
+    """Play kinds of stops with programs (default: all), so many at once as the engine holds."""
+    plays = [(source, program) for source in sources for program in programs or (*SCRIPTS, *FUNCTIONS)]
+    for number in range(0, len(plays), TOGETHER[engine]):
         (part := folder / str(number)).mkdir(parents=True)
-        table = Table(part, engine, 6.0, *nodes, *source.options)
-        yield from table.run(
-            name, programs[number : number + each], source.stop(table, cluster),
-            requeues=source.requeues, foreground=source.foreground, goes_on=source.goes_on,
-        )  # fmt: skip
+        yield from Table(part, engine, cluster).run(plays[number : number + TOGETHER[engine]])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import re
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,8 +37,30 @@ VAIN = UNHANDLED | {"function, saves nothing", "function, never asks", "function
 STEPS = 60
 """Steps that a program has done when it is stopped."""
 
-SECONDS = 200.0
+SECONDS = 120.0
 """Limit of each wait; a cluster that a dozen programs start on at once is slow."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One kind of stop.
+
+    Attributes:
+        stop: stops the programs of a table.
+        requeues: a scheduler starts the programs again.
+        foreground: each program has a command that follows it.
+        goes_on: the stop concerns the command alone.
+        any_end: what the run is called is up to the program.
+        options: of `launch`.
+    """
+
+    name: str
+    stop: Callable[[Table, Sequence[Row]], None]
+    requeues: bool = False
+    foreground: bool = False
+    goes_on: bool = False
+    any_end: bool = False
+    options: tuple[str, ...] = ()
 
 
 @dataclass
@@ -50,20 +72,17 @@ class Row:
         called: what the run was called after each stop: a state with the kind of failure, or ``requeued``.
         printed: what the command printed that followed it.
         end: the state after a resume, which lets the program finish.
-        expected: what it has to be called in the end; None: anything.
     """
 
-    source: str
+    source: Source
     program: str
     run: Run
     folder: Path
     command: subprocess.Popen[str] | None = None
-    stopped_at: int = 0
     stops: int = 0
     called: list[str] = field(default_factory=list)
     printed: str = ""
     end: str = ""
-    expected: str | None = None
 
     # ---- what the program wrote
 
@@ -94,6 +113,10 @@ class Row:
     def events(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self.run.dir.events() if event["event"] == kind]
 
+    def settled(self) -> bool:
+        """Whether the run has ended, or is requeued once for each stop."""
+        return self.run.state().done or (self.source.requeues and len(self.events("requeued")) >= self.stops)
+
     # ---- the table
 
     def outcome(self) -> str:
@@ -109,7 +132,7 @@ class Row:
     def text(self) -> str:
         """The row as a line of the table."""
         firsts = " ".join(self.lines(self.ranks[0], "first"))
-        return f"{self.source:<26} {self.program:<24} {self.did():<28} {', '.join(self.called):<44} {firsts:<12} {self.end}"
+        return f"{self.source.name:<26} {self.program:<24} {self.did():<28} {', '.join(self.called):<44} {firsts:<12} {self.end}"
 
     def problems(self) -> list[str]:
         """What must not be so, whatever the engine."""
@@ -118,8 +141,8 @@ class Row:
             found.append("half done, and called succeeded")
         if self.stops > 3:
             found.append("requeued without end")
-        if self.expected is not None and self.called[-1] != self.expected:
-            found.append(f"called {self.called[-1]}, not {self.expected}")
+        if not self.source.any_end and self.called[-1] != (wanted := expected(self.program, self.source)):
+            found.append(f"called {self.called[-1]}, not {wanted}")
         if self.program not in VAIN:
             for rank in self.ranks:
                 told = len(self.lines(rank, "handled"))
@@ -137,69 +160,63 @@ HEADER = f"{'stop':<26} {'program':<24} {'what it did':<28} {'what the run was c
 
 
 class Table:
-    """Runs programs together on one engine, in one folder, and stops all of them by one source.
+    """Runs programs together on one engine, in one folder, each with a stop of its own."""
 
-    Attributes:
-        requeues: the stop comes from a scheduler, which starts the programs again.
-        foreground: each program has a command that follows it.
-    """
-
-    def __init__(self, folder: Path, engine: str, grace: float = 6.0, *options: str) -> None:
+    def __init__(self, folder: Path, engine: str, cluster: Any = None, grace: float = 6.0) -> None:
         self.project: Project = make_project(folder, engine, PROGRAMS)
-        self.options = ("--cluster", "./stops.toml", "--cpus", "2", *options)
+        self.cluster = cluster
+        nodes = ("--nodes", "2") if engine == "slurm" else ()
+        self.options = ("--cluster", "./stops.toml", "--cpus", "2", *nodes)
         (folder / "stops.toml").write_text(f'extends = "{engine}"\ngrace = {grace}\n')
 
-    def run(
-        self,
-        source: str,
-        programs: Sequence[str],
-        stop: Callable[[Sequence[Row]], None],
-        *,
-        requeues: bool = False,
-        foreground: bool = False,
-        goes_on: bool = False,
-    ) -> list[Row]:
-        """Start the programs, stop them, and follow each to its end; `goes_on`: the stop concerns the command alone."""
-        rows = [self.start(source, program, foreground) for program in programs]
+    def run(self, plays: Sequence[tuple[Source, str]]) -> list[Row]:
+        """Start all programs, stop each by its source, and follow each to its end."""
+        rows = [self.start(source, program) for source, program in plays]
         going = rows
         while going:
-            until(lambda: all(row.running() for row in going), f"steps of {[r.program for r in going]}", SECONDS)  # noqa: B023
+            until(lambda: all(row.running() for row in going), lambda: self.waiting(going), SECONDS)  # noqa: B023
             for row in going:
                 row.stops += 1
-            stop(going)
+            for source in dict.fromkeys(row.source for row in going):
+                source.stop(self, [row for row in going if row.source is source])
             for row in going:
-                self.settle(row, requeues=requeues, goes_on=goes_on)
+                self.settle(row)
             going = [row for row in going if row.called[-1] == "requeued"]
         for row in rows:
             self.finish(row)
-            row.expected = expected(row.program, requeues=requeues, goes_on=goes_on)
         return rows
 
-    def start(self, source: str, program: str, foreground: bool) -> Row:
+    def start(self, source: Source, program: str) -> Row:
         """Send one program."""
-        name = f"{source} {program}".replace(", ", "-").replace(" ", "-").replace("+", "-")
-        run = ("--name", name, *([] if foreground else ["--detach"]))
-        if program.startswith("function"):
-            target = ["stopped_function:main", "--way", program]
-        else:
-            target = ["stopped_function.py" if "Context" in program else "stopped_script.py", program]
-        command = self.project.start(*self.options, *run, *target) if foreground else None
-        if command is None:
-            self.project.call(*self.options, *run, *target)
+        name = re.sub("[^A-Za-z0-9]+", "-", f"{source.name} {program}")
         path = self.project.folder / "runs" / name
-        return Row(source, program, Run(RunDir(path)), self.project.folder / program.replace(" ", "-"), command)
+        row = Row(source, program, Run(RunDir(path)), self.project.folder / f"of-{name}")
+        options = (*self.options, *source.options, "--name", name, *([] if source.foreground else ["--detach"]))
+        if program.startswith("function"):
+            target = ["stopped_function:main", "--way", program, "--folder", row.folder.name]
+        else:
+            script = "stopped_function.py" if "Context" in program else "stopped_script.py"
+            target = [script, program, row.folder.name]
+        if source.foreground:
+            row.command = self.project.start(*options, *target)
+        else:
+            self.project.call(*options, *target)
+        return row
 
-    def settle(self, row: Row, *, requeues: bool, goes_on: bool) -> None:
+    def waiting(self, rows: Sequence[Row]) -> str:
+        """The programs that do not run yet."""
+        return f"steps of {[(row.source.name, row.program, row.outcome()) for row in rows if not row.running()]}"
+
+    def settle(self, row: Row) -> None:
         """Wait until the run has ended or is requeued; let a program that kept its steps finish."""
         if row.command is not None:
             row.printed = "".join(row.command.communicate(timeout=SECONDS))
-        if goes_on:
+        if row.source.goes_on:
             before = row.number(1, "step")
             until(lambda: row.number(1, "step") > before + STEPS, f"steps of {row.program}", SECONDS)
             row.called.append(row.run.state().value)
             return
-        ended = lambda: row.run.state().done or (requeues and len(row.events("requeued")) >= row.stops)  # noqa: E731
-        until(ended, f"the end of {row.program}", SECONDS)
+        until(row.settled, f"the end of {row.program}", SECONDS)
         requeued = len(row.events("requeued")) >= row.stops
         row.called.append("requeued" if requeued else row.outcome())
         if requeued and row.program not in VAIN:
@@ -208,46 +225,22 @@ class Table:
             row.called.append(row.outcome().replace("succeeded", "then succeeded"))
 
     def finish(self, row: Row) -> None:
-        """Resume a run that has stopped, and let it finish."""
+        """Let the program finish; resume its run first if it has stopped."""
         (row.folder / "enough").touch()
-        if "one ended" in row.program:
-            row.end = ""  # it ends by itself only if both ranks do
         if row.run.state() in (State.STOPPED, State.FAILED):
-            self.project.call("resume", row.run.name, status=None)
+            self.project.call("resume", row.run.name, "--detach", status=None)
         until(lambda: row.run.state().done, f"the end of {row.program}", SECONDS)
         row.end = row.run.state().value
 
 
-def expected(program: str, *, requeues: bool, goes_on: bool) -> str:
+def expected(program: str, source: Source) -> str:
     """What a run is called after its last stop."""
-    if goes_on:
+    if source.goes_on:
         return "running"
     if program == "finished":
         return "succeeded"
     if program == "function, raises":
         return "failed, user error"
-    if not requeues:
+    if not source.requeues:
         return "stopped"
     return "stopped, no progress" if program in VAIN else "then succeeded"
-
-
-def cancel(project: Project) -> Callable[[Sequence[Row]], None]:
-    """``launch cancel`` for all at once."""
-
-    def stop(rows: Sequence[Row]) -> None:
-        commands = [project.start("cancel", row.run.name) for row in rows]
-        for command in commands:
-            command.communicate(timeout=SECONDS)
-
-    return stop
-
-
-def to_the_command(number: signal.Signals) -> Callable[[Sequence[Row]], None]:
-    """A signal to the command that follows each run."""
-
-    def stop(rows: Sequence[Row]) -> None:
-        for row in rows:
-            assert row.command is not None
-            row.command.send_signal(number)
-
-    return stop

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -145,10 +146,10 @@ def test_a_program_that_begins_again_after_each_preemption_ends() -> None:
     def requeued(first: int | None) -> dict[str, Any]:
         return {"event": "requeued", "reason": "preempted", "step": 50, "first": first}
 
-    def verdict(firsts: list[int | None], allowed: int = 2) -> str | None:
+    def verdict(firsts: Sequence[int | None], allowed: int = 2) -> str | None:
         """Of the preemption of an attempt that began with the last of `firsts`; its step is further than any before."""
         failure = no_progress(read([requeued(first) for first in firsts[:-1]]), 90, allowed, firsts[-1])
-        return failure and failure.message
+        return failure.message if failure else None
 
     assert verdict([1, 1]) is None
     assert (

@@ -22,8 +22,8 @@ class Counter:
         self.value = state["value"]
 
 
-def main(ctx: Context, way: str) -> dict[str, Any] | None:
-    folder, rank = Path(way.replace(" ", "-")), ctx.world.rank
+def main(ctx: Context, way: str, folder: Path) -> dict[str, Any] | None:
+    rank = ctx.world.rank
     folder.mkdir(exist_ok=True)
     counter = Counter()
     state = ctx.state(counter=counter)
@@ -60,4 +60,4 @@ def main(ctx: Context, way: str) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":  # a script with a Context
-    main(Context.current(), sys.argv[1])
+    main(Context.current(), sys.argv[1], Path(sys.argv[2]))

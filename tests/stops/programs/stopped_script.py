@@ -1,6 +1,6 @@
 """Count steps until the file `enough` exists; handle SIGTERM as the first argument says. Without code for the launcher.
 
-Files in a folder of the name of the way: <rank>.step, <rank>.saved, <rank>.first (a line for each start), <rank>.handled (a
+Files in the folder that the second argument names: <rank>.step, <rank>.saved, <rank>.first (a line for each start), <rank>.handled (a
 line for each SIGTERM).
 """
 
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 way, rank = sys.argv[1], int(os.environ["RANK"])
-folder = Path(way.replace(" ", "-"))
+folder = Path(sys.argv[2])
 folder.mkdir(exist_ok=True)
 
 
