@@ -47,6 +47,9 @@ STORE_BYTES = 128 * 2**20
 LONGEST_FOLDER = 40
 """Longest path of a temporary folder: the paths of Ray's sockets in it have a limit of 107 characters."""
 
+STARTS = 3
+"""How often Ray is started on a node. Ray itself gives up after 30 s, which may be too short on a busy machine."""
+
 TOKEN = "LAUNCH_RAY_NODE"
 """Variable that marks all processes of a node, to find them again: Ray's daemons leave their parents."""
 
@@ -83,6 +86,11 @@ class RayNode:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._end()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _end(self) -> None:
+        """End Ray and what it has started on this node."""
         if self.process is not None:
             with suppress(ProcessLookupError):
                 self.process.terminate()
@@ -91,7 +99,6 @@ class RayNode:
         for pid in _started_with(f"{TOKEN}={self.folder}"):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _note(self, *_: object) -> None:
         self.asked = True
@@ -131,6 +138,26 @@ class RayNode:
         own = {TOKEN: str(self.folder), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.run_dir.token_file)}
         return {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"} | own
 
+    def _started_again(self) -> bool:
+        """Clean up after a Ray that has exited too early; returns whether it is to be started again."""
+        assert self.process is not None
+        if self.asked:
+            return False
+        text = f"launch: Ray on {self.where.host} exited with status {self.process.returncode}"
+        print(f"{text}; see {self.run_dir.agent_log(self.where.node)}", file=sys.stderr, flush=True)
+        self._end()
+        return True
+
+    def _start_head(self) -> str:
+        """Start the head; returns its address, empty if it exited."""
+        for _ in range(STARTS):
+            self._start(
+                self.where.address, "--head", "--port=0", f"--temp-dir={self.folder}", "--include-dashboard=false"
+            )
+            if (address := self._await_head()) or not self._started_again():
+                return address
+        return ""
+
     def _await_head(self) -> str:
         """Wait for the head that this node has started; returns its address, empty if it exited."""
         assert self.process is not None
@@ -153,8 +180,7 @@ class RayNode:
         self.run_dir.token_file.unlink(missing_ok=True)
         with open(os.open(self.run_dir.token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
-        self._start(self.where.address, "--head", "--port=0", f"--temp-dir={self.folder}", "--include-dashboard=false")
-        address = self._await_head()
+        address = self._start_head()
         try:
             if not address:
                 return 1  # the batch script handles a run without a result
@@ -205,10 +231,13 @@ class RayNode:
                 return 0
             time.sleep(0.1)
         own = source_towards(head["address"].rpartition(":")[0])
-        self._start(own, f"--address={head['address']}")
-        assert self.process is not None
-        while self.process.poll() is None and not self._head().get("over"):
-            time.sleep(0.2)
+        for _ in range(STARTS):
+            self._start(own, f"--address={head['address']}")
+            assert self.process is not None
+            while self.process.poll() is None and not self._head().get("over"):
+                time.sleep(0.2)
+            if self._head().get("over") or not self._started_again():
+                break
         return 0
 
     def _head(self) -> dict[str, Any]:
