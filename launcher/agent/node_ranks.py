@@ -249,3 +249,5 @@ def on_signals(send: Callable[[int], None]) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
         loop.add_signal_handler(number, send, int(number))
+    # SLURM sends a program's SIGUSR1 to this process, too. A handler is not inherited, as SIG_IGN would be.
+    loop.add_signal_handler(signal.SIGUSR1, lambda: None)

@@ -81,6 +81,7 @@ class RayNode:
         self.process: subprocess.Popen[bytes] | None = None
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, self._note)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a program's own signal, which SLURM sends to all processes
 
     def __enter__(self) -> RayNode:
         return self
@@ -247,8 +248,9 @@ class RayNode:
 
 
 def _unmoved() -> None:
-    """Ignore SIGUSR2, which SLURM sends to all processes of a job, not only to ranks and this task."""
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    """Ignore SIGUSR1 and SIGUSR2, which SLURM sends to all processes of a job, not only to ranks and this task."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _started_with(text: str) -> list[int]:
