@@ -50,7 +50,7 @@ class Source:
         requeues: a scheduler starts the programs again.
         foreground: each program has a command that follows it.
         goes_on: the stop concerns the command alone.
-        any_end: what the run is called is up to the program.
+        ends: what each program is called then, if not what `expected` returns.
         options: of `launch`.
     """
 
@@ -59,7 +59,7 @@ class Source:
     requeues: bool = False
     foreground: bool = False
     goes_on: bool = False
-    any_end: bool = False
+    ends: str = ""
     options: tuple[str, ...] = ()
 
 
@@ -114,8 +114,9 @@ class Row:
         return [event for event in self.run.dir.events() if event["event"] == kind]
 
     def settled(self) -> bool:
-        """Whether the run has ended, or is requeued once for each stop."""
-        return self.run.state().done or (self.source.requeues and len(self.events("requeued")) >= self.stops)
+        """Whether the run has ended, or is requeued or restarted once for each stop."""
+        kind = "restarted" if self.source.ends == "restarted" else "requeued"
+        return self.run.state().done or len(self.events(kind)) >= self.stops
 
     # ---- the table
 
@@ -141,7 +142,7 @@ class Row:
             found.append("half done, and called succeeded")
         if self.stops > 3:
             found.append("requeued without end")
-        if not self.source.any_end and self.called[-1] != (wanted := expected(self.program, self.source)):
+        if self.called[-1] != (wanted := expected(self.program, self.source)):
             found.append(f"called {self.called[-1]}, not {wanted}")
         if self.program not in VAIN:
             for rank in self.ranks:
@@ -211,6 +212,10 @@ class Table:
         """Wait until the run has ended or is requeued; let a program that kept its steps finish."""
         if row.command is not None:
             row.printed = "".join(row.command.communicate(timeout=SECONDS))
+        if row.source.ends == "restarted":
+            until(row.settled, f"the restart of {row.program}", SECONDS)
+            row.called.append("restarted" if row.events("restarted") else row.outcome())
+            return
         if row.source.goes_on:
             before = row.number(1, "step")
             until(lambda: row.number(1, "step") > before + STEPS, f"steps of {row.program}", SECONDS)
@@ -227,7 +232,7 @@ class Table:
     def finish(self, row: Row) -> None:
         """Let the program finish; resume its run first if it has stopped."""
         (row.folder / "enough").touch()
-        if row.run.state() in (State.STOPPED, State.FAILED):
+        if row.run.state() in (State.STOPPED, State.FAILED, State.LOST):
             self.project.call("resume", row.run.name, "--detach", status=None)
         until(lambda: row.run.state().done, f"the end of {row.program}", SECONDS)
         row.end = row.run.state().value
@@ -235,8 +240,8 @@ class Table:
 
 def expected(program: str, source: Source) -> str:
     """What a run is called after its last stop."""
-    if source.goes_on:
-        return "running"
+    if source.goes_on or source.ends:
+        return source.ends or "running"
     if program == "finished":
         return "succeeded"
     if program == "function, raises":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from tests.testbed.slurm import SlurmCluster
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def play(table: Table, engine: str, plan: dict[str, Sequence[str]]) -> None:
+def play(table: Table, engine: str, plan: Mapping[str, Sequence[str]]) -> None:
     sources = {source.name: source for source in SOURCES[engine]}
     rows = table.run([(sources[name], program) for name, programs in plan.items() for program in programs])
     print(HEADER, *(row.text() for row in rows), sep="\n")
@@ -38,6 +38,9 @@ def test_stops_of_a_scheduler(tmp_path: Path, on_slurm: SlurmCluster) -> None:
         "scancel USR2": ("one ended, no handler", "function, saves nothing", "function, silent"),
         "scancel TERM": ("0", "143", "function, saves"),
         "scancel": ("0",),
+        "scancel USR1": ("0",),
+        "scancel USR2 batch": ("0",),
+        "scancel USR2 full": ("0",),
         "cancel": ("script with a Context",),
     }
     play(Table(tmp_path, "slurm", on_slurm), "slurm", plan)
