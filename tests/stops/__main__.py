@@ -18,15 +18,14 @@ def main() -> int:
     parser.add_argument("--stop", action="append", help="only this kind; may be given more than once")
     parser.add_argument("programs", nargs="*", help="default: all")
     options = parser.parse_args()
+    sources = [each for each in SOURCES[options.engine] if each.name in (options.stop or [each.name])]
     wrong = 0
     print(f"engine {options.engine}\n{HEADER}", flush=True)
     with started(options.engine) as cluster, tempfile.TemporaryDirectory(prefix="stops-") as scratch:
-        for name in options.stop or SOURCES[options.engine]:
-            folder = Path(scratch, name.replace(" ", "-"))
-            for row in rows_of(options.engine, name, folder, cluster, options.programs):
-                problems = row.problems()
-                wrong += bool(problems)
-                print(row.text() + (f"  WRONG: {'; '.join(problems)}" if problems else ""), flush=True)
+        for row in rows_of(options.engine, sources, Path(scratch), cluster, options.programs):
+            problems = row.problems()
+            wrong += bool(problems)
+            print(row.text() + (f"  WRONG: {'; '.join(problems)}" if problems else ""), flush=True)
     print(f"{wrong} wrong")
     return min(wrong, 1)
 
