@@ -135,7 +135,7 @@ def describe(event: dict[str, Any]) -> str:
         case {"event": "interrupted", "message": message, "last_line": line, "lost_everything": lost}:
             lines = f"; its last line: {line}" if line else ""
             return f"stopped: {message}{lines}" + ("; nothing was saved on SIGTERM" if lost else "")
-        case {"event": "save-failed", "unfinished": True, "step": step, "error": error}:
+        case {"event": "save-interrupted", "step": step, "error": error}:
             return f"the checkpoint of step {step} could not be saved: {error}"
         case {"event": "waiting", "message": message}:
             return f"waiting: {message}"

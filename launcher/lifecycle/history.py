@@ -112,7 +112,7 @@ def read(events: Iterable[Mapping[str, Any]]) -> History:
                 history = replace(history, failed_attempts=(*history.failed_attempts, failed_attempt))
             case {"event": "interrupted"}:
                 history = replace(history, losses=history.losses + 1 if event.get("lost_everything") else 0)
-            case {"event": "save-failed", "step": int(step), "error": error}:
+            case {"event": "save-failed" | "save-interrupted", "step": int(step), "error": error}:
                 failed = dict.fromkeys(
                     (*history.failed_saves, FailedSave(step, str(error)))
                 )  # ranks may record the same

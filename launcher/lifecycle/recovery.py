@@ -208,7 +208,7 @@ def record_unfinished_saves(run_dir: RunDir, attempt: int) -> None:
         for path in sorted((run_dir.path / "checkpoints").iterdir()):
             if found := STAGING.fullmatch(path.name):
                 text = "interrupted: the rank was killed before the checkpoint was complete"
-                run_dir.event("save-failed", attempt=attempt, step=int(found[1]), error=text, unfinished=True)
+                run_dir.event("save-interrupted", attempt=attempt, step=int(found[1]), error=text)
 
 
 def record_interruption(run_dir: RunDir, attempt: int, outcome: Outcome) -> None:

@@ -78,6 +78,7 @@ class RayNode:
         base = tempfile.gettempdir()
         self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir=base if len(base) <= LONGEST_FOLDER else "/tmp"))
         self.asked = False  # a signal asked the job to end
+        self.preempted = False  # SLURM announced by SIGUSR2 that it takes the nodes
         self.process: subprocess.Popen[bytes] | None = None
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, self._note)
@@ -101,8 +102,9 @@ class RayNode:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def _note(self, *_: object) -> None:
+    def _note(self, number: int, *_: object) -> None:
         self.asked = True
+        self.preempted = self.preempted or number == signal.SIGUSR2
 
     # ---- Ray
 
@@ -208,19 +210,10 @@ class RayNode:
                 requested_here = True
             time.sleep(0.1)
         result = self.run_dir.result()
-        if self.asked and (result is None or (requested_here and result["state"] == State.STOPPED)):
-            return self._go_on_later()
+        leaving = self.asked and (result is None or (requested_here and result["state"] == State.STOPPED))
+        if leaving and (self.preempted or self.where.fate()):  # else somebody cancelled the job
+            return go_on_later(self.run_dir, self.where)
         return driver.returncode
-
-    def _go_on_later(self) -> int:
-        """Requeue the job, whose ranks stopped because SLURM takes the nodes."""
-        self.run_dir.stop_file.unlink(missing_ok=True)
-        assert self.where.requeue is not None
-        recovery, attempt = Recovery(self.run_dir, self.plan), self.run_dir.last_attempt()
-        self.run_dir.result_file.unlink(missing_ok=True)  # before the requeue, after which SLURM ends this job
-        end = recovery.stopped(BatchScript(self.where.requeue), attempt, self.run_dir.newest_step())
-        assert isinstance(end, End), "the next attempt is started by another job"
-        return 0 if end.requeued else recovery.finish(end).exit_status
 
     # ---- other nodes
 
@@ -245,6 +238,17 @@ class RayNode:
         """The content of ``ray-head.json`` of this start of the job; empty if there is none yet."""
         content: dict[str, Any] = read_json(self.run_dir.head_file) or {}
         return content if content.get("session") == self.where.session else {}
+
+
+def go_on_later(run_dir: RunDir, where: AgentInfo) -> int:
+    """Requeue the job, whose ranks stopped because SLURM takes the nodes."""
+    run_dir.stop_file.unlink(missing_ok=True)
+    assert where.requeue is not None
+    recovery, attempt = Recovery(run_dir, run_dir.plan()), run_dir.last_attempt()
+    run_dir.result_file.unlink(missing_ok=True)  # before the requeue, after which SLURM ends this job
+    end = recovery.stopped(BatchScript(where.requeue), attempt, run_dir.newest_step())
+    assert isinstance(end, End), "the next attempt is started by another job"
+    return 0 if end.requeued else recovery.finish(end).exit_status
 
 
 def _unmoved() -> None:

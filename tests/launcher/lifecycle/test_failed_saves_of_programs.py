@@ -70,7 +70,7 @@ if __name__ == "__main__":
 def check(project: Project, name: str, text: str, steps: list[int]) -> None:
     """The failed saves of a run that has ended well."""
     status = project.status(name)
-    events = [event for event in project.events(name) if event["event"] == "save-failed"]
+    events = [event for event in project.events(name) if event["event"] in ("save-failed", "save-interrupted")]
     assert list(dict.fromkeys(event["step"] for event in events)) == steps
     assert all(text in event["error"] for event in events)
     result: dict[str, Any] = status["failed_saves"]
