@@ -213,17 +213,14 @@ def finishes(project: Project, name: str) -> None:
 
 @pytest.mark.slurm
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("fault", ["user signal", "paused agent"])
-def test_a_script_is_requeued_and_goes_on(fault: str, slurm_project: Project, on_slurm: SlurmCluster) -> None:
+def test_a_script_whose_agent_is_paused_is_requeued_and_goes_on(slurm_project: Project, on_slurm: SlurmCluster) -> None:
     send(slurm_project, "q", "0", "4000")
     week = Week(slurm_project, on_slurm, "q")
     agent = week.agent(week.hosts()[0])
-    if fault == "paused agent":
-        os.kill(agent, signal.SIGSTOP)
+    os.kill(agent, signal.SIGSTOP)
     on_slurm.run("scancel", "--signal=USR2", week.job)
-    if fault == "paused agent":
-        time.sleep(1.5)
-        os.kill(agent, signal.SIGCONT)
+    time.sleep(1.5)
+    os.kill(agent, signal.SIGCONT)
     finishes(slurm_project, "q")
     for rank in range(2):
         assert len((slurm_project.folder / f"handled-{rank}").read_text().split()) == 1, "SIGTERM came once"
