@@ -34,6 +34,7 @@ class Attempt:
         lost: agents that are gone.
         step: the newest step that a rank had done; -1 before the first.
         hung: the rank at fault and the sentence about it, once the attempt hung.
+        ended_before_stop: ranks that had ended when the others were asked to stop.
         joined: False once a rank without a Context has ended.
     """
 
@@ -53,6 +54,8 @@ class Attempt:
         self.step = -1
         self.hung: tuple[int | None, str] | None = None
         self.joined = True
+        self.ended_before_stop: frozenset[int] = frozenset()
+        self._ended_at: dict[int, float] = {}
         self.kill_at: float | None = None  # seconds of the event loop's clock
         self._killed = self._stopping = False
         self._beats: dict[int, RankStatus] = {}
@@ -78,18 +81,27 @@ class Attempt:
         beats = self._beats.values()
         return self.joined and len(beats) == len(self.alive) and all(beat.step >= 0 for beat in beats)
 
-    def ask_to_stop(self, grace: float) -> dict[str, Any]:
+    def ask_to_stop(self, grace: float, also_sent: bool = False) -> dict[str, Any]:
         """Send SIGTERM to the ranks and kill them after `grace` seconds; returns the fields of the event about it.
 
-        A program without a Context has the whole grace on every rank, whatever has become of the others.
+        With `also_sent` a scheduler sends SIGTERM to the ranks itself, perhaps later than this message arrives. A program without a Context has the whole grace on every rank, whatever has become of the others.
         """
         together = self.all_with_context
         if not together and self._suspects is None and not self._killed:
             self.kill_at = None
         self._stopping = not together
+        self.ended_before_stop = frozenset(self.exits)
+        if self.over:
+            self.stopped_before()
         self.kill_within(grace)
-        self.send(Signal(signal.SIGTERM))
+        self.send(Signal(signal.SIGTERM, after=min(TIMEOUTS.same_stop, grace / 2) if also_sent else 0.0))
         return {"ranks": len(self.alive), "context": together, "grace": grace}
+
+    def stopped_before(self) -> None:
+        """Take in that the ranks have ended by a stop that this process received only after their end."""
+        last = max(self._ended_at.values(), default=0.0)
+        early = {rank for rank, at in self._ended_at.items() if at < last - TIMEOUTS.late_signal_scheduler}
+        self.ended_before_stop = frozenset(early)
 
     def kill_within(self, seconds: float) -> None:
         """Kill what still runs `seconds` from now, or sooner where that was settled before."""
@@ -134,6 +146,7 @@ class Attempt:
         if self._killed:
             return
         self.exits[end.rank] = end.code
+        self._ended_at[end.rank] = asyncio.get_running_loop().time()
         if self._stopping and end.step < 0:
             return
         # A scheduler's SIGTERM may reach a rank before it reaches the agent.

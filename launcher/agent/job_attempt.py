@@ -114,6 +114,11 @@ class JobAttempt:
         self.number, self.run_dir, self.plan = number, run_dir, plan
         self.agents, self.stops, self.inbox = agents, stops, inbox
 
+    @property
+    def scheduled(self) -> bool:
+        """Whether a scheduler sends its signals to every process of the job."""
+        return self.agents.agent_info.requeue is not None
+
     async def run(self) -> Outcome:
         """Start all ranks and supervise them to their end."""
         if self.stops.first:
@@ -158,7 +163,8 @@ class JobAttempt:
         lost = [self.agents.host(agent) for agent in attempt.lost]
         outcome = Outcome(attempt.exits, errors, stop, lost, host_of_rank, attempt.progress, attempt.hung)
         aborts = await asyncio.to_thread(abort_causes, self.run_dir, self.number, attempt.exits)
-        return replace(outcome, joined=attempt.joined, finished=finished, aborts=aborts)
+        before = attempt.ended_before_stop
+        return replace(outcome, joined=attempt.joined, finished=finished, aborts=aborts, ended_before_stop=before)
 
     async def _receive(self, attempt: Attempt) -> None:
         try:
@@ -174,7 +180,8 @@ class JobAttempt:
             again = self.stops.first == message.number == signal.SIGINT
             self.stops.note(message)
             if first:
-                fields = attempt.ask_to_stop(self.plan.cluster.grace)
+                also_sent = message.number == signal.SIGTERM and not message.by_file and self.scheduled
+                fields = attempt.ask_to_stop(self.plan.cluster.grace, also_sent)
                 history.record_stopping(self.run_dir, self.stops.reason, **fields)
             elif again:
                 attempt.kill_within(0.0)
@@ -186,7 +193,7 @@ class JobAttempt:
         file `stop` does not count: it reaches the ranks through this process alone.
         """
         fate = self.agents.agent_info.fate
-        seconds = TIMEOUTS.late_signal_scheduler if self.agents.agent_info.requeue is not None else TIMEOUTS.late_signal
+        seconds = TIMEOUTS.late_signal_scheduler if self.scheduled else TIMEOUTS.late_signal
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while not self.stops.first:
@@ -196,6 +203,7 @@ class JobAttempt:
         if not self.stops.first and -signal.SIGTERM in attempt.exits.values() and fate():
             self.stops.first = signal.SIGTERM
         if self.stops.first:
+            attempt.stopped_before()
             history.record_stopping(self.run_dir, self.stops.reason)
 
     async def preflight(self, used: Sequence[int]) -> Outcome | None:

@@ -137,8 +137,8 @@ class NodeRanks:
                 self.task = asyncio.create_task(self._open_and_start(message))
             case Start():
                 self._start(message)
-            case Signal(number, ranks):
-                self._signal(number, self.running if ranks is None else self.running & {*ranks})
+            case Signal(number, ranks, after):
+                self._signal(number, self.running if ranks is None else self.running & {*ranks}, after)
             case DumpStacks(attempt):
                 self.task = asyncio.create_task(self._stacks(attempt))
             case CheckNode(attempt, visible):
@@ -170,14 +170,14 @@ class NodeRanks:
             return
         self._start(start)
 
-    def _signal(self, number: int, ranks: set[int]) -> None:
+    def _signal(self, number: int, ranks: set[int], after: float) -> None:
         if self.foreground.suspended:
             self.foreground.suspend(False)  # a suspended rank cannot act on the signal
         if self.writer is None:
             return
         if number == signal.SIGKILL and ranks - self.pids.keys() and self.process is not None:
             self.process.kill()  # it is importing, and would read the message only afterwards
-        self._send(SignalRanks(number, sorted(ranks)))
+        self._send(SignalRanks(number, sorted(ranks), after))
 
     def report(self) -> Heartbeats:
         """Return the status of the ranks that run."""
@@ -302,3 +302,5 @@ def on_signals(send: Callable[[int], None]) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
         loop.add_signal_handler(number, send, int(number))
+    # SLURM sends a program's SIGUSR1 to this process, too. A handler is not inherited, as SIG_IGN would be.
+    loop.add_signal_handler(signal.SIGUSR1, lambda: None)

@@ -116,10 +116,15 @@ class Start:
 
 @dataclass(frozen=True)
 class Signal:
-    """Send the signal `number` to `ranks`; None means all ranks of the node."""
+    """Send the signal `number` to `ranks`; None means all ranks of the node.
+
+    Attributes:
+        after: wait so many seconds, in which a scheduler may send SIGTERM to the ranks itself; then it is not sent again.
+    """
 
     number: int
     ranks: list[int] | None = None
+    after: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ COMMANDS = {
     "list": "the runs of this folder",
     "status": "one run: state, progress, metrics, failure",
     "logs": "what a run's ranks printed",
-    "cancel": "stop a run at its next step, with a checkpoint",
+    "cancel": "ask a run to stop, and kill it after its grace",
     "resume": "take a run up again, from its newest checkpoint if it has one",
     "clusters": "the cluster profiles that were found; `clusters new` writes one",
     "doctor": "whether this machine and its engines are in order",

@@ -20,7 +20,7 @@ from launcher.client.tail import LiveTail, Tail, safe
 from launcher.client.terminal import Terminal
 from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle.accounting import Account, keep
-from launcher.request.spec import State
+from launcher.request.spec import RunSpec, State
 
 
 def follow(run: Run, out: TextIO, rank: int = 0) -> State:
@@ -129,6 +129,8 @@ def describe(event: dict[str, Any]) -> str:
         case {"event": "interrupted", "message": message, "last_line": line, "lost_everything": lost}:
             lines = f"; its last line: {line}" if line else ""
             return f"stopped: {message}{lines}" + ("; nothing was saved on SIGTERM" if lost else "")
+        case {"event": "save-interrupted", "step": step, "error": error}:
+            return f"the checkpoint of step {step} could not be saved: {error}"
         case {"event": "waiting", "message": message}:
             return f"waiting: {message}"
         case {"event": "preempted"}:
@@ -239,7 +241,9 @@ def how_it_stops(run: Run) -> str:
     """Describe what a request to stop does: only a program with a Context, which logs its steps, stops at a step."""
     plan = run.dir.plan()
     if run.dir.metrics_file.exists():
-        return "stopping at the next step, with a checkpoint if the program saves one"
+        saves = plan.target.name == RunSpec.target or run.has_saved()
+        checkpoint = ", with a checkpoint" if saves else ""
+        return f"stopping at the next step{checkpoint}; ranks that still run after {plan.cluster.grace:g} seconds are killed"
     return (
         f"stopping: SIGTERM goes to every rank, {plan.cluster.grace:g} seconds before those that still run are killed"
     )

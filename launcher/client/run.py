@@ -120,9 +120,14 @@ class Run:
         if state is not State.SUCCEEDED:
             raise RunFailed(self.explain())
 
+    def has_saved(self) -> bool:
+        """Whether the program has saved a checkpoint through its Context, in any attempt."""
+        checkpoints = (self.path / "checkpoints").glob("step-*/manifest.json")
+        return any(checkpoints) or any(event["event"] == "saved" for event in self.dir.events())
+
     def resumption(self) -> str:
         """What ``launch resume`` does with this stopped run."""
-        if any((self.path / "checkpoints").glob("step-*/manifest.json")):
+        if self.has_saved():
             return f"`launch resume {self.name}` resumes from the newest checkpoint"
         return f"`launch resume {self.name}` starts the program again (it saved no checkpoint through launch)"
 

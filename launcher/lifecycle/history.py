@@ -43,7 +43,9 @@ class History:
         preempted: the newest step at the last time the scheduler took the nodes away; None: it never did, or the target
             does not say its steps.
         excluded: excluded hosts of the cluster that it was last sent to.
-        losses: how many of the newest stops in a row a program without a Context lost everything at.
+        losses: how many of the newest stops in a row the program lost everything at.
+        first: the first step that was logged in the attempt that was preempted last; None: none was.
+        same_first: how many preempted attempts before it, in a row, began no earlier.
         failed_saves: saves that failed.
     """
 
@@ -51,6 +53,8 @@ class History:
     preempted: int | None = None
     excluded: tuple[str, ...] = ()
     losses: int = 0
+    first: int | None = None
+    same_first: int = 0
     failed_saves: tuple[FailedSave, ...] = ()
 
     def saves_that_failed(self) -> dict[str, Any] | None:
@@ -91,6 +95,14 @@ class History:
         """Whether nothing was done since the nodes were taken away the last time, now that they are again."""
         return self.preempted is not None and step is not None and step <= self.preempted
 
+    def begun_again(self, first: int | None) -> int:
+        """How many attempts in a row, the present one included, did not begin after the one that was preempted before.
+
+        `first` is the first step that the present one logged.
+        """
+        again = first is not None and self.first is not None and first <= self.first
+        return self.same_first + 1 if again else 0
+
 
 def read(events: Iterable[Mapping[str, Any]]) -> History:
     """Build the history from the events of a run."""
@@ -105,7 +117,7 @@ def read(events: Iterable[Mapping[str, Any]]) -> History:
                 history = replace(history, failed_attempts=(*history.failed_attempts, failed_attempt))
             case {"event": "interrupted"}:
                 history = replace(history, losses=history.losses + 1 if event.get("lost_everything") else 0)
-            case {"event": "save-failed", "step": int(step), "error": error}:
+            case {"event": "save-failed" | "save-interrupted", "step": int(step), "error": error}:
                 failed = dict.fromkeys(
                     (*history.failed_saves, FailedSave(step, str(error)))
                 )  # ranks may record the same
@@ -118,6 +130,9 @@ def read(events: Iterable[Mapping[str, Any]]) -> History:
                 taken = event.get("step") if event.get("reason") == "preempted" else history.preempted
                 excluded = tuple(dict.fromkeys((*history.excluded, *event.get("exclude", ()))))
                 history = replace(history, preempted=taken, excluded=excluded)
+                if event.get("reason") == "preempted":
+                    first = event.get("first")
+                    history = replace(history, first=first, same_first=history.begun_again(first))
     return history
 
 

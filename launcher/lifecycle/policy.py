@@ -119,6 +119,7 @@ class Outcome:
         joined: False if a rank ended without having opened a Context: a script, or a function without one.
         finished: rank 0 created the file LAUNCH_FINISHED, by which a program says that it is complete.
         aborts: the kind and the words of what made ranks abort, by rank, where their logs say it.
+        ended_before_stop: ranks that had ended when the others were asked to stop.
     """
 
     exits: Mapping[int, int]
@@ -134,6 +135,12 @@ class Outcome:
     joined: bool = True
     finished: bool = False
     aborts: Mapping[int, tuple[str, str]] = field(default_factory=dict)
+    ended_before_stop: frozenset[int] = frozenset()
+
+    @property
+    def killed(self) -> bool:
+        """Whether ranks that were asked to stop had to be killed."""
+        return bool(self.stop) and not self.finished and bool(self.hosts.keys() - self.exits.keys())
 
     @property
     def interrupted(self) -> bool:
@@ -145,11 +152,13 @@ class Outcome:
 
     @property
     def lost_everything(self) -> bool:
-        """Whether an interrupted program saved nothing, as far as that can be known from outside.
+        """Whether a program that was stopped saved nothing, as far as that can be known from outside.
 
-        Every rank died of SIGTERM, for which it had no handler, or was killed at the end of the grace; and it logged no step.
+        Every rank that ran until then died of SIGTERM, for which it had no handler, or was killed at the end of the grace;
+        and it logged no step.
         """
-        return self.interrupted and self.step is None and all(code == -SIGTERM for code in self.exits.values())
+        codes = [code for rank, code in self.exits.items() if rank not in self.ended_before_stop]
+        return (self.interrupted or self.killed) and self.step is None and all(code == -SIGTERM for code in codes)
 
     @property
     def missing_device(self) -> bool:
@@ -196,8 +205,8 @@ def decide(
     good = (FINISHED, STOPPED) if outcome.joined else (FINISHED,)
     bad = {rank: code for rank, code in outcome.exits.items() if code not in good}
     if not (bad or outcome.lost or outcome.unfit or outcome.hung or outcome.not_started):
-        if outcome.stop and not outcome.exits:
-            return Action.STOP, None  # stopped before, or killed after, its ranks could say anything
+        if outcome.stop and (not outcome.exits or outcome.killed):
+            return Action.STOP, None  # stopped before, or killed after, its ranks could report their end
         return (Action.STOP if STOPPED in outcome.exits.values() else Action.FINISH), None
     if outcome.stop and all(code < 0 for code in bad.values()) and not outcome.lost:
         return Action.STOP, None  # ranks that die of a stop are not a failure
@@ -229,17 +238,20 @@ def unfit(failure: Failure, history: History, step: int | None) -> tuple[str, ..
     return (failure.host,) if history.failures_without_progress_on(failure.host, step) >= strikes - 1 else ()
 
 
-def no_progress(history: History, step: int | None, allowed: int) -> Failure | None:
+def no_progress(history: History, step: int | None, allowed: int, first: int | None = None) -> Failure | None:
     """The failure that ends a preempted run instead of another requeue; None if the run may be requeued.
 
     A run that logs steps ends after two preemptions without a step between them; `step` is its newest. A program that
-    lost everything (`Outcome.lost_everything`) at each of the last preemptions ends after `allowed` requeues.
+    lost everything (`Outcome.lost_everything`) at each of the last preemptions, or began again at the same step after each
+    of them, ends after `allowed` requeues. `first` is the first step that the attempt logged.
     """
     if history.losses > allowed:
         text = (
-            f"the program was stopped {history.losses} times in a row and saved nothing (it had neither a SIGTERM handler"
-            " nor a Context), so it would start over each time"
+            f"the program was stopped {history.losses} times in a row and saved nothing (no handler of SIGTERM or Context"
+            " ended it within the grace), so it would start over each time"
         )
+    elif (again := history.begun_again(first)) >= max(allowed, 1):
+        text = f"the program began at step {first} after each of the last {again} preemptions: it resumes from nothing"
     elif history.stuck(step):
         text = f"the nodes were taken away twice, and no step was done in between (the newest is {step})"
     else:

@@ -31,6 +31,9 @@ from launcher.lifecycle.run_dir import RunDir, tail
 from launcher.request.spec import Plan, State
 from training.files import read_json
 
+STAGING = re.compile(r"\.step-([0-9]{1,18})\.staging")
+"""Names of the folders of saves in progress (`training.checkpoints.store`)."""
+
 UNFINISHED = re.compile(r"\.(value\.json|value\.pkl|[0-9]+\.json)\.[0-9a-f]+\.tmp")
 """Names of the temporary files of what ranks write: the value of the target, and errors."""
 
@@ -119,6 +122,7 @@ class Recovery:
 
     def after(self, relocation: Relocation, attempt: int, outcome: Outcome, *, may_restart: bool = True) -> End | Again:
         """Decide what follows from `outcome`, and record it."""
+        record_unfinished_saves(self.run_dir, attempt)
         past, step = history.read(self.run_dir.events()), outcome.step
         left = self.plan.spec.max_restarts - len(past.failed_attempts) if may_restart else 0
         action, failure = decide(outcome, left, past, relocation.movable, relocation.spare(outcome))
@@ -153,16 +157,19 @@ class Recovery:
         if fate == "preempting":
             step = step or self.run_dir.newest_step()
             past, allowed = history.read(self.run_dir.events()), self.plan.cluster.requeues_without_progress
-            if failure := no_progress(past, step, allowed):
+            first = self.run_dir.first_step(attempt)
+            if failure := no_progress(past, step, allowed, first):
                 return End(State.STOPPED, failure, step)
             where = relocation.start_elsewhere(attempt, ())
             if where is not Elsewhere.NOWHERE:
-                self._record_requeue(attempt, "preempted", step)
+                self._record_requeue(attempt, "preempted", step, first=first)
                 return Again() if where is Elsewhere.NOW else End(State.STOPPED, requeued=True)
         return End(State.STOPPED)
 
-    def _record_requeue(self, attempt: int, reason: str, step: int | None, hosts: tuple[str, ...] = ()) -> None:
-        self.run_dir.event("requeued", attempt=attempt, reason=reason, step=step, exclude=list(hosts))
+    def _record_requeue(
+        self, attempt: int, reason: str, step: int | None, hosts: tuple[str, ...] = (), **more: int | None
+    ) -> None:
+        self.run_dir.event("requeued", attempt=attempt, reason=reason, step=step, exclude=list(hosts), **more)
 
     def finish(self, end: End, plan: Plan | None = None) -> State:
         """Write the result of a run that has ended; `plan` is given if it ended with other ranks than it began with."""
@@ -192,9 +199,21 @@ def record_failure(
     return recorded
 
 
+def record_unfinished_saves(run_dir: RunDir, attempt: int) -> None:
+    """Record each save that was in progress when the ranks ended, such as one that took longer than the grace.
+
+    The next attempt removes what is left of it; an event is written for each attempt that finds it.
+    """
+    with suppress(OSError):
+        for path in sorted((run_dir.path / "checkpoints").iterdir()):
+            if found := STAGING.fullmatch(path.name):
+                text = "interrupted: the rank was killed before the checkpoint was complete"
+                run_dir.event("save-interrupted", attempt=attempt, step=int(found[1]), error=text)
+
+
 def record_interruption(run_dir: RunDir, attempt: int, outcome: Outcome) -> None:
-    """Write the event of what a program without a Context did when it was asked to stop; none for other attempts."""
-    if not outcome.interrupted:
+    """Write the event of what the ranks did when they were asked to stop; none if all of them agreed to stop at a step."""
+    if not (outcome.interrupted or outcome.killed):
         return
     lines = tail(run_dir.log(attempt, 0), 1)
     fields = {"message": describe_interruption(outcome), "last_line": lines[0] if lines else ""}

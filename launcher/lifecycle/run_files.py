@@ -122,6 +122,10 @@ class RunFiles:
         """The newest step in the metrics; None where the target logs none."""
         return max((int(m.get("step", 0)) for m in self.metrics()), default=None)
 
+    def first_step(self, attempt: int) -> int | None:
+        """The first step in the metrics of an attempt; None where the target logged none."""
+        return min((int(m.get("step", 0)) for m in self.metrics() if m.get("attempt") == attempt), default=None)
+
     def claim_attempt(self) -> int:
         """Return the next attempt's number and make its folders; no two callers get the same one."""
         number = self.last_attempt() + 1

@@ -46,6 +46,7 @@ from launcher.rank.messages import (
 )
 from launcher.rank.output import drop_output_on_full_disk, redirect_output
 from launcher.rank.standby import Standbys, kill_group
+from launcher.rank.stop_signal import StopSignal
 from launcher.request.own_packages import IMPORT_OURS
 
 ENTER = (
@@ -72,7 +73,7 @@ class ForkServer:
         self.heartbeats = heartbeats  # the descriptor of the memory that the agent watches
         self.ranks: dict[int, int] = {}  # pid -> rank
         self.buffer = b""
-        self.sigterm_at = -float("inf")
+        self.stop = StopSignal()
         self.forks = False  # ranks are forked; else each is a fresh interpreter
         self.standbys = Standbys(self.spawn, self.execute)
 
@@ -84,13 +85,13 @@ class ForkServer:
         # The terminal's Ctrl-C and SLURM's signals are the agent's business.
         for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, self.on_sigterm)
+        signal.signal(signal.SIGTERM, self.stop.note_outside)
         with selectors.DefaultSelector() as selector:
             selector.register(self.control, selectors.EVENT_READ)
             selector.register(wake, selectors.EVENT_READ)
             while True:
                 more = self.standbys.prepare(set(self.ranks.values()))
-                for key, _ in selector.select(TIMEOUTS.standby / 4 if more else None):
+                for key, _ in selector.select(self.stop.seconds(TIMEOUTS.standby / 4 if more else None)):
                     if key.fileobj is not self.control:
                         with suppress(BlockingIOError):
                             os.read(wake, 4096)
@@ -104,10 +105,7 @@ class ForkServer:
                         status = self.handle(decode(ToForkServer, line))
                         if status is not None:
                             return status
-
-    def on_sigterm(self, *_: object) -> None:
-        """Note a SIGTERM from outside: a scheduler sends it to every process of a step, so the ranks have it too."""
-        self.sigterm_at = time.monotonic()
+                self.send_signal(signal.SIGTERM, self.stop.take())
 
     def receive(self) -> list[bytes] | None:
         """Return the whole lines that came, or None when the agent is gone."""
@@ -136,6 +134,8 @@ class ForkServer:
                 self.send(Ready(round(time.monotonic() - started, 3)))
             case StartRank():
                 return self.fork(message)
+            case SignalRanks(signal.SIGTERM, ranks, after):
+                self.stop.request(ranks, after)
             case SignalRanks(number, ranks):
                 self.send_signal(number, ranks)
             case _:
@@ -143,9 +143,7 @@ class ForkServer:
         return None
 
     def send_signal(self, number: int, ranks: Sequence[int]) -> None:
-        """Send a signal to `ranks`, unless it is the SIGTERM that they have received from outside."""
-        if number == signal.SIGTERM and time.monotonic() - self.sigterm_at < TIMEOUTS.same_stop:
-            return
+        """Send a signal to `ranks`."""
         for pid, rank in list(self.ranks.items()):
             if rank in ranks:
                 # Only SIGKILL is for the rank's children, too.

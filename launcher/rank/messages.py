@@ -51,10 +51,11 @@ class StartRank:
 
 @dataclass(frozen=True)
 class SignalRanks:
-    """Send the signal `number` to `ranks`."""
+    """Send the signal `number` to `ranks`, after `after` seconds unless it is SIGTERM and has reached them from outside."""
 
     number: int
     ranks: list[int]
+    after: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,8 @@ def work(run_dir: RunDir, world: World, heartbeat: Heartbeat | None = None, *, p
             settle(world.local_rank, world.local_world_size)
         value = call(plan.target, run_dir.target_pickle, context, run_dir.arguments_pickle)
     except SystemExit as error:
+        if opened and opened[0].stopped:
+            return STOPPED  # whatever its exit status: it ends because it was asked to
         if system_exit_status(error) == 0:
             return FINISHED
         return _leave_error(run_dir, world, error, "user error")

@@ -86,9 +86,9 @@ def test_no_value_of_a_profile_adds_a_line_to_the_script(values: dict[str, Any],
     except BadRequest:
         return
     end = lines.index("# command")
-    setup = list(site.slurm.setup)
-    head = lines[: end - 1] if not setup else lines[: end - len(setup) - 3]
-    assert lines[len(head) :] == ["", *(["# setup", *setup, ""] if setup else []), *lines[end:]]
+    setup = ["trap '' USR1 USR2", *site.slurm.setup]
+    head = lines[: end - len(setup) - 3]
+    assert lines[len(head) :] == ["", "# setup", *setup, "", *lines[end:]]
     assert head[:3] == ["#!/bin/bash", "", "# Parameters"]
     assert all(line.startswith("#SBATCH --") for line in head[3:])
     assert len(head) <= len(script(plain)) + len(values) + len(values.get("sbatch", {}))

@@ -85,13 +85,14 @@ def ranks_of(logs: Path) -> dict[int, int]:
     return found
 
 
-def until(condition: Callable[[], object], what: str, seconds: float = 90.0) -> None:
-    """Wait until `condition` holds.
+def until(condition: Callable[[], object], what: str | Callable[[], str], seconds: float = 90.0) -> None:
+    """Wait until `condition` holds; `what` names it.
 
     Raises:
         AssertionError: it does not hold within `seconds`.
     """
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"after {seconds} s still not: {what}"
+        if time.monotonic() > deadline:
+            raise AssertionError(f"after {seconds} s still not: {what if isinstance(what, str) else what()}")
         time.sleep(0.1)

@@ -58,6 +58,7 @@ class RayAttempt:
         one_each = {rank: rank for rank in range(worker_group.ranks)}  # every rank is an agent of its own to `Attempt`
         self.ranks = Attempt(self.number, one_each, 1, self.cluster.hang_after, node_actors.send_all)
         self.stop = ""  # why the ranks were asked to stop
+        self.started = False
 
     async def run(self, inbox: Inbox, going: Mapping[str, float]) -> Outcome:
         """Run the attempt to its end. `going` are the nodes that are being drained already."""
@@ -69,6 +70,7 @@ class RayAttempt:
                 unfit = await self._preflight(inbox)
             if not unfit and not self.stop and not worker_group.broken:
                 hosts = [str(node) for node in worker_group.nodes()]
+                self.started = True
                 history.record_started(self.run_dir, self.number, worker_group.ranks, hosts)
                 await self._start()
                 self._check_drains(going)
@@ -86,6 +88,8 @@ class RayAttempt:
             while not inbox.empty():
                 self._take_in(*inbox.get_nowait())
         host_of = {rank: str(member.node) for rank, member in enumerate(worker_group.members)}
+        if not self.ranks.exits and not self.started:
+            host_of = {}  # stopped before a rank began, and no rank was killed
         lost = list(dict.fromkeys(host_of[rank] for rank in self.ranks.lost))
         exits = self.ranks.exits
         if worker_group.broken and not exits and not lost:
@@ -94,7 +98,8 @@ class RayAttempt:
         ends = Outcome(exits, errors, self.stop, lost, host_of, self.ranks.progress, self.ranks.hung, unfit)
         finished = self.run_dir.finished(self.number, 0).exists()
         aborts = await asyncio.to_thread(abort_causes, self.run_dir, self.number, exits)
-        return replace(ends, joined=self.ranks.joined, finished=finished, aborts=aborts)
+        before = self.ranks.ended_before_stop
+        return replace(ends, joined=self.ranks.joined, finished=finished, aborts=aborts, ended_before_stop=before)
 
     async def _watch(self, inbox: Inbox) -> None:
         """Receive messages until the last rank has ended."""
@@ -157,11 +162,11 @@ class RayAttempt:
             case GroupEnded(group) if group == self.worker_group.number:
                 self.worker_group.broken = True
                 self.ranks.kill_within(1.0)
-            case StopRequest():
+            case StopRequest() if not self.stop:  # else the ranks are stopping, and a handler would run twice
                 self._ask_to_stop(BY_FILE, self.cluster.grace)
             case Drained(going):
                 self._check_drains(going)
-            case WorkerGone() | GroupEnded() | WorkerReady() | NodeChecked() | Joined():
+            case StopRequest() | WorkerGone() | GroupEnded() | WorkerReady() | NodeChecked() | Joined():
                 pass
             case _:
                 assert_never(message)

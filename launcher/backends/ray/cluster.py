@@ -17,6 +17,7 @@ from typing import Any
 from launcher.backends.ray.backend import settings
 from launcher.config.timeouts import TIMEOUTS
 from launcher.errors import BadRequest
+from launcher.lifecycle.run_dir import RunDir
 from launcher.request.own_packages import ROOT
 from launcher.request.placement.tpu import Topology
 from launcher.request.spec import Plan
@@ -182,14 +183,16 @@ def connect(plan: Plan) -> None:
 
 
 async def join(plan: Plan) -> None:
-    """`connect`; with a Ray inside a job, also wait until all of its nodes have joined.
+    """`connect`; with a Ray inside a job, also wait until all of its nodes have joined, or a stop is requested.
 
     Raises:
         BadRequest: the cluster cannot be reached.
     """
     connect(plan)
-    deadline = time.monotonic() + TIMEOUTS.connect
+    deadline, stop = time.monotonic() + TIMEOUTS.connect, RunDir(plan.run_dir).stop_file
     while plan.cluster.ray.inside and len(look()) < plan.placement.nodes and time.monotonic() < deadline:
+        if stop.exists():
+            return
         await asyncio.sleep(0.2)
 
 

@@ -205,13 +205,14 @@ class Driver:
         threading.Thread(target=self._beat, daemon=True).start()
         try:
             await join(self.plan)
-            await self.capacity.check()
+            if not (stopped := self.run_dir.stop_file.exists()):
+                await self.capacity.check()
         except BadRequest as error:
             end = End(State.FAILED, Failure("bad request", str(error), advice=ADVICE["bad request"]))
         else:
             self.run_dir.event("accepted")
             looking = asyncio.create_task(self._look())
-            end = await self.recovery.run(self)
+            end = End(State.STOPPED) if stopped else await self.recovery.run(self)
             looking.cancel()
         if self.groups.current is not None:
             text = f"{end.failure.kind}: {end.failure.message}" if end.failure else ""

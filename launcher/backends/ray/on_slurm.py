@@ -47,6 +47,9 @@ STORE_BYTES = 128 * 2**20
 LONGEST_FOLDER = 40
 """Longest path of a temporary folder: the paths of Ray's sockets in it have a limit of 107 characters."""
 
+STARTS = 3
+"""How often Ray is started on a node. Ray itself gives up after 30 s, which may be too short on a busy machine."""
+
 TOKEN = "LAUNCH_RAY_NODE"
 """Variable that marks all processes of a node, to find them again: Ray's daemons leave their parents."""
 
@@ -75,14 +78,21 @@ class RayNode:
         base = tempfile.gettempdir()
         self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir=base if len(base) <= LONGEST_FOLDER else "/tmp"))
         self.asked = False  # a signal asked the job to end
+        self.preempted = False  # SLURM announced by SIGUSR2 that it takes the nodes
         self.process: subprocess.Popen[bytes] | None = None
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, self._note)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a program's own signal, which SLURM sends to all processes
 
     def __enter__(self) -> RayNode:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._end()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _end(self) -> None:
+        """End Ray and what it has started on this node."""
         if self.process is not None:
             with suppress(ProcessLookupError):
                 self.process.terminate()
@@ -91,10 +101,10 @@ class RayNode:
         for pid in _started_with(f"{TOKEN}={self.folder}"):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _note(self, *_: object) -> None:
+    def _note(self, number: int, *_: object) -> None:
         self.asked = True
+        self.preempted = self.preempted or number == signal.SIGUSR2
 
     # ---- Ray
 
@@ -131,6 +141,26 @@ class RayNode:
         own = {TOKEN: str(self.folder), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.run_dir.token_file)}
         return {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"} | own
 
+    def _started_again(self) -> bool:
+        """Clean up after a Ray that has exited too early; returns whether it is to be started again."""
+        assert self.process is not None
+        if self.asked:
+            return False
+        text = f"launch: Ray on {self.where.host} exited with status {self.process.returncode}"
+        print(f"{text}; see {self.run_dir.agent_log(self.where.node)}", file=sys.stderr, flush=True)
+        self._end()
+        return True
+
+    def _start_head(self) -> str:
+        """Start the head; returns its address, empty if it exited."""
+        for _ in range(STARTS):
+            self._start(
+                self.where.address, "--head", "--port=0", f"--temp-dir={self.folder}", "--include-dashboard=false"
+            )
+            if (address := self._await_head()) or not self._started_again():
+                return address
+        return ""
+
     def _await_head(self) -> str:
         """Wait for the head that this node has started; returns its address, empty if it exited."""
         assert self.process is not None
@@ -153,8 +183,7 @@ class RayNode:
         self.run_dir.token_file.unlink(missing_ok=True)
         with open(os.open(self.run_dir.token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
-        self._start(self.where.address, "--head", "--port=0", f"--temp-dir={self.folder}", "--include-dashboard=false")
-        address = self._await_head()
+        address = self._start_head()
         try:
             if not address:
                 return 1  # the batch script handles a run without a result
@@ -181,19 +210,10 @@ class RayNode:
                 requested_here = True
             time.sleep(0.1)
         result = self.run_dir.result()
-        if self.asked and (result is None or (requested_here and result["state"] == State.STOPPED)):
-            return self._go_on_later()
+        leaving = self.asked and (result is None or (requested_here and result["state"] == State.STOPPED))
+        if leaving and (self.preempted or self.where.fate()):  # else somebody cancelled the job
+            return go_on_later(self.run_dir, self.where)
         return driver.returncode
-
-    def _go_on_later(self) -> int:
-        """Requeue the job, whose ranks stopped because SLURM takes the nodes."""
-        self.run_dir.stop_file.unlink(missing_ok=True)
-        assert self.where.requeue is not None
-        recovery, attempt = Recovery(self.run_dir, self.plan), self.run_dir.last_attempt()
-        self.run_dir.result_file.unlink(missing_ok=True)  # before the requeue, after which SLURM ends this job
-        end = recovery.stopped(BatchScript(self.where.requeue), attempt, self.run_dir.newest_step())
-        assert isinstance(end, End), "the next attempt is started by another job"
-        return 0 if end.requeued else recovery.finish(end).exit_status
 
     # ---- other nodes
 
@@ -205,10 +225,13 @@ class RayNode:
                 return 0
             time.sleep(0.1)
         own = source_towards(head["address"].rpartition(":")[0])
-        self._start(own, f"--address={head['address']}")
-        assert self.process is not None
-        while self.process.poll() is None and not self._head().get("over"):
-            time.sleep(0.2)
+        for _ in range(STARTS):
+            self._start(own, f"--address={head['address']}")
+            assert self.process is not None
+            while self.process.poll() is None and not self._head().get("over"):
+                time.sleep(0.2)
+            if self._head().get("over") or not self._started_again():
+                break
         return 0
 
     def _head(self) -> dict[str, Any]:
@@ -217,9 +240,21 @@ class RayNode:
         return content if content.get("session") == self.where.session else {}
 
 
+def go_on_later(run_dir: RunDir, where: AgentInfo) -> int:
+    """Requeue the job, whose ranks stopped because SLURM takes the nodes."""
+    run_dir.stop_file.unlink(missing_ok=True)
+    assert where.requeue is not None
+    recovery, attempt = Recovery(run_dir, run_dir.plan()), run_dir.last_attempt()
+    run_dir.result_file.unlink(missing_ok=True)  # before the requeue, after which SLURM ends this job
+    end = recovery.stopped(BatchScript(where.requeue), attempt, run_dir.newest_step())
+    assert isinstance(end, End), "the next attempt is started by another job"
+    return 0 if end.requeued else recovery.finish(end).exit_status
+
+
 def _unmoved() -> None:
-    """Ignore SIGUSR2, which SLURM sends to all processes of a job, not only to ranks and this task."""
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    """Ignore SIGUSR1 and SIGUSR2, which SLURM sends to all processes of a job, not only to ranks and this task."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _started_with(text: str) -> list[int]:

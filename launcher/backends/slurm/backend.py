@@ -135,8 +135,13 @@ def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _setup(plan: Plan) -> list[str]:
+    """Script lines before srun. A user signal is for the agents: a script that died of it would end the job."""
     slurm = plan.cluster.slurm
-    return [*([f"module load {' '.join(map(shlex.quote, slurm.modules))}"] if slurm.modules else []), *slurm.setup]
+    return [
+        "trap '' USR1 USR2",
+        *([f"module load {' '.join(map(shlex.quote, slurm.modules))}"] if slurm.modules else []),
+        *slurm.setup,
+    ]
 
 
 def _gpu_request(plan: Plan) -> str | int:

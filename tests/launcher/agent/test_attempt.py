@@ -159,3 +159,32 @@ def test_nccl_explains_itself_in_the_attempt_after_one_that_never_connected(
     assert debug_variables(plan, past) == variables
     start = Start.of(plan, 2, 0, ["10.0.0.1"], 1, variables)
     assert all(start.environments.get(rank, {}) == variables for rank in (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("grace", "also_sent", "after"), [(60.0, False, 0.0), (60.0, True, TIMEOUTS.same_stop), (2.0, True, 1.0)]
+)
+def test_a_request_waits_for_the_scheduler_that_sends_sigterm_too(grace: float, also_sent: bool, after: float) -> None:
+    def scenario() -> None:
+        attempt, sent = make()
+        attempt.on_message(0, RankExit(1, 0, -1))
+        fields = attempt.ask_to_stop(grace, also_sent)
+        assert sent == [Signal(signal.SIGTERM, after=after)]
+        assert fields == {"ranks": 3, "context": False, "grace": grace}
+        attempt.on_message(0, RankExit(0, -15, -1))
+        assert attempt.ended_before_stop == {1}
+
+    run(scenario)
+
+
+def test_ranks_that_end_before_their_stop_is_known_are_told_from_those_that_ended_long_before() -> None:
+    async def scenario() -> None:
+        attempt, _ = make()
+        attempt.on_message(0, RankExit(0, 0, -1))
+        await asyncio.sleep(TIMEOUTS.late_signal_scheduler + 0.1)
+        for rank in (1, 2, 3):
+            attempt.on_message(2 * (rank // 2), RankExit(rank, -15, -1))
+        attempt.stopped_before()
+        assert attempt.ended_before_stop == {0}
+
+    asyncio.run(scenario())

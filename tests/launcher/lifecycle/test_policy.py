@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from launcher.lifecycle.history import FailedAttempt, History
+from launcher.lifecycle.history import FailedAttempt, History, read
 from launcher.lifecycle.policy import (
     ADVICE,
     LONGEST_BACK_OFF,
@@ -53,6 +54,7 @@ def test_every_kind_says_whether_it_is_retried_and_what_to_do() -> None:
         (Outcome({0: -15, 1: 3}, stop="SIGTERM"), Action.STOP),  # the signal kills a script
         (Outcome({0: -9, 1: -9}, stop="SIGINT"), Action.STOP),  # the second Ctrl-C
         (Outcome({0: 3}, lost=["node1"], stop="SIGTERM"), Action.STOP),  # scancel reaches one node first
+        (Outcome({0: 0}, stop="SIGTERM", hosts={0: "a", 1: "a"}), Action.STOP),  # rank 1 had to be killed
     ],
 )
 def test_ends_that_are_no_failures(outcome: Outcome, action: Action) -> None:
@@ -128,10 +130,37 @@ def test_only_a_program_without_handler_and_steps_loses_everything() -> None:
         assert outcome.lost_everything is lost
         assert not replace(outcome, step=4).lost_everything
         assert not replace(outcome, joined=True).lost_everything
+    stopped = Outcome({0: 0, 1: -15}, stop="SIGTERM", joined=False, ended_before_stop=frozenset({0}))
+    assert stopped.lost_everything, "that rank 0 had ended by itself before saves nothing"
+    silent = Outcome({}, stop="SIGTERM", hosts={0: "a", 1: "a"})
+    assert silent.lost_everything, "a function that neither logs nor stops is killed"
+    assert not replace(silent, exits={0: 3}).lost_everything
+    assert not replace(silent, hosts={}).lost_everything, "no rank had started"
     assert no_progress(History(losses=2), None, 2) is None
     failure = no_progress(History(losses=3), None, 2)
     assert failure is not None
     assert (failure.kind, failure.advice) == ("no progress", ADVICE["no progress"])
+
+
+def test_a_program_that_begins_again_after_each_preemption_ends() -> None:
+    def requeued(first: int | None) -> dict[str, Any]:
+        return {"event": "requeued", "reason": "preempted", "step": 50, "first": first}
+
+    def verdict(firsts: Sequence[int | None], allowed: int = 2) -> str | None:
+        """Of the preemption of an attempt that began with the last of `firsts`; its step is further than any before."""
+        failure = no_progress(read([requeued(first) for first in firsts[:-1]]), 90, allowed, firsts[-1])
+        return failure.message if failure else None
+
+    assert verdict([1, 1]) is None
+    assert (
+        verdict([1, 1, 1])
+        == "the program began at step 1 after each of the last 2 preemptions: it resumes from nothing"
+    )
+    assert verdict([1, 1, 1], allowed=3) is None
+    assert verdict([1, 1, 1, 1], allowed=3) is not None
+    assert verdict([1, 1], allowed=0) is not None
+    for firsts in ([1, 51, 51], [1, 51, 101], [1, None, 1], [None, None, None], [1, 1, 40]):
+        assert verdict(firsts) is None
 
 
 def test_the_table_of_failures_covers_every_kind() -> None:

@@ -191,6 +191,28 @@ def test_a_stop_that_a_scheduler_sends_to_every_process_reaches_a_rank_once(run:
     assert not alive(other)
 
 
+@pytest.mark.parametrize("outside", [True, False])
+def test_a_stop_that_overtakes_that_of_the_scheduler_reaches_a_rank_once(
+    run: RunDir, server: Server, outside: bool
+) -> None:
+    """The agent's request waits for the scheduler's SIGTERM, and is sent if that does not come."""
+    aim(run, "sleep")
+    server.preload()
+    pid = server.start(0)
+    until(lambda: len(server.log(0)) == 3)
+    server.send(SignalRanks(signal.SIGTERM, [0], after=0.5))
+    if outside:
+        other = server.start(1, world_size=2)  # answered after the request was read
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.7)
+        assert alive(pid)
+        server.send(SignalRanks(signal.SIGKILL, [0, 1]))
+        assert {server.receive_message() for _ in range(2)} == {RankEnded(0, -9), RankEnded(1, -9)}
+        assert not alive(other)
+    else:
+        assert server.receive_message() == RankEnded(0, -15)
+
+
 def test_a_kill_right_after_the_start_is_not_lost(run: RunDir, server: Server) -> None:
     """The signal may arrive before the rank leads its process group."""
     aim(run, "sleep")

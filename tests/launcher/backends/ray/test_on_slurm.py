@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,30 @@ def test_a_killed_step_daemon_does_not_hold_the_nodes_for_ever(
     until(lambda: project.status("d")["state"] == "succeeded", "the end")
     on_slurm.wait_idle(60)
     until(lambda: not keeper.processes_with(f"{TOKEN}="), "the end of all that was started", 20)
+
+
+@pytest.mark.soak
+@pytest.mark.slow
+@pytest.mark.slurm
+@pytest.mark.ray
+@pytest.mark.timeout(400)
+def test_a_ray_that_exits_on_a_node_is_started_again(tmp_path: Path, on_slurm: SlurmCluster) -> None:
+    """As one whose start takes longer than Ray allows: else the run would wait 300 s for the node, and then fail."""
+    project = make_project(tmp_path, "ray")
+    (tmp_path / "cluster_configs").mkdir()
+    (tmp_path / "cluster_configs/both.toml").write_text(PROFILE)
+    request = ("--cluster", "both", "--cpus", "2", "--nodes", "2", "--name", "g", "--detach")
+    project.call(*request, "steps:main", "--steps", "100", "--seconds", "0.05")
+    until(lambda: keeper.processes_with(f"{TOKEN}=", "SLURMD_NODENAME=node2"), "Ray on the second node", 120)
+    until(lambda: [pid for pid, command in node2().items() if "ray.scripts.scripts start" in command], "its start", 120)
+    for pid, command in node2().items():
+        if "ray.scripts.scripts start" in command:
+            os.kill(pid, signal.SIGKILL)
+    until(lambda: project.status("g")["state"] == "succeeded", "the end", 200)
+
+
+def node2() -> dict[int, str]:
+    return keeper.processes_with(f"{TOKEN}=", "SLURMD_NODENAME=node2")
 
 
 def started(project: Project, run: str) -> bool:
