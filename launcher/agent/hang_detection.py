@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from launcher.config.timeouts import TIMEOUTS
-from training.distributed.heartbeat import STARTING, TRAINING
+from training.distributed.heartbeat import IDLE, STARTING, TRAINING
 
 LONGER_ELSEWHERE = 10.0
 """Factor of the time limit outside of training steps: evaluations, saves and compilations take longer than a step."""
@@ -33,7 +33,7 @@ class HangDetector:
 
     The limit during steps is `hang_after` seconds, or three times the longest step so far if that is more; in other phases
     it is `LONGER_ELSEWHERE` times as long. A rank that is starting (until its first step is done) has no limit: downloads
-    and first compilations vary too much, and the process group has timeouts of its own. If a process is stopped (SIGSTOP),
+    and first compilations vary too much, and the process group has timeouts of its own. Nor has one after its loop. If a process is stopped (SIGSTOP),
     the limit of a step holds in all phases.
 
     While one rank evaluates or saves, other ranks may wait for it. This does not excuse a rank that is behind in steps,
@@ -76,7 +76,7 @@ class HangDetector:
 
     @staticmethod
     def _limit(beat: RankStatus, patience: float) -> float:
-        if beat.phase == STARTING:
+        if beat.phase in (STARTING, IDLE):
             return float("inf")
         return patience if beat.phase == TRAINING else LONGER_ELSEWHERE * patience
 

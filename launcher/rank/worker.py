@@ -48,6 +48,7 @@ def work(run_dir: RunDir, world: World, heartbeat: Heartbeat | None = None, *, p
     plan = run_dir.plan()
     if not prepared:
         prepare(plan, world)
+    Heartbeat.of_process = heartbeat
     opened: list[Context] = []
 
     def context() -> Context:

@@ -26,7 +26,19 @@ ORDER = {
         *("lifecycle", "request", "config", "errors"),
     ),
     "training": (
-        *("__main__", "libraries", "train", "bert", "reporting", "context", "__init__", "corpus", "loop", "data"),
+        *(
+            "__main__",
+            "libraries",
+            "train",
+            "bert",
+            "reporting",
+            "integrations",
+            "context",
+            "__init__",
+            "corpus",
+            "loop",
+            "data",
+        ),
         *("checkpoints", "distributed", "flags", "typed", "files", "errors"),
     ),
 }

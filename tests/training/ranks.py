@@ -36,10 +36,12 @@ def worlds(size: int, *, attempt: int = 1) -> list[World]:
     ]
 
 
-def spawn(work: Callable[..., Any], size: int, *args: Any) -> list[Any]:
+def spawn(
+    work: Callable[..., Any], size: int, *args: Any, watch: Callable[[list[int]], object] | None = None
+) -> list[Any]:
     """The results of `work(world, *args)` on `size` ranks; raises the first exception, with its traceback.
 
-    For tests with the fixture `rank_server`.
+    For tests with the fixture `rank_server`. `watch` is called with the process ids, which it may kill, and waited for.
     """
     context = multiprocessing.get_context("forkserver")
     ranks = []
@@ -51,6 +53,8 @@ def spawn(work: Callable[..., Any], size: int, *args: Any) -> list[Any]:
         ranks.append((process, here))
     results: list[Any] = [None] * size
     try:
+        if watch is not None:
+            watch([process.pid or 0 for process, _ in ranks])
         pending: dict[Any, int] = {here: rank for rank, (_, here) in enumerate(ranks)}
         while pending:
             ready = wait(list(pending), SECONDS)

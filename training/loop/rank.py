@@ -40,7 +40,7 @@ class Rank:
         self.run_dir = Path(run_dir)
         self.world = world
         self.args = args
-        self.heartbeat = heartbeat or Heartbeat()
+        self.heartbeat = heartbeat or Heartbeat.of_process or Heartbeat()
         self.heartbeat.beat()
         self.stopped = False
         self.stop_reason = ""
