@@ -41,7 +41,7 @@ class Moment:
     def draw(cls, chance: random.Random, size: int, steps: int) -> Moment:
         """A random moment in a run of `size` ranks with `steps` steps."""
         kind = chance.choice(KINDS)
-        count = chance.randint(1, {"step": steps - 1, "save": 24, "epoch": 3}[kind])
+        count = chance.randint(1, {"step": steps // 2, "save": 24, "epoch": 3}[kind])
         victims = tuple(sorted(chance.sample(range(size), chance.randint(1, size))))
         return cls(kind, count, victims, alone=chance.random() < 0.5)
 

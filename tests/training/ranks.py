@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,21 @@ from training.files import read_lines
 
 PRELOAD = ["tests.training.preload"]
 SECONDS = 240.0
+
+
+@contextmanager
+def serving() -> Iterator[None]:
+    """The server from which `spawn` forks ranks."""
+    from multiprocessing import forkserver
+
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    forkserver.ensure_running()
+    try:
+        yield
+    finally:
+        server: Any = vars(forkserver)["_forkserver"]
+        os.kill(server._forkserver_pid, signal.SIGKILL)  # with SIGTERM it takes seconds to unload its modules
+        server._stop()
 
 
 def free_port() -> int:

@@ -7,8 +7,8 @@
     checkpoint-500/
       lightning.ckpt                 written by Lightning; a folder if the strategy shards the state
 
-Give a loader that keeps its position (`torchdata.stateful_dataloader.StatefulDataLoader`): Lightning begins an epoch
-again at its first sample with others. It pickles its checkpoints; nobody else can write the run directory.
+Train on `run.loader(data, batch_size=8)`, which keeps its position: with other loaders Lightning begins an epoch again at
+its first sample. It pickles its checkpoints.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.callbacks import Callback
 
 from training.context import Context
@@ -73,6 +74,26 @@ class RunCallback(Callback):  # type: ignore[misc]  # the library has no types h
         self._folder = newest(self.ctx, self.output_dir)
         return str(self._folder / FILE) if self._folder else None
 
+    def loader(self, data: Any, *, batch_size: int, shuffle: bool = True, seed: int = 0, **options: Any) -> Any:
+        """Return a loader of this rank's share of `data`, which continues at the exact sample.
+
+        Its order is a function of (`seed`, epoch). As with torch's DistributedSampler, samples of the beginning fill up an
+        epoch that the ranks do not divide.
+
+        Args:
+            data: a dataset with a length and samples by number, the same on all ranks.
+            batch_size: samples of a batch of one rank.
+            options: those of `torchdata.stateful_dataloader.StatefulDataLoader`.
+        """
+        from torchdata.stateful_dataloader import StatefulDataLoader
+        from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+
+        world = self.ctx.world
+        sampler = StatefulDistributedSampler(data, world.world_size, world.rank, shuffle=shuffle, seed=seed)
+        # Its own generator: it would draw from that of the training when an epoch begins, but not when a run goes on.
+        options = {"generator": torch.Generator().manual_seed(seed), **options}
+        return StatefulDataLoader(data, batch_size=batch_size, sampler=sampler, **options)
+
     # ---- hooks of Lightning ---------------------------------------------------------------------------------------
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -92,11 +113,18 @@ class RunCallback(Callback):  # type: ignore[misc]  # the library has no types h
             load_generators(self.ctx, self._folder)
         self._step = self._saved = trainer.global_step
         self._saved_at = time.monotonic()
-        loaders = trainer.train_dataloader
-        if not hasattr(loaders, "state_dict") and self.ctx.world.rank == 0:
+        loader = trainer.train_dataloader
+        kept = hasattr(loader, "state_dict")
+        # It takes the order of another sampler, which each rank draws from its own generator.
+        wrapped = (
+            type(getattr(getattr(loader, "batch_sampler", None), "sampler", None)).__name__
+            == "DistributedSamplerWrapper"
+        )
+        if (wrapped or not kept) and self.ctx.world.rank == 0:
+            what = "has an order that depends on the generator of the rank" if kept else "does not keep its position"
             warnings.warn(
-                f"{type(loaders).__name__} does not keep its position: a run that goes on inside of an epoch uses some"
-                " samples twice and others not; use torchdata.stateful_dataloader.StatefulDataLoader",
+                f"{type(loader).__name__} {what}: a run that goes on inside of an epoch uses some samples twice and"
+                " others not; use RunCallback.loader",
                 stacklevel=2,
             )
 

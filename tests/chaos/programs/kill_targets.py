@@ -39,7 +39,7 @@ class Numbered(torch.nn.Module):
 def trainer(world: World, run_dir: Path) -> int:
     """A Trainer whose global batch does not depend on the number of ranks."""
     os.environ.update(world.environment())  # as a launcher does; the process is the harness's own
-    from transformers import Trainer, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainingArguments
 
     from training.integrations.transformers import RunCallback
 
@@ -55,6 +55,8 @@ def trainer(world: World, run_dir: Path) -> int:
             save_total_limit=2, logging_steps=1, eval_strategy="epoch", report_to=[], use_cpu=True, disable_tqdm=True,
         )  # fmt: skip
         it = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data[:10], callbacks=[run])
+
+        it.remove_callback(PrinterCallback)
 
         def note(ids: list[int]) -> None:
             step = it.state.global_step + 1

@@ -15,6 +15,7 @@ from tests.training.loop.jobs import Net, Rows
 from tests.training.ranks import spawn
 from training.context import Context
 from training.distributed.world import World
+from training.errors import ConfigError
 from training.files import read_lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("rank_server")]
@@ -30,7 +31,7 @@ class Numbered(Rows):
 
 
 def train(
-    world: World, run_dir: Path, stop_at: int = 0, accumulate: int = 1, how: str = "request", loader: str = "stateful"
+    world: World, run_dir: Path, stop_at: int = 0, accumulate: int = 1, how: str = "request", loader: str = "own"
 ) -> tuple[int, bool, float]:
     """Train; rank `world_size - 1` is asked to stop at the step `stop_at`. Returns step, stopped, sum of the weights."""
     os.environ.update(world.environment())  # as a launcher does; the process is the test's own
@@ -68,13 +69,17 @@ def train(
         def configure_optimizers(self) -> Any:
             return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
-    with Context(run_dir, world) as ctx, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with Context(run_dir, world) as ctx, warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
         signal.signal(signal.SIGTERM, lambda *_: ctx.request_stop("SIGTERM"))
         torch.manual_seed(0)
         run = RunCallback(ctx, every=5)
-        kind = StatefulDataLoader if loader == "stateful" else DataLoader
-        data = kind(Numbered(SIZE), batch_size=BATCH // world.world_size, shuffle=True)
+        size = BATCH // world.world_size
+        if loader == "own":
+            data = run.loader(Numbered(SIZE), batch_size=size, seed=3)
+        else:
+            kind = StatefulDataLoader if loader == "torchdata" else DataLoader
+            data = kind(Numbered(SIZE), batch_size=size, shuffle=True)
         validation = DataLoader(Numbered(10), batch_size=2)
         trainer = Trainer(
             callbacks=[run], devices=run.devices, num_nodes=run.num_nodes, accelerator="cpu", max_epochs=EPOCHS,
@@ -85,6 +90,8 @@ def train(
         module = Module()
         trainer.fit(module, data, validation, ckpt_path=run.newest_checkpoint(), weights_only=False)
         assert ctx.failed_saves == []
+        warned = [str(each.message) for each in found if "RunCallback.loader" in str(each.message)]
+        assert len(warned) == (loader != "own" and (world.world_size > 1 or loader == "plain") and world.rank == 0)
         return trainer.global_step, ctx.stopped, sum(float(p.detach().double().sum()) for p in module.parameters())
 
 
@@ -125,3 +132,39 @@ def test_stopped_and_resumed_ends_as_if_never_stopped(tmp_path: Path, size: int,
         epoch: list(range(SIZE)) for epoch in range(EPOCHS)
     }
     assert spawn(train, size, tmp_path / "parts", 0, accumulate) == whole, "nothing is left to do"
+
+
+@pytest.mark.parametrize(("size", "loader"), [(1, "torchdata"), (1, "plain"), (2, "torchdata")])
+def test_loaders_that_do_not_keep_their_position_are_named(tmp_path: Path, size: int, loader: str) -> None:
+    """`train` checks the warning; torchdata's own loader keeps its position on one rank."""
+    whole = spawn(train, size, tmp_path / "whole", 0, 1, "request", loader)
+    if (size, loader) == (1, "torchdata"):
+        spawn(train, 1, tmp_path / "parts", 7, 1, "request", loader)
+        assert spawn(train, 1, tmp_path / "parts", 0, 1, "request", loader) == whole
+
+
+def test_sigterm_stops_with_a_checkpoint(tmp_path: Path) -> None:
+    """The handler of Lightning would end the process without one."""
+    ((step, stopped, _),) = spawn(train, 1, tmp_path, 7, 1, "SIGTERM")
+    assert (step, stopped) == (7, True)
+    assert saved(tmp_path) == [5, 7]
+
+
+def test_a_trainer_with_other_ranks_than_the_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="the Trainer has 1 ranks, and the run has 2; start all of them with"):
+        spawn(mismatch, 2, tmp_path)
+
+
+def mismatch(world: World, run_dir: Path) -> None:
+    from lightning.pytorch import Trainer
+
+    from training.integrations.lightning import RunCallback
+
+    with Context(run_dir, world) as ctx:
+        trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+        RunCallback(ctx).setup(trainer, None, "fit")
+
+
+def test_a_child_of_lightnings_own_launcher_is_refused() -> None:
+    with pytest.raises(ConfigError, match="WORLD_SIZE=2 and no RANK, as processes have that Lightning started"):
+        World.from_environment({"WORLD_SIZE": "2", "LOCAL_RANK": "1", "NODE_RANK": "0", "MASTER_PORT": "1234"})
