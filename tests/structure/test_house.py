@@ -39,7 +39,7 @@ ORDER = {
             "loop",
             "data",
         ),
-        *("checkpoints", "distributed", "flags", "typed", "files", "errors"),
+        *("checkpoints", "distributed", "flags", "files", "errors"),
     ),
 }
 """A module imports from its own entry and later ones, including imports in functions and for type checkers.
