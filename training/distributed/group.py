@@ -38,6 +38,10 @@ class Group:
         """Return the values of all ranks, in rank order, on every rank. Objects are pickled."""
         return [value]
 
+    def collect(self, value: Any) -> list[Any]:
+        """Return the values of all ranks, in rank order, on rank 0; an empty list elsewhere. Objects are pickled."""
+        return [value]
+
     def gather_rows(self, rows: npt.NDArray[np.float64], most: int) -> npt.NDArray[np.float64]:
         """Return the concatenated rows of all ranks: float64, shape (up to `most`, columns) on each rank.
 
@@ -116,6 +120,14 @@ class TorchGroup(Group):
         box: list[Any] = [None] * self.size
         dist.all_gather_object(box, value, group=self._control)
         return box
+
+    def collect(self, value: Any) -> list[Any]:
+        """Return the values of all ranks, in rank order, on rank 0; an empty list elsewhere. Objects are pickled."""
+        import torch.distributed as dist
+
+        box: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, box, dst=0, group=self._control)
+        return box or []
 
     def gather_rows(self, rows: npt.NDArray[np.float64], most: int) -> npt.NDArray[np.float64]:
         """Return the concatenated rows of all ranks, by one collective of `most` rows a rank."""

@@ -100,7 +100,13 @@ class Rank:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append {"time", "attempt", "rank", "event": kind, **fields} to `events.jsonl`, as `log` does."""
-        record = {"time": time.time(), "attempt": self.world.attempt, "rank": self.world.rank, "event": kind, **fields}
+        record = {
+            "time": time.time(),
+            "attempt": self.world.attempt,
+            "rank": self.world.rank,
+            "event": kind,
+            **plain(fields),
+        }
         self._lines.append(self.run_dir / "events.jsonl", record)
 
     def note_saved(self, step: int, stall_seconds: float | None = None) -> None:
