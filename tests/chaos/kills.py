@@ -18,6 +18,7 @@ from tests.training.loop.jobs import evaluations, ids_of_epochs
 from tests.training.ranks import assert_same_checkpoint, losses, serving, spawn
 
 SIZES = (1, 2, 4)
+PRELOAD = "tests.chaos.programs.kill_libraries"  # of the server from which ranks are forked
 LIVES = (1, 3)  # fewest and most lives of a schedule that are killed
 
 
@@ -135,7 +136,7 @@ class Harness:
 def table(folder: Path, name: str, seed: int, numbers: range, *, changing: bool) -> tuple[str, bool]:
     """Play schedules; returns the line of the table with the mismatches, and whether there are none."""
     harness, total = Harness(folder, name, seed, lambda text: print(text, flush=True)), Tally()
-    with serving():
+    with serving(PRELOAD):
         for number in numbers:
             tally = harness.play(number, changing=changing)
             total.schedules += 1

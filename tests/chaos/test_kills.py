@@ -20,7 +20,7 @@ from training.files import append_line
 
 @pytest.fixture(scope="module", autouse=True)
 def _rank_server() -> Iterator[None]:
-    with serving():
+    with serving(kills.PRELOAD):
         yield
 
 

@@ -25,11 +25,11 @@ SECONDS = 240.0
 
 
 @contextmanager
-def serving() -> Iterator[None]:
-    """The server from which `spawn` forks ranks."""
+def serving(*modules: str) -> Iterator[None]:
+    """The server from which `spawn` forks ranks; it imports `modules` ahead, too."""
     from multiprocessing import forkserver
 
-    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOAD, *modules])
     forkserver.ensure_running()
     try:
         yield
