@@ -80,3 +80,23 @@ def test_a_rank_that_hangs_is_restarted(tmp_path: Path) -> None:
     assert failed["kind"] == "hung"
     assert "rank 1 makes no progress after step 30" in str(failed)
     found.call("cancel", "r")
+
+
+@pytest.mark.parametrize("end", ["pass", "sys.exit(0)", "sys.exit(1)"])
+def test_a_script_that_finds_the_request_before_the_launcher_is_stopped(tmp_path: Path, end: str) -> None:
+    """Its Context looks for the file `stop` more often than the agent does."""
+    program = f"""
+import sys
+from training.context import Context
+
+ctx = Context.current()
+(ctx.run_dir / "stop").touch()
+step = 1
+while not ctx.should_stop(step):
+    step += 1
+{end}
+"""
+    (tmp_path / "asks.py").write_text(program)
+    found = Project(tmp_path, "local")
+    found.launch("--cpus", "1", "--name", "r", "asks.py", status=3)
+    assert found.status("r")["state"] == "stopped"
