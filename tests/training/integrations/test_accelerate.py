@@ -194,3 +194,16 @@ def test_what_attach_refuses(tmp_path: Path) -> None:
             attach(Accelerator(cpu=True, project_config=naming), ctx)
         with pytest.raises(ConfigError, match=r"inside `for batch in run\.batches\(loader\)`"):
             attach(Accelerator(cpu=True), ctx).should_stop()
+
+
+def test_only_sealed_checkpoints_count_when_old_ones_are_removed(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4, 5, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if step in (1, 3, 5):
+            sealed.seal(tmp_path / f"checkpoint-{step}", step)
+    (tmp_path / "checkpoint-best").mkdir()
+    sealed.rotate(tmp_path, 2, protected=("checkpoint-1",))
+    assert [sealed.step_in(folder) for folder in sealed.numbered(tmp_path)] == [1, 3, 4, 5, 6]
+    sealed.rotate(tmp_path, 1)
+    assert [sealed.step_in(folder) for folder in sealed.numbered(tmp_path)] == [5, 6]
+    assert (tmp_path / "checkpoint-best").exists()
