@@ -77,6 +77,12 @@ def test_a_start_is_never_too_slow() -> None:
     )
 
 
+def test_after_the_loop_there_is_no_limit() -> None:
+    watch, now = trained()
+    assert not hung(watch, now, 1e6, "idle", "idle")
+    assert hung(watch, now, 1e6, "training", "training")
+
+
 def test_a_stopped_process_has_no_excuse() -> None:
     assert hung(*trained(), 11.0, "evaluating", "training", states="TS")
     assert hung(*trained(), 11.0, "training", "saving", states="TS"), "the other waits for it while it saves"
