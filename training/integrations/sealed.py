@@ -71,6 +71,8 @@ def seal(folder: Path, step: int) -> None:
     """Flush the files in `folder` and its subfolders to disk, and write their sizes and hashes. Raises OSError."""
     kind, new = HASHES[FORMAT]
     files, folders = {}, {}
+    for remains in folder.glob(f".{MANIFEST}.*.tmp"):  # of a process that was killed while it sealed the folder
+        remains.unlink()
     for path in sorted(folder.iterdir()):
         if path.is_symlink() or path.name == MANIFEST:
             continue
