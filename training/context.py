@@ -31,12 +31,14 @@ class Context(Rank):
     """One rank of a run. Use it as a context manager, or call `close`, which ends its process group and threads."""
 
     _current: ClassVar[Context | None] = None
+    latest: ClassVar[Context | None] = None
+    """The newest Context of this process, also after it was closed."""
 
     def __init__(
         self, run_dir: Path, world: World, *, args: tuple[str, ...] = (), heartbeat: Heartbeat | None = None
     ) -> None:
         super().__init__(run_dir, world, args=args, heartbeat=heartbeat)
-        Context._current = self
+        Context._current = Context.latest = self
 
     @classmethod
     def single_process(cls, run_dir: str | Path) -> Context:

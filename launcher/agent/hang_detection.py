@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from launcher.config.timeouts import TIMEOUTS
-from training.distributed.heartbeat import CONNECTING, STARTING, TRAINING
+from training.distributed.heartbeat import CONNECTING, IDLE, STARTING, TRAINING
 
 LONGER_ELSEWHERE = 10.0
 """Factor of the time limit outside of training steps: evaluations, saves and compilations take longer than a step."""
@@ -33,8 +33,8 @@ class HangDetector:
 
     The limit during steps is `hang_after` seconds, or three times the longest step so far if that is more; in other phases
     it is `LONGER_ELSEWHERE` times as long. A rank that is starting (until its first step is done) has no limit, since downloads
-    and first compilations vary too much. While it connects to the others it has the limit of a step, counted from
-    when the last rank began to. If a process is stopped (SIGSTOP),
+    and first compilations vary too much; nor has one after its loop. While it connects to the others it has the limit of a
+    step, counted from when the last rank began to. If a process is stopped (SIGSTOP),
     the limit of a step holds in all phases.
 
     While one rank evaluates or saves, other ranks may wait for it. This does not excuse a rank that is behind in steps,
@@ -80,7 +80,7 @@ class HangDetector:
 
     @staticmethod
     def _limit(beat: RankStatus, patience: float) -> float:
-        if beat.phase == STARTING:
+        if beat.phase in (STARTING, IDLE):
             return float("inf")
         return patience if beat.phase in (TRAINING, CONNECTING) else LONGER_ELSEWHERE * patience
 

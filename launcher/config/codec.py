@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from launcher.errors import BadRequest
-from training import typed
 from training.errors import ConfigError
+from training.flags import typed
 
 T = TypeVar("T")
 

@@ -22,7 +22,7 @@ from launcher.lifecycle.run_files import FileOfRun, RunFiles
 from launcher.lifecycle.trust import check_job, check_own
 from launcher.request.spec import Plan, State
 from training.files import open_plain, read_json, write_atomic
-from training.typed import brief
+from training.flags.typed import brief
 
 FORMAT = 2
 """The version of what run directories hold, in ``plan.json`` and in ``submitted`` events; the first had none."""

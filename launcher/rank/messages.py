@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
 from training.distributed.world import World
-from training.typed import from_data
+from training.flags.typed import from_data
 
 JsonObject = dict[str, Any]
 """A part of a message that is only reported: what is in it depends on the machine."""

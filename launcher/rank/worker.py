@@ -48,6 +48,7 @@ def work(run_dir: RunDir, world: World, heartbeat: Heartbeat | None = None, *, p
     plan = run_dir.plan()
     if not prepared:
         prepare(plan, world)
+    Heartbeat.of_process, Context.latest = heartbeat, None
     opened: list[Context] = []
 
     def context() -> Context:
@@ -60,8 +61,8 @@ def work(run_dir: RunDir, world: World, heartbeat: Heartbeat | None = None, *, p
             settle(world.local_rank, world.local_world_size)
         value = call(plan.target, run_dir.target_pickle, context, run_dir.arguments_pickle)
     except SystemExit as error:
-        if opened and opened[0].stopped:
-            return STOPPED  # whatever its exit status: it ends because it was asked to
+        if _stopped():
+            return STOPPED
         if system_exit_status(error) == 0:
             return FINISHED
         return _leave_error(run_dir, world, error, "user error")
@@ -74,7 +75,7 @@ def work(run_dir: RunDir, world: World, heartbeat: Heartbeat | None = None, *, p
             _ignore_sigterm()
         with suppress(OSError):
             sys.stdout.flush()
-    stopped = bool(opened and opened[0].stopped)
+    stopped = _stopped()
     try:
         for each in opened:
             each.close()
@@ -83,6 +84,14 @@ def work(run_dir: RunDir, world: World, heartbeat: Heartbeat | None = None, *, p
     except OSError as error:
         return _leave_error(run_dir, world, error, classify(error))
     return STOPPED if stopped else FINISHED
+
+
+def _stopped() -> bool:
+    """Whether the target has stopped at the request of its Context, which a script may have made itself.
+
+    A Context finds the request in the run directory, and may do so before the agent has sent SIGTERM.
+    """
+    return Context.latest is not None and Context.latest.stopped
 
 
 def prepare(plan: Plan, world: World) -> None:

@@ -14,7 +14,7 @@ from launcher.config.codec import to_data
 from launcher.errors import BadRequest
 from launcher.request.spec import Values
 from training.files import write_atomic
-from training.typed import Mismatch, brief, decode
+from training.flags.typed import Mismatch, brief, decode
 
 MAX_JSON = 64 * 1024
 """Bytes of JSON up to which values lie in the plan; larger ones are pickled."""

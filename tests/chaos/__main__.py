@@ -13,6 +13,8 @@ from pathlib import Path
 
 from tests.chaos.engine import play, stop_politely
 from tests.chaos.faults import FAULTS
+from tests.chaos.kills import HEAD, TARGETS
+from tests.chaos.kills import table as table_of_kills
 from tests.chaos.report import Record, table
 
 SHARES = {"local": 6, "slurm": 5, "ray": 4}
@@ -31,7 +33,13 @@ def main() -> int:
     parser.add_argument(
         "--record", type=Path, help="a file to add each finding to as it comes; the table is of all in it"
     )
+    parser.add_argument("--kills", choices=sorted(TARGETS), help="kill ranks of this program by schedule instead")
+    parser.add_argument("--schedules", type=int, default=50, help="with --kills")
+    parser.add_argument("--first", type=int, default=0, help="number of the first schedule, with --kills")
+    parser.add_argument("--changing", action="store_true", help="with --kills: another number of ranks at each restart")
     args = parser.parse_args()
+    if args.kills:
+        return kill(args)
     engines = args.backend.split(",")
     if unknown := [name for name in engines if name not in SHARES]:
         parser.error(f"--backend {unknown[0]}: the backends are {', '.join(SHARES)}")
@@ -62,6 +70,15 @@ def main() -> int:
             print(f"\npython -m tests.chaos {' '.join(sys.argv[1:])}\n{date.today()}, {os.cpu_count()} cores,", end=" ")
             print(f"load {os.getloadavg()[0]:.1f}, {(time.monotonic() - began) / 60:.0f} min\n\n{table(record)}")
         return 0 if record.well() and not any(player.exitcode for player in players) else 1
+
+
+def kill(args: argparse.Namespace) -> int:
+    """Play kill schedules; returns 1 if a run did not end as one that was never killed."""
+    numbers = range(args.first, args.first + args.schedules)
+    with tempfile.TemporaryDirectory(prefix="chaos-kills-") as name:
+        lines, well = table_of_kills(Path(name), args.kills, args.seed, numbers, changing=args.changing)
+    print(f"\npython -m tests.chaos {' '.join(sys.argv[1:])}\n{HEAD}\n{lines}")
+    return 0 if well else 1
 
 
 if __name__ == "__main__":

@@ -26,8 +26,20 @@ ORDER = {
         *("lifecycle", "request", "config", "errors"),
     ),
     "training": (
-        *("__main__", "libraries", "train", "bert", "reporting", "context", "__init__", "corpus", "loop", "data"),
-        *("checkpoints", "distributed", "flags", "typed", "files", "errors"),
+        *(
+            "__main__",
+            "libraries",
+            "train",
+            "bert",
+            "reporting",
+            "integrations",
+            "context",
+            "__init__",
+            "corpus",
+            "loop",
+            "data",
+        ),
+        *("checkpoints", "distributed", "flags", "files", "errors"),
     ),
 }
 """A module imports from its own entry and later ones, including imports in functions and for type checkers.

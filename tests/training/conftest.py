@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import multiprocessing
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.training.ranks import PRELOAD, free_port
+from tests.training.ranks import free_port, serving
 from training.bert.sources import CORPUS
 
 
@@ -48,14 +47,8 @@ def _nothing_left_behind() -> Iterator[None]:
 @pytest.fixture(scope="package")
 def rank_server() -> Iterator[None]:
     """The server from which ranks are forked, for the tests of this folder."""
-    from multiprocessing import forkserver
-
-    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
-    forkserver.ensure_running()
-    yield
-    server: Any = vars(forkserver)["_forkserver"]
-    os.kill(server._forkserver_pid, signal.SIGKILL)  # with SIGTERM it takes seconds to unload its modules
-    server._stop()
+    with serving():
+        yield
 
 
 BUCKET = "launch-test"

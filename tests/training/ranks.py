@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,21 @@ from training.files import read_lines
 
 PRELOAD = ["tests.training.preload"]
 SECONDS = 240.0
+
+
+@contextmanager
+def serving(*modules: str) -> Iterator[None]:
+    """The server from which `spawn` forks ranks; it imports `modules` ahead, too."""
+    from multiprocessing import forkserver
+
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOAD, *modules])
+    forkserver.ensure_running()
+    try:
+        yield
+    finally:
+        server: Any = vars(forkserver)["_forkserver"]
+        os.kill(server._forkserver_pid, signal.SIGKILL)  # with SIGTERM it takes seconds to unload its modules
+        server._stop()
 
 
 def free_port() -> int:
@@ -36,10 +53,12 @@ def worlds(size: int, *, attempt: int = 1) -> list[World]:
     ]
 
 
-def spawn(work: Callable[..., Any], size: int, *args: Any) -> list[Any]:
+def spawn(
+    work: Callable[..., Any], size: int, *args: Any, watch: Callable[[list[int]], object] | None = None
+) -> list[Any]:
     """The results of `work(world, *args)` on `size` ranks; raises the first exception, with its traceback.
 
-    For tests with the fixture `rank_server`.
+    For tests with the fixture `rank_server`. `watch` is called with the process ids, which it may kill, and waited for.
     """
     context = multiprocessing.get_context("forkserver")
     ranks = []
@@ -51,6 +70,8 @@ def spawn(work: Callable[..., Any], size: int, *args: Any) -> list[Any]:
         ranks.append((process, here))
     results: list[Any] = [None] * size
     try:
+        if watch is not None:
+            watch([process.pid or 0 for process, _ in ranks])
         pending: dict[Any, int] = {here: rank for rank, (_, here) in enumerate(ranks)}
         while pending:
             ready = wait(list(pending), SECONDS)

@@ -46,6 +46,10 @@ def test_values_that_are_not_of_json(tmp_path: Path) -> None:
     one, two = (json.loads(line, parse_constant=pytest.fail) for line in text.splitlines())
     assert (one["loss"], one["lr"], one["norm"], one["eval"]) == (0.5, 0.25, "NaN", {"f1": 0.1})
     assert (two["step"], two["loss"]) == (2, 1)
+    with Context(tmp_path, World()) as ctx:
+        ctx.event("ids", ids=torch.tensor([1, 2]), share=np.float32(0.5))
+    (event,) = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+    assert (event["ids"], event["share"]) == ([1, 2], 0.5)
 
 
 def test_one_process_stops_when_asked_by_a_signal_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +105,7 @@ def _collectives(world: World) -> object:
     found = group.broadcast({"from": world.rank}, src=1), group.gather(world.rank), group.any(world.rank == 1)
     inner = TorchGroup(world)  # as in Ray: the process group exists already
     assert inner.gather(world.rank * 2) == [0, 2]
+    assert inner.collect(world.rank * 2) == ([] if world.rank else [0, 2])
     inner.close()
     assert dist.is_initialized()
     assert not group.any(False)
@@ -116,6 +121,7 @@ def test_collectives() -> None:
     alone = Group()
     alone.barrier()
     assert (alone.broadcast(3), alone.gather(4), alone.any(True), alone.any(False)) == (3, [4], True, False)
+    assert alone.collect(4) == [4]
     alone.close()
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from training.errors import ConfigError
 from training.flags import parse
-from training.typed import MAX_DEPTH, brief, from_data
+from training.flags.typed import MAX_DEPTH, brief, from_data
 
 
 class Colour(enum.Enum):

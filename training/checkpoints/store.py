@@ -208,7 +208,7 @@ class Checkpoints:
         try:
             verify(target)
         except CheckpointError:
-            _discard(target)
+            discard(target)
             return False
         return True
 
@@ -218,11 +218,11 @@ class Checkpoints:
         keep = kept(committed, self.keep)
         for checkpoint in committed:
             if checkpoint not in keep and checkpoint.path.name != but:
-                _discard(checkpoint.path)
+                discard(checkpoint.path)
 
 
-def _discard(path: Path) -> None:
-    # Renamed first, so that an interrupted removal leaves no incomplete checkpoint.
+def discard(path: Path) -> None:
+    """Remove a checkpoint folder; it is renamed first, so that an interrupted removal leaves no incomplete one."""
     trash = path.with_name(f".{path.name}.trash")
     shutil.rmtree(trash, ignore_errors=True)
     os.rename(path, trash)

@@ -36,6 +36,10 @@ class Group:
         """Return the values of all ranks, in rank order, on every rank. Objects are pickled."""
         return [value]
 
+    def collect(self, value: Any) -> list[Any]:
+        """Return the values of all ranks, in rank order, on rank 0; an empty list elsewhere. Objects are pickled."""
+        return [value]
+
     def any(self, flag: bool) -> bool:
         """Return whether `flag` is true on at least one rank."""
         return flag
@@ -108,6 +112,14 @@ class TorchGroup(Group):
         box: list[Any] = [None] * self.size
         dist.all_gather_object(box, value, group=self._control)
         return box
+
+    def collect(self, value: Any) -> list[Any]:
+        """Return the values of all ranks, in rank order, on rank 0; an empty list elsewhere. Objects are pickled."""
+        import torch.distributed as dist
+
+        box: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, box, dst=0, group=self._control)
+        return box or []
 
     def any(self, flag: bool) -> bool:
         return self.post_any(flag).result()

@@ -8,12 +8,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 _LAYOUT = struct.Struct("<qd16s")  # step, time of the last progress, phase
 SLOT = 64
 """Bytes of the heartbeat of one rank: a cache line, which no other rank writes to."""
 
-STARTING, CONNECTING, TRAINING = "starting", "connecting", "training"
+STARTING, CONNECTING, TRAINING, IDLE = "starting", "connecting", "training", "idle"
 _INTERACTIVE = _LAYOUT.size  # offset of one byte
 
 
@@ -38,7 +39,12 @@ class Heartbeat:
 
     A write takes about a microsecond and no system call. Times are those of the monotonic clock, which all processes of
     a machine share. Writes are not atomic: a reader may see an incomplete one, and sees it complete at its next read.
+
+    Attributes:
+        of_process: the one that the launcher of this process reads; a Context that a script makes reports to it.
     """
+
+    of_process: ClassVar[Heartbeat | None] = None
 
     def __init__(self, memory: mmap.mmap | bytearray | None = None, slot: int = 0) -> None:
         self._memory = bytearray(SLOT) if memory is None else memory
@@ -55,7 +61,7 @@ class Heartbeat:
         """Report progress of this rank; with `step`, that this step is done and the rank is training."""
         if step is not None:
             self._step, self._beats = step, True
-            if self._phase == STARTING:
+            if self._phase in (STARTING, IDLE):
                 self._phase = TRAINING
         _LAYOUT.pack_into(self._memory, self._offset, self._step, time.monotonic(), self._phase.encode()[:16])
 
@@ -63,6 +69,11 @@ class Heartbeat:
         """Report that `step` is done, unless the rank reports its steps by `beat`; then report progress only."""
         if not self._beats:
             self._step = max(self._step, step)
+        self.beat()
+
+    def idle(self) -> None:
+        """Report that the training loop has ended: what follows has no time limit, until the next step."""
+        self._phase = IDLE
         self.beat()
 
     @contextmanager
@@ -87,7 +98,7 @@ class Heartbeat:
         finally:
             self._phase, self._step = reported, step
             if reported == STARTING:
-                self.clear()
+                _LAYOUT.pack_into(self._memory, self._offset, 0, 0.0, b"")
             else:
                 self.beat()
 

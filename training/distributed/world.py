@@ -94,6 +94,11 @@ class World:
             return default
 
         world_size = number(1, "WORLD_SIZE")
+        if world_size > 1 and "RANK" not in env:
+            raise ConfigError(
+                f"the environment has WORLD_SIZE={world_size} and no RANK, as processes have that Lightning started itself;"
+                f" start all of them with launch, or with torchrun --nproc-per-node {world_size}"
+            )
         local_world_size = number(1 if world_size == 1 else world_size, "LOCAL_WORLD_SIZE")
         on_cpu = env.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
         return cls(

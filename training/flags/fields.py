@@ -34,7 +34,7 @@ from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hin
 
 from training.errors import ConfigError, did_you_mean
 from training.flags import comments
-from training.typed import Mismatch, brief, from_text, is_missing, shape
+from training.flags.typed import Mismatch, brief, from_text, is_missing, shape
 
 T = TypeVar("T")
 

@@ -35,7 +35,7 @@ def capture(
     for name, item in items.items():
         file = f"{name}.safetensors"
         if any(each[2].get(name) != ranks[0][2].get(name) for each in ranks):
-            of_ranks = rank.group.gather(on_cpu(encoded[name]))
+            of_ranks = rank.group.collect(on_cpu(encoded[name]))  # rank 0 writes them
             trees[name] = [tree for tree, _ in of_ranks]
             parts |= {f"{name}@{number:05d}.safetensors": tensors for number, (_, tensors) in enumerate(of_ranks)}
         elif name in encoded:

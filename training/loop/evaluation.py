@@ -50,7 +50,7 @@ def evaluate(
                 rank.heartbeat.beat()
             if models.sharded and len(local) < -(-len(batches) // world.world_size):
                 predict(to_device(fetch[0, batches[0]], rank.device))  # takes part in gathering the parameters
-        everything = rank.group.gather((ids, made))
+        everything = rank.group.collect((ids, made))  # only rank 0 needs the memory
         return measure(metric, size, everything, rank)
 
 

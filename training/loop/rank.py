@@ -42,7 +42,7 @@ class Rank:
         self.run_dir = Path(run_dir)
         self.world = world
         self.args = args
-        self.heartbeat = heartbeat or Heartbeat()
+        self.heartbeat = heartbeat or Heartbeat.of_process or Heartbeat()
         self.heartbeat.beat()
         self.stopped = False
         self.stop_reason = ""
@@ -109,7 +109,13 @@ class Rank:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append {"time", "attempt", "rank", "event": kind, **fields} to `events.jsonl`, as `log` does."""
-        record = {"time": time.time(), "attempt": self.world.attempt, "rank": self.world.rank, "event": kind, **fields}
+        record = {
+            "time": time.time(),
+            "attempt": self.world.attempt,
+            "rank": self.world.rank,
+            "event": kind,
+            **plain(fields),
+        }
         self._lines.append(self.run_dir / "events.jsonl", record)
 
     def note_saved(self, step: int, stall_seconds: float | None = None) -> None:

@@ -100,6 +100,11 @@ def test_a_start_is_never_too_slow() -> None:
     )
 
 
+def test_after_the_loop_there_is_no_limit() -> None:
+    assert not hung(*trained(), 1000.0, "idle", "idle")
+    assert not hung(*trained(), 1000.0, "idle", "starting")
+
+
 def test_a_stopped_process_has_no_excuse() -> None:
     assert hung(*trained(), 11.0, "evaluating", "training", states="TS")
     assert hung(*trained(), 11.0, "training", "saving", states="TS"), "the other waits for it while it saves"

@@ -18,7 +18,7 @@ from launcher.errors import BadRequest
 from launcher.request.binding import call_of, checked_values, values_of
 from launcher.request.spec import Target, Values
 from launcher.request.values import check_given, load, show, write
-from training.typed import from_data
+from training.flags.typed import from_data
 
 
 class Kind(enum.Enum):

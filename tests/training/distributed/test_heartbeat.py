@@ -5,8 +5,10 @@ import os
 import time
 from pathlib import Path
 
+import pytest
+
 from training.context import Context
-from training.distributed.heartbeat import SLOT, STARTING, TRAINING, Heartbeat, Reading
+from training.distributed.heartbeat import IDLE, SLOT, STARTING, TRAINING, Heartbeat, Reading
 from training.distributed.world import World
 
 
@@ -54,6 +56,20 @@ def test_a_rank_that_connects_has_not_reported_a_step() -> None:
     with heartbeat.connecting():
         assert (heartbeat.read().step, heartbeat.read().phase) == (3, "connecting")
     assert (heartbeat.read().step, heartbeat.read().phase) == (3, "training")
+
+
+def test_after_the_loop_a_rank_is_idle_until_its_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heartbeat = Heartbeat()
+    heartbeat.beat(3)
+    heartbeat.idle()
+    assert (heartbeat.read().step, heartbeat.read().phase) == (3, IDLE)
+    heartbeat.beat()
+    assert heartbeat.read().phase == IDLE
+    heartbeat.beat(4)
+    assert (heartbeat.read().step, heartbeat.read().phase) == (4, TRAINING)
+    monkeypatch.setattr(Heartbeat, "of_process", heartbeat)
+    with Context(tmp_path, World()) as ctx:
+        assert ctx.heartbeat is heartbeat, "that of the launcher"
 
 
 def test_the_age_grows_until_the_rank_moves() -> None:

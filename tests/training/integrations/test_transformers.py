@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,13 @@ class WithLoss(torch.nn.Module):
         return {"loss": (out - labels).square().mean(), "logits": out}
 
 
-def train(world: World, run_dir: Path, stop_at: int) -> tuple[int, bool]:
+def train(world: World, run_dir: Path, stop_at: int, limit: int = 2) -> tuple[int, bool]:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from training.reporting.trainer import RunCallback, newest_checkpoint
+    from training.integrations.transformers import RunCallback
 
     os.environ.update(world.environment())  # as a launcher does; the process is the test's own
     run_dir.mkdir(exist_ok=True)
-    output = run_dir / "trainer"
 
     class Stop(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -49,18 +49,19 @@ def train(world: World, run_dir: Path, stop_at: int) -> tuple[int, bool]:
         _ = ctx.group
         torch.manual_seed(0)
         data = [{"x": x, "labels": y} for x, y in zip(Rows(64).x, Rows(64).y, strict=True)]
+        run = RunCallback(ctx)
         arguments = TrainingArguments(
-            str(output), per_device_train_batch_size=8 // world.world_size, num_train_epochs=2, save_steps=3,
-            save_total_limit=2, logging_steps=1, eval_strategy="epoch", report_to=[], use_cpu=True, disable_tqdm=True,
+            run.output_dir, per_device_train_batch_size=8 // world.world_size, num_train_epochs=2, save_steps=3,
+            save_total_limit=limit, logging_steps=1, eval_strategy="epoch", report_to=[], use_cpu=True, disable_tqdm=True,
         )  # fmt: skip
         trainer = Trainer(
             model=WithLoss(),
             args=arguments,
             train_dataset=data,
             eval_dataset=data[:10],
-            callbacks=[Stop(), RunCallback(ctx)],
+            callbacks=[Stop(), run],
         )
-        trainer.train(resume_from_checkpoint=newest_checkpoint(ctx, output))
+        trainer.train(resume_from_checkpoint=run.newest_checkpoint())
         return trainer.state.global_step, ctx.stopped
 
 
@@ -90,4 +91,27 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path: Path) -> None:
     (output / "checkpoint-10" / "optimizer.pt").write_bytes(b"damaged")
     assert spawn(train, 1, tmp_path, 0) == [(16, False)]
     assert events(tmp_path, "resumed") == [4]
-    assert len(events(tmp_path, "checkpoint-damaged")) == 2
+    assert len(events(tmp_path, "checkpoint-damaged")) == 1, "the other one was interrupted"
+
+
+def train_and_die(world: World, run_dir: Path) -> None:
+    """Train with one checkpoint to keep; killed after the Trainer has written the second one, before it is sealed."""
+    from training.integrations import sealed, transformers
+
+    def dying(folder: Path, step: int) -> None:
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        sealed.seal(folder, step)
+
+    vars(transformers)["seal"] = dying
+    train(world, run_dir, 0, 1)
+
+
+def test_a_whole_checkpoint_stays_until_the_next_one_is_sealed(tmp_path: Path) -> None:
+    spawn(train_and_die, 1, tmp_path / "parts")
+    assert sorted(path.name for path in (tmp_path / "parts" / "trainer").iterdir()) == ["checkpoint-3", "checkpoint-6"]
+    assert spawn(train, 1, tmp_path / "parts", 0, 1) == [(16, False)]
+    assert events(tmp_path / "parts", "resumed") == [3]
+    assert [path.name for path in (tmp_path / "parts" / "trainer").iterdir()] == ["checkpoint-16"]
+    spawn(train, 1, tmp_path / "whole", 0, 1)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
