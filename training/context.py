@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import math
 import operator
 import os
 import signal
@@ -64,10 +63,6 @@ class Context(Rank):
         folder, world = describe(os.environ, run_dir)
         folder.mkdir(parents=True, exist_ok=True)
         ctx = cls(folder, world)
-        if run_dir is None and "LAUNCH_FINISHED" in os.environ:
-            # launch sends SIGTERM. A program that looked for itself could end before launch has recorded the request,
-            # and its end would count as its own.
-            ctx._next_stat = math.inf
         atexit.register(ctx.close)
         on_main_thread = threading.current_thread() is threading.main_thread()
         if on_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:

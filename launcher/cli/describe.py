@@ -15,7 +15,7 @@ from training.files import read_json
 def describe(plan: Any) -> str:
     """The plan in a few lines for a person."""
     from launcher import backends
-    from launcher.request import accelerate_config
+    from launcher.config import accelerate_config
 
     limited = backends.of(plan.cluster).capabilities.time_limit
     note = accelerate_config.note() if plan.target.name != RunSpec.target else ""

@@ -24,7 +24,7 @@ class Reading:
 
     Attributes:
         step: the last optimizer step done in this attempt; 0 before the first, -1 for a rank that has not reported,
-            such as a script, or only that it connects.
+            such as a script.
         phase: the activity, such as ``training`` or ``evaluating``; at most 16 bytes.
         age: seconds since the last progress.
     """
@@ -86,21 +86,6 @@ class Heartbeat:
         finally:
             self._phase = previous
             self.beat()
-
-    @contextmanager
-    def connecting(self) -> Iterator[None]:
-        """Report that this rank waits inside the block for all others to connect to it."""
-        reported, step = self._phase, self._step
-        self._phase, self._step = CONNECTING, -1 if reported == STARTING else step
-        self.beat()
-        try:
-            yield
-        finally:
-            self._phase, self._step = reported, step
-            if reported == STARTING:
-                _LAYOUT.pack_into(self._memory, self._offset, 0, 0.0, b"")
-            else:
-                self.beat()
 
     def read(self) -> Reading:
         """Return the last report of the rank in this slot; before the first, phase ``starting`` and age 0."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from training.distributed.devices import RUNTIMES, Runtime
 from training.distributed.group import Group, Vote, make_group
-from training.distributed.heartbeat import Heartbeat
+from training.distributed.heartbeat import CONNECTING, Heartbeat
 from training.distributed.world import World
 from training.files import Lines, plain
 
@@ -69,7 +69,7 @@ class Rank:
         """The process group of all ranks. The first use creates it and is a collective."""
         if not self.runtime.group_first:
             _ = self.device  # NCCL needs the device
-        with self.heartbeat.connecting():
+        with self.phase(CONNECTING):
             return make_group(self.world)
 
     @cached_property
@@ -109,14 +109,8 @@ class Rank:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append {"time", "attempt", "rank", "event": kind, **fields} to `events.jsonl`, as `log` does."""
-        record = {
-            "time": time.time(),
-            "attempt": self.world.attempt,
-            "rank": self.world.rank,
-            "event": kind,
-            **plain(fields),
-        }
-        self._lines.append(self.run_dir / "events.jsonl", record)
+        record = {"time": time.time(), "attempt": self.world.attempt, "rank": self.world.rank, "event": kind}
+        self._lines.append(self.run_dir / "events.jsonl", record | plain(fields))
 
     def note_saved(self, step: int, stall_seconds: float | None = None) -> None:
         """Record a committed checkpoint as the event `saved`, with the seconds that training waited, if known."""

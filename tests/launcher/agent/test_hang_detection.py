@@ -41,7 +41,7 @@ def test_silence_for_longer_than_the_limit_is_a_hang() -> None:
 
 
 def connecting(age: float, other: str = CONNECTING, other_age: float | None = None) -> dict[int, RankStatus]:
-    return {0: RankStatus(-1, CONNECTING, age), 1: RankStatus(-1, other, age if other_age is None else other_age)}
+    return {0: RankStatus(0, CONNECTING, age), 1: RankStatus(0, other, age if other_age is None else other_age)}
 
 
 def test_ranks_that_connect_have_the_time_of_a_step_once_all_of_them_do() -> None:

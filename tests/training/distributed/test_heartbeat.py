@@ -47,17 +47,6 @@ def test_a_phase_is_over_when_its_block_is() -> None:
     assert (heartbeat.read().step, heartbeat.read().phase) == (3, TRAINING)
 
 
-def test_a_rank_that_connects_has_not_reported_a_step() -> None:
-    heartbeat = Heartbeat()
-    with heartbeat.connecting():
-        assert (heartbeat.read().step, heartbeat.read().phase) == (-1, "connecting")
-    assert heartbeat.read() == Reading(), "as before its first report"
-    heartbeat.beat(3)
-    with heartbeat.connecting():
-        assert (heartbeat.read().step, heartbeat.read().phase) == (3, "connecting")
-    assert (heartbeat.read().step, heartbeat.read().phase) == (3, "training")
-
-
 def test_after_the_loop_a_rank_is_idle_until_its_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heartbeat = Heartbeat()
     heartbeat.beat(3)

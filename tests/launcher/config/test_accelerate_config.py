@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher.request.accelerate_config import settings_without_effect
+from launcher.config.accelerate_config import settings_without_effect
 from tests.launcher.engines import Project
 
 
