@@ -429,4 +429,5 @@ def test_the_page_on_testing_works(tmp_path: Path) -> None:
     [block] = [part.partition("```")[0] for part in page.split("```python\n")[1:]]
     (tmp_path / "test_page.py").write_text(block)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    assert pytest.main(["-q", "-p", "no:cacheprovider", "-c", str(tmp_path / "pytest.ini"), str(tmp_path)]) == 0
+    mode = "--import-mode=importlib"  # the other one leaves the folder in sys.path
+    assert pytest.main(["-q", mode, "-p", "no:cacheprovider", "-c", str(tmp_path / "pytest.ini"), str(tmp_path)]) == 0

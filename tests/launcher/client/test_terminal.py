@@ -460,6 +460,6 @@ def test_the_bundled_job_which_is_forked_can_be_stopped_at_the_terminal(local_pr
     child = pexpect.spawn(local_project.python, words, cwd=str(local_project.folder), encoding="utf-8", timeout=120)
     child.expect("step/s")
     child.sendcontrol("c")
-    child.expect("stopping at the next step")
+    child.expect("stopping")
     assert ended(child) == 3
     assert echoes(child)
