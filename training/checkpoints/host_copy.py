@@ -31,8 +31,9 @@ class Copy:
         self.done = threading.Event()
         self.stall_seconds = 0.0
         self._contents: dict[str, Any] = {}
+        devices: set[torch.device] = set()
         self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._sent: torch.cuda.Event | None = None
+        self._sent: dict[torch.device, torch.cuda.Event] = {}
         for file, content in parts.items():
             if not file.endswith(".safetensors"):
                 self._contents[file] = json.dumps(content, indent=1).encode()
@@ -48,18 +49,26 @@ class Copy:
                     self._waiting.append((buffer, source))
                 else:
                     buffer.copy_(source, non_blocking=source.is_cuda)
+                    if source.is_cuda:
+                        devices.add(source.device)
                 self._contents[file][name] = buffer
-        if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            self._sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._sent.record()
+        for device in devices:  # a model may lie on several; an event covers the stream of its own
+            with torch.cuda.device(device):
+                self._sent[device] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                self._sent[device].record()
+        if not self._waiting:  # later work on a device comes after the copies in its stream
+            self.done.set()
 
     def finish(self) -> dict[str, Any]:
         """Complete the copy; returns file name -> bytes of a JSON file, or tensors by name."""
+        import torch
+
         try:
             for buffer, source in self._waiting:
                 _copy(buffer, source)
-            if self._sent is not None:
-                self._sent.synchronize()
+            for device, event in self._sent.items():
+                with torch.cuda.device(device):  # a new thread is on GPU 0, and would make a context there
+                    event.synchronize()
         finally:  # also after an error, which the writer reports: training waits for `done`
             self._waiting.clear()
             self.done.set()
