@@ -40,7 +40,7 @@ def train(ctx: Context, config: TrainConfig) -> dict[str, Any]:
         check(config)
     asked, config = config, config.resolved()
     tokenizer, data, validation = load_data(ctx, config)
-    ctx.seed(config.seed)
+    ctx.seed(config.seed, deterministic=config.deterministic)
     bert = load_model(config.model, config.num_labels).train()
     static = {"dynamic": False} if config.compile else False
     model = ctx.setup(bert, precision=config.precision, compile=static, shard=config.shard)

@@ -39,6 +39,7 @@ class TrainConfig:
     compile: bool = False  # compile the model; batches are then padded to multiples of 32 tokens
     length_buckets: bool = False  # put samples of similar length together, which saves padding and changes the order
     seed: int = 42  # decides the order of the data, fresh weights and dropout
+    deterministic: bool = False  # the same bits each time on GPUs, too; slower. CPUs repeat them anyway
     log_every: int = 10  # steps between two lines of metrics
     save_every: int = 500  # steps between two checkpoints; one is also saved after every epoch
     log_with: tuple[str, ...] = ("tensorboard",)  # trackers of accelerate, with commas between; `--log-with=` for none

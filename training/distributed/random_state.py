@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -19,6 +20,20 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # the legacy generator, which models and user code draw from
     torch.manual_seed(seed)
+
+
+def make_deterministic() -> None:
+    """Have torch compute the same bits each time, on GPUs too, until the process ends.
+
+    Operations get slower; one that has no such form raises RuntimeError. Call it before the first operation on a GPU, since
+    cuBLAS reads its variable only once. Source: the page "Reproducibility" of torch's documentation.
+    """
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.enable_mem_efficient_sdp(False)  # its backward pass adds up in any order
 
 
 def rng_state() -> dict[str, torch.Tensor]:

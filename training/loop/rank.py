@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 from training.distributed.devices import RUNTIMES, Runtime
 from training.distributed.group import Group, Vote, make_group
 from training.distributed.heartbeat import CONNECTING, Heartbeat
+from training.distributed.random_state import make_deterministic
 from training.distributed.world import World
 from training.files import Lines, plain
 
@@ -88,8 +89,13 @@ class Rank:
         if self.mirror is not None:
             self.mirror.push(saved)
 
-    def seed(self, seed: int) -> None:
-        """Seed the generators of Python, numpy and torch, the same on every rank; `state.restore` makes them differ."""
+    def seed(self, seed: int, *, deterministic: bool = False) -> None:
+        """Seed the generators of Python, numpy and torch, the same on every rank; `state.restore` makes them differ.
+
+        CPUs repeat the same bits anyway; GPUs do with `deterministic` (see `make_deterministic`).
+        """
+        if deterministic:
+            make_deterministic()
         self.runtime.seed(seed)
 
     def log(self, step: SupportsIndex, **values: Any) -> None:
@@ -128,15 +134,8 @@ class Rank:
         with _never_raising():
             print(f"the checkpoint of step {step} could not be saved: {text}", file=sys.stderr)
 
-    def note_resumed(self, step: int) -> None:
-        """Record as the event `resumed` that this run continues after `step`."""
-        self.event("resumed", step=step)
-
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Report that this rank is in a phase other than training, such as ``evaluating``, inside the block.
-
-        A launcher that detects hangs allows a phase more time than a step.
-        """
+        """Report the phase of this rank inside the block, such as ``evaluating``; it may take longer than a step."""
         return self.heartbeat.phase(name)
 
     def request_stop(self, reason: str) -> None:
