@@ -59,6 +59,7 @@ class Attempt:
         self.kill_at: float | None = None  # seconds of the event loop's clock
         self._killed = self._stopping = False
         self._beats: dict[int, RankStatus] = {}
+        self._unseen = 0  # reports of ranks since all were looked at
         self._watch = HangDetector(hang_after)
         self._suspects: dict[int, RankStatus] | None = None  # the status of the ranks when they were found to hang
         self._places: dict[int, StackLocation] = {}
@@ -165,11 +166,14 @@ class Attempt:
         self.kill_within(0.0)
 
     def _on_statuses(self, beats: Mapping[int, RankStatus]) -> None:
-        self._beats |= {rank: beat for rank, beat in beats.items() if rank in self.alive}
-        self.step = max([self.step, *(beat.step for beat in self._beats.values())])
+        found = {rank: beat for rank, beat in beats.items() if rank in self.alive}
+        self._beats |= found
+        self.step = max([self.step, *(beat.step for beat in found.values())])
+        self._unseen += len(found)
         ending = self.kill_at is not None or self._killed
-        if ending or len(self._beats) < len(self.alive):
+        if ending or self._unseen < len(self.alive) or len(self._beats) < len(self.alive):
             return
+        self._unseen = 0  # all ranks are looked at once for as many reports, so that a report costs the same in any run
         if self._watch.see(self._beats, asyncio.get_running_loop().time()):
             self._suspects = dict(self._beats)
             self.send(DumpStacks(self.attempt))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from launcher.agent.attempt import Attempt
-from launcher.agent.hang_detection import RankStatus, StackLocation
+from launcher.agent.hang_detection import HangDetector, RankStatus, StackLocation
 from launcher.agent.job_attempt import debug_variables
 from launcher.agent.protocol import DumpStacks, Heartbeats, Lost, RankExit, Signal, Stacks, Start, ToAgent
 from launcher.config.cluster import Cluster
@@ -111,6 +111,22 @@ def test_a_hang_is_named_once_the_ranks_have_said_where_they_stand() -> None:
         attempt.on_deadline()
         assert attempt.hung == (3, "rank 3 is stopped (SIGSTOP or a terminal) at step 3")
         assert sent[-1] == KILL
+
+    run(scenario)
+
+
+def test_all_ranks_are_looked_at_once_for_as_many_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    monkeypatch.setattr(HangDetector, "see", lambda self, beats, now: bool(looks.append(len(beats))))
+
+    def scenario() -> None:
+        attempt, _ = make(nodes={node: node for node in range(100)})
+        for second in range(3):
+            for node in range(100):
+                beats = {rank: RankStatus(second, "training", 0.0) for rank in (2 * node, 2 * node + 1)}
+                attempt.on_message(node, Heartbeats(beats))
+        assert looks == [200, 200, 200]
+        assert attempt.step == 2
 
     run(scenario)
 
