@@ -117,7 +117,7 @@ def test_a_hang_is_named_once_the_ranks_have_said_where_they_stand() -> None:
 
 def test_all_ranks_are_looked_at_once_for_as_many_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[int] = []
-    monkeypatch.setattr(HangDetector, "see", lambda self, beats, now: bool(looks.append(len(beats))))
+    monkeypatch.setattr(HangDetector, "see", lambda self, beats, now: looks.append(len(beats)))
 
     def scenario() -> None:
         attempt, _ = make(nodes={node: node for node in range(100)})
