@@ -21,6 +21,7 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 MAX_JSON_BYTES = 16 << 20
 """Limit of one JSON file, and of one line of a file of JSON lines."""
 
+BLOCK_BYTES = 1 << 16
 MAX_LINES_BYTES = 1 << 30
 """Limit of `read_lines`, which reads the end of a larger file."""
 
@@ -200,6 +201,33 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
                 if isinstance(record, dict):
                     records.append(record)
     return records
+
+
+def newest_record(path: Path, key: str) -> dict[str, Any] | None:
+    """Return the newest record with `key` of a file of JSON lines, which is read from its end; None if there is none.
+
+    Older records than the last `MAX_JSON_BYTES` of the file do not count.
+    """
+    word = json.dumps(key).encode()
+    try:
+        handle = open_plain(path)
+    except FileNotFoundError:
+        return None
+    with os.fdopen(handle, "rb") as file:
+        end = size = os.fstat(handle).st_size
+        rest = b""
+        while end and size - end < MAX_JSON_BYTES:
+            start = max(0, end - BLOCK_BYTES)
+            file.seek(start)
+            block = file.read(end - start) + rest
+            rest, _, lines = block.partition(b"\n") if start else (b"", b"", block)
+            for line in reversed(lines.split(b"\n")) if word in lines else ():
+                with contextlib.suppress(ValueError):
+                    record = parse_json(line) if word in line else None
+                    if isinstance(record, dict) and key in record:
+                        return record
+            end = start
+    return None
 
 
 def sync_folder(folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +24,12 @@ def run_list(argv: Sequence[str]) -> int:
 
     found = runs(options.runs)
     if options.json:
-        print(json.dumps([_listed(run) for run in found]))
+        print(json.dumps([_listed(run, run.status) for run in found]))
         return 0
     if not found:
         print(f"no runs in {options.runs}")
     for run in found:
-        status = _listed(run)
+        status = _listed(run, run.brief)
         if "error" in status:
             print(f"{run.name:<32} unreadable: {status['error']}")
             continue
@@ -41,10 +41,10 @@ def run_list(argv: Sequence[str]) -> int:
     return 0
 
 
-def _listed(run: Run) -> dict[str, Any]:
-    """Its status; a run that cannot be read does not hide the others."""
+def _listed(run: Run, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `read` finds; a run that cannot be read does not hide the others."""
     try:
-        return run.status()
+        return read()
     except LaunchError as error:
         return {"name": run.name, "state": State.UNKNOWN.value, "error": str(error)}
 

@@ -64,9 +64,10 @@ class RunDir(RunFiles):
         Raises:
             BadRequest: there is none, so this is not a run directory; or its format is not `FORMAT`.
         """
-        return from_data(Plan, self._plan_data(), str(self.plan_file))
+        return from_data(Plan, self.plan_data(), str(self.plan_file))
 
-    def _plan_data(self) -> Any:
+    def plan_data(self) -> Any:
+        """Read the plan as plain data, of which only the format is checked. Raises as `plan` does."""
         try:
             data = read_json(self.plan_file)
         except (OSError, ValueError, RecursionError) as error:
@@ -83,7 +84,7 @@ class RunDir(RunFiles):
         Raises:
             BadRequest: one is not; the text names both versions.
         """
-        self._plan_data()
+        self.plan_data()
         first: object = None
         with suppress(OSError, ValueError, RecursionError), os.fdopen(open_plain(self.events_file), "rb") as file:
             first = json.loads(file.readline(64 * 1024))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.codec import to_json
-from training.files import FULL_DISK, append_line, open_plain, read_json, read_lines, write_atomic
+from training.files import FULL_DISK, append_line, newest_record, open_plain, read_json, read_lines, write_atomic
 
 RESERVE_BYTES = 256 * 1024
 """Disk space in bytes that a run reserves for its last events and its result."""
@@ -117,6 +117,10 @@ class RunFiles:
 
     def metrics(self) -> list[dict[str, Any]]:
         return read_lines(self.metrics_file)
+
+    def newest_metrics(self, key: str) -> dict[str, Any]:
+        """The newest record of metrics that has `key`; empty if there is none."""
+        return newest_record(self.metrics_file, key) or {}
 
     def newest_step(self) -> int | None:
         """The newest step in the metrics; None where the target logs none."""

@@ -14,7 +14,17 @@ import pytest
 import torch
 
 from training import files as module
-from training.files import Lines, NotPlain, append_line, plain, read_json, read_lines, write_atomic
+from training.files import (
+    BLOCK_BYTES,
+    Lines,
+    NotPlain,
+    append_line,
+    newest_record,
+    plain,
+    read_json,
+    read_lines,
+    write_atomic,
+)
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -170,3 +180,23 @@ def test_values_of_json(value: Any, expected: object) -> None:
     json.dumps(found, allow_nan=False)
     if isinstance(value, float) and not math.isfinite(value):
         assert str(float(str(found))) == str(float(value)), "float() reads it"
+
+
+def test_the_newest_record_with_a_key_is_found_from_the_end(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    assert newest_record(file, "loss") is None
+    file.write_text("")
+    assert newest_record(file, "loss") is None
+    lines = [json.dumps({"step": step, "loss": step / 2, "text": "x" * (step % 300)}) for step in range(3000)]
+    lines.insert(100, json.dumps({"step": 100, "eval": {"f1": 0.5}}))
+    lines.insert(50, json.dumps({"step": 50, "eval": {"f1": 0.1}}))
+    lines += ['{"note": "the word \\"loss\\" in a text"}', 'not JSON with "loss"', '["loss"]', '{"step": 9, "los']
+    file.write_text("\n".join(lines))
+    assert file.stat().st_size > 3 * BLOCK_BYTES
+    assert (newest_record(file, "loss") or {})["step"] == 2999
+    assert newest_record(file, "eval") == {"step": 100, "eval": {"f1": 0.5}}
+    assert newest_record(file, "lr") is None
+    file.write_bytes(b'{"loss": 1}\n' + b'{"long": "' + b"y" * (3 * BLOCK_BYTES) + b'"}\n')
+    assert newest_record(file, "loss") == {"loss": 1}
+    file.write_bytes(b'{"loss": 2}\n\n' + b"\xff\xfe\n" * 5)
+    assert newest_record(file, "loss") == {"loss": 2}

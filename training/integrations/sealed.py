@@ -118,7 +118,7 @@ def newest(ctx: Context, output_dir: Path) -> Path | None:
                 problem = problem or str(error)
                 continue
             found, problem = folder, ""
-            ctx.event("resumed", step=step_in(folder))
+            ctx.note_resumed(step_in(folder))
             break
     name, problem = ctx.group.broadcast((found.name if found else "", problem))
     if problem:

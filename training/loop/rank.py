@@ -90,10 +90,7 @@ class Rank:
             self.mirror.push(saved)
 
     def seed(self, seed: int, *, deterministic: bool = False) -> None:
-        """Seed the generators of Python, numpy and torch, the same on every rank; `state.restore` makes them differ.
-
-        CPUs repeat the same bits anyway; GPUs do with `deterministic` (see `make_deterministic`).
-        """
+        """Seed Python, numpy and torch alike on all ranks. With `deterministic`, GPUs repeat the same bits, as CPUs do."""
         if deterministic:
             make_deterministic()
         self.runtime.seed(seed)
@@ -133,6 +130,10 @@ class Rank:
             self.event("save-failed", step=step, error=text)
         with _never_raising():
             print(f"the checkpoint of step {step} could not be saved: {text}", file=sys.stderr)
+
+    def note_resumed(self, step: int) -> None:
+        """Record as the event `resumed` that this run continues after `step`."""
+        self.event("resumed", step=step)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Report the phase of this rank inside the block, such as ``evaluating``; it may take longer than a step."""

@@ -115,7 +115,7 @@ class SavedState:
             restore(rank, self._items, parts)
         self._step = self._saved = parts["state.json"]["step"]
         if rank.world.rank == 0:
-            rank.event("resumed", step=self._step)
+            rank.note_resumed(self._step)
             print(f"continuing after step {self._step} of {rank.run_dir}", file=sys.stderr)
         return self._step
 
