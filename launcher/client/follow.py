@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, TextIO
 
@@ -45,7 +45,7 @@ class Follower:
         self.log: Tail | None = None
         self.metrics = Tail(run.dir.metrics_file)  # read on from where it was: it grows for as long as the run lasts
         self.steps: deque[dict[str, Any]] = deque(maxlen=20)
-        self.attempt = 0
+        self.attempt = max(0, run.dir.last_attempt() - 1)  # the newest that is not shown, or shown to its end
         self.queued = False
 
     def follow(self) -> State:
@@ -85,14 +85,13 @@ class Follower:
                 self.screen.line(f"launch: {safe(text)}")
 
     def _print_log(self, end: bool = False) -> None:
-        """Print what the rank's log gained; of the newest attempt, and of the one before it to its end."""
+        """Print what the rank's log gained; of the newest attempt, and of those since the last look to their end."""
         if self.terminal is not None:
             return
-        newest = self.run.dir.last_attempt()
-        if newest != self.attempt:
+        for attempt in range(self.attempt + 1, self.run.dir.last_attempt() + 1):
             self._print(end=True)
-            log = self.run.dir.log(newest, self.rank)
-            self.log, self.attempt = (LiveTail if self.screen.live else Tail)(log), newest
+            log = self.run.dir.log(attempt, self.rank)
+            self.log, self.attempt = (LiveTail if self.screen.live else Tail)(log), attempt
         self._print(end)
 
     def _print(self, end: bool) -> None:
@@ -200,6 +199,7 @@ def attend(run: Run, out: TextIO, terminal: Terminal | None = None) -> State | N
     nobody reads any more. A run of a cluster continues after Ctrl-C; SIGTERM keeps its usual effect there.
     """
     follower = Follower(run, out, terminal=terminal)
+    follower.attempt = _earlier_attempts(run.dir.events())  # the first ones may be over
     if not backends.of(run.dir.plan().cluster).capabilities.interrupt_stops:
         try:
             return follower.follow()
@@ -215,6 +215,17 @@ def attend(run: Run, out: TextIO, terminal: Terminal | None = None) -> State | N
             terminal.on_start = follower.print_events
             terminal.on_stop = lambda: follower.screen.line(f"launch: {how_it_stops(run)}; Ctrl-C again ends at once")
         return _until_stopped(run, follower)
+
+
+def _earlier_attempts(events: Iterable[dict[str, Any]]) -> int:
+    """The number of attempts before the run was last submitted."""
+    found = newest = 0
+    for event in events:
+        if event["event"] == "submitted":
+            found = newest
+        elif event["event"] == "started":
+            newest = max(newest, event["attempt"])
+    return found
 
 
 def _until_stopped(run: Run, follower: Follower) -> State:
