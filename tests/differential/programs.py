@@ -418,6 +418,7 @@ from accelerate import Accelerator
 accelerator = Accelerator()
 found = [accelerator.process_index, accelerator.local_process_index, accelerator.is_main_process,
          str(accelerator.distributed_type), accelerator.device.type, accelerator.mixed_precision]
+accelerator.wait_for_everyone()  # under torchrun the store outlives rank 0
 """, environment={**LOOPBACK, "ACCELERATE_USE_CPU": "true"}),  # which launch sets on CPUs; else it is not distributed there
 }  # fmt: skip
 """By name. Of a program that ends before its report, only whether it fails is compared."""

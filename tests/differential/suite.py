@@ -69,7 +69,7 @@ class Observed:
         ]
         if self.succeeded != other.succeeded:
             found.append(f"it {'succeeded' if self.succeeded else 'failed'}")
-        elif self.error and other.error and self.error.partition(":")[0] != other.error.partition(":")[0]:
+        elif self.error and other.error and _kind(self.error) != _kind(other.error):
             found.append(f"it failed with {self.error}, not {other.error}")
         if missing := other.found.keys() - self.found.keys():
             found.append(f"no report of the ranks {sorted(missing)}")
@@ -93,6 +93,8 @@ def words(program: Program) -> list[str]:
 _ERROR = re.compile(
     r"^(?:\[rank\d+\]: )?(?:launch: failed: )?((?:\w+\.)*\w*(?:Error|Exception)\b.*?)(?: \[rank.*\])?$", re.M
 )
+# Of a line that two ranks have written at once under torchrun, the first of the two names.
+_KIND = re.compile(r"(?:\w+\.)*\w*?(?:Error|Exception)")
 _OF_TORCHRUN = ("ChildFailedError", "torch.distributed.elastic")
 
 
@@ -100,6 +102,11 @@ def error_in(output: str) -> str:
     """The first exception that a launcher's output names."""
     found = (match.group(1) for match in _ERROR.finditer(output))
     return next((line for line in found if not line.startswith(_OF_TORCHRUN)), "")
+
+
+def _kind(error: str) -> str:
+    found = _KIND.match(error)
+    return found[0] if found else error
 
 
 def read(folder: Path, succeeded: bool, output: str) -> Observed:
