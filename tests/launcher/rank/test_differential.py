@@ -34,11 +34,9 @@ EVERYWHERE = (
 LOCAL_FRAMEWORKS = (
     *(
         "accelerate test_ops",
-        "accelerate test_sync",
         "transformers trainer",
         "torch spawn",
         "torch fsdp2 and dcp",
-        "torchdata",
     ),
     *("hydra module", "hydra unknown override"),
 )
