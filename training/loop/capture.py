@@ -63,6 +63,7 @@ def _states(rank: Rank, items: dict[str, Any], overlap: bool) -> tuple[dict[str,
     encoded: dict[str, Encoded] = {}
     generators: dict[str, torch.Tensor] = {}
     problem = ""
+    rank.runtime.submit()  # the update as one graph; else torch_xla compiles one for each tensor that is copied
     try:
         for name, item in items.items():
             if rank.world.rank == 0 or not is_replicated(item) or is_sharded(item):

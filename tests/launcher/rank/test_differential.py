@@ -57,7 +57,13 @@ def test_a_program_observes_the_same_on_each_engine(
 
 
 @slow
-@pytest.mark.parametrize("name", sorted(PROGRAMS.keys() - set(EVERYWHERE)))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in CHEAP else pytest.mark.soak)  # those take as long as all others together
+        for name in sorted(PROGRAMS.keys() - set(EVERYWHERE))
+    ],
+)
 def test_a_program_observes_the_same_on_this_machine(
     name: str, local_project: Project, tmp_path: Path, torchrun: Torchrun
 ) -> None:
