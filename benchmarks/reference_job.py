@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from training.bert.sources import CORPUS
-from training.flags import parse
+from training.flags.fields import parse
 
 PLAIN, OURS, BUCKETS = "plain loop", "ours", "ours, length buckets"
 LR = 5e-5

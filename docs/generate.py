@@ -10,7 +10,7 @@ from launcher.cli.parser import COMMANDS
 from launcher.lifecycle.policy import RULES, Retry
 from launcher.request.spec import State
 from training.bert.config import TrainConfig
-from training.flags import usage
+from training.flags.fields import usage
 
 RETRIED = {
     Retry.HERE: "yes",

@@ -16,7 +16,7 @@ from training.bert.config import TrainConfig
 from training.context import Context
 from training.distributed.world import World
 from training.errors import CheckpointError, ConfigError
-from training.flags import parse, usage
+from training.flags.fields import parse, usage
 from training.train import check, train
 
 STOPPED = 3  # exit status of a run that was stopped and can be resumed

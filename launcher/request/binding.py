@@ -12,7 +12,7 @@ from launcher.errors import BadRequest, nearest
 from launcher.request.parameters import VARIADIC, Parameters
 from launcher.request.spec import Target, Values
 from launcher.request.values import fit, load, pack, show
-from training.flags import build, dataclass_of, read, usage
+from training.flags.fields import build, dataclass_of, read, usage
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import Any
 
 from launcher.errors import BadRequest
 from training.errors import ConfigError
-from training.flags import check_type, dataclass_of
 from training.flags.comments import of_parameters
+from training.flags.fields import check_type, dataclass_of
 
 Parameter = inspect.Parameter
 

@@ -36,7 +36,7 @@ from tests.docs.pages import (
 from tests.launcher.engines import COMMAND
 from tests.structure.words import PROSE
 from training.bert.config import TrainConfig
-from training.flags import parse
+from training.flags.fields import parse
 
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 on_every_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)

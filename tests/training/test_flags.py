@@ -12,7 +12,7 @@ import pytest
 
 from training.bert.config import TrainConfig
 from training.errors import ConfigError
-from training.flags import parse, usage
+from training.flags.fields import parse, usage
 
 
 class Colour(enum.Enum):
@@ -282,7 +282,7 @@ def _in_another_process(cls: type) -> list[str]:
     program = """
 import sys, cloudpickle
 from training.errors import ConfigError
-from training.flags import parse
+from training.flags.fields import parse
 made = cloudpickle.loads(sys.stdin.buffer.read())
 try:
     parse(made, [])

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.errors import ConfigError
-from training.flags import parse
+from training.flags.fields import parse
 from training.flags.typed import MAX_DEPTH, brief, from_data
 
 

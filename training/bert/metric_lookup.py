@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.data.metrics import Metric, metric_for
 from training.errors import ConfigError
-from training.flags import check_function, find_function
+from training.flags.fields import check_function, find_function
 
 if TYPE_CHECKING:
     import numpy as np

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.errors import ConfigError
-from training.flags import check_function, find_function
+from training.flags.fields import check_function, find_function
 
 if TYPE_CHECKING:
     from datasets import Dataset
