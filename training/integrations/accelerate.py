@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -32,7 +31,7 @@ from training.context import Context
 from training.distributed.random_state import mixed_seed
 from training.errors import ConfigError
 from training.files import parse_json, read_plain
-from training.integrations.sealed import load_generators, newest, save
+from training.integrations.sealed import Schedule, load_generators, newest, save
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -63,9 +62,7 @@ def attach(
         ConfigError: the accelerator has another number of processes, or keeps positions or names of checkpoints itself.
     """
     ctx = ctx if ctx is not None else Context.current()
-    for name, value in (("every", every), ("keep", keep)):
-        if value is not None and value < 1:
-            raise ConfigError(f"attach: {name}={value} must be 1 or more")
+    schedule = Schedule(ctx, "attach", every=every, seconds=seconds, keep=keep)
     if accelerator.num_processes != ctx.world.world_size:
         raise ConfigError(
             f"the Accelerator has {accelerator.num_processes} processes, and the run {ctx.world.world_size}"
@@ -74,7 +71,7 @@ def attach(
         raise ConfigError("attach keeps the position in the data; leave use_stateful_dataloader out of the Accelerator")
     if accelerator.project_configuration.automatic_checkpoint_naming:
         raise ConfigError("attach names checkpoints; leave automatic_checkpoint_naming out of the Accelerator")
-    return AcceleratedRun(accelerator, ctx, every, seconds, keep, seed)
+    return AcceleratedRun(accelerator, ctx, schedule, seed)
 
 
 class AcceleratedRun:
@@ -85,18 +82,15 @@ class AcceleratedRun:
         output_dir: the folder of the checkpoints, `accelerate` in the run directory.
     """
 
-    def __init__(
-        self, accelerator: Accelerator, ctx: Context, every: int | None, seconds: float | None, keep: int, seed: int
-    ) -> None:
+    def __init__(self, accelerator: Accelerator, ctx: Context, schedule: Schedule, seed: int) -> None:
         self.accelerator, self.ctx = accelerator, ctx
         self.output_dir = ctx.run_dir / "accelerate"
         self.step = 0
-        self._every, self._seconds, self._keep, self._seed = every, seconds, keep, seed
+        self._schedule, self._seed = schedule, seed
         self._epoch = self._epochs = 0
         self._used = 0  # samples of the epoch, over all ranks
         self._size = 0  # samples of the data; 0 if not known
         self._counted: bool | None = None  # whether `should_stop` was called for the present batch
-        self._saved_at = time.monotonic()
         self._folder: Path | None = None  # the checkpoint whose generators are still to be restored
 
     def restore(self) -> int:
@@ -176,17 +170,14 @@ class AcceleratedRun:
         if last:  # done: a run does not stop any more
             ctx.heartbeat.beat(self.step)
         stop = ctx.stopped if last else ctx.should_stop(self.step)
-        due = stop or last or (self._every is not None and self.step % self._every == 0)
-        if self._seconds is not None and not last:
-            due = ctx.vote("save", ctx.world.rank == 0 and time.monotonic() - self._saved_at >= self._seconds) or due
-        if due:
+        if last or self._schedule.due(self.step) or stop:
             self.save()
         return stop
 
     def save(self) -> None:
         """Save a checkpoint now, after a step. A collective; a failure is recorded and does not raise."""
-        self._saved_at = time.monotonic()
-        save(self.ctx, self.output_dir, self.step, self._write, keep=self._keep)
+        self._schedule.restart()
+        save(self.ctx, self.output_dir, self.step, self._write, keep=self._schedule.keep)
 
     def _write(self, folder: Path) -> None:
         self.accelerator.save_state(str(folder))

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +25,7 @@ from lightning.pytorch.callbacks import Callback
 
 from training.context import Context
 from training.errors import ConfigError
-from training.integrations.sealed import load_generators, newest, save
+from training.integrations.sealed import Schedule, load_generators, newest, save
 
 FILE = "lightning.ckpt"
 
@@ -52,16 +51,12 @@ class RunCallback(Callback):  # type: ignore[misc]  # the library has no types h
     def __init__(
         self, ctx: Context | None = None, *, every: int | None = None, seconds: float | None = None, keep: int = 2
     ) -> None:
-        for name, value in (("every", every), ("keep", keep)):
-            if value is not None and value < 1:
-                raise ConfigError(f"RunCallback: {name}={value} must be 1 or more")
         self.ctx = ctx if ctx is not None else Context.current()
+        self._schedule = Schedule(self.ctx, "RunCallback", every=every, seconds=seconds, keep=keep)
         self.output_dir = self.ctx.run_dir / "trainer"
         self.devices, self.num_nodes = self.ctx.world.local_world_size, self.ctx.world.num_nodes
-        self._every, self._seconds, self._keep = every, seconds, keep
         self._folder: Path | None = None  # the checkpoint from which this run goes on
         self._step = self._saved = -1
-        self._saved_at = time.monotonic()
         self._due = self._stop = False  # to do at the end of the epoch, if not before
         self._on_sigterm: Any = None
         self._before: dict[str, Any] = {}
@@ -112,7 +107,7 @@ class RunCallback(Callback):  # type: ignore[misc]  # the library has no types h
         if self._folder is not None:
             load_generators(self.ctx, self._folder)
         self._step = self._saved = trainer.global_step
-        self._saved_at = time.monotonic()
+        self._schedule.restart()
         loader = trainer.train_dataloader
         kept = hasattr(loader, "state_dict")
         # It takes the order of another sampler, which each rank draws from its own generator.
@@ -142,11 +137,7 @@ class RunCallback(Callback):  # type: ignore[misc]  # the library has no types h
             self.ctx.heartbeat.beat(step)
             return
         self._stop = self.ctx.should_stop(step)
-        due = self._every is not None and step % self._every == 0
-        if self._seconds is not None:
-            late = self.ctx.world.rank == 0 and time.monotonic() - self._saved_at >= self._seconds
-            due = self.ctx.vote("save", late) or due
-        self._due = due or self._stop
+        self._due = self._schedule.due(step) or self._stop
         # After the last batch of an epoch the position of the loader is its end: the epoch has to be closed first.
         if self._due and not trainer.is_last_batch:
             self._save(trainer)
@@ -189,9 +180,10 @@ class RunCallback(Callback):  # type: ignore[misc]  # the library has no types h
 
     def _save(self, trainer: Any) -> None:
         self._due = False
-        self._saved, self._saved_at = trainer.global_step, time.monotonic()
+        self._saved = trainer.global_step
+        self._schedule.restart()
         write = lambda folder: trainer.save_checkpoint(folder / FILE)  # noqa: E731
-        save(self.ctx, self.output_dir, trainer.global_step, write, keep=self._keep)
+        save(self.ctx, self.output_dir, trainer.global_step, write, keep=self._schedule.keep)
 
 
 def _is_last(trainer: Any) -> bool:

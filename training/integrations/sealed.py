@@ -19,13 +19,40 @@ from typing import TYPE_CHECKING
 from training.checkpoints.manifest import FORMAT, HASHES, MANIFEST, read_manifest, verify, write_file, write_manifest
 from training.checkpoints.store import discard
 from training.distributed.random_state import mixed_seed
-from training.errors import CheckpointError
+from training.errors import CheckpointError, ConfigError
 from training.files import open_plain, sync_folder
 
 if TYPE_CHECKING:
     from training.context import Context
 
 PREFIX = "checkpoint-"
+
+
+class Schedule:
+    """When a checkpoint is due: every so many steps (`every`), or `seconds` after the last one by the clock of rank 0.
+
+    Raises ConfigError, as `caller`, if `every` or `keep` is less than 1.
+    """
+
+    def __init__(self, ctx: Context, caller: str, *, every: int | None, seconds: float | None, keep: int) -> None:
+        for name, value in (("every", every), ("keep", keep)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{caller}: {name}={value} must be 1 or more")
+        self.keep = keep
+        self._ctx, self._every, self._seconds = ctx, every, seconds
+        self.restart()
+
+    def restart(self) -> None:
+        """Count the seconds from now on."""
+        self._since = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Return whether a checkpoint is due after `step`, the same on all ranks. A collective."""
+        due = self._every is not None and step % self._every == 0
+        if self._seconds is not None:
+            late = self._ctx.world.rank == 0 and time.monotonic() - self._since >= self._seconds
+            due = self._ctx.vote("save", late) or due
+        return due
 
 
 def save(ctx: Context, output_dir: Path, step: int, write: Callable[[Path], object], *, keep: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,7 +118,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from training.context import Context
-from IMPORT import RunCallback
+from training.integrations.transformers import RunCallback
 
 
 class Model(torch.nn.Module):
@@ -144,8 +143,6 @@ Trainer(model=Model(), args=arguments, train_dataset=data, callbacks=[Obstacle()
 
 
 def test_a_trainer_with_our_callback(local_project: Project) -> None:
-    moved = Path("training/integrations/transformers.py").exists()
-    module = "training.integrations.transformers" if moved else "training.reporting.trainer"
-    (local_project.folder / "fine_tune.py").write_text(TRAINER.replace("IMPORT", module))
+    (local_project.folder / "fine_tune.py").write_text(TRAINER)
     local_project.launch("--cpus", "1", "--name", "t", "fine_tune.py")
     check(local_project, "t", "Error: ", [2, 4])
