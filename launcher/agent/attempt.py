@@ -85,7 +85,8 @@ class Attempt:
     def ask_to_stop(self, grace: float, also_sent: bool = False) -> dict[str, Any]:
         """Send SIGTERM to the ranks and kill them after `grace` seconds; returns the fields of the event about it.
 
-        With `also_sent` a scheduler sends SIGTERM to the ranks itself, perhaps later than this message arrives. A program without a Context has the whole grace on every rank, whatever has become of the others.
+        With `also_sent` a scheduler sends SIGTERM to the ranks itself, perhaps later than this message arrives. A program
+        without a Context has the whole grace on every rank, whatever has become of the others.
         """
         together = self.all_with_context
         if not together and self._suspects is None and not self._killed:

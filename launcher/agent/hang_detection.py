@@ -34,8 +34,8 @@ class HangDetector:
     The limit during steps is `hang_after` seconds, or three times the longest step so far if that is more; in other phases
     it is `LONGER_ELSEWHERE` times as long. A rank that is starting (until its first step is done) has no limit, since downloads
     and first compilations vary too much; nor has one after its loop. While it connects to the others it has the limit of a
-    step, counted from when the last rank began to. If a process is stopped (SIGSTOP),
-    the limit of a step holds in all phases.
+    step, counted from when the last rank began to. If a process is stopped (SIGSTOP), the limit of a step holds in all
+    phases.
 
     While one rank evaluates or saves, other ranks may wait for it. This does not excuse a rank that is behind in steps,
     since ranks finish a step together.
@@ -91,8 +91,6 @@ FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<functi
 WAITING = re.compile(r"/torch/(distributed/|autograd/graph)|/training/group\.py|/torch/nn/parallel/distributed")
 """Files of frames in which a rank waits, or may wait, for others. Gradients are reduced inside of autograd."""
 
-NOT_CONNECTED = "did not connect to each other"
-
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 
 
@@ -130,7 +128,7 @@ def find_culprit(beats: Mapping[int, RankStatus], places: Mapping[int, StackLoca
     """
     if all(beat.phase == CONNECTING for beat in beats.values()):
         return None, (
-            f"the {len(beats)} ranks {NOT_CONNECTED}: "
+            f"the {len(beats)} ranks did not connect to each other: "
             + ", ".join(f"rank {r}{_at(r, places)}" for r in sorted(beats)[:4])
         )
     stopped = [rank for rank, beat in beats.items() if beat.state and beat.state in STOPPED_STATES]

@@ -125,7 +125,7 @@ async def connect(run_dir: RunDir, agent_info: AgentInfo) -> tuple[asyncio.Strea
 def main() -> None:
     """``python -m launcher.agent.main RUN_DIR [stdin|terminal]``: the agent of a run on this machine alone.
 
-    The last word says which descriptors it was started with; see `Streams.inherited`.
+    The last word names the descriptors that it was started with; see `Streams.inherited`.
     """
     drop_output_on_full_disk()
     streams = Streams.inherited(sys.argv[2]) if len(sys.argv) > 2 else None

@@ -45,10 +45,10 @@ def source_towards(address: str) -> str:
         return str(probe.getsockname()[0])
 
 
-def interface_of(ip: str, root: Path = Path("/")) -> str | None:
+def interface_of(ip: str) -> str | None:
     """Return the name of the network interface that has the IP address `ip`, or None."""
     if ":" in ip:
-        return _interface_of_ipv6(ip, root)
+        return _interface_of_ipv6(ip)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
@@ -60,10 +60,10 @@ def interface_of(ip: str, root: Path = Path("/")) -> str | None:
     return None
 
 
-def _interface_of_ipv6(ip: str, root: Path) -> str | None:
+def _interface_of_ipv6(ip: str) -> str | None:
     wanted = socket.inet_pton(socket.AF_INET6, ip.partition("%")[0]).hex()
     with suppress(OSError):
-        for line in (root / "proc/net/if_inet6").read_text().splitlines():
+        for line in Path("/proc/net/if_inet6").read_text().splitlines():
             words = line.split()
             if words and words[0] == wanted:
                 return words[-1]

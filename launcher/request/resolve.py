@@ -14,6 +14,7 @@ from typing import Any
 
 from launcher.errors import BadRequest, nearest
 from launcher.request import own_packages
+from launcher.request.code.roots import holds_installed, is_installed
 from launcher.request.own_packages import ROOT, code_of, on_path, spec_in
 from launcher.request.ray_train import refuse_train_function
 from launcher.request.spec import Target
@@ -121,20 +122,14 @@ def _parse(file: Path) -> ast.Module:
         raise BadRequest(f"{file}: the target is not valid Python: {error}") from None
 
 
-def is_installed(path: Path) -> bool:
-    """Whether `path` lies in the site-packages of this environment or of another one."""
-    return any(part in path.parts for part in ("site-packages", "dist-packages"))
-
-
 def _project_folder(origin: Path, module: str) -> Path | None:
     real = origin.resolve()
     installed = {sysconfig.get_path(kind) for kind in ("purelib", "platlib", "stdlib", "platstdlib")}
     if any(Path(folder).resolve() in real.parents for folder in installed if folder) or is_installed(real):
         return None
     above = module.count(".") + (origin.name == "__init__.py" or origin.name == "__main__.py")
-    return Path(os.path.abspath(origin)).parents[
-        above
-    ]  # not of the real path: a package may be a link with another name
+    # Not of the real path: a package may be a link with another name.
+    return Path(os.path.abspath(origin)).parents[above]
 
 
 def check_shadowing(target: Target, project: Path) -> None:
@@ -166,7 +161,7 @@ def python_path(root: Path, code: Path, first: Path) -> tuple[str, ...]:
     mapped: dict[str, None] = {}
     for entry in wanted:
         folder = Path(os.path.abspath(entry or "."))
-        if folder == Path(sysconfig.get_path("scripts")) or is_installed(folder):
+        if holds_installed(folder):
             continue
         if folder == root or root in folder.parents:
             mapped[str(code / folder.relative_to(root))] = None

@@ -85,9 +85,7 @@ class Steps:
         self._loss: Callable[[], float | None] = lambda: None
         self._losses = Losses()
         self._open = False  # whether a step has begun and its batches are not all used
-        self._unchecked = (
-            rank.world.world_size > 1
-        )  # until the weights of all ranks are compared after the first update
+        self._unchecked = rank.world.world_size > 1  # until the weights are compared after the first update
 
     def _share_out(self, global_batch: int) -> None:
         share = -(-global_batch // self._rank.world.world_size)

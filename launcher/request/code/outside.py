@@ -12,7 +12,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from launcher.request.code.roots import is_shared, project_root
+from launcher.request.code.roots import holds_installed, is_shared, project_root
 from launcher.request.own_packages import ROOT
 
 INSTALL = "installed without -e, it would be kept from later edits"
@@ -58,7 +58,7 @@ def _on_path(cwd: Path) -> Iterator[tuple[Path, bool, str]]:
         folder = Path(os.path.abspath(entry or cwd))
         if _is_standard(folder):
             first = False
-        elif not _is_installed(folder) and (folder != cwd or str(folder) in given):
+        elif not holds_installed(folder) and (folder != cwd or str(folder) in given):
             yield folder, first, ""
 
 
@@ -66,11 +66,6 @@ def _is_standard(folder: Path) -> bool:
     """Whether the folder, or the archive, holds the standard library."""
     paths = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib")}
     return str(folder) in paths or re.fullmatch(r"python\d+\.zip|lib-dynload", folder.name) is not None
-
-
-def _is_installed(folder: Path) -> bool:
-    parts = ("site-packages", "dist-packages")
-    return folder == Path(sysconfig.get_path("scripts")) or any(part in folder.parts for part in parts)
 
 
 def _is_toolkit(folder: Path) -> bool:

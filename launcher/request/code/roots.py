@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -37,3 +38,13 @@ def is_shared(folder: Path) -> bool:
     """Whether many projects lie in the folder: the home folder, one above it, or that of temporary files."""
     home = Path(os.path.expanduser("~"))
     return folder == Path(tempfile.gettempdir()) or folder == home or folder in home.parents
+
+
+def is_installed(path: Path) -> bool:
+    """Whether `path` lies in the site-packages of this environment or of another one."""
+    return any(part in path.parts for part in ("site-packages", "dist-packages"))
+
+
+def holds_installed(folder: Path) -> bool:
+    """Whether an entry of sys.path holds installed packages, or the commands of this environment."""
+    return folder == Path(sysconfig.get_path("scripts")) or is_installed(folder)
