@@ -83,21 +83,23 @@ class Harness:
         started_at = time.monotonic()
         chance = random.Random(f"{self.name} {self.seed} {number} {changing}")
         size = SIZES[number % len(SIZES)]
-        run, tally, told = self.folder / f"{self.name}-{number}", Tally(1), []
+        run, tally, played = self.folder / f"{self.name}-{number}", Tally(1), []
         run.mkdir()
         sizes = itertools.cycle(chance.sample(SIZES, len(SIZES))) if changing else itertools.repeat(size)
         for now in itertools.islice(sizes, chance.randint(*LIVES)):
             moment = Moment.draw(chance, now, self.target.steps)
             struck = self._live(run, now, moment)
             tally.kills[moment.kind] += struck
-            told.append(f"{now}: {moment.kind} {moment.count} of {moment.victims}{'' if struck else ' (not reached)'}")
+            played.append(
+                f"{now}: {moment.kind} {moment.count} of {moment.victims}{'' if struck else ' (not reached)'}"
+            )
         try:
             spawn(self.target.work, next(sizes), run)
             self._check(run, None if changing else size)
         except AssertionError as error:
             tally.mismatches.append(f"schedule {number}: {error}")
         tally.seconds = time.monotonic() - started_at
-        self.say(f"{self.name} {number}: {'; '.join(told)}: {tally.mismatches or 'equal'}")
+        self.say(f"{self.name} {number}: {'; '.join(played)}: {tally.mismatches or 'equal'}")
         if not tally.mismatches:
             shutil.rmtree(run)
         return tally

@@ -146,9 +146,9 @@ class Row:
             found.append(f"called {self.called[-1]}, not {wanted}")
         if self.program not in VAIN:
             for rank in self.ranks:
-                told = len(self.lines(rank, "handled"))
-                if told > self.stops:
-                    found.append(f"rank {rank} received SIGTERM {told} times for {self.stops} stops")
+                received = len(self.lines(rank, "handled"))
+                if received > self.stops:
+                    found.append(f"rank {rank} received SIGTERM {received} times for {self.stops} stops")
                 kept, (first, *again) = self.number(rank, "saved"), self.lines(rank, "first")
                 if (kept and again and int(again[0]) not in (kept + 1, 1)) or first != "1":
                     found.append(f"rank {rank} began at {first} {again}, and had saved {kept}")

@@ -30,7 +30,7 @@ def begin(project: Project, name: str, *words: str, grace: float = 20) -> None:
     until(lambda: step_of(project) >= 20, "steps")
 
 
-def told(project: Project, name: str, kind: str) -> list[dict[str, object]]:
+def events_of(project: Project, name: str, kind: str) -> list[dict[str, object]]:
     return [event for event in project.events(name) if event["event"] == kind]
 
 
@@ -42,7 +42,7 @@ def test_a_script_that_saves_on_sigterm_is_stopped_whatever_its_end(local_projec
     saved = int((local_project.folder / "saved-1").read_text())
     assert 20 <= saved < 4000, "its handler ran to its end"
     assert (local_project.folder / "handled-1").read_text() == f"{saved}\n", "it was asked once"
-    stopping, interrupted = (told(local_project, "s", kind)[0] for kind in ("stopping", "interrupted"))
+    stopping, interrupted = (events_of(local_project, "s", kind)[0] for kind in ("stopping", "interrupted"))
     assert (stopping["context"], stopping["ranks"], stopping["grace"]) == (False, 1 if way == "differ" else 2, 20.0)
     words = {
         "143": "ended with exit status 143",
@@ -62,7 +62,7 @@ def test_a_script_that_saves_nothing_is_stopped_and_told_so(local_project: Proje
     begin(local_project, "n", way, "4000", grace=1)
     local_project.call("cancel", "n")
     assert local_project.status("n")["state"] == "stopped"
-    interrupted = told(local_project, "n", "interrupted")[0]
+    interrupted = events_of(local_project, "n", "interrupted")[0]
     assert interrupted["message"] == f"rank 0 {words}; rank 1 {words}"
     assert interrupted["lost_everything"]
 
@@ -161,7 +161,7 @@ def test_a_function_cancelled_at_step_78_of_80_resumes_there(local_project: Proj
     metrics = local_project.folder / "runs/e/metrics.jsonl"
     until(lambda: metrics.exists() and '"step":78,' in metrics.read_text(), "step 78")
     assert local_project.call("cancel", "e").stdout == "e: stopped\n"
-    saved = [event["step"] for event in told(local_project, "e", "saved")]
+    saved = [event["step"] for event in events_of(local_project, "e", "saved")]
     assert saved[0] == 50
     assert saved[-1] in (78, 79)
     done = local_project.call("resume", "e")
@@ -186,7 +186,7 @@ def test_a_function_without_a_context_counts_as_a_script(local_project: Project)
     local_project.launch("--cpus", "1", "--name", "p", "--detach", "plain:main")
     until((local_project.folder / "began").exists, "its start")
     local_project.call("cancel", "p")
-    assert told(local_project, "p", "interrupted")[0]["message"] == "rank 0 was ended by SIGTERM"
+    assert events_of(local_project, "p", "interrupted")[0]["message"] == "rank 0 was ended by SIGTERM"
 
 
 # ---- on SLURM
@@ -203,12 +203,12 @@ def finishes(project: Project, name: str) -> None:
     """Shorten the next attempt and wait for its end."""
     for rank in range(2):
         until((project.folder / f"saved-{rank}").exists, "what the handler saved")
-    until(lambda: told(project, name, "requeued"), "a requeue")
+    until(lambda: events_of(project, name, "requeued"), "a requeue")
     for rank in range(2):
         (project.folder / f"saved-{rank}").write_text("3999")
     until(lambda: project.status(name)["state"] not in ("running", "queued"), "the end", 200)
     assert (project.status(name)["state"], project.status(name)["attempt"]) == ("succeeded", 2)
-    assert [event["reason"] for event in told(project, name, "requeued")] == ["preempted"]
+    assert [event["reason"] for event in events_of(project, name, "requeued")] == ["preempted"]
 
 
 @pytest.mark.slurm

@@ -29,17 +29,15 @@ EVERYWHERE = (
     "pool spawn",
     "gather",
     "accelerator",
+    *("lightning", "jax", "hydra"),
 )
 
 LOCAL_FRAMEWORKS = (
-    *(
-        "accelerate test_ops",
-        "transformers trainer",
-        "torch spawn",
-        "torch fsdp2 and dcp",
-    ),
+    *("accelerate test_ops", "transformers trainer", "torch spawn", "torch fsdp2 and dcp"),
     *("hydra module", "hydra unknown override"),
 )
+
+ALL = {**PROGRAMS, **FRAMEWORKS}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +51,7 @@ def torchrun() -> Iterator[Torchrun]:
 def test_a_program_observes_the_same_on_each_engine(
     name: str, project: Project, tmp_path: Path, torchrun: Torchrun
 ) -> None:
-    compare(PROGRAMS[name], project, tmp_path, torchrun)
+    compare(ALL[name], project, tmp_path, torchrun)
 
 
 @slow
@@ -62,28 +60,13 @@ def test_a_program_observes_the_same_on_each_engine(
     [
         pytest.param(name, marks=[] if name in CHEAP else pytest.mark.soak)  # those take as long as all others together
         for name in sorted(PROGRAMS.keys() - set(EVERYWHERE))
-    ],
+    ]
+    + list(LOCAL_FRAMEWORKS),
 )
 def test_a_program_observes_the_same_on_this_machine(
     name: str, local_project: Project, tmp_path: Path, torchrun: Torchrun
 ) -> None:
-    compare(PROGRAMS[name], local_project, tmp_path, torchrun)
-
-
-@slow
-@pytest.mark.parametrize("name", ["lightning", "jax", "hydra"])
-def test_a_framework_observes_the_same_on_each_engine(
-    name: str, project: Project, tmp_path: Path, torchrun: Torchrun
-) -> None:
-    compare(FRAMEWORKS[name], project, tmp_path, torchrun)
-
-
-@slow
-@pytest.mark.parametrize("name", LOCAL_FRAMEWORKS)
-def test_a_framework_observes_the_same_on_this_machine(
-    name: str, local_project: Project, tmp_path: Path, torchrun: Torchrun
-) -> None:
-    compare(FRAMEWORKS[name], local_project, tmp_path, torchrun)
+    compare(ALL[name], local_project, tmp_path, torchrun)
 
 
 def compare(program: Program, project: Project, folder: Path, torchrun: Torchrun) -> None:

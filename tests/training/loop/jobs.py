@@ -62,6 +62,18 @@ class Net(torch.nn.Module):
         return found
 
 
+class Normed(torch.nn.Module):
+    """A model whose buffers differ from rank to rank until they are sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.out = torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.out(self.norm(x))[:, 0]
+        return found
+
+
 def fit(ctx: Context, config: Config) -> dict[str, Any]:
     """The function of the how-to, with the samples of every step recorded."""
     ctx.seed(1)

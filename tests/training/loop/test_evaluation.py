@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.training.loop.jobs import Net, Rows
+from tests.training.loop.jobs import Net, Normed, Rows
 from tests.training.ranks import spawn
 from training.context import Context
 from training.data.metrics import accuracy
@@ -131,18 +131,6 @@ def test_a_metric_that_fails_fails_on_every_rank(tmp_path: Path) -> None:
         "ZeroDivisionError: division by zero",
         "RuntimeError: the metric failed on rank 0: ZeroDivisionError: division by zero",
     ]
-
-
-class Normed(torch.nn.Module):
-    """A model whose buffers differ from rank to rank until they are sent."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.out = torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.out(self.norm(x))[:, 0]
-        return found
 
 
 def normed(world: World, run_dir: Path, stop_at: int) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.loop.jobs import Net, Rows
+from tests.training.loop.jobs import Net, Normed, Rows
 from tests.training.ranks import final, spawn
 from training.checkpoints import host_copy
 from training.context import Context
@@ -131,16 +131,6 @@ def test_the_mean_of_losses_goes_on_after_a_restart(tmp_path: Path) -> None:
 
 
 # ---- saves -----------------------------------------------------------------------------------------------------------
-
-
-class Normed(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.out = torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.out(self.norm(x))[:, 0]
-        return found
 
 
 def test_an_overlapped_save_holds_the_state_of_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
