@@ -104,6 +104,11 @@ class History:
         return self.same_first + 1 if again else 0
 
 
+def submissions(events: Iterable[Mapping[str, Any]]) -> int:
+    """Return how often a person has sent the run."""
+    return sum(event["event"] == "submitted" for event in events)
+
+
 def read(events: Iterable[Mapping[str, Any]]) -> History:
     """Build the history from the events of a run."""
     history, cluster = History(), None

@@ -153,7 +153,7 @@ class Row:
                 if (kept and again and int(again[0]) not in (kept + 1, 1)) or first != "1":
                     found.append(f"rank {rank} began at {first} {again}, and had saved {kept}")
         if self.end not in ("", "succeeded"):
-            found.append(f"resumed and allowed to finish, it ended as {self.end}")
+            found.append(f"resumed and allowed to finish, it ended as {self.end}: {self.run.explain()}")
         return found
 
 

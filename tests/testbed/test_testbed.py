@@ -135,9 +135,12 @@ def test_missing_packages_fail_in_ci_and_skip_elsewhere(
 def test_a_test_that_leaves_a_process_behind_fails(tmp_path: Path) -> None:
     leaky = tmp_path / "test_leaky.py"
     leaky.write_text(
-        "import subprocess\n"
+        "import subprocess, time\n"
+        "from pathlib import Path\n"
         "def test_leaks():\n"
-        "    subprocess.run(['sh', '-c', 'setsid sleep 605 >/dev/null 2>&1 &'], check=True)\n"
+        "    pid = subprocess.Popen(['sleep', '605'], start_new_session=True).pid\n"
+        "    while b'605' not in Path(f'/proc/{pid}/cmdline').read_bytes():  # empty while it starts, as is its environment\n"
+        "        time.sleep(0.01)\n"
     )
     command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-p", "no:cacheprovider", "-q", str(leaky)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)

@@ -121,7 +121,8 @@ def _teardown(plan: Plan) -> list[str]:
     If the slurmstepd of the script was killed, SLURM does not notice the exit of the script, so the script cancels its job.
     """
     python = shlex.join(node_command.python(plan))
-    look = f"{python} -P -m launcher.backends.slurm.job {shlex.quote(str(plan.run_dir))} $status"
+    submission = max(1, history.submissions(RunDir(plan.run_dir).events()))  # a plan that is only shown: the first
+    look = f"{python} -P -m launcher.backends.slurm.job {shlex.quote(str(plan.run_dir))} $status {submission}"
     if (clean := own_packages.python_path_without_others()) is not None:
         look = f"PYTHONPATH={shlex.quote(clean)} {look}"
     # From this shell's own entry in /proc, since other entries may be hidden.

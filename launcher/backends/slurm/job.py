@@ -1,7 +1,7 @@
 """Run a task inside a SLURM job, and requeue the job.
 
-The batch script runs ``python -m launcher.backends.slurm.job RUN_DIR STATUS`` after srun. The batch shell outlives the
-agents, so it can requeue the job after the agent of node 0 was killed.
+The batch script runs ``python -m launcher.backends.slurm.job RUN_DIR STATUS SUBMISSION`` after srun. The batch shell outlives
+the agents, so it can requeue the job after the agent of node 0 was killed.
 """
 
 from __future__ import annotations
@@ -214,16 +214,16 @@ def with_our_packages(task: Callable[[], None]) -> Callable[[], None]:
 def as_task(run_dir: RunDir, work: Callable[[AgentInfo], int]) -> None:
     """Run `work` as a task of the job and exit with the status that it returns."""
     drop_output_on_full_disk()
-    step_daemon = os.getppid()
+    step_daemon, submission = os.getppid(), history.submissions(run_dir.events())
     status = work(agent_info(run_dir, os.environ))
     if os.getppid() != step_daemon:
-        orphaned(run_dir, status, os.environ)
+        orphaned(run_dir, status, submission, os.environ)
     if status:
         # No exception: the job gets the exit status of the run, and its log does not end with our traceback.
         sys.exit(status)
 
 
-def orphaned(run_dir: RunDir, status: int, environment: Mapping[str, str]) -> None:
+def orphaned(run_dir: RunDir, status: int, submission: int, environment: Mapping[str, str]) -> None:
     """Release the nodes of a job whose slurmstepd was killed.
 
     SLURM does not notice the exit of such a task, so srun would wait for it without limit and hold the nodes. If the run
@@ -234,7 +234,7 @@ def orphaned(run_dir: RunDir, status: int, environment: Mapping[str, str]) -> No
         beat = _modified(run_dir.heartbeat_file)
         time.sleep(5 * TIMEOUTS.run_heartbeat)
         if _modified(run_dir.heartbeat_file) == beat:  # compares two times of one clock
-            after(run_dir, status, environment)
+            after(run_dir, status, submission, environment)
             break
     if _runs(start):  # not a job that was requeued
         subprocess.run(["scancel", "--state=RUNNING", check_id(SLURM_ID, start.job)[0]], check=False)
@@ -254,16 +254,18 @@ def _modified(path: Path) -> int:
     return 0
 
 
-def after(run_dir: RunDir, status: int, environment: Mapping[str, str]) -> int:
+def after(run_dir: RunDir, status: int, submission: int, environment: Mapping[str, str]) -> int:
     """Handle the end of srun with `status`; returns the job's exit status.
 
     A run without a result lost its supervisor; this counts as a lost node. If no attempt had started, the run is not
-    restarted.
+    restarted. Nothing is done for a run that was sent again since `submission`, which numbers the submission of this job.
     """
-    start = JobStart.read(environment)
-    replaced = (run_dir.job() or {}).get("job_id", start.job) != start.job
+    start, events = JobStart.read(environment), run_dir.events()
+    # A resume may come while srun still ends, and `job.json` then names this job until the next one has its number.
+    resumed = history.submissions(events) > submission
+    replaced = resumed or (run_dir.job() or {}).get("job_id", start.job) != start.job
     newest_event = next(
-        (e["event"] for e in reversed(run_dir.events()) if e["event"] in ("submitted", "started", "finished")), ""
+        (e["event"] for e in reversed(events) if e["event"] in ("submitted", "started", "finished")), ""
     )
     if run_dir.result() is not None or newest_event == "finished" or replaced:
         return status
@@ -309,4 +311,4 @@ class BatchScript:
 
 if __name__ == "__main__":
     _ignore_sigterm()  # the requeue sends SIGTERM to this process before it has written the event
-    sys.exit(after(RunDir(Path(sys.argv[1])), int(sys.argv[2]), os.environ))
+    sys.exit(after(RunDir(Path(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3]), os.environ))
