@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.paired import Case, measure, rounds, table
-from launcher.agent.network import reserve_port
+from launcher.agent.network.addresses import reserve_port
 
 SCRIPT = """
 import os, sys, time

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.paired import rounds
-from launcher.agent.network import reserve_port
+from launcher.agent.network.addresses import reserve_port
 from training.bert.metric_lookup import GLUE
 from training.context import Context
 from training.data.metrics import accuracy_and_f1

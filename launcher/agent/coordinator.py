@@ -9,8 +9,9 @@ from contextlib import suppress
 
 from launcher.agent.health import environment_record
 from launcher.agent.job_attempt import Agents, Inbox, JobAttempt, StopRequests
+from launcher.agent.network.peers import Peers
+from launcher.agent.network.store import Store
 from launcher.agent.node_ranks import NodeRanks, on_signals
-from launcher.agent.peers import Peers
 from launcher.agent.protocol import AgentInfo, AgentMessage, StopRequest
 from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle import history
@@ -30,7 +31,8 @@ class Coordinator:
         self.inbox: Inbox = asyncio.Queue()
         self.local = NodeRanks(run_dir, plan, agent_info, self._emit, streams)
         self.peers = Peers(run_dir, agent_info, lambda node, message: self.inbox.put_nowait((node, message)))
-        self.agents = Agents(agent_info, self.local, self.peers)
+        self.store = Store(run_dir, plan, agent_info.node)
+        self.agents = Agents(agent_info, self.local, self.peers, self.store)
         self.stops = StopRequests(run_dir, plan)
         self.recovery = Recovery(run_dir, plan)
 
@@ -45,6 +47,7 @@ class Coordinator:
         self.run_dir.beat()
         beating = asyncio.create_task(self._beat(session))
         await self.local.open()
+        self.store.prepare()
         if self.agent_info.nodes > 1:
             await self.peers.listen()
         with suppress(OSError):  # meanwhile the forkserver imports
@@ -55,6 +58,7 @@ class Coordinator:
             state = self.recovery.finish(await self.recovery.run(self))
         finally:
             await self.local.close()
+            self.store.close()
             await self.peers.close(state.exit_status)
             beating.cancel()
         return state.exit_status

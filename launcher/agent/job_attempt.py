@@ -12,9 +12,9 @@ from dataclasses import replace
 
 from launcher.agent.attempt import Attempt
 from launcher.agent.health import preflight
-from launcher.agent.network import reserve_port
+from launcher.agent.network.peers import Peers
+from launcher.agent.network.store import Store
 from launcher.agent.node_ranks import NodeRanks
-from launcher.agent.peers import Peers
 from launcher.agent.protocol import AgentInfo, AgentMessage, CheckNode, Start, StopRequest, ToAgent
 from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle import history
@@ -32,11 +32,12 @@ class Agents:
     """The agents of a job: that of this node and, over `peers`, the others.
 
     Attributes:
+        store: of the ranks' process groups; rank 0 is always on this node.
         excluded: agents of unfit nodes. They stay connected, since they share the job's exit status.
     """
 
-    def __init__(self, agent_info: AgentInfo, local: NodeRanks, peers: Peers) -> None:
-        self.agent_info, self.local, self.peers = agent_info, local, peers
+    def __init__(self, agent_info: AgentInfo, local: NodeRanks, peers: Peers, store: Store) -> None:
+        self.agent_info, self.local, self.peers, self.store = agent_info, local, peers, store
         self.excluded: set[int] = set()
 
     def available(self) -> list[int]:
@@ -132,16 +133,12 @@ class JobAttempt:
         nodes = {agent: node for node, agent in enumerate(used)}
         hang_after = self.plan.cluster.hang_after
         attempt = Attempt(self.number, nodes, placement.ranks_per_node, hang_after, self.agents.send_all)
-        holder = reserve_port()
-        try:
-            self._start(used, holder.getsockname()[1])
-            while not attempt.over:
-                await self._receive(attempt)
-            if not attempt.joined and not self.stops.first:
-                await self._settle(attempt)
-            return await self._outcome(attempt, used)
-        finally:
-            holder.close()
+        self._start(used, self.agents.store.open())
+        while not attempt.over:
+            await self._receive(attempt)
+        if not attempt.joined and not self.stops.first:
+            await self._settle(attempt)
+        return await self._outcome(attempt, used)
 
     def _start(self, used: Sequence[int], port: int) -> None:
         peers, placement = self.agents.peers, self.plan.placement

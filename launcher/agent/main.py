@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from launcher.agent.coordinator import Coordinator
-from launcher.agent.network import raise_file_limit
+from launcher.agent.network.addresses import raise_file_limit
 from launcher.agent.node_ranks import NodeRanks, on_signals
 from launcher.agent.protocol import AgentInfo, End, FromAgent, Hello, StopRequest, ToAgent
 from launcher.config.timeouts import TIMEOUTS

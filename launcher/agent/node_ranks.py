@@ -15,7 +15,7 @@ from typing import assert_never
 
 from launcher.agent.hang_detection import RankStatus, stack_location_of
 from launcher.agent.health import preflight
-from launcher.agent.network import interface_of, interface_variables, source_towards
+from launcher.agent.network.addresses import interface_of, interface_variables, source_towards
 from launcher.agent.protocol import (
     AgentInfo,
     Alive,

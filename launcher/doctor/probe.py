@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.agent.health import environment_record, gpus
 from launcher.agent.health.node_facts import _until, appears, renames, versions, within
-from launcher.agent.network import source_towards
+from launcher.agent.network.addresses import source_towards
 from launcher.config.codec import to_json
 from launcher.config.timeouts import TIMEOUTS
 from launcher.doctor import bandwidth

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from launcher.lifecycle.run_dir import RunDir
+from launcher.request.placement.place import Placement
 from launcher.request.spec import Plan
 from training.distributed.world import World
 
@@ -38,6 +39,8 @@ def rank_environment(inherited: Mapping[str, str], plan: Plan, world: World, own
         # As under torchrun, a number of threads that the user chose is kept.
         if name != "OMP_NUM_THREADS" or name not in plan.environment:
             environment[name] = value
+    if agent_holds_store(plan.placement):
+        environment["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     environment.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # as torchrun does
     if world.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""  # scripts ask torch.cuda.is_available(), not us
@@ -45,6 +48,14 @@ def rank_environment(inherited: Mapping[str, str], plan: Plan, world: World, own
         environment |= slurm_step(world, environment)
         environment = {k: v for k, v in environment.items() if v or not k.startswith("SLURM_")}
     return environment
+
+
+def agent_holds_store(placement: Placement) -> bool:
+    """Return whether the agent of rank 0's node holds the store of the process groups, as under torchrun; else rank 0 does.
+
+    A single rank needs no other holder, and torch_xla has a store, and a port, of its own.
+    """
+    return placement.world_size > 1 and placement.device in ("cpu", "cuda")
 
 
 def finished_variable(run_dir: RunDir, world: World) -> dict[str, str]:

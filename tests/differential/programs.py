@@ -210,7 +210,7 @@ found = len(open(path).read())
     "environment": reporting("""
 import os
 names = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
-         "ROLE_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
+         "ROLE_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_USE_AGENT_STORE")
 found = [os.environ.get(name) for name in names] + [bool(os.environ["MASTER_ADDR"]), os.environ["MASTER_PORT"].isdigit()]
 """),
     "variables of python": reporting("""
@@ -401,6 +401,27 @@ found = [store.get(str(rank)).decode() for rank in range(dist.get_world_size())]
 dist.barrier()
 dist.destroy_process_group()
 """, environment=LOOPBACK),
+    "store at the master port": reporting("""
+import os, torch.distributed as dist
+store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+store.set(os.environ["RANK"], os.environ["LOCAL_RANK"])
+found = [store.get(str(rank)).decode() for rank in range(int(os.environ["WORLD_SIZE"]))]
+"""),
+    "rank 0 ends first": reporting("""
+import os, time, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+rank, found = dist.get_rank(), 0
+pid = [os.getpid()]
+dist.broadcast_object_list(pid)
+if rank == 0:
+    dist.destroy_process_group()
+else:
+    while os.path.exists(f"/proc/{pid[0]}"):
+        time.sleep(0.05)
+    value = torch.tensor([rank])
+    dist.all_reduce(value, group=dist.new_group(range(1, dist.get_world_size()), use_local_synchronization=True))
+    found = value.item()
+""", environment=LOOPBACK),
     "sampler": reporting("""
 import torch, torch.distributed as dist
 from torch.utils.data import DataLoader, DistributedSampler
@@ -418,7 +439,7 @@ from accelerate import Accelerator
 accelerator = Accelerator()
 found = [accelerator.process_index, accelerator.local_process_index, accelerator.is_main_process,
          str(accelerator.distributed_type), accelerator.device.type, accelerator.mixed_precision]
-accelerator.wait_for_everyone()  # under torchrun the store outlives rank 0
+accelerator.wait_for_everyone()  # a rank that ends while another one still connects to it makes that one fail
 """, environment={**LOOPBACK, "ACCELERATE_USE_CPU": "true"}),  # which launch sets on CPUs; else it is not distributed there
 }  # fmt: skip
 """By name. Of a program that ends before its report, only whether it fails is compared."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.agent.network import reserve_port
+from launcher.agent.network.addresses import reserve_port
 from tests.differential.programs import Program
 from tests.differential.torchrun import Torchrun
 from tests.launcher.engines import Project

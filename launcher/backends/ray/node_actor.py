@@ -9,14 +9,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher.agent.network import reserve_port
+from launcher.agent.network.store import Store
 from launcher.agent.node_ranks import NodeRanks
 from launcher.agent.protocol import (
     AgentInfo,
@@ -49,7 +48,7 @@ class NodeActor:
         self.outbox: asyncio.Queue[RayMessage] = asyncio.Queue()
         self.commands_of: dict[int, asyncio.Queue[EndWorker]] = {}
         self.pids: dict[int, int] = {}
-        self.holder: socket.socket | None = None
+        self.store = Store(self.run_dir, plan, number)
         self.opening: asyncio.Task[None] | None = None
         self.beating: asyncio.Task[None] | None = None
 
@@ -93,11 +92,8 @@ class NodeActor:
                 self.ranks.handle(message)
 
     async def port(self) -> int:
-        """A port for the process group of the next attempt, held until the one after it."""
-        if self.holder is not None:
-            self.holder.close()
-        self.holder = reserve_port()
-        return int(self.holder.getsockname()[1])
+        """Return the port for the process groups of the next attempt, whose rank 0 is on this node."""
+        return self.store.open()
 
     # ---- the workers of Ray Train on this node ------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher.agent.network import source_towards
+from launcher.agent.network.addresses import source_towards
 from launcher.agent.protocol import AgentInfo
 from launcher.backends.base import Backend
 from launcher.backends.ray.backend import RayBackend, trainer

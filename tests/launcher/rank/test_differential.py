@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.agent.network import reserve_port
+from launcher.agent.network.addresses import reserve_port
 from tests.differential.frameworks import FRAMEWORKS
 from tests.differential.programs import CHEAP, PROGRAMS, Program
 from tests.differential.report import Compared, text

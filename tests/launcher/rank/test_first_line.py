@@ -63,9 +63,10 @@ if __name__ == "__main__":
         "blas": sorted({p["num_threads"] for p in threadpoolctl.threadpool_info() if p["user_api"] == "blas"}),
         "torch": torch.get_num_threads(),
         "omp": os.environ["OMP_NUM_THREADS"], "world": os.environ["WORLD_SIZE"],
+        "agent store": os.environ["TORCHELASTIC_USE_AGENT_STORE"],
         "gpus": torch.cuda.is_available(),
     }
-    own = {"folder": helper.FOLDER, "id": helper.ID, "agent_store": os.environ.get("TORCHELASTIC_USE_AGENT_STORE"),
+    own = {"folder": helper.FOLDER, "id": helper.ID,
            "slurm": {k: v for k, v in os.environ.items() if k in
                      ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS")}}
     with open(os.path.join(os.environ["OBSERVED"], f"{helper.RANK}.json"), "w") as file:
@@ -95,7 +96,7 @@ def test_a_script_observes_its_own_environment_and_main(project: Project) -> Non
             "rank": rank, "early": [], "hub": "/nowhere/of-the-script", "loaded": [1.0, 2.0],
             "pooled": {method: [1, 2] for method in ("fork", "spawn", "forkserver")},
             "main": [True, True, True, "observes.py", "observes.py", True, ["a", "--b"]],
-            "blas": [1], "torch": 1, "omp": "1", "world": "2", "gpus": False,
+            "blas": [1], "torch": 1, "omp": "1", "world": "2", "agent store": "True", "gpus": False,
         }  # fmt: skip
         if project.engine == "slurm":
             assert own["slurm"]["SLURM_PROCID"] == str(rank)
@@ -117,9 +118,8 @@ def test_as_under_torchrun_in_a_shell_with_variables_of_its_own(
         cwd=local_project.folder, env=os.environ | {"OBSERVED": str(theirs), "CUDA_VISIBLE_DEVICES": ""}, check=True,
         timeout=240,
     )  # fmt: skip
-    for name, value in (("TORCHELASTIC_USE_AGENT_STORE", "True"), ("RANK", "7"), ("WORLD_SIZE", "9")):
+    for name, value in (("TORCHELASTIC_USE_AGENT_STORE", "no"), ("RANK", "7"), ("WORLD_SIZE", "9")):
         monkeypatch.setenv(name, value)
     local_project.call("--cluster", "./observed.toml", "--cpus", "2", "--name", "o", *arguments)
     ours = observe(local_project.folder)
     assert [found for found, _ in ours] == [found for found, _ in observe(theirs)]
-    assert [own["agent_store"] for _, own in ours] == [None, None]

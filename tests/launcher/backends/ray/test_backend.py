@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.agent.network import reserve_port
+from launcher.agent.network.addresses import reserve_port
 from tests.launcher.engines import Project, make_project
 from tests.testbed.ray import RayCluster, RayNode
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.agent import peers
-from launcher.agent.peers import Peers
+from launcher.agent.network import peers
+from launcher.agent.network.peers import Peers
 from launcher.agent.protocol import (
     AgentInfo,
     AgentMessage,

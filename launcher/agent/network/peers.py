@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from launcher.agent.network import listener, peer_of
+from launcher.agent.network.addresses import listener, peer_of
 from launcher.agent.protocol import AgentInfo, AgentMessage, Alive, End, FromAgent, Hello, Joined, Lost, ToAgent
 from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle.run_dir import RunDir

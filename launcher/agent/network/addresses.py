@@ -26,11 +26,14 @@ def reserve_port(address: str = "") -> socket.socket:
     return holder
 
 
-def listener() -> socket.socket:
-    """Return a listening TCP socket on a free port of all addresses of this machine, IPv4 and IPv6."""
+def listener(backlog: int = 128) -> socket.socket:
+    """Return a listening TCP socket on a free port of all addresses of this machine, IPv4 and IPv6.
+
+    `backlog` connections wait at most until they are accepted.
+    """
     if socket.has_dualstack_ipv6():
-        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", 0))
+        return socket.create_server(("", 0), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
+    return socket.create_server(("", 0), backlog=backlog)
 
 
 def peer_of(name: tuple[Any, ...]) -> str:

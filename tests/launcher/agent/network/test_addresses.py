@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.agent.network import interface_of, interface_variables, reserve_port, source_towards
+from launcher.agent.network.addresses import interface_of, interface_variables, reserve_port, source_towards
 
 IP_LOCAL_PORT_RANGE = 51  # since Linux 6.3: the range of this socket's automatic ports, high << 16 | low
 
@@ -69,7 +69,7 @@ def test_the_way_to_this_machine_is_the_loopback() -> None:
 
 IPV6_ONLY = """
 import asyncio, os, socket
-from launcher.agent.network import interface_of, interface_variables, listener, peer_of, source_towards
+from launcher.agent.network.addresses import interface_of, interface_variables, listener, peer_of, source_towards
 
 async def main():
     server = await asyncio.start_server(serve, sock=listener())
@@ -139,7 +139,7 @@ def test_nccl_chooses_by_itself_where_the_node_has_a_faster_network(tmp_path: Pa
 def test_the_limit_of_open_files_becomes_what_the_system_allows() -> None:
     code = """
 import resource
-from launcher.agent.network import raise_file_limit
+from launcher.agent.network.addresses import raise_file_limit
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 4096))
 raise_file_limit()
 print(resource.getrlimit(resource.RLIMIT_NOFILE))
