@@ -24,6 +24,90 @@ STALE_PREFIXES = (
 )
 """Variables that describe a process of another launcher; torch, accelerate, JAX, Lightning and MPI would take the rank for it."""
 
+OF_A_MACHINE = frozenset(
+    (
+        *(
+            "PATH",
+            "PWD",
+            "OLDPWD",
+            "HOME",
+            "USER",
+            "LOGNAME",
+            "USERNAME",
+            "MAIL",
+            "SHELL",
+            "SHLVL",
+            "_",
+            "HOSTNAME",
+            "HOST",
+        ),
+        *(
+            "TERM",
+            "COLORTERM",
+            "LS_COLORS",
+            "COLUMNS",
+            "LINES",
+            "DISPLAY",
+            "WAYLAND_DISPLAY",
+            "XAUTHORITY",
+            "LANG",
+            "LANGUAGE",
+        ),
+        *(
+            "TMPDIR",
+            "TMP",
+            "TEMP",
+            "MANPATH",
+            "INFOPATH",
+            "PYTHONPATH",
+            "PYTHONHOME",
+            "PYTHONBREAKPOINT",
+            "VIRTUAL_ENV",
+        ),
+        *(
+            "MODULEPATH",
+            "MODULESHOME",
+            "LOADEDMODULES",
+            "_LMFILES_",
+            "KRB5CCNAME",
+            "PS1",
+            "NOTIFY_SOCKET",
+            "CUDA_VISIBLE_DEVICES",
+        ),
+    )
+)
+OF_A_MACHINE_PREFIXES = (
+    *(
+        "LC_",
+        "LD_",
+        "XDG_",
+        "DBUS_",
+        "SSH_",
+        "GPG_",
+        "SUDO_",
+        "TERM_",
+        "VSCODE_",
+        "TMUX",
+        "STY",
+        "BASH_",
+        "CONDA_",
+        "LMOD_",
+    ),
+    *("SLURM", "SBATCH_", "SALLOC_", "SRUN_", "RAY_", "KUBERNETES_", "TPU_", "NVIDIA_", "HIP_", "ROCR_", "LAUNCH_"),
+)
+"""Variables that say where a shell runs: on another machine its own are right."""
+
+
+def of_the_shell(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return those of a submitting shell's variables that are for the program: it gets them on other machines, too."""
+    return {
+        name: value
+        for name, value in variables.items()
+        if name not in OF_A_MACHINE | STALE
+        and not name.startswith((*OF_A_MACHINE_PREFIXES, *STALE_PREFIXES))
+        and not name.lower().endswith("_proxy")
+    }
+
 
 def rank_environment(inherited: Mapping[str, str], plan: Plan, world: World, own: Mapping[str, str]) -> dict[str, str]:
     """Return the whole environment of the rank that `world` describes.

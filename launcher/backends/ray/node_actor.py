@@ -30,16 +30,25 @@ from launcher.agent.protocol import (
 from launcher.backends.ray.cluster import RayNode
 from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle.run_dir import RunDir
+from launcher.rank.environment import of_the_shell
 
 
 class NodeActor:
-    """The actor. `number` counts the nodes of a run from 1; `towards` is an address of another node, or empty."""
+    """The actor.
 
-    def __init__(self, run_dir: str, number: int, towards: str) -> None:
+    Args:
+        number: counts the nodes of a run, from 1.
+        towards: an address of another node, or empty.
+        shell: variables of the submitting shell for the ranks.
+    """
+
+    def __init__(self, run_dir: str, number: int, towards: str, shell: dict[str, str]) -> None:
         self.run_dir = RunDir(Path(run_dir))
         if not os.environ.get("CUDA_VISIBLE_DEVICES", "-"):
             del os.environ["CUDA_VISIBLE_DEVICES"]  # Ray hides the devices from this actor; ranks are given their own
+        self.given_by_ray = dict(os.environ)
         _prepare_for_drivers()
+        os.environ.update(shell)
         plan = self.run_dir.plan()
         # Ray may put any number of the ranks on this node.
         placement = replace(plan.placement, nodes=1, ranks_per_node=plan.placement.world_size)
@@ -100,7 +109,7 @@ class NodeActor:
     async def register(self, worker_group: int, worker: int, pid: int, environment: dict[str, str]) -> None:
         """Register a worker of a worker group: `environment` is what Ray gave it, `pid` its process, whose end is reported."""
         await self.open()
-        own = {k: v for k, v in environment.items() if os.environ.get(k) != v and not k.startswith("RAY_")}
+        own = {k: v for k, v in environment.items() if self.given_by_ray.get(k) != v and not k.startswith("RAY_")}
         self.commands_of[worker] = asyncio.Queue()
         self.pids[worker] = pid
         with suppress(OSError):  # in a container of its own, or gone already: then only Ray reports its end
@@ -124,6 +133,8 @@ def _prepare_for_drivers() -> None:
 
     for name in ("RAY_JOB_ID", "RAY_RAYLET_PID", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
         os.environ.pop(name, None)  # of this actor, or of the Ray job that sent the run
+    if os.environ.get("PYTHONBREAKPOINT", "").startswith("ray."):
+        del os.environ["PYTHONBREAKPOINT"]  # Ray's debugger is for its tasks and actors
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
@@ -153,7 +164,9 @@ class NodeActors:
                 "scheduling_strategy": NodeAffinitySchedulingStrategy(node.id, soft=False),
             }
             actor = ray.remote(NodeActor).options(**options)
-            self._actors[node.id] = actor.remote(str(self.run_dir.path), self._count, towards if several else "")
+            self._actors[node.id] = actor.remote(
+                str(self.run_dir.path), self._count, towards if several else "", of_the_shell(os.environ)
+            )
             self.nodes[node.id] = node
             self._listening[node.id] = asyncio.create_task(self._listen(node.id))
         plan = str(self.run_dir.plan_file)

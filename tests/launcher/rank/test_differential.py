@@ -26,6 +26,7 @@ EVERYWHERE = (
     "id of a module",
     "own queue",
     "environment",
+    "variables of the shell",
     "pool spawn",
     "gather",
     "accelerator",

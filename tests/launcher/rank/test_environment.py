@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launcher.client.plan import make_plan
-from launcher.rank.environment import rank_environment
+from launcher.rank.environment import of_the_shell, rank_environment
 from launcher.request.spec import Plan, RunSpec
 from training.distributed.world import World
 
@@ -99,3 +99,40 @@ def test_nccl_handles_errors_as_under_torchrun(plan: Plan) -> None:
     name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
     assert rank_environment({}, plan, WORLD, {})[name] == "1"
     assert rank_environment({name: "3"}, plan, WORLD, {})[name] == "3"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "PATH",
+            "HOME",
+            "LANG",
+            "LC_ALL",
+            "LD_LIBRARY_PATH",
+            "SSH_AUTH_SOCK",
+            "TMPDIR",
+            "https_proxy",
+            "NO_PROXY",
+            "RANK",
+        ),
+        *(
+            "SLURM_JOB_ID",
+            "SLURM_CONF",
+            "RAY_ADDRESS",
+            "CUDA_VISIBLE_DEVICES",
+            "TORCHELASTIC_RUN_ID",
+            "PYTHONPATH",
+            "_",
+        ),
+    ],
+)
+def test_what_describes_a_machine_does_not_leave_it(name: str) -> None:
+    assert of_the_shell({name: "here"}) == {}
+
+
+@pytest.mark.parametrize(
+    "name", ["HF_HOME", "WANDB_API_KEY", "NCCL_DEBUG", "PYTHONHASHSEED", "DATA", "LDA_TOPICS", "TERMS"]
+)
+def test_what_is_for_the_program_goes_with_it(name: str) -> None:
+    assert of_the_shell({name: ""}) == {name: ""}
