@@ -68,7 +68,7 @@ SOURCES: dict[str, tuple[Source, ...]] = {
     ),
     "slurm": (
         Source("preemption", preempt, requeues=True),
-        Source("time limit", wait, requeues=True, options=("--time", "1m")),
+        Source("time limit", wait, requeues=True, unasked=True, options=("--time", "1m")),
         Source("cancel", cancel),
         Source("scancel", scancel()),
         Source("scancel TERM", scancel("--signal=TERM")),
@@ -89,7 +89,7 @@ SOURCES: dict[str, tuple[Source, ...]] = {
     ),
 }
 
-TOGETHER = {"local": 12, "slurm": 22, "ray": 4}
+TOGETHER = {"local": 12, "slurm": 11, "ray": 4}
 """How many programs an engine runs at once; Ray has twelve CPUs, and its workers import torch."""
 
 

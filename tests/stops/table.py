@@ -48,6 +48,7 @@ class Source:
     Attributes:
         stop: stops the programs of a table.
         requeues: a scheduler starts the programs again.
+        unasked: the stop comes by itself, and may be there before the program has done its steps.
         foreground: each program has a command that follows it.
         goes_on: the stop concerns the command alone.
         ends: what each program is called then, if not what `expected` returns.
@@ -57,6 +58,7 @@ class Source:
     name: str
     stop: Callable[[Table, Sequence[Row]], None]
     requeues: bool = False
+    unasked: bool = False
     foreground: bool = False
     goes_on: bool = False
     ends: str = ""
@@ -105,6 +107,8 @@ class Row:
 
     def running(self) -> bool:
         """Whether the program has started once more than it was stopped, and has done some steps since."""
+        if self.source.unasked and (self.run.state().done or len(self.events("requeued")) > self.stops):
+            return True
         if self.starts <= self.stops:
             assert not self.run.dir.result(), f"{self.program} ended before its stop: {self.run.explain()}"
             return False
@@ -149,7 +153,7 @@ class Row:
                 received = len(self.lines(rank, "handled"))
                 if received > self.stops:
                     found.append(f"rank {rank} received SIGTERM {received} times for {self.stops} stops")
-                kept, (first, *again) = self.number(rank, "saved"), self.lines(rank, "first")
+                kept, (first, *again) = self.number(rank, "saved"), self.lines(rank, "first") or ["1"]
                 if (kept and again and int(again[0]) not in (kept + 1, 1)) or first != "1":
                     found.append(f"rank {rank} began at {first} {again}, and had saved {kept}")
         if self.end not in ("", "succeeded"):
