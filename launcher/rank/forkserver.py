@@ -246,6 +246,7 @@ def leave_server(server: int, stdin: int, terminal: int) -> None:
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))  # Ray blocks it in all that its nodes start
     # Descriptor 0 is the server's socket, whose connection this process would keep open.
     if stdin >= 0:
         os.dup2(stdin, 0)
