@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import random
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from training.context import Context
 from training.distributed.world import World
 from training.errors import CheckpointError, ConfigError
 from training.files import read_lines
+from training.loop import saved as saved_module
 
 ONE = World(threads=1)
 
@@ -305,27 +305,41 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(tmp_path: Path, disk: Pa
 # ---- when, and which stay -------------------------------------------------------------------------------------------
 
 
-def test_saves_are_due_every_so_many_steps_or_seconds_and_once_a_step(tmp_path: Path) -> None:
+class Clock:
+    """A stand-in for `time` in the module that decides when a save is due."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_saves_are_due_every_so_many_steps_or_seconds_and_once_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saved_module, "time", clock := Clock())
     with Context(tmp_path, ONE) as ctx:
         state = ctx.state(keep=100, loader=Counter(1))
         for step in range(1, 8):
             if step == 5:
                 state.save(step)
             if step == 6:
-                time.sleep(0.3)
-            ctx.should_stop(step, save=state, every=5, seconds=0.25)
+                clock.now += 10.0
+            ctx.should_stop(step, save=state, every=5, seconds=10.0)
         ctx.request_stop("test")
         assert ctx.should_stop(8, save=state)
     assert saved(tmp_path) == [5, 6, 8]
 
 
 def by_the_clock(world: World, run_dir: Path) -> None:
-    with Context(run_dir, world) as ctx:
+    with pytest.MonkeyPatch.context() as patch, Context(run_dir, world) as ctx:
+        patch.setattr(saved_module, "time", clock := Clock())
         state = ctx.state(keep=100, loader=Counter(1))
         for step in range(1, 7):
-            if step == 3 and world.rank == 0:
-                time.sleep(0.5)
-            ctx.should_stop(step, save=state, seconds=0.4)
+            if step == 3 or world.rank == 1:  # by the clock of rank 1, a save is due at each step
+                clock.now += 10.0
+            ctx.should_stop(step, save=state, seconds=10.0)
 
 
 @pytest.mark.slow
