@@ -23,6 +23,6 @@ nvidia-smi --query-gpu=memory.used --format=csv,noheader
 
 printf 'backend = "local"\n[node]\ngpus = 2\n' > two.toml
 for variable in NOTHING=1 NCCL_MULTI_RANK_GPU_ENABLE=1; do
-    title "two ranks, with $variable, of which a machine with one card can give each no card of its own"
+    title "two ranks on a machine with one card, $variable"
     env "$variable" timeout 120 "$python" -P -m launcher --gpus 2 --cluster ./two.toml --max-restarts 1 -- --max-steps 20
 done

@@ -11,7 +11,7 @@ title "exhausted memory"
 card=$(nvidia-smi -L | grep -o 'GPU-[0-9a-f-]*' | head -1)
 for value in 0 ${card:+"$card" "${card%????}"} -1 7; do
     title "CUDA_VISIBLE_DEVICES=$value"
-    CUDA_VISIBLE_DEVICES=$value launch -- --max-steps 3 | tail -3
+    CUDA_VISIBLE_DEVICES=$value launch -- --max-steps 3 | grep -E "^  (on|gpu) |^launch: (succeeded|failed|stopped)"
 done
 
 title "tests/training"

@@ -1,4 +1,4 @@
-"""Is killed three times while it holds most of the memory of a card."""
+"""Is killed twice while it holds most of the memory of a card."""
 
 import os
 import signal
