@@ -190,7 +190,8 @@ class NodeRanks:
         return Heartbeats(found)
 
     async def _look(self, attempt: int, visible: str | None) -> None:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") if visible is None else visible
+        if visible is None:
+            visible = self.plan.environment.get("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES"))
         facts = await preflight.look(self.run_dir, attempt, self.agent_info.node, self.plan.placement.device, visible)
         self.emit(NodeChecked(attempt, facts))
 

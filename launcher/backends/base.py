@@ -44,6 +44,19 @@ class Capabilities:
     elastic: bool = False
 
 
+@dataclass(frozen=True)
+class FreeGpu:
+    """A GPU of this machine.
+
+    Attributes:
+        name: as CUDA_VISIBLE_DEVICES names it.
+        why: it and the reason for the choice, for the plan.
+    """
+
+    name: str
+    why: str
+
+
 class Backend(ABC):
     """An engine that starts runs.
 
@@ -61,8 +74,12 @@ class Backend(ABC):
             BadRequest: the engine cannot be reached and the profile is incomplete.
         """
 
-    def unusable_gpus(self) -> str:
-        """Return why torch cannot use the GPUs of this machine; empty if it can, or if this cannot be tested."""
+    def free_gpu(self, cluster: Cluster) -> FreeGpu | None:
+        """Choose the GPU of a run that asks for no device; None if the engine or the user chooses."""
+        return None
+
+    def unusable_gpus(self, gpu: FreeGpu | None = None) -> str:
+        """Return why torch cannot use `gpu`, or the first one; empty if it can, or if this cannot be tested."""
         return ""
 
     @abstractmethod

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launcher.backends import detached
-from launcher.backends.base import Backend, Capabilities, this_machine
+from launcher.backends.base import Backend, Capabilities, FreeGpu, this_machine
 from launcher.config.check import Check
 from launcher.config.cluster import Cluster
 from launcher.config.timeouts import TIMEOUTS
@@ -21,17 +21,24 @@ from training.distributed.missing import UNUSABLE
 from training.distributed.visible import visible_devices
 
 
-def try_gpus() -> tuple[bool, str]:
-    """Test the GPUs with torch in a subprocess; returns whether they can be used, and what was found or why not."""
+def try_gpus(gpu: FreeGpu | None = None) -> tuple[bool, str]:
+    """Test `gpu`, or the first GPU, with torch in a subprocess.
+
+    Returns:
+        Whether it can be used, and what was found or why not.
+    """
     command = own_packages.command("training.distributed.missing")
+    own = {"CUDA_VISIBLE_DEVICES": gpu.name} if gpu else {}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUTS.gpu_trial)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=TIMEOUTS.gpu_trial, env={**os.environ, **own}
+        )
     except subprocess.TimeoutExpired:
-        return False, f"the first GPU does not answer within {TIMEOUTS.gpu_trial:g} s"
+        return False, f"{gpu.name if gpu else 'the first GPU'} does not answer within {TIMEOUTS.gpu_trial:g} s"
     if done.returncode == 0:
         return True, done.stdout.strip()
     lines = (done.stdout if done.returncode == UNUSABLE else done.stderr).strip().splitlines()
-    return False, lines[-1] if lines else f"torch exited with {done.returncode} when it used the first GPU"
+    return False, lines[-1] if lines else f"torch exited with {done.returncode} when it used a GPU"
 
 
 class LocalBackend(Backend):
@@ -60,9 +67,19 @@ class LocalBackend(Backend):
             lines += [f"    {key}={value}" for key, value in sorted(environment.items())]
         return "\n".join(lines) + "\n"
 
-    def unusable_gpus(self) -> str:
-        """Test the GPUs with torch in a subprocess."""
-        works, found = try_gpus()
+    def free_gpu(self, cluster: Cluster) -> FreeGpu | None:
+        """Choose the GPU with the most free memory, unless CUDA_VISIBLE_DEVICES or the profile chooses."""
+        chosen = "CUDA_VISIBLE_DEVICES" in os.environ or "CUDA_VISIBLE_DEVICES" in cluster.variables()
+        if chosen or (cluster.node.gpus or 0) < 2:
+            return None
+        from launcher.agent.health import gpus
+
+        found = gpus.freest()
+        return FreeGpu(found.uuid, str(found)) if found else None
+
+    def unusable_gpus(self, gpu: FreeGpu | None = None) -> str:
+        """Test `gpu`, or the first one, with torch in a subprocess."""
+        works, found = try_gpus(gpu)
         return "" if works else found
 
     def check(self, plan: Plan) -> str:
@@ -106,8 +123,10 @@ class LocalBackend(Backend):
 
     def diagnose(self, cluster: Cluster, cwd: Path) -> Iterator[Check]:
         """Count the devices, and try the GPUs."""
-        node = this_machine(cluster).node
-        yield Check("devices", True, f"{node.gpus or 'no'} GPUs, {node.cpus} cores")
-        if node.gpus:
-            works, found = try_gpus()
+        cluster = this_machine(cluster)
+        yield Check("devices", True, f"{cluster.node.gpus or 'no'} GPUs, {cluster.node.cpus} cores")
+        if cluster.node.gpus:
+            gpu = self.free_gpu(cluster)
+            works, found = try_gpus(gpu)
+            found += f"; tried: {gpu.why}" if gpu else ""
             yield Check("gpu", works, found, "" if works else "a default run uses the CPU until then")

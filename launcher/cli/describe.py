@@ -23,7 +23,8 @@ def describe(plan: Any) -> str:
     return (
         f"launch: {plan.target.spelled(plan.spec.target)}"
         f"\n  on     {where}: {plan.placement.why}"
-        f"\n  run    {_short(plan.run_dir)}"
+        + (f"\n  gpu    {plan.gpu}" if plan.gpu else "")
+        + f"\n  run    {_short(plan.run_dir)}"
         + (f"\n  limit  {plan.time_minutes} min" if limited else "")
         + (f"\n  start  {plan.start}" if plan.start else "")
         + (f"\n  note   {safe(note)}" if note else "")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from launcher import backends
-from launcher.client.plan import NOTHING_GIVEN, Given, check_shared, make_plan, name_of
+from launcher.client.plan import NOTHING_GIVEN, Given, check_shared, chosen_again, make_plan, name_of
 from launcher.client.run import Run, find
 from launcher.config.codec import to_data, to_json
 from launcher.errors import BadRequest
@@ -184,6 +184,7 @@ def resubmit(run: Run, attach: Callable[[Plan], Attachment | None] = lambda _: N
         fresh = make_plan(replace(spec, target=RunSpec.target, args=(), name=None), plan.cwd)
         plan = replace(fresh, name=plan.name, run_dir=plan.run_dir, spec=spec, target=plan.target, project=plan.project)
     else:
+        plan = chosen_again(plan)
         backends.of(plan.cluster).check(plan)
     check_shared(plan.run_dir, plan.cluster)
     _check_target(plan)

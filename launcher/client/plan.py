@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import backends
+from launcher.backends.base import FreeGpu
 from launcher.config import profiles
 from launcher.config.cluster import Cluster
 from launcher.config.durations import parse_minutes
@@ -52,7 +53,9 @@ def make_plan(
             f"--spare-nodes {spec.spare_nodes}: the {site.backend} backend has no allocation to keep them in (known:"
             f" {', '.join(known)}). Leave it out."
         )
-    site, without = _without_unusable_gpus(spec, backend.survey(site))
+    site = backend.survey(site)
+    gpu = _free_gpu(spec, site)
+    site, without = _without_unusable_gpus(spec, site, gpu)
     placement = place(spec.devices() or _default_devices(spec, site), site)
     if spec.devices() is None and placement.device == "cpu":
         # Nothing was asked for: one rank with the whole machine, the quickest way to see something.
@@ -80,7 +83,28 @@ def make_plan(
         environment=_environment(placement, site) | site.variables(),
         project=project,
     )
+    plan = on_gpu(plan, gpu)
     return replace(plan, start=backend.check(plan))
+
+
+def on_gpu(plan: Plan, gpu: FreeGpu | None) -> Plan:
+    """Return `plan` on this GPU; as it is if it uses no GPU, or if `gpu` is None."""
+    if gpu is None or plan.placement.device != "cuda":
+        return plan
+    return replace(plan, gpu=gpu.why, environment=plan.environment | {"CUDA_VISIBLE_DEVICES": gpu.name})
+
+
+def chosen_again(plan: Plan) -> Plan:
+    """Return the plan of a run that is sent again. If its GPU was chosen, the choice is made again."""
+    if not plan.gpu:
+        return plan
+    environment = {name: value for name, value in plan.environment.items() if name != "CUDA_VISIBLE_DEVICES"}
+    return on_gpu(replace(plan, gpu="", environment=environment), backends.of(plan.cluster).free_gpu(plan.cluster))
+
+
+def _free_gpu(spec: RunSpec, site: Cluster) -> FreeGpu | None:
+    """Choose the GPU of a run that asks for no device and no nodes."""
+    return backends.of(site).free_gpu(site) if spec.devices() is None and spec.nodes is None else None
 
 
 def _environment(placement: Placement, site: Cluster) -> dict[str, str]:
@@ -96,11 +120,11 @@ def _environment(placement: Placement, site: Cluster) -> dict[str, str]:
     return passive | ({"PJRT_DEVICE": "TPU"} if placement.device == "xla" else {"USE_TORCH_XLA": "0"})
 
 
-def _without_unusable_gpus(spec: RunSpec, site: Cluster) -> tuple[Cluster, str]:
+def _without_unusable_gpus(spec: RunSpec, site: Cluster, gpu: FreeGpu | None) -> tuple[Cluster, str]:
     """Return the site without its GPUs, and the reason, if no device was asked for and torch cannot use them."""
     if spec.devices() is not None or spec.accelerator is not None or not site.node.gpus:
         return site, ""
-    reason = backends.of(site).unusable_gpus()
+    reason = backends.of(site).unusable_gpus(gpu)
     if not reason:
         return site, ""
     return replace(site, node=replace(site.node, gpus=0)), f"; no GPU is used: {reason}"

@@ -20,6 +20,7 @@ from launcher.errors import BadRequest, LaunchError
 from launcher.lifecycle.run_dir import RunDir, tail
 from launcher.request.placement.devices import many
 from launcher.request.spec import RunSpec, State
+from training.distributed.visible import visible_devices
 from training.files import read_json
 
 SLOW_PART, FEW_PAIRS = 0.25, 3
@@ -205,18 +206,30 @@ def _clocks(nodes: Sequence[Facts]) -> Check:
 def _devices(nodes: Sequence[Facts]) -> Iterator[Check]:
     for node in nodes:
         if node["device"] == "cuda":
-            seen = node["devices"]
-            what = f"{node['host']}: {seen['count']} of {node['ranks']} GPUs can be used {seen['names']}, driver {seen['driver']}"
+            seen, (enough, text) = node["devices"], _enough_gpus(node["devices"], node["ranks"])
             yield Check(
                 "devices",
-                seen["count"] == node["ranks"],
-                what,
+                enough,
+                f"{node['host']}: {text} {seen['names']}, driver {seen['driver']}",
                 "look at nvidia-smi there, and at gpu-bind in the profile",
             )
             if seen.get("faults"):
                 text = f"{node['host']}: {'; '.join(seen['faults'])}"
                 remedy = "report to the cluster administrators; slurm.exclude in the profile avoids it"
                 yield Check("GPU health", False, text, remedy)
+
+
+def _enough_gpus(seen: Facts, ranks: int) -> tuple[bool, str]:
+    """Whether a rank that sees these GPUs and the others of its node have one each, and the text about it."""
+    shown, count = visible_devices(seen.get("visible")) or [], seen["count"]
+    if count == len(shown) == 1 < ranks:  # MIG instances and bound GPUs: CUDA shows each rank its own
+        return (
+            True,
+            f"each of {ranks} ranks can use {'a MIG instance' if shown[0].startswith('MIG-') else 'a GPU'} of its own",
+        )
+    if count > ranks:  # of a node that the job has for itself
+        return True, f"{count} GPUs can be used, {ranks} are needed"
+    return count == ranks, f"{count} of {ranks} GPUs can be used"
 
 
 def _hub(nodes: Sequence[Facts]) -> Check:

@@ -229,6 +229,7 @@ class Plan:
     environment: dict[str, str] = field(default_factory=dict)
     project: Path | None = None  # the folder on the submitting machine whose code is copied; None: nothing is
     start: str = ""  # when and where the scheduler would start it, as it said when the plan was made
+    gpu: str = ""  # the GPU that was chosen for a run that asked for none, and why; `environment` names it
 
 
 def check_name(name: str) -> None:

@@ -4,83 +4,160 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from training.checkpoints.host_memory import HostMemory, HostTensor, paired
 
 if TYPE_CHECKING:
     import torch
 
-    Buffers = dict[tuple[str, str], torch.Tensor]
-    """(file, name) -> buffer, reused by the next save: new pages would take longer than the copy itself."""
+    Pairs = list[tuple[list[torch.Tensor], torch.Tensor]]
+    """(pieces of host memory, the tensor whose bytes they get)"""
+
+
+class Buffers:
+    """What the saves of a run use one after the other: host memory, and a stream of each GPU."""
+
+    def __init__(self) -> None:
+        self.pageable = HostMemory(pinned=False)
+        self.pinned = HostMemory(pinned=True)
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def stream(self, device: torch.device) -> torch.cuda.Stream:
+        """The stream of a GPU for copies, beside that on which training computes."""
+        import torch
+
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return self._streams[device]
 
 
 class Copy:
     """A copy of a state, started by the constructor and completed by `finish` in any thread.
 
-    GPU tensors are copied in stream order, so later kernels cannot change the copy; only `finish` waits. Tensors in host
-    memory must not change until `done`.
+    Tensors of a GPU are copied on a stream of their own, after the work that is queued on the GPU's current stream. All
+    tensors must stay as they are until `hold_updates`.
 
     Attributes:
-        done: set when the copy no longer reads the state.
-        stall_seconds: seconds for which training waited.
+        done: set when no tensor in host memory is read any more.
+        stall_seconds: seconds for which this process waited, without `idle_seconds`.
     """
 
     def __init__(self, parts: Mapping[str, Any], buffers: Buffers) -> None:
-        import torch
-
         self.done = threading.Event()
         self.stall_seconds = 0.0
         self._contents: dict[str, Any] = {}
-        devices: set[torch.device] = set()
-        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._sent: dict[torch.device, torch.cuda.Event] = {}
+        self._on_host: Pairs = []
+        # These references keep the memory of tensors that nobody else holds until the copy has read it.
+        self._on_gpu: dict[torch.device, Pairs] = {}
+        self._ends: dict[torch.device, torch.cuda.Event] = {}
+        self._waits: list[tuple[torch.device, torch.cuda.Event, torch.cuda.Event]] = []
+        tensors = {file: content for file, content in parts.items() if file.endswith(".safetensors")}
+        every = [tensor for content in tensors.values() for tensor in content.values()]
+        buffers.pageable.reserve(tensor.nbytes for tensor in every if tensor.device.type == "cpu")
+        buffers.pinned.reserve(tensor.nbytes for tensor in every if tensor.is_cuda)
         for file, content in parts.items():
-            if not file.endswith(".safetensors"):
+            if file in tensors:
+                self._contents[file] = {name: self._place(each.detach(), buffers) for name, each in content.items()}
+            else:
                 self._contents[file] = json.dumps(content, indent=1).encode()
-                continue
-            self._contents[file] = {}
-            for name, tensor in content.items():
-                source = tensor.detach()
-                buffer = buffers.get((file, name))
-                if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
-                    buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-                    buffers[file, name] = buffer
-                if source.device.type == "cpu":
-                    self._waiting.append((buffer, source))
-                else:
-                    buffer.copy_(source, non_blocking=source.is_cuda)
-                    if source.is_cuda:
-                        devices.add(source.device)
-                self._contents[file][name] = buffer
-        for device in devices:  # a model may lie on several; an event covers the stream of its own
-            with torch.cuda.device(device):
-                self._sent[device] = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                self._sent[device].record()
-        if not self._waiting:  # later work on a device comes after the copies in its stream
+        for device, pairs in self._on_gpu.items():
+            self._ends[device] = _send(pairs, device, buffers.stream(device))
+        if not self._on_host:
             self.done.set()
 
+    def _place(self, tensor: torch.Tensor, buffers: Buffers) -> HostTensor:
+        """Choose the place of `tensor` in host memory and note the copy, or copy it."""
+        if tensor.is_cuda:
+            pieces, pairs = buffers.pinned.take(tensor.nbytes), self._on_gpu.setdefault(tensor.device, [])
+        elif tensor.device.type == "cpu":
+            pieces, pairs = buffers.pageable.take(tensor.nbytes), self._on_host
+        else:  # no streams that this module knows
+            return HostTensor.of(tensor.cpu())
+        pairs.append((pieces, tensor))
+        return HostTensor(tensor.dtype, tuple(tensor.shape), pieces)
+
+    def hold_updates(self) -> bool:
+        """Have what comes next wait until the state is read; returns whether it has been read completely.
+
+        This thread waits for tensors in host memory. For those of a GPU, work that is queued on its current stream from now
+        on waits, and this thread goes on.
+        """
+        import torch
+
+        began, complete = time.monotonic(), True
+        self.done.wait()
+        for device, end in self._ends.items():
+            with torch.cuda.device(device):
+                if end.query():  # type: ignore[no-untyped-call]
+                    continue
+                # A copy of the state on the GPU would need no wait, but as much memory again as the state.
+                stream = torch.cuda.current_stream(device)
+                before = stream.record_event(_event(timing=True))
+                stream.wait_event(end)
+                after = stream.record_event(_event(timing=True))
+                self._waits.append((device, before, after))
+                complete = False
+        self.stall_seconds += time.monotonic() - began
+        return complete
+
+    def idle_seconds(self) -> float:
+        """Seconds for which a GPU waited in `hold_updates`, to call after `finish`.
+
+        A wait that begins after the end of the copy takes no time, so one that is not over by now counts as none.
+        """
+        import torch
+
+        longest = 0.0
+        for device, before, after in list(self._waits):
+            with torch.cuda.device(device):
+                if after.query():  # type: ignore[no-untyped-call]
+                    longest = max(longest, before.elapsed_time(after) / 1000)
+        return longest
+
     def finish(self) -> dict[str, Any]:
-        """Complete the copy; returns file name -> bytes of a JSON file, or tensors by name."""
+        """Complete the copy; returns file name -> bytes of a JSON file, or a `HostTensor` by name."""
         import torch
 
         try:
-            for buffer, source in self._waiting:
-                _copy(buffer, source)
-            for device, event in self._sent.items():
-                with torch.cuda.device(device):  # a new thread is on GPU 0, and would make a context there
-                    event.synchronize()
+            for pieces, source in self._on_host:
+                _copy(pieces, source)
         finally:  # also after an error, which the writer reports: training waits for `done`
-            self._waiting.clear()
+            self._on_host.clear()
             self.done.set()
+        for device, end in self._ends.items():
+            with torch.cuda.device(device):  # a new thread is on GPU 0, and would make a context there
+                end.synchronize()
+        self._on_gpu.clear()
         return self._contents
 
 
-def _copy(buffer: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy in this thread alone: torch would use all cores, which training needs."""
-    import numpy as np
+def _send(pairs: Pairs, device: torch.device, stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """Queue the copies of one GPU on `stream`, after the work of its current stream; returns the event at their end."""
     import torch
 
-    if source.is_contiguous():
-        np.copyto(buffer.reshape(-1).view(torch.uint8).numpy(), source.reshape(-1).view(torch.uint8).numpy())
-    else:
-        buffer.copy_(source)
+    with torch.cuda.device(device):
+        stream.wait_event(torch.cuda.current_stream(device).record_event())
+        with torch.cuda.stream(stream):  # also for the contiguous copy of a tensor that is not contiguous
+            for pieces, source in pairs:
+                for piece, part in paired(pieces, source):
+                    piece.copy_(part, non_blocking=True)
+        end = _event(blocking=True)  # a thread that waits for it leaves its core free
+        stream.record_event(end)
+    return end
+
+
+def _event(*, timing: bool = False, blocking: bool = False) -> torch.cuda.Event:
+    import torch
+
+    return torch.cuda.Event(enable_timing=timing, blocking=blocking)  # type: ignore[no-untyped-call]
+
+
+def _copy(pieces: list[torch.Tensor], source: torch.Tensor) -> None:
+    """Copy in this thread alone: torch would use all cores, which training needs."""
+    import numpy as np
+
+    for piece, part in paired(pieces, source):
+        np.copyto(piece.numpy(), part.numpy())

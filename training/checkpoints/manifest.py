@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from training.checkpoints.host_memory import HostTensor
 from training.checkpoints.sharding import assemble, is_part
 from training.errors import CheckpointError
 from training.files import MAX_JSON_BYTES, NotPlain, open_plain, parse_json, read_plain, write_atomic
@@ -198,7 +199,7 @@ def check_file(folder: Path, name: str, entry: dict[str, Any]) -> Path:
 
 
 def write_file(path: Path, content: Any) -> dict[str, Any]:
-    """Write, hash and fsync a file; returns its manifest entry."""
+    """Write, hash and fsync a file of bytes, or of tensors by name; returns its manifest entry."""
     kind, new = HASHES[FORMAT]
     digest, size = new(), 0
     if not is_plain_name(path.name):
@@ -219,12 +220,11 @@ def _spell(manifest: dict[str, Any]) -> bytes:
     return json.dumps(manifest, indent=1).encode()
 
 
-def _safetensors(tensors: Mapping[str, torch.Tensor]) -> list[bytes | memoryview]:
+def _safetensors(tensors: Mapping[str, torch.Tensor | HostTensor]) -> list[bytes | memoryview]:
     """The pieces of a safetensors file: header length (u64), JSON header padded to 8 bytes, tensor bytes.
 
     The library would first copy all tensors into one string. Format: https://github.com/huggingface/safetensors#format
     """
-    import torch
     from safetensors.torch import _TYPES
 
     names = {dtype: name for name, dtype in _TYPES.items()}
@@ -232,10 +232,11 @@ def _safetensors(tensors: Mapping[str, torch.Tensor]) -> list[bytes | memoryview
     pieces: list[bytes | memoryview] = []
     offset = 0
     # Widest types first, as in the library, so that all tensors are aligned.
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        pieces.append(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+        host = tensor if isinstance(tensor, HostTensor) else HostTensor.of(tensor)
+        end = offset + sum(piece.numel() for piece in host.pieces)
+        header[name] = {"dtype": names[host.dtype], "shape": list(host.shape), "data_offsets": [offset, end]}
+        pieces += [memoryview(piece.numpy()) for piece in host.pieces]  # type: ignore[arg-type]
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -21,16 +21,13 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from training.checkpoints.host_copy import Copy
+from training.checkpoints.host_copy import Buffers, Copy
 from training.checkpoints.manifest import FORMAT, rankable, read_manifest, step_of, verify, write_file, write_manifest
 from training.checkpoints.staging import Staging
 from training.errors import CheckpointError
 from training.files import sync_folder
-
-if TYPE_CHECKING:
-    from training.checkpoints.host_copy import Buffers
 
 PATIENCE = 600.0  # seconds that ranks wait for each other's parts
 Part = tuple[int, int]  # rank, ranks
@@ -43,7 +40,7 @@ class Checkpoint:
 
     Attributes:
         score: of its evaluation, higher is better; None without one.
-        stall_seconds: seconds for which the save delayed training; set for `on_saved` only.
+        stall_seconds: seconds for which the save delayed training, on the host or on a GPU; set for `on_saved` only.
     """
 
     step: int
@@ -68,7 +65,7 @@ class Checkpoints:
         self.on_damaged: Callable[[CheckpointError], None] = lambda error: None
         self._writer: ThreadPoolExecutor | None = None
         self._under_way: Future[None] | None = None
-        self._host: Buffers = {}
+        self._buffers = Buffers()
         self._copy: Copy | None = None
 
     def save(
@@ -99,7 +96,7 @@ class Checkpoints:
         self.wait()
         if self._writer is None:
             self._writer = ThreadPoolExecutor(1, "checkpoint-writer")
-        copy = self._copy = Copy(parts, self._host)
+        copy = self._copy = Copy(parts, self._buffers)
         if not later:
             copy.finish()
         copy.stall_seconds += time.monotonic() - started_at
@@ -108,12 +105,12 @@ class Checkpoints:
             self.wait()
 
     def wait_for_copy(self) -> None:
-        """Wait until all tensors of the newest save are copied; then they may change."""
-        copy, self._copy = self._copy, None
-        if copy is not None:
-            began = time.monotonic()
-            copy.done.wait()
-            copy.stall_seconds += time.monotonic() - began
+        """Return when the tensors of the newest save may change: they are copied.
+
+        Those of a GPU may change by work on its current stream, which waits there for the copy.
+        """
+        if self._copy is not None and self._copy.hold_updates():
+            self._copy = None
 
     def wait(self) -> None:
         """Wait for the save in progress."""
@@ -199,7 +196,7 @@ class Checkpoints:
             staging.remove()
             self.on_failed(step, error)
         else:
-            self.on_saved(Checkpoint(step, target, score, copy.stall_seconds))
+            self.on_saved(Checkpoint(step, target, score, copy.stall_seconds + copy.idle_seconds()))
 
     def _already_there(self, target: Path) -> bool:
         """Whether the step has a valid checkpoint, as after resuming from an older one; removes a damaged one."""

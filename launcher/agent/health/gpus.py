@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,21 @@ ROWS = "gpu_uuid,remapped_rows.pending,remapped_rows.failure"
 
 GPUs before Ampere retire pages, later ones remap rows; the property that a GPU lacks is ``[N/A]``.
 """
+
+MEMORY = "index,uuid,memory.free,memory.total,mig.mode.current,compute_mode"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU and its memory; `free` and `total` in MiB."""
+
+    index: int
+    uuid: str
+    free: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"GPU {self.index} has the most free memory ({self.free / 1024:.1f} of {self.total / 1024:.1f} GiB)"
 
 
 def report(visible: str | None, limit: float = TIMEOUTS.gpu_driver) -> dict[str, Any] | None:
@@ -66,13 +82,10 @@ def count(visible: str | None, limit: float = TIMEOUTS.gpu_driver, proc: Path = 
         return len(devices)
     if there is not None:
         return there
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    answer = _answer(_ask("-L"), time.monotonic() + limit)
-    if answer is None:
+    cards = _list_cards(limit)
+    if cards is None:
         print(f"launch: nvidia-smi -L does not answer within {limit:g} s; no GPU is used", file=sys.stderr)
-        return 0
-    return sum(line.startswith("GPU ") for line in answer[1].splitlines())
+    return len(cards or ())
 
 
 def shared_cards(instances: Sequence[str], limit: float = TIMEOUTS.gpu_driver) -> dict[str, list[str]]:
@@ -81,18 +94,28 @@ def shared_cards(instances: Sequence[str], limit: float = TIMEOUTS.gpu_driver) -
     Args:
         instances: ``MIG-<uuid>`` each. Those whose GPU nvidia-smi does not name within `limit` seconds are left out.
     """
-    if shutil.which("nvidia-smi") is None:
-        return {}
-    status, listed = _answer(_ask("-L"), time.monotonic() + limit) or (1, "")
-    cards: dict[str, list[str]] = {}
-    card = ""
-    for line in listed.splitlines() if status == 0 else ():
-        uuid = re.search(r"UUID: ([^)\s]+)", line)
-        if uuid and line.startswith("GPU "):
-            card = uuid[1]
-        elif uuid and uuid[1] in instances:
-            cards.setdefault(card, []).append(uuid[1])
-    return {card: slices for card, slices in cards.items() if len(slices) > 1}
+    wanted = {
+        card: [name for name in slices if name in instances] for card, slices in (_list_cards(limit) or {}).items()
+    }
+    return {card: slices for card, slices in wanted.items() if len(slices) > 1}
+
+
+def freest(limit: float = TIMEOUTS.gpu_driver) -> Gpu | None:
+    """Return the GPU with the most free memory, the first of several.
+
+    None if nvidia-smi is missing, fails, or does not answer within `limit` seconds, if no GPU reports its memory, or if one
+    is divided into MIG instances, of which CUDA shows a process the first.
+    """
+    status, listed = _run(f"--query-gpu={MEMORY}", "--format=csv,noheader,nounits", limit=limit) or (1, "")
+    rows = [fields for line in listed.splitlines() if len(fields := _fields(line)) == 6] if status == 0 else []
+    if any(mig == "Enabled" for *_, mig, _ in rows):
+        return None
+    found = [
+        Gpu(int(index), uuid, int(free), int(total))
+        for index, uuid, free, total, _, mode in rows
+        if mode != "Prohibited" and index.isdigit() and free.isdigit() and total.isdigit()
+    ]
+    return max(found, key=lambda gpu: (gpu.free, -gpu.index), default=None)
 
 
 def read(listed: str, rows: str, visible: str | None) -> dict[str, Any]:
@@ -129,6 +152,26 @@ def _fields(line: str) -> list[str]:
 
 def _yes(text: str) -> bool:
     return text.lower() in ("yes", "1")
+
+
+def _list_cards(limit: float) -> dict[str, list[str]] | None:
+    """The GPUs that ``nvidia-smi -L`` names, each with its MIG instances; None if it does not answer in `limit` seconds."""
+    answer = _run("-L", limit=limit)
+    cards: dict[str, list[str]] = {}
+    for line in answer[1].splitlines() if answer else ():
+        uuid = re.search(r"UUID: ([^)\s]+)", line)
+        if line.startswith("GPU "):
+            cards[uuid[1] if uuid else line] = []
+        elif uuid and cards:
+            cards[next(reversed(cards))].append(uuid[1])
+    return None if answer is None else cards
+
+
+def _run(*words: str, limit: float) -> tuple[int, str] | None:
+    """The exit status and output of nvidia-smi; None after `limit` seconds. If it is missing, 127 and nothing."""
+    if shutil.which("nvidia-smi") is None:
+        return 127, ""
+    return _answer(_ask(*words), time.monotonic() + limit)
 
 
 def _ask(*words: str) -> subprocess.Popen[str]:

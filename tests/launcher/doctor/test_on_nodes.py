@@ -75,6 +75,29 @@ def test_a_fault_and_no_other_is_found(fault: dict[str, Any], name: str, words: 
     assert found[name].remedy
 
 
+@pytest.mark.parametrize(
+    ("ranks", "count", "visible", "enough", "words"),
+    [
+        (8, 8, "0,1,2,3,4,5,6,7", True, "8 of 8 GPUs can be used"),
+        (2, 8, "0,1,2,3,4,5,6,7", True, "8 GPUs can be used, 2 are needed"),
+        (1, 4, None, True, "4 GPUs can be used, 1 are needed"),
+        (7, 1, "MIG-5d5b", True, "each of 7 ranks can use a MIG instance of its own"),
+        (1, 1, "MIG-5d5b", True, "1 of 1 GPUs can be used"),
+        (4, 1, "GPU-5d5b", True, "each of 4 ranks can use a GPU of its own"),
+        (2, 0, "MIG-5d5b", False, "0 of 2 GPUs can be used"),
+        (2, 1, "0,1", False, "1 of 2 GPUs can be used"),
+        (2, 1, None, False, "1 of 2 GPUs can be used"),
+        (2, 0, "", False, "0 of 2 GPUs can be used"),
+    ],
+)
+def test_exclusive_nodes_and_mig_instances_are_in_order(
+    ranks: int, count: int, visible: str | None, enough: bool, words: str
+) -> None:
+    devices = {"visible": visible, "count": count, "names": ["H100"], "driver": "580.1"}
+    found = {c.name: c for c in verdicts({"nodes": [node(0, device="cuda", ranks=ranks, devices=devices)]})}
+    assert (found["devices"].ok, found["devices"].found) == (enough, f"n0: {words} ['H100'], driver 580.1")
+
+
 def test_what_is_worth_knowing_is_a_note() -> None:
     hub = {"cache": "/home/me/hub", "chosen": False, "there": False, "reached": False}
     found = {c.name: c for c in verdicts({"nodes": [node(0, hub=hub), node(1, hub=hub, unresolved=["n0"])]})}

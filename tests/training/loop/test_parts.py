@@ -137,9 +137,9 @@ def test_an_overlapped_save_holds_the_state_of_its_step(tmp_path: Path, monkeypa
     """The copy begins only when the next forward and backward pass are done, and the update waits for it."""
     began, copied = threading.Event(), host_copy._copy
 
-    def late(buffer: torch.Tensor, source: torch.Tensor) -> None:
+    def late(pieces: list[torch.Tensor], source: torch.Tensor) -> None:
         assert began.wait(60)
-        copied(buffer, source)
+        copied(pieces, source)
 
     monkeypatch.setattr(host_copy, "_copy", late)
     with Context(tmp_path, ONE) as ctx:
