@@ -8,7 +8,7 @@ to an agent           its answer
 ====================  ===================================================
 `Start`               `RankExit` for each rank, when it ends
 `Signal`              none
-`DumpStacks`          `Stacks`
+`DumpStacks`          `Stacks`, and `Collectives` for each rank
 `CheckNode`           `NodeChecked`
 `Alive`, once a       `Heartbeats`, once a second without being asked
 second
@@ -25,6 +25,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from launcher.agent.collectives import GroupRecord
 from launcher.agent.hang_detection import RankStatus, StackLocation
 from launcher.lifecycle.history import JobFate
 from launcher.rank.messages import JsonObject
@@ -195,6 +196,14 @@ class Stacks:
 
 
 @dataclass(frozen=True)
+class Collectives:
+    """The collectives that a rank has entered; `groups` is None if it has no record of them. A message stays below 64 KiB."""
+
+    rank: int
+    groups: list[GroupRecord] | None = None
+
+
+@dataclass(frozen=True)
 class NodeChecked:
     """What the preflight checks found (`launcher.agent.health.preflight.look`)."""
 
@@ -273,7 +282,7 @@ class KillWorker:
 
 
 ToAgent = Start | Signal | DumpStacks | CheckNode | Alive | End
-FromAgent = RankExit | Heartbeats | Stacks | NodeChecked | StopRequest
+FromAgent = RankExit | Heartbeats | Stacks | Collectives | NodeChecked | StopRequest
 AgentMessage = FromAgent | Joined | Lost
 ToNodeActor = ToAgent | EndWorker | KillWorker
 RayMessage = AgentMessage | WorkerReady | WorkerGone | GroupEnded | Drained

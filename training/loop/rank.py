@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
+from training.distributed.collectives import CollectiveDumper
 from training.distributed.devices import RUNTIMES, Runtime
 from training.distributed.group import Group, Vote, make_group
 from training.distributed.heartbeat import CONNECTING, Heartbeat
@@ -51,6 +52,7 @@ class Rank:
         self.mirror: Mirror | None = None
         self._votes: dict[str, Vote] = {}
         self._next_stat = 0.0
+        self._dumper: CollectiveDumper | None = None
         self._lines = Lines()
 
     @property
@@ -71,7 +73,11 @@ class Rank:
         if not self.runtime.group_first:
             _ = self.device  # NCCL needs the device
         with self.phase(CONNECTING):
-            return make_group(self.world)
+            group = make_group(self.world)
+        if group.size > 1 and self.heartbeat.shared:
+            path = self.run_dir / "logs" / str(self.world.attempt) / f"{self.world.rank}.collectives.json"
+            self._dumper = CollectiveDumper(path, self.world.rank, self.heartbeat)
+        return group
 
     @cached_property
     def checkpoints(self) -> Checkpoints:
@@ -184,6 +190,9 @@ class Rank:
             self.checkpoints.close()
         if self.mirror is not None:
             self.mirror.close()
+        if self._dumper is not None:
+            self._dumper.close()
+            self._dumper = None
         if "group" in self.__dict__:
             self.__dict__.pop("group").close()
         self._lines.flush()

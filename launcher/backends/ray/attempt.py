@@ -13,6 +13,7 @@ from launcher.agent.attempt import Attempt
 from launcher.agent.health import preflight
 from launcher.agent.protocol import (
     CheckNode,
+    Collectives,
     Drained,
     GroupEnded,
     Heartbeats,
@@ -152,7 +153,7 @@ class RayAttempt:
         match message:
             case RankExit(rank):
                 self.ranks.on_message(rank, message)
-            case Heartbeats() | Stacks():
+            case Heartbeats() | Stacks() | Collectives():
                 self.ranks.on_message(0, message)
             case WorkerGone(worker, group) if group == self.worker_group.number:
                 # Without its worker a rank has no claim to its devices. Its end is then the cause of the others'.
