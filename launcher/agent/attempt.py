@@ -7,8 +7,8 @@ import signal
 from collections.abc import Callable, Mapping
 from typing import Any, assert_never
 
-from launcher.agent.collectives import GroupRecord
-from launcher.agent.hang_detection import HangDetector, RankStatus, StackLocation, find_culprit
+from launcher.agent.hangs.collectives import GroupRecord
+from launcher.agent.hangs.detection import HangDetector, RankStatus, StackLocation, find_culprit
 from launcher.agent.protocol import (
     AgentMessage,
     Collectives,

@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import assert_never
 
-from launcher.agent.collectives import read_record
-from launcher.agent.hang_detection import STOPPED_STATES, RankStatus, stack_location_of
+from launcher.agent.hangs import evidence
+from launcher.agent.hangs.detection import STOPPED_STATES, RankStatus
 from launcher.agent.health import preflight
 from launcher.agent.network import interface_of, interface_variables, source_towards
 from launcher.agent.protocol import (
@@ -203,30 +203,13 @@ class NodeRanks:
         asked -= {rank for rank in asked if process_state(self.pids.get(rank)) in [*STOPPED_STATES]}
         for rank in self.running - asked:
             self.emit(Collectives(rank))
-        logs = {rank: self.run_dir.log(attempt, rank) for rank in sorted(self.running)}
-        sizes = {rank: log.stat().st_size for rank, log in logs.items() if log.exists()}
-        if self.writer is not None:
-            self._send(SignalRanks(signal.SIGQUIT, sorted(logs)))
-        await asyncio.sleep(TIMEOUTS.stack_dump)
-        found = {}
-        for rank, size in sizes.items():
-            with logs[rank].open("rb") as log:
-                log.seek(size)
-                found[rank] = stack_location_of(log.read(1 << 20).decode(errors="replace"))
-        self.emit(Stacks(found))
-        await self._collectives(attempt, asked)
+        self.emit(Stacks(await evidence.stack_locations(self.run_dir, attempt, self.running, self._quit)))
+        async for rank, groups in evidence.records(self.run_dir, attempt, asked, self.running):
+            self.emit(Collectives(rank, groups))
 
-    async def _collectives(self, attempt: int, ranks: set[int]) -> None:
-        """Report the collectives of each of `ranks` as soon as it has written them."""
-        deadline = asyncio.get_running_loop().time() + TIMEOUTS.collectives
-        while ranks := ranks & self.running:
-            late = asyncio.get_running_loop().time() > deadline
-            for rank in sorted(ranks):
-                path = self.run_dir.collectives(attempt, rank)
-                if late or path.exists():
-                    self.emit(Collectives(rank, await asyncio.to_thread(read_record, path)))
-                    ranks.discard(rank)
-            await asyncio.sleep(0.1)
+    def _quit(self, ranks: list[int]) -> None:
+        if self.writer is not None:
+            self._send(SignalRanks(signal.SIGQUIT, ranks))
 
     async def close(self) -> None:
         """Kill what still runs and wait until the forkserver and every rank are gone."""

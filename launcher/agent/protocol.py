@@ -25,8 +25,8 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from launcher.agent.collectives import GroupRecord
-from launcher.agent.hang_detection import RankStatus, StackLocation
+from launcher.agent.hangs.collectives import GroupRecord
+from launcher.agent.hangs.detection import RankStatus, StackLocation
 from launcher.lifecycle.history import JobFate
 from launcher.rank.messages import JsonObject
 from launcher.request.placement import tpu

@@ -49,7 +49,7 @@ _SAME_CALLS = (
 _HOST = "This was memory of the node, not of a GPU: ask for more of it, or use fewer loader workers or ranks a node."
 
 SIGNS = (
-    # ---- launcher.agent.hang_detection, collectives ---------------------------------------------------------------------------------
+    # ---- launcher.agent.hangs.detection, collectives ---------------------------------------------------------------------------------
     _sign(
         "hung",
         "did not connect to each other",

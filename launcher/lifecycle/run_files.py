@@ -77,7 +77,7 @@ class RunFiles:
         return self.logs / str(attempt) / f"{rank}.finished"
 
     def collectives(self, attempt: int, rank: int) -> Path:
-        """The newest collectives of a rank that hung (`training.distributed.collectives`)."""
+        """The newest collectives of a rank that hung (`training.distributed.hangs.collectives`)."""
         return self.logs / str(attempt) / f"{rank}.collectives.json"
 
     def nccl_dump(self, attempt: int) -> Path:

@@ -11,9 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-from training.distributed.collectives import CollectiveDumper
 from training.distributed.devices import RUNTIMES, Runtime
 from training.distributed.group import Group, Vote, make_group
+from training.distributed.hangs.collectives import CollectiveDumper, answer_requests
 from training.distributed.heartbeat import CONNECTING, Heartbeat
 from training.distributed.random_state import make_deterministic
 from training.distributed.world import World
@@ -74,9 +74,7 @@ class Rank:
             _ = self.device  # NCCL needs the device
         with self.phase(CONNECTING):
             group = make_group(self.world)
-        if group.size > 1 and self.heartbeat.shared:
-            path = self.run_dir / "logs" / str(self.world.attempt) / f"{self.world.rank}.collectives.json"
-            self._dumper = CollectiveDumper(path, self.world.rank, self.heartbeat)
+        self._dumper = answer_requests(self.run_dir, self.world, self.heartbeat)
         return group
 
     @cached_property
@@ -186,15 +184,9 @@ class Rank:
         for vote in votes.values():  # one in progress would disturb the end of the group
             with contextlib.suppress(RuntimeError):
                 vote.settle()
-        if "checkpoints" in self.__dict__:
-            self.checkpoints.close()
-        if self.mirror is not None:
-            self.mirror.close()
-        if self._dumper is not None:
-            self._dumper.close()
-            self._dumper = None
-        if "group" in self.__dict__:
-            self.__dict__.pop("group").close()
+        for each in (self.__dict__.get("checkpoints"), self.mirror, self._dumper, self.__dict__.pop("group", None)):
+            if each is not None:
+                each.close()
         self._lines.flush()
 
     def _stop_file(self) -> bool:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from launcher.agent.collectives import GroupRecord, find_absent
+from launcher.agent.hangs.collectives import GroupRecord, find_absent
 from launcher.config.timeouts import TIMEOUTS
 from training.distributed.heartbeat import CONNECTING, IDLE, STARTING, TRAINING
 
@@ -143,10 +143,10 @@ def find_culprit(
         return rank, f"rank {rank} is stopped (SIGSTOP or a terminal) at step {beats[rank].step}{_at(rank, places)}"
     busy = {rank for rank, place in places.items() if not place.waiting}
     if found := find_absent(records or {}, beats, busy):
-        absent, text = found
-        if absent in beats:
-            text = f"{text}; rank {absent} is after step {beats[absent].step}{_at(absent, places)}"
-        return absent, text
+        culprit, text = found
+        if culprit is not None and culprit in beats:
+            text = f"{text}; rank {culprit} is after step {beats[culprit].step}{_at(culprit, places)}"
+        return culprit, text
     least, most = (find(beat.step for beat in beats.values()) for find in (min, max))
     behind = sorted(rank for rank, beat in beats.items() if beat.step == least)
     absent = [rank for rank in behind if not places.get(rank, StackLocation()).waiting]

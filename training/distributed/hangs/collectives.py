@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from training.distributed.heartbeat import Heartbeat
+from training.distributed.world import World
 from training.files import write_atomic
 
 KEPT = 200
@@ -46,15 +47,27 @@ def group_ranks() -> dict[str, list[int]]:
     return {str(name): sorted(ranks[group]) for group, name in list(names.items()) if group in ranks}
 
 
+RETIRES_WHAT_ENDED = frozenset(("gloo",))
+"""Backends whose recorder retires entries for no other reason than their end, without a state; NCCL retires failed ones."""
+
+
 def is_done(backend: str, entry: dict[str, Any]) -> bool:
-    """Whether a collective has ended on this rank. Gloo's recorder only retires entries; NCCL also retires failed ones."""
-    return entry.get("state") == "completed" or (backend == "gloo" and entry.get("retired") is True)
+    """Whether a collective has ended on this rank."""
+    return entry.get("state") == "completed" or (backend in RETIRES_WHAT_ENDED and entry.get("retired") is True)
 
 
 def _newest(trace: dict[str, Any]) -> dict[str, Any]:
     entries = trace.get("entries", [])
     unfinished = [entry for entry in entries[:-KEPT] if not (entry.get("retired") or entry.get("state") == "completed")]
     return {**trace, "entries": unfinished[:KEPT] + entries[-KEPT:]}
+
+
+def answer_requests(run_dir: Path, world: World, heartbeat: Heartbeat) -> CollectiveDumper | None:
+    """Return what answers a launcher's requests, if there are other ranks and a launcher that reads the heartbeat."""
+    if world.world_size == 1 or not heartbeat.shared:
+        return None
+    path = run_dir / "logs" / str(world.attempt) / f"{world.rank}.collectives.json"
+    return CollectiveDumper(path, world.rank, heartbeat)
 
 
 class CollectiveDumper:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from training.distributed.collectives import is_done
+from training.distributed.hangs.collectives import is_done
 from training.files import read_json
 
-MOST_GROUPS, MOST_PENDING, MOST_RUNS, LONGEST_TEXT = 16, 2, 32, 80
-"""Bounds of the report of one rank: its groups, unfinished collectives and runs of ranks of a group, characters of a text."""
+MOST_GROUPS, MOST_PENDING, MOST_RUNS, MOST_RANKS, LONGEST_TEXT = 16, 2, 32, 1 << 20, 80
+"""Bounds of the report of one rank: its groups; unfinished collectives, runs of ranks and ranks of a group; characters of a
+text."""
 
 SAME_SIZES = frozenset(
     ("all_reduce", "allreduce_coalesced", "broadcast", "reduce", "_all_gather_base", "_reduce_scatter_base")
@@ -52,7 +53,7 @@ class GroupRecord:
 
 
 def read_record(path: Path) -> list[GroupRecord] | None:
-    """Read what a rank wrote (`training.distributed.collectives.dump`); None if there is none, or it cannot be read.
+    """Read what a rank wrote (`training.distributed.hangs.collectives.dump`); None if there is none, or it cannot be read.
 
     What has another form than torch's is left out, since the file may hold anything.
     """
@@ -110,7 +111,7 @@ def runs_of(ranks: object) -> list[list[int]]:
     """Return ascending `ranks` as runs (first, last, stride); empty if they are too many runs, or no ranks."""
     runs: list[list[int]] = []
     for rank in ranks if isinstance(ranks, list) else ():
-        if not isinstance(rank, int) or not 0 <= rank < 1 << 31:
+        if not isinstance(rank, int) or not (runs[-1][1] if runs else -1) < rank < MOST_RANKS:
             return []
         if runs and rank == runs[-1][1] + (runs[-1][2] or rank - runs[-1][0]):
             runs[-1][1], runs[-1][2] = rank, runs[-1][2] or rank - runs[-1][0]
