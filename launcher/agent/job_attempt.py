@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from launcher.agent.attempt import Attempt
+from launcher.agent.hangs.evidence import causes_of_aborts
 from launcher.agent.health import preflight
 from launcher.agent.network import reserve_port
 from launcher.agent.node_ranks import NodeRanks
@@ -20,7 +21,6 @@ from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle import history
 from launcher.lifecycle.exit_status import STOPPED
 from launcher.lifecycle.policy import Outcome
-from launcher.lifecycle.recovery import abort_causes
 from launcher.lifecycle.run_dir import RunDir
 from launcher.request.placement.place import Placement
 from launcher.request.spec import Plan
@@ -162,7 +162,7 @@ class JobAttempt:
         errors = self.run_dir.errors(self.number)
         lost = [self.agents.host(agent) for agent in attempt.lost]
         outcome = Outcome(attempt.exits, errors, stop, lost, host_of_rank, attempt.progress, attempt.hung)
-        aborts = await asyncio.to_thread(abort_causes, self.run_dir, self.number, attempt.exits)
+        aborts = await asyncio.to_thread(causes_of_aborts, self.run_dir, self.number, host_of_rank, attempt.exits)
         before = attempt.ended_before_stop
         return replace(outcome, joined=attempt.joined, finished=finished, aborts=aborts, ended_before_stop=before)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import pickle
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from training.distributed.hangs.collectives import is_done
-from training.files import read_json
+from training.files import read_json, read_plain
 
 MOST_GROUPS, MOST_PENDING, MOST_RUNS, MOST_RANKS, LONGEST_TEXT = 16, 2, 32, 1 << 20, 80
 """Bounds of the report of one rank: its groups; unfinished collectives, runs of ranks and ranks of a group; characters of a
@@ -66,6 +69,46 @@ def read_record(path: Path) -> list[GroupRecord] | None:
             found = [_groups(str(backend), trace, members) for backend, trace in traces.items()]
             return [group for groups in found for group in groups][:MOST_GROUPS]
     return None
+
+
+DUMP_BYTES = 64 << 20
+"""The largest dump of NCCL that is read; 2,000 collectives with their stacks take about a tenth."""
+
+BROKEN = (
+    *(
+        OSError,
+        ArithmeticError,
+        AttributeError,
+        EOFError,
+        LookupError,
+        MemoryError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ),
+    pickle.PickleError,
+)
+"""What `pickle` raises for data that is none, or whose end is missing."""
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads containers, texts and numbers only."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Refuse every class and function."""
+        raise pickle.UnpicklingError(f"{module}.{name} is no plain data")
+
+
+def read_nccl_dump(path: Path) -> list[GroupRecord] | None:
+    """Read what NCCL's watchdog wrote at a timeout, a pickle of plain data; None as in `read_record`."""
+    try:
+        trace = _PlainUnpickler(io.BytesIO(read_plain(path, DUMP_BYTES))).load()
+        found = trace.get("pg_config") if isinstance(trace, dict) else None
+        groups = found.items() if isinstance(found, dict) else ()
+        members = {name: json.loads(group["ranks"]) for name, group in groups}
+    except BROKEN:
+        return None
+    return _groups("nccl", trace, members) if isinstance(trace, dict) else None
 
 
 def _groups(backend: str, trace: Any, members: Mapping[str, Any]) -> list[GroupRecord]:

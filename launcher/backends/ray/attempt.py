@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import assert_never
 
 from launcher.agent.attempt import Attempt
+from launcher.agent.hangs.evidence import causes_of_aborts
 from launcher.agent.health import preflight
 from launcher.agent.protocol import (
     CheckNode,
@@ -33,7 +34,6 @@ from launcher.backends.ray.worker_group import Inbox, WorkerGroup
 from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle import history
 from launcher.lifecycle.policy import Outcome
-from launcher.lifecycle.recovery import abort_causes
 from launcher.lifecycle.run_dir import RunDir
 
 DRIVER = ""
@@ -98,7 +98,7 @@ class RayAttempt:
         errors = self.run_dir.errors(self.number)
         ends = Outcome(exits, errors, self.stop, lost, host_of, self.ranks.progress, self.ranks.hung, unfit)
         finished = self.run_dir.finished(self.number, 0).exists()
-        aborts = await asyncio.to_thread(abort_causes, self.run_dir, self.number, exits)
+        aborts = await asyncio.to_thread(causes_of_aborts, self.run_dir, self.number, host_of, exits)
         before = self.ranks.ended_before_stop
         return replace(ends, joined=self.ranks.joined, finished=finished, aborts=aborts, ended_before_stop=before)
 

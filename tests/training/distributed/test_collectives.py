@@ -48,7 +48,9 @@ def test_the_newest_collectives_are_written_with_the_ranks_of_the_groups(tmp_pat
     name = entries[-1]["process_group"][0]
     assert record["groups"][name] == [0]
     assert (entries[-1]["profiling_name"], entries[-1]["input_sizes"]) == ("gloo:all_reduce", [[KEPT + 10]])
-    assert not any(is_done("nccl", entry) for entry in entries), "a retired collective of NCCL has failed, or has a state"
+    assert not any(is_done("nccl", entry) for entry in entries), (
+        "a retired collective of NCCL has failed, or has a state"
+    )
 
 
 def test_a_request_is_answered_while_the_main_thread_waits(tmp_path: Path, group: None, heartbeat: Heartbeat) -> None:
