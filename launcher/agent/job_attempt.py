@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from launcher.agent.attempt import Attempt
-from launcher.agent.hangs.evidence import causes_of_aborts
+from launcher.agent.hangs.timeouts import causes_of_aborts
 from launcher.agent.health import preflight
 from launcher.agent.network import reserve_port
 from launcher.agent.node_ranks import NodeRanks

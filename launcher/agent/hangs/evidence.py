@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import re
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Iterable
 
-from launcher.agent.hangs.collectives import GroupRecord, find_absent, read_nccl_dump, read_record
+from launcher.agent.hangs.collectives import GroupRecord, read_record
 from launcher.agent.hangs.detection import StackLocation, stack_location_of
 from launcher.config.timeouts import TIMEOUTS
-from launcher.lifecycle.recovery import abort_causes
 from launcher.lifecycle.run_dir import RunDir
 
 
@@ -47,29 +43,3 @@ async def records(
                 left.discard(rank)
                 yield rank, await asyncio.to_thread(read_record, path)
         await asyncio.sleep(0.1)
-
-
-def causes_of_aborts(
-    run_dir: RunDir, attempt: int, ranks: Iterable[int], exits: Mapping[int, int]
-) -> dict[int, tuple[str, str]]:
-    """Return the kind and the message of what made ranks abort, as `abort_causes` does.
-
-    At a timeout NCCL's watchdogs write what they recorded: if these dumps name the rank that did not enter a collective,
-    the message does, too. `ranks` are those of the run.
-    """
-    causes = abort_causes(run_dir, attempt, exits)
-    if all(kind != "communication" for kind, _ in causes.values()):
-        return causes
-    prefix = run_dir.nccl_dump(attempt)
-    names = re.compile(re.escape(prefix.name) + "([0-9]{1,7})")
-    try:
-        written = sorted(int(found[1]) for name in os.listdir(prefix.parent) if (found := names.fullmatch(name)))
-    except OSError:
-        return causes
-    absent = find_absent({rank: read_nccl_dump(Path(f"{prefix}{rank}")) for rank in written}, ranks)
-    if absent is None:
-        return causes
-    return {
-        rank: (kind, f"{text}; {absent[1]}" if kind == "communication" else text)
-        for rank, (kind, text) in causes.items()
-    }

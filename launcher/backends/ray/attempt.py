@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import assert_never
 
 from launcher.agent.attempt import Attempt
-from launcher.agent.hangs.evidence import causes_of_aborts
+from launcher.agent.hangs.timeouts import causes_of_aborts
 from launcher.agent.health import preflight
 from launcher.agent.protocol import (
     CheckNode,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,7 +64,7 @@ def test_the_warnings_of_nccl_are_counted_by_rank_and_shown_with_a_failure(tmp_p
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_a_failed_run_on_gpus_has_the_warnings_in_its_result(tmp_path: Path, device: str) -> None:
+def test_a_failed_run_on_gpus_has_the_warnings_in_its_result(tmp_path: Path, device: Any) -> None:
     run_dir = RunDir(tmp_path)
     (run_dir.logs / "1").mkdir(parents=True)
     run_dir.log(1, 1).write_text(WARNING)

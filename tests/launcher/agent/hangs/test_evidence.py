@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch._C import _distributed_c10d
 
 from launcher.agent.hangs.collectives import GroupRecord, read_nccl_dump
-from launcher.agent.hangs.evidence import causes_of_aborts, records
+from launcher.agent.hangs.evidence import records
+from launcher.agent.hangs.timeouts import causes_of_aborts
 from launcher.lifecycle.run_dir import RunDir
 
 ENTRY = {
