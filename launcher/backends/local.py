@@ -106,9 +106,17 @@ class LocalBackend(Backend):
         detached.kill(job_id)
 
     def diagnose(self, cluster: Cluster, cwd: Path) -> Iterator[Check]:
-        """Count the devices, and try the GPUs."""
+        """Count the devices, try the GPUs, and look at the limits of ranks."""
+        from launcher.agent.health import gpus, limits
+        from launcher.agent.health.kernel_log import xid_errors
+
         node = this_machine(cluster).node
         yield Check("devices", True, f"{node.gpus or 'no'} GPUs, {node.cpus} cores")
         if node.gpus:
             works, found = try_gpus()
             yield Check("gpu", works, found, "" if works else "a default run uses the CPU until then")
+            if text := "; ".join([*gpus.slowed(os.environ.get("CUDA_VISIBLE_DEVICES")), *xid_errors()]):
+                yield Check("GPU health", True, text, "have the machine looked at if it stays", note=True)
+        ranks = max(1, node.gpus or 0)
+        for text in limits.warnings(limits.look(), ranks, ranks):
+            yield Check("limits", True, text, "raise the limit before a long run", note=True)
