@@ -222,7 +222,9 @@ class JobAttempt:
         if gone := set(used) - {*agents.peers.connected()}:
             return Outcome({}, lost=[agents.host(agent) for agent in sorted(gone)])
         ranks = dict.fromkeys(map(agents.host, used), self.plan.placement.ranks_per_node)
-        unfit = preflight.judge({agents.host(agent): facts for agent, facts in answers.items()}, ranks)
+        found = {agents.host(agent): facts for agent, facts in answers.items()}
+        history.record_warnings(self.run_dir, self.number, preflight.warnings(found, ranks))
+        unfit = preflight.judge(found, ranks)
         agents.excluded |= {agent for agent in used if agents.host(agent) in unfit}
         hosts = agents.host_of_rank(used, self.plan.placement)
         return Outcome({}, hosts=hosts, unfit=unfit) if unfit else None

@@ -130,6 +130,9 @@ def describe(event: dict[str, Any]) -> str:
             return f"stopped: {message}{lines}" + ("; nothing was saved on SIGTERM" if lost else "")
         case {"event": "save-interrupted", "step": step, "error": error}:
             return f"the checkpoint of step {step} could not be saved: {error}"
+        case {"event": "node-warning", "hosts": [first, *others], "message": message}:
+            more = f" and {len(others)} more node{'s' * (len(others) > 1)}" if others else ""
+            return f"{first}{more}: {message}"
         case {"event": "waiting", "message": message}:
             return f"waiting: {message}"
         case {"event": "preempted"}:

@@ -163,6 +163,12 @@ def record_preempted(log: EventLog, **fields: Any) -> None:
     log.event("preempted", **fields)
 
 
+def record_warnings(log: EventLog, attempt: int, warnings: Mapping[str, list[str]]) -> None:
+    """Record what the preflight found on hosts that are used all the same: the hosts of each warning."""
+    for text, hosts in warnings.items():
+        log.event("node-warning", attempt=attempt, hosts=hosts, message=text)
+
+
 def record_waiting(log: EventLog, message: str, **fields: Any) -> None:
     """Record what the run waits for."""
     log.event("waiting", message=message, **fields)

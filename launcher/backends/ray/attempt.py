@@ -131,7 +131,9 @@ class RayAttempt:
         if self.stop or worker_group.broken:
             return {}
         facts = {nodes[node]: found for node, found in answers.items()}
-        return preflight.judge(facts, {name: len(worker_group.ranks_on(node)) for node, name in nodes.items()})
+        ranks = {name: len(worker_group.ranks_on(node)) for node, name in nodes.items()}
+        history.record_warnings(self.run_dir, self.number, preflight.warnings(facts, ranks))
+        return preflight.judge(facts, ranks)
 
     async def _start(self) -> None:
         from ray.exceptions import RayError
