@@ -17,6 +17,7 @@ from launcher.agent.network import reserve_port
 from launcher.agent.node_ranks import NodeRanks
 from launcher.agent.peers import Peers
 from launcher.agent.protocol import AgentInfo, AgentMessage, CheckNode, Start, StopRequest, ToAgent
+from launcher.agent.switches import by_switches
 from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle import history
 from launcher.lifecycle.exit_status import STOPPED
@@ -127,6 +128,8 @@ class JobAttempt:
         used = self.agents.available()[: placement.nodes]  # those after them are spare
         if len(used) < placement.nodes:
             return Outcome({}, lost=self.agents.absent())
+        if not placement.on_tpu:  # whose order is that of the slice
+            used = by_switches(used, self.agents.peers.switches)
         if self.plan.cluster.preflight and (outcome := await self.preflight(used)):
             return outcome
         nodes = {agent: node for node, agent in enumerate(used)}
@@ -146,7 +149,8 @@ class JobAttempt:
     def _start(self, used: Sequence[int], port: int) -> None:
         peers, placement = self.agents.peers, self.plan.placement
         hosts = [peers.hosts[agent] for agent in used]
-        history.record_started(self.run_dir, self.number, placement.world_size, hosts)
+        switches = [".".join(peers.switches.get(agent, ())) for agent in used]
+        history.record_started(self.run_dir, self.number, placement.world_size, hosts, switches)
         debug = debug_variables(self.plan, history.read(self.run_dir.events()))
         addresses = [peers.addresses[agent] for agent in used]
         for node, agent in enumerate(used):

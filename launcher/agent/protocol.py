@@ -41,6 +41,7 @@ class AgentInfo:
     Attributes:
         host: this node's name, for people.
         address: node 0's IP address, as the other nodes reach it.
+        switches: the network switches above this node, from the top; empty if they are not known.
         session: differs between two submissions of a run, and between two starts of a job, so that an old rendezvous is
             not taken for a new one.
         requeue: asks the scheduler to start the job again later, away from the given hosts; returns whether it will.
@@ -52,6 +53,7 @@ class AgentInfo:
     nodes: int = 1
     host: str = field(default_factory=socket.gethostname)
     address: str = "127.0.0.1"
+    switches: tuple[str, ...] = ()
     session: str = ""
     requeue: Callable[[Sequence[str]], bool] | None = None
     fate: Callable[[], JobFate] = lambda: ""
@@ -165,6 +167,7 @@ class Hello:
     node: int
     token: str
     host: str
+    switches: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

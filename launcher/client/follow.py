@@ -116,7 +116,9 @@ def describe(event: dict[str, Any]) -> str:
     match event:
         case {"event": "started", "attempt": attempt, "world_size": size, "hosts": hosts}:
             again = f"attempt {attempt}: " if attempt > 1 else ""
-            return f"{again}{size} rank{'s' * (size > 1)} on {', '.join(hosts)}"
+            switches = len({*event.get("switches", [])})
+            below = f" in the order of their {switches} switches" if switches > 1 else ""
+            return f"{again}{size} rank{'s' * (size > 1)} on {', '.join(hosts)}{below}"
         case {"event": "stopping", "reason": reason, "context": False, "ranks": ranks, "grace": grace}:
             one = "it is" if ranks == 1 else "they are"
             several = "s" * (ranks > 1)

@@ -148,9 +148,12 @@ class EventLog(Protocol):
         """Append an event; return whether it could be written."""
 
 
-def record_started(log: EventLog, attempt: int, world_size: int, hosts: Sequence[str]) -> None:
-    """Record that the ranks of an attempt start on `hosts`."""
-    log.event("started", attempt=attempt, world_size=world_size, hosts=list(hosts))
+def record_started(
+    log: EventLog, attempt: int, world_size: int, hosts: Sequence[str], switches: Sequence[str] = ()
+) -> None:
+    """Record that the ranks of an attempt start on `hosts`, in their order; `switches` are those above each, if known."""
+    known = {"switches": list(switches)} if any(switches) else {}
+    log.event("started", attempt=attempt, world_size=world_size, hosts=list(hosts), **known)
 
 
 def record_stopping(log: EventLog, reason: str, **fields: Any) -> None:
