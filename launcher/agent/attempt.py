@@ -7,9 +7,11 @@ import signal
 from collections.abc import Callable, Mapping
 from typing import Any, assert_never
 
-from launcher.agent.hang_detection import HangDetector, RankStatus, StackLocation, find_culprit
+from launcher.agent.hangs.collectives import GroupRecord
+from launcher.agent.hangs.detection import HangDetector, RankStatus, StackLocation, find_culprit
 from launcher.agent.protocol import (
     AgentMessage,
+    Collectives,
     DumpStacks,
     Heartbeats,
     Joined,
@@ -63,6 +65,7 @@ class Attempt:
         self._watch = HangDetector(hang_after)
         self._suspects: dict[int, RankStatus] | None = None  # the status of the ranks when they were found to hang
         self._places: dict[int, StackLocation] = {}
+        self._records: dict[int, list[GroupRecord] | None] = {}
 
     def _ranks_of(self, node: int) -> range:
         return range(node * self.ranks_per_node, (node + 1) * self.ranks_per_node)
@@ -120,7 +123,7 @@ class Attempt:
             self.alive.clear()
             return
         if self._suspects is not None and self.hung is None:
-            self.hung = find_culprit(self._suspects, self._places)
+            self.hung = find_culprit(self._suspects, self._places, self._records)
         self.send(Signal(signal.SIGKILL))
         self._killed, self.kill_at = True, asyncio.get_running_loop().time() + TIMEOUTS.killed_rank
 
@@ -135,10 +138,14 @@ class Attempt:
                 self._on_statuses(ranks)
             case Stacks(ranks):
                 self._places |= ranks
+            case Collectives(rank, groups):
+                self._records[rank] = groups
             case StopRequest() | NodeChecked() | Joined():
                 pass
             case _:
                 assert_never(message)
+        if self._suspects is not None and self.alive <= self._records.keys() & self._places.keys():
+            self.kill_within(0.0)  # nothing more to wait for
 
     def _on_exit(self, end: RankExit) -> None:
         self.alive.discard(end.rank)
@@ -178,4 +185,4 @@ class Attempt:
         if self._watch.see(self._beats, asyncio.get_running_loop().time()):
             self._suspects = dict(self._beats)
             self.send(DumpStacks(self.attempt))
-            self.kill_within(TIMEOUTS.stack_dump + 2.0)  # the messages need a moment, too
+            self.kill_within(TIMEOUTS.stack_dump + TIMEOUTS.collectives + 2.0)  # the messages need a moment, too

@@ -11,16 +11,17 @@ from contextlib import suppress
 from dataclasses import replace
 
 from launcher.agent.attempt import Attempt
+from launcher.agent.hangs.timeouts import causes_of_aborts
 from launcher.agent.health import preflight
 from launcher.agent.network.peers import Peers
 from launcher.agent.network.store import Store
 from launcher.agent.node_ranks import NodeRanks
 from launcher.agent.protocol import AgentInfo, AgentMessage, CheckNode, Start, StopRequest, ToAgent
+from launcher.agent.switches import by_switches
 from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle import history
 from launcher.lifecycle.exit_status import STOPPED
 from launcher.lifecycle.policy import Outcome
-from launcher.lifecycle.recovery import abort_causes
 from launcher.lifecycle.run_dir import RunDir
 from launcher.request.placement.place import Placement
 from launcher.request.spec import Plan
@@ -128,6 +129,8 @@ class JobAttempt:
         used = self.agents.available()[: placement.nodes]  # those after them are spare
         if len(used) < placement.nodes:
             return Outcome({}, lost=self.agents.absent())
+        if not placement.on_tpu:  # whose order is that of the slice
+            used = by_switches(used, self.agents.peers.switches)
         if self.plan.cluster.preflight and (outcome := await self.preflight(used)):
             return outcome
         nodes = {agent: node for node, agent in enumerate(used)}
@@ -143,7 +146,8 @@ class JobAttempt:
     def _start(self, used: Sequence[int], port: int) -> None:
         peers, placement = self.agents.peers, self.plan.placement
         hosts = [peers.hosts[agent] for agent in used]
-        history.record_started(self.run_dir, self.number, placement.world_size, hosts)
+        switches = [".".join(peers.switches.get(agent, ())) for agent in used]
+        history.record_started(self.run_dir, self.number, placement.world_size, hosts, switches)
         debug = debug_variables(self.plan, history.read(self.run_dir.events()))
         addresses = [peers.addresses[agent] for agent in used]
         for node, agent in enumerate(used):
@@ -159,7 +163,7 @@ class JobAttempt:
         errors = self.run_dir.errors(self.number)
         lost = [self.agents.host(agent) for agent in attempt.lost]
         outcome = Outcome(attempt.exits, errors, stop, lost, host_of_rank, attempt.progress, attempt.hung)
-        aborts = await asyncio.to_thread(abort_causes, self.run_dir, self.number, attempt.exits)
+        aborts = await asyncio.to_thread(causes_of_aborts, self.run_dir, self.number, host_of_rank, attempt.exits)
         before = attempt.ended_before_stop
         return replace(outcome, joined=attempt.joined, finished=finished, aborts=aborts, ended_before_stop=before)
 
@@ -219,7 +223,9 @@ class JobAttempt:
         if gone := set(used) - {*agents.peers.connected()}:
             return Outcome({}, lost=[agents.host(agent) for agent in sorted(gone)])
         ranks = dict.fromkeys(map(agents.host, used), self.plan.placement.ranks_per_node)
-        unfit = preflight.judge({agents.host(agent): facts for agent, facts in answers.items()}, ranks)
+        found = {agents.host(agent): facts for agent, facts in answers.items()}
+        history.record_warnings(self.run_dir, self.number, preflight.warnings(found, ranks))
+        unfit = preflight.judge(found, ranks)
         agents.excluded |= {agent for agent in used if agents.host(agent) in unfit}
         hosts = agents.host_of_rank(used, self.plan.placement)
         return Outcome({}, hosts=hosts, unfit=unfit) if unfit else None

@@ -111,7 +111,8 @@ async def connect(run_dir: RunDir, agent_info: AgentInfo) -> tuple[asyncio.Strea
         if found and found["session"] == agent_info.session:
             with suppress(OSError):
                 reader, writer = await asyncio.open_connection(found["address"], found["port"])
-                writer.write(encode(Hello(agent_info.node, found["token"], agent_info.host)))
+                hello = Hello(agent_info.node, found["token"], agent_info.host, agent_info.switches)
+                writer.write(encode(hello))
                 return reader, writer
         if (run_dir.result() or {}).get("state") == State.SUCCEEDED:
             return None

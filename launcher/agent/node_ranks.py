@@ -13,13 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import assert_never
 
-from launcher.agent.hang_detection import RankStatus, stack_location_of
+from launcher.agent.hangs import evidence
+from launcher.agent.hangs.detection import STOPPED_STATES, RankStatus
 from launcher.agent.health import preflight
 from launcher.agent.network.addresses import interface_of, interface_variables, source_towards
 from launcher.agent.protocol import (
     AgentInfo,
     Alive,
     CheckNode,
+    Collectives,
     DumpStacks,
     End,
     FromAgent,
@@ -35,7 +37,7 @@ from launcher.agent.protocol import (
 from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle.exit_status import ERROR_NOT_WRITTEN
 from launcher.lifecycle.run_dir import RunDir
-from launcher.rank.environment import finished_variable, rank_environment, shared_environment
+from launcher.rank.environment import finished_variable, rank_environment, recorder_variables, shared_environment
 from launcher.rank.messages import (
     FromForkServer,
     Preload,
@@ -156,6 +158,7 @@ class NodeRanks:
             self.running.add(world.rank)
             own = start.environments.get(world.rank, {}) | finished_variable(self.run_dir, world)
             environment = rank_environment(node_environment(self.agent_info), self.plan, world, own)
+            environment |= recorder_variables(environment, self.run_dir, world)
             log = self.run_dir.log(start.attempt, world.rank)
             self.streams.start(log)
             self._send(StartRank(world, str(log), environment))
@@ -196,18 +199,18 @@ class NodeRanks:
         self.emit(NodeChecked(attempt, facts))
 
     async def _stacks(self, attempt: int) -> None:
-        """Have every rank write the stacks of its threads into its log, and report their locations."""
-        logs = {rank: self.run_dir.log(attempt, rank) for rank in sorted(self.running)}
-        sizes = {rank: log.stat().st_size for rank, log in logs.items() if log.exists()}
+        """Have every rank write the stacks of its threads into its log and its collectives, and report both."""
+        asked = {rank for rank in self.running if self.heartbeats[rank].request_dump()}
+        asked -= {rank for rank in asked if process_state(self.pids.get(rank)) in [*STOPPED_STATES]}
+        for rank in self.running - asked:
+            self.emit(Collectives(rank))
+        self.emit(Stacks(await evidence.stack_locations(self.run_dir, attempt, self.running, self._quit)))
+        async for rank, groups in evidence.records(self.run_dir, attempt, asked, self.running):
+            self.emit(Collectives(rank, groups))
+
+    def _quit(self, ranks: list[int]) -> None:
         if self.writer is not None:
-            self._send(SignalRanks(signal.SIGQUIT, sorted(logs)))
-        await asyncio.sleep(TIMEOUTS.stack_dump)
-        found = {}
-        for rank, size in sizes.items():
-            with logs[rank].open("rb") as log:
-                log.seek(size)
-                found[rank] = stack_location_of(log.read(1 << 20).decode(errors="replace"))
-        self.emit(Stacks(found))
+            self._send(SignalRanks(signal.SIGQUIT, ranks))
 
     async def close(self) -> None:
         """Kill what still runs and wait until the forkserver and every rank are gone."""

@@ -8,7 +8,7 @@ to an agent           its answer
 ====================  ===================================================
 `Start`               `RankExit` for each rank, when it ends
 `Signal`              none
-`DumpStacks`          `Stacks`
+`DumpStacks`          `Stacks`, and `Collectives` for each rank
 `CheckNode`           `NodeChecked`
 `Alive`, once a       `Heartbeats`, once a second without being asked
 second
@@ -25,7 +25,8 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from launcher.agent.hang_detection import RankStatus, StackLocation
+from launcher.agent.hangs.collectives import GroupRecord
+from launcher.agent.hangs.detection import RankStatus, StackLocation
 from launcher.lifecycle.history import JobFate
 from launcher.rank.messages import JsonObject
 from launcher.request.placement import tpu
@@ -40,6 +41,7 @@ class AgentInfo:
     Attributes:
         host: this node's name, for people.
         address: node 0's IP address, as the other nodes reach it.
+        switches: the network switches above this node, from the top; empty if they are not known.
         session: differs between two submissions of a run, and between two starts of a job, so that an old rendezvous is
             not taken for a new one.
         requeue: asks the scheduler to start the job again later, away from the given hosts; returns whether it will.
@@ -51,6 +53,7 @@ class AgentInfo:
     nodes: int = 1
     host: str = field(default_factory=socket.gethostname)
     address: str = "127.0.0.1"
+    switches: tuple[str, ...] = ()
     session: str = ""
     requeue: Callable[[Sequence[str]], bool] | None = None
     fate: Callable[[], JobFate] = lambda: ""
@@ -164,6 +167,7 @@ class Hello:
     node: int
     token: str
     host: str
+    switches: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,14 @@ class Stacks:
     """The stack location of each running rank of the node."""
 
     ranks: dict[int, StackLocation]
+
+
+@dataclass(frozen=True)
+class Collectives:
+    """The collectives that a rank has entered; `groups` is None if it has no record of them. A message stays below 64 KiB."""
+
+    rank: int
+    groups: list[GroupRecord] | None = None
 
 
 @dataclass(frozen=True)
@@ -273,7 +285,7 @@ class KillWorker:
 
 
 ToAgent = Start | Signal | DumpStacks | CheckNode | Alive | End
-FromAgent = RankExit | Heartbeats | Stacks | NodeChecked | StopRequest
+FromAgent = RankExit | Heartbeats | Stacks | Collectives | NodeChecked | StopRequest
 AgentMessage = FromAgent | Joined | Lost
 ToNodeActor = ToAgent | EndWorker | KillWorker
 RayMessage = AgentMessage | WorkerReady | WorkerGone | GroupEnded | Drained

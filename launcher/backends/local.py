@@ -54,7 +54,7 @@ class LocalBackend(Backend):
     def render(self, plan: Plan) -> str:
         """The processes that would start, and their environments."""
         from launcher.agent.protocol import AgentInfo, Start
-        from launcher.rank.environment import finished_variable, rank_environment
+        from launcher.rank.environment import finished_variable, rank_environment, recorder_variables
 
         run_dir = RunDir(plan.run_dir)
         lines = [f"agent: python -m launcher.agent.main {plan.run_dir}"]
@@ -62,6 +62,7 @@ class LocalBackend(Backend):
         for world in start.worlds:
             own = start.environments.get(world.rank, {}) | finished_variable(run_dir, world)
             environment = rank_environment({}, plan, world, own)
+            environment |= recorder_variables(environment, run_dir, world)
             environment["MASTER_PORT"] = "<a free port>"
             lines.append(f"rank {world.rank}: {plan.target.kind} {plan.target.name} {plan.target.listed()}")
             lines += [f"    {key}={value}" for key, value in sorted(environment.items())]
@@ -122,11 +123,20 @@ class LocalBackend(Backend):
         detached.kill(job_id)
 
     def diagnose(self, cluster: Cluster, cwd: Path) -> Iterator[Check]:
-        """Count the devices, and try the GPUs."""
+        """Count the devices, try the GPUs, and look at the limits of ranks."""
+        from launcher.agent.health import gpus, limits
+        from launcher.agent.health.kernel_log import xid_errors
+
         cluster = this_machine(cluster)
-        yield Check("devices", True, f"{cluster.node.gpus or 'no'} GPUs, {cluster.node.cpus} cores")
-        if cluster.node.gpus:
+        node = cluster.node
+        yield Check("devices", True, f"{node.gpus or 'no'} GPUs, {node.cpus} cores")
+        if node.gpus:
             gpu = self.free_gpu(cluster)
             works, found = try_gpus(gpu)
             found += f"; tried: {gpu.why}" if gpu else ""
             yield Check("gpu", works, found, "" if works else "a default run uses the CPU until then")
+            if text := "; ".join([*gpus.slowed(os.environ.get("CUDA_VISIBLE_DEVICES")), *xid_errors()]):
+                yield Check("GPU health", True, text, "have the machine looked at if it stays", note=True)
+        ranks = max(1, node.gpus or 0)
+        for text in limits.warnings(limits.look(), ranks, ranks):
+            yield Check("limits", True, text, "raise the limit before a long run", note=True)

@@ -116,7 +116,9 @@ def describe(event: dict[str, Any]) -> str:
     match event:
         case {"event": "started", "attempt": attempt, "world_size": size, "hosts": hosts}:
             again = f"attempt {attempt}: " if attempt > 1 else ""
-            return f"{again}{size} rank{'s' * (size > 1)} on {', '.join(hosts)}"
+            switches = len({*event.get("switches", [])})
+            below = f" in the order of their {switches} switches" if switches > 1 else ""
+            return f"{again}{size} rank{'s' * (size > 1)} on {', '.join(hosts)}{below}"
         case {"event": "stopping", "reason": reason, "context": False, "ranks": ranks, "grace": grace}:
             one = "it is" if ranks == 1 else "they are"
             several = "s" * (ranks > 1)
@@ -130,6 +132,9 @@ def describe(event: dict[str, Any]) -> str:
             return f"stopped: {message}{lines}" + ("; nothing was saved on SIGTERM" if lost else "")
         case {"event": "save-interrupted", "step": step, "error": error}:
             return f"the checkpoint of step {step} could not be saved: {error}"
+        case {"event": "node-warning", "hosts": [first, *others], "message": message}:
+            more = f" and {len(others)} more node{'s' * (len(others) > 1)}" if others else ""
+            return f"{first}{more}: {message}"
         case {"event": "waiting", "message": message}:
             return f"waiting: {message}"
         case {"event": "preempted"}:

@@ -314,6 +314,10 @@ def _explanation(directory: RunDir, shown_rank: int | None) -> str:
         text += "\n" + failure["traceback"].rstrip() + "\n"
     elif failure.get("log"):
         text += "\nThe last lines of its log:\n" + "\n".join(failure["log"]) + "\n"
+    warnings = failure.get("nccl_warnings") or []
+    if warnings:
+        more = [f"... and those of {len(warnings) - 4} more ranks"] if len(warnings) > 4 else []
+        text += "\n" + "\n".join([*warnings[:4], *more]) + "\n"
     return f"{text}{failure['kind']}: {failure['advice']}"
 
 

@@ -30,6 +30,7 @@ class Timeouts:
             driver or a file system, cannot be killed.
         ranks_end: wait for the end of a node's ranks after they are killed.
         stack_dump: ranks write their stacks, in a signal handler in C that no Python code delays.
+        collectives: after that, ranks write the collectives that they entered; a rank whose Python does not run writes none.
         standby: the imports of a rank have to be unchanged for so long before its standby interpreter starts.
         same_stop: a SIGTERM from the agent within this time after one from outside is the same stop, sent twice.
 
@@ -81,6 +82,7 @@ class Timeouts:
     killed_rank: float = 30.0
     ranks_end: float = 20.0
     stack_dump: float = 1.0
+    collectives: float = 5.0
     standby: float = 2.0
     same_stop: float = 5.0
 

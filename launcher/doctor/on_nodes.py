@@ -106,6 +106,7 @@ def verdicts(found: Facts) -> Iterator[Check]:
     yield Check("nodes", True, ", ".join(f"{node['host']} ({node['address']})" for node in nodes))
     yield _versions(nodes)
     yield from _devices(nodes)
+    yield from _limits(nodes)
     late = [f"{node['host']} does not see it" for node in nodes if node["seen"] < 0]
     slowest = max(nodes, key=lambda node: node["renames"])
     yield Check(
@@ -217,6 +218,19 @@ def _devices(nodes: Sequence[Facts]) -> Iterator[Check]:
                 text = f"{node['host']}: {'; '.join(seen['faults'])}"
                 remedy = "report to the cluster administrators; slurm.exclude in the profile avoids it"
                 yield Check("GPU health", False, text, remedy)
+            if seen.get("warnings"):
+                text = f"{node['host']}: {'; '.join(seen['warnings'])}"
+                yield Check("GPU health", True, text, "report to the cluster administrators if it stays", note=True)
+
+
+def _limits(nodes: Sequence[Facts]) -> Iterator[Check]:
+    """Notes on nodes whose limits are too low; nodes with the same ones share a note."""
+    hosts: dict[str, list[str]] = {}
+    for node in nodes:
+        for text in node.get("limits", []):
+            hosts.setdefault(text, []).append(node["host"])
+    for text, names in hosts.items():
+        yield Check("limits", True, f"{', '.join(names)}: {text}", "raise the limit before a long run", note=True)
 
 
 def _enough_gpus(seen: Facts, ranks: int) -> tuple[bool, str]:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.agent.health import environment_record, gpus
+from launcher.agent.health import environment_record, gpus, limits
+from launcher.agent.health.kernel_log import xid_errors
 from launcher.agent.health.node_facts import _until, appears, renames, versions, within
 from launcher.agent.network.addresses import source_towards
 from launcher.config.codec import to_json
@@ -49,6 +50,7 @@ def alone(ctx: Context) -> dict[str, Any]:
         "address": source_towards(world.master_addr),
         "versions": versions(),
         "ranks": world.local_world_size,
+        "limits": limits.warnings(limits.look(), world.local_world_size, world.world_size),
         "device": world.device,
         "devices": devices() if world.device == "cuda" else {},
         "scratch": shutil.disk_usage(os.environ.get("TMPDIR", "/tmp")).free,
@@ -62,12 +64,14 @@ def devices() -> dict[str, Any]:
 
     count = torch.cuda.device_count()
     names = sorted({torch.cuda.get_device_name(n) for n in range(count)})
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return {
-        "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "visible": visible,
         "count": count,
         "names": names,
         "driver": environment_record.driver(),
-        "faults": (gpus.report(os.environ.get("CUDA_VISIBLE_DEVICES")) or {}).get("faults", []),
+        "faults": (gpus.report(visible) or {}).get("faults", []),
+        "warnings": [*gpus.slowed(visible), *xid_errors()],
     }
 
 

@@ -49,7 +49,7 @@ _SAME_CALLS = (
 _HOST = "This was memory of the node, not of a GPU: ask for more of it, or use fewer loader workers or ranks a node."
 
 SIGNS = (
-    # ---- launcher.agent.hang_detection ---------------------------------------------------------------------------------
+    # ---- launcher.agent.hangs.detection, collectives ---------------------------------------------------------------------------------
     _sign(
         "hung",
         "did not connect to each other",
@@ -57,6 +57,7 @@ SIGNS = (
         " NCCL_SOCKET_IFNAME under [environment] of the profile), on all ports; `launch doctor --on-nodes` measures it. The"
         " logs of a second attempt have what NCCL says (NCCL_DEBUG=INFO).",
     ),
+    _sign("user error", "the ranks disagree on collective #", advice=_SAME_CALLS),
     # ---- ranks that misuse a collective: NCCL src/init.cc, src/misc/argcheck.cc; torch/csrc/distributed/c10d ------------
     _sign(
         "user error",

@@ -148,9 +148,12 @@ class EventLog(Protocol):
         """Append an event; return whether it could be written."""
 
 
-def record_started(log: EventLog, attempt: int, world_size: int, hosts: Sequence[str]) -> None:
-    """Record that the ranks of an attempt start on `hosts`."""
-    log.event("started", attempt=attempt, world_size=world_size, hosts=list(hosts))
+def record_started(
+    log: EventLog, attempt: int, world_size: int, hosts: Sequence[str], switches: Sequence[str] = ()
+) -> None:
+    """Record that the ranks of an attempt start on `hosts`, in their order; `switches` are those above each, if known."""
+    known = {"switches": list(switches)} if any(switches) else {}
+    log.event("started", attempt=attempt, world_size=world_size, hosts=list(hosts), **known)
 
 
 def record_stopping(log: EventLog, reason: str, **fields: Any) -> None:
@@ -161,6 +164,12 @@ def record_stopping(log: EventLog, reason: str, **fields: Any) -> None:
 def record_preempted(log: EventLog, **fields: Any) -> None:
     """Record that the scheduler takes nodes away; `fields` are its signal and reason, or the nodes."""
     log.event("preempted", **fields)
+
+
+def record_warnings(log: EventLog, attempt: int, warnings: Mapping[str, list[str]]) -> None:
+    """Record what the preflight found on hosts that are used all the same: the hosts of each warning."""
+    for text, hosts in warnings.items():
+        log.event("node-warning", attempt=attempt, hosts=hosts, message=text)
 
 
 def record_waiting(log: EventLog, message: str, **fields: Any) -> None:

@@ -16,6 +16,7 @@ from launcher.lifecycle.exit_status import (
     STOPPED,
     advice,
     is_missing,
+    sign_in,
 )
 from launcher.lifecycle.history import History
 
@@ -72,7 +73,11 @@ RULES: dict[str, Rule] = {
     "communication": Rule(
         Retry.HERE, "Communication between ranks failed; look at the network between the nodes, then `launch resume`."
     ),
-    "hung": Rule(Retry.HERE, "The stacks of all ranks are in their logs; then `launch resume`."),
+    "hung": Rule(
+        Retry.HERE,
+        "The stacks of all ranks are in their logs, and beside these what each rank had entered (<rank>.collectives.json);"
+        " then `launch resume`.",
+    ),
     "device": Rule(
         Retry.ELSEWHERE,
         "A GPU, its driver or the build of torch for it is at fault, not the target; report the node to the cluster's"
@@ -301,7 +306,9 @@ def name_failure(outcome: Outcome, bad: Mapping[int, int]) -> Failure:
         return Failure(kind, message, rank, host, advice(kind, message) or ADVICE[kind], traceback)
 
     if outcome.hung is not None:
-        return failure("hung", outcome.hung[1], outcome.hung[0])
+        rank, text = outcome.hung
+        sign = sign_in(text)  # ranks that call different collectives do so again
+        return failure("user error" if sign is not None and sign.kind == "user error" else "hung", text, rank)
     if outcome.lost:
         text = f"{outcome.lost[0]} stopped answering"
         return failure("node lost", text, None, outcome.traceback, outcome.lost[0])

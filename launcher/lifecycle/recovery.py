@@ -38,6 +38,13 @@ UNFINISHED = re.compile(r"\.(value\.json|value\.pkl|[0-9]+\.json)\.[0-9a-f]+\.tm
 """Names of the temporary files of what ranks write: the value of the target, and errors."""
 
 
+NCCL_WARNING = re.compile(r"\bNCCL WARN (.+)")
+"""What NCCL logs if NCCL_DEBUG is WARN or more (src/debug.cc)."""
+
+MOST_WARNED = 256
+"""Ranks whose logs are searched for warnings of NCCL."""
+
+
 class Elsewhere(StrEnum):
     """Whether and how a run goes on away from its present nodes."""
 
@@ -251,6 +258,8 @@ def end_run(
         history.record_failed(run_dir, _failure_fields(attempt, failure, step))
         rank = failure.rank if failure.rank is not None else 0
         fields["failure"] = asdict(failure) | {"log": tail(run_dir.log(attempt, rank))}
+        if plan.placement.device == "cuda" and (lines := nccl_warnings(run_dir, attempt, plan.placement.world_size)):
+            fields["failure"]["nccl_warnings"] = lines
     try:
         run_dir.write_result(state, **fields)
     except OSError as error:  # then the exit status is all that says it
@@ -258,6 +267,21 @@ def end_run(
     remove_unfinished(run_dir)
     history.record_finished(run_dir, state.value, attempt=attempt)
     return state
+
+
+def nccl_warnings(run_dir: RunDir, attempt: int, ranks: int) -> list[str]:
+    """Return a line for each rank that logged warnings of NCCL: their number and the last one.
+
+    The last 64 KiB of the logs of the first `MOST_WARNED` ranks are read, and a line has 300 characters at most.
+    """
+    found = []
+    for rank in range(min(ranks, MOST_WARNED)):
+        with suppress(OSError):
+            lines = tail(run_dir.log(attempt, rank), 1 << 16)
+            if warnings := [said[1].strip() for line in lines if (said := NCCL_WARNING.search(line))]:
+                number = f"{len(warnings)} warning{'s' * (len(warnings) > 1)} of NCCL"
+                found.append(f"rank {rank}: {number}, the last: {warnings[-1]}"[:300])
+    return found
 
 
 def remove_unfinished(run_dir: RunDir) -> None:

@@ -76,6 +76,14 @@ class RunFiles:
         """What a program creates to say that it is complete; its name is in the rank's LAUNCH_FINISHED."""
         return self.logs / str(attempt) / f"{rank}.finished"
 
+    def collectives(self, attempt: int, rank: int) -> Path:
+        """The newest collectives of a rank that hung (`training.distributed.hangs.collectives`)."""
+        return self.logs / str(attempt) / f"{rank}.collectives.json"
+
+    def nccl_dump(self, attempt: int) -> Path:
+        """What NCCL writes the record of a rank to at a timeout, followed by the number of the rank."""
+        return self.logs / str(attempt) / "nccl-"
+
     def agent_log(self, node: int) -> Path:
         return self.logs / f"agent-{node}.log"
 

@@ -147,6 +147,22 @@ def finished_variable(run_dir: RunDir, world: World) -> dict[str, str]:
     return {"LAUNCH_FINISHED": str(run_dir.finished(world.attempt, world.rank))}
 
 
+def recorder_variables(environment: Mapping[str, str], run_dir: RunDir, world: World) -> dict[str, str]:
+    """Return what makes torch record the collectives of a rank that uses NCCL, and write them into the run directory.
+
+    At a timeout NCCL's watchdog writes the record to the file of TORCH_FR_DUMP_TEMP_FILE and the rank's number. What
+    `environment` has already is kept, under its older names too. Gloo records without being asked.
+    """
+    if world.device != "cuda" or world.world_size == 1:
+        return {}
+    wanted = {
+        ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"): "2000",
+        ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"): str(run_dir.nccl_dump(world.attempt)),
+        ("TORCH_NCCL_DUMP_ON_TIMEOUT",): "1",
+    }
+    return {names[0]: value for names, value in wanted.items() if not any(name in environment for name in names)}
+
+
 def shared_environment(inherited: Mapping[str, str], plan: Plan) -> dict[str, str]:
     """Return what all ranks of a node have in common, for a process that imports libraries ahead of them."""
     environment = {k: v for k, v in inherited.items() if k not in STALE and not k.startswith(STALE_PREFIXES)}

@@ -16,6 +16,8 @@ SLOT = 64
 
 STARTING, CONNECTING, TRAINING, IDLE = "starting", "connecting", "training", "idle"
 _INTERACTIVE = _LAYOUT.size  # offset of one byte
+_DUMP = _LAYOUT.size + 1  # offset of one byte: `_ANSWERS` or `_REQUESTED`, else the rank answers no requests
+_ANSWERS, _REQUESTED = 1, 2
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,27 @@ class Heartbeat:
     @interactive.setter
     def interactive(self, value: bool) -> None:
         self._memory[self._offset + _INTERACTIVE] = value
+
+    @property
+    def shared(self) -> bool:
+        """Whether another process can read this heartbeat."""
+        return isinstance(self._memory, mmap.mmap)
+
+    @property
+    def dump_requested(self) -> bool:
+        """Whether the launcher asked for the collectives of this rank, and it has not answered yet."""
+        return self._memory[self._offset + _DUMP] == _REQUESTED
+
+    def request_dump(self) -> bool:
+        """Ask the rank for its collectives; return whether it answers such requests."""
+        answers = bool(self._memory[self._offset + _DUMP])
+        if answers:
+            self._memory[self._offset + _DUMP] = _REQUESTED
+        return answers
+
+    def answer_dump(self) -> None:
+        """Report that this rank answers requests for its collectives, and that there is none which it has not answered."""
+        self._memory[self._offset + _DUMP] = _ANSWERS
 
     def clear(self) -> None:
         """Erase the report of the rank that used this slot before."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from training.distributed.devices import RUNTIMES, Runtime
 from training.distributed.group import Group, Vote, make_group
+from training.distributed.hangs.collectives import CollectiveDumper, answer_requests
 from training.distributed.heartbeat import CONNECTING, Heartbeat
 from training.distributed.random_state import make_deterministic
 from training.distributed.world import World
@@ -51,6 +52,7 @@ class Rank:
         self.mirror: Mirror | None = None
         self._votes: dict[str, Vote] = {}
         self._next_stat = 0.0
+        self._dumper: CollectiveDumper | None = None
         self._lines = Lines()
 
     @property
@@ -71,7 +73,9 @@ class Rank:
         if not self.runtime.group_first:
             _ = self.device  # NCCL needs the device
         with self.phase(CONNECTING):
-            return make_group(self.world)
+            group = make_group(self.world)
+        self._dumper = answer_requests(self.run_dir, self.world, self.heartbeat)
+        return group
 
     @cached_property
     def checkpoints(self) -> Checkpoints:
@@ -180,12 +184,9 @@ class Rank:
         for vote in votes.values():  # one in progress would disturb the end of the group
             with contextlib.suppress(RuntimeError):
                 vote.settle()
-        if "checkpoints" in self.__dict__:
-            self.checkpoints.close()
-        if self.mirror is not None:
-            self.mirror.close()
-        if "group" in self.__dict__:
-            self.__dict__.pop("group").close()
+        for each in (self.__dict__.get("checkpoints"), self.mirror, self._dumper, self.__dict__.pop("group", None)):
+            if each is not None:
+                each.close()
         self._lines.flush()
 
     def _stop_file(self) -> bool:

@@ -47,6 +47,25 @@ class Gpu:
         return f"GPU {self.index} has the most free memory ({self.free / 1024:.1f} of {self.total / 1024:.1f} GiB)"
 
 
+SLOWED = "index,uuid,clocks_throttle_reasons.hw_thermal_slowdown,clocks_throttle_reasons.hw_power_brake_slowdown"
+"""Why the hardware lowers the clocks of each GPU; drivers since 530 call it ``clocks_event_reasons`` and know both names."""
+
+
+def slowed(visible: str | None, limit: float = TIMEOUTS.gpu_driver) -> list[str]:
+    """Return a sentence for each GPU of `visible` that the hardware slows down; empty if nvidia-smi does not say."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    answer = _answer(_ask(f"--query-gpu={SLOWED}", "--format=csv,noheader,nounits"), time.monotonic() + limit)
+    status, listed = answer or (1, "")
+    gpus = [found for line in listed.splitlines() if len(found := _fields(line)) == 4] if status == 0 else []
+    why = ("because it is too hot", "by the power brake of its node")
+    return [
+        f"GPU {index} ({uuid}) is slowed down {' and '.join(reasons)}"
+        for index, uuid, *states in _select_visible(gpus, visible)[0]
+        if (reasons := [text for text, state in zip(why, states, strict=True) if state == "Active"])
+    ]
+
+
 def report(visible: str | None, limit: float = TIMEOUTS.gpu_driver) -> dict[str, Any] | None:
     """``{"count": usable GPUs, "faults": [one sentence each]}``; None without nvidia-smi.
 

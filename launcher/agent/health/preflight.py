@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import cache, partial
 from typing import Any, TypeVar
 
-from launcher.agent.health import gpus, node_facts
+from launcher.agent.health import gpus, limits, node_facts
 from launcher.agent.health.node_facts import Facts
 from launcher.agent.protocol import NodeChecked
 from launcher.config.timeouts import TIMEOUTS
@@ -43,6 +43,7 @@ async def look(run_dir: RunDir, attempt: int, node: int, device: str, visible: s
         "run folder": partial(run_folder, run_dir, attempt, node),
         "scratch": scratch,
         "versions": versions,
+        "limits": limits.look,
     }
     if device == "cuda":
         parts["gpus"] = lambda: gpus.report(visible) or {}
@@ -154,6 +155,16 @@ def judge(answers: Mapping[str, Facts], ranks: Mapping[str, int]) -> dict[str, s
         for host in (host for host, facts in there.items() if facts.get("gpus") == {}):
             faults[host].append(f"it has no nvidia-smi, unlike the other nodes ({_REPORT})")
     return {host: "; ".join(texts) for host, texts in faults.items() if texts}
+
+
+def warnings(answers: Mapping[str, Facts], ranks: Mapping[str, int]) -> dict[str, list[str]]:
+    """Return what may break ranks later, and the hosts for which that holds; the arguments are those of `judge`."""
+    found: dict[str, list[str]] = {}
+    for host, facts in answers.items():
+        own = facts.get("limits") or {"fault": ""}
+        for text in limits.warnings(own, ranks[host], sum(ranks.values())) if "fault" not in own else ():
+            found.setdefault(text, []).append(host)
+    return found
 
 
 _REPORT = "report it to the cluster administrators"

@@ -27,6 +27,7 @@ class Peers:
     def __init__(self, run_dir: RunDir, agent_info: AgentInfo, emit: Callable[[int, AgentMessage], None]) -> None:
         self.run_dir, self.agent_info, self.emit = run_dir, agent_info, emit
         self.hosts = {agent_info.node: agent_info.host}
+        self.switches = {agent_info.node: agent_info.switches}
         self.addresses = {agent_info.node: agent_info.address}  # as this node reaches the others
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._received_at: dict[int, float] = {}
@@ -59,6 +60,7 @@ class Peers:
         self._writers[node] = writer
         self._received_at[node] = time.monotonic()
         self.hosts[node] = hello.host
+        self.switches[node] = hello.switches
         self.addresses[node] = peer_of(writer.get_extra_info("peername"))
         self.emit(node, Joined())
         with suppress(ConnectionError):

@@ -10,9 +10,11 @@ from dataclasses import replace
 from typing import assert_never
 
 from launcher.agent.attempt import Attempt
+from launcher.agent.hangs.timeouts import causes_of_aborts
 from launcher.agent.health import preflight
 from launcher.agent.protocol import (
     CheckNode,
+    Collectives,
     Drained,
     GroupEnded,
     Heartbeats,
@@ -32,7 +34,6 @@ from launcher.backends.ray.worker_group import Inbox, WorkerGroup
 from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle import history
 from launcher.lifecycle.policy import Outcome
-from launcher.lifecycle.recovery import abort_causes
 from launcher.lifecycle.run_dir import RunDir
 
 DRIVER = ""
@@ -97,7 +98,7 @@ class RayAttempt:
         errors = self.run_dir.errors(self.number)
         ends = Outcome(exits, errors, self.stop, lost, host_of, self.ranks.progress, self.ranks.hung, unfit)
         finished = self.run_dir.finished(self.number, 0).exists()
-        aborts = await asyncio.to_thread(abort_causes, self.run_dir, self.number, exits)
+        aborts = await asyncio.to_thread(causes_of_aborts, self.run_dir, self.number, host_of, exits)
         before = self.ranks.ended_before_stop
         return replace(ends, joined=self.ranks.joined, finished=finished, aborts=aborts, ended_before_stop=before)
 
@@ -130,7 +131,9 @@ class RayAttempt:
         if self.stop or worker_group.broken:
             return {}
         facts = {nodes[node]: found for node, found in answers.items()}
-        return preflight.judge(facts, {name: len(worker_group.ranks_on(node)) for node, name in nodes.items()})
+        ranks = {name: len(worker_group.ranks_on(node)) for node, name in nodes.items()}
+        history.record_warnings(self.run_dir, self.number, preflight.warnings(facts, ranks))
+        return preflight.judge(facts, ranks)
 
     async def _start(self) -> None:
         from ray.exceptions import RayError
@@ -152,7 +155,7 @@ class RayAttempt:
         match message:
             case RankExit(rank):
                 self.ranks.on_message(rank, message)
-            case Heartbeats() | Stacks():
+            case Heartbeats() | Stacks() | Collectives():
                 self.ranks.on_message(0, message)
             case WorkerGone(worker, group) if group == self.worker_group.number:
                 # Without its worker a rank has no claim to its devices. Its end is then the cause of the others'.

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.agent.protocol import AgentInfo
+from launcher.agent.switches import switches_of
 from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle import history
 from launcher.lifecycle.history import JobFate
@@ -65,6 +66,7 @@ def agent_info(run_dir: RunDir, environment: Mapping[str, str]) -> AgentInfo:
         nodes=int(environment["SLURM_NNODES"]),
         host=environment["SLURMD_NODENAME"],
         address=environment["SLURM_LAUNCH_NODE_IPADDR"],
+        switches=switches_of(environment),
         session=str(start),
         requeue=lambda exclude: requeue(run_dir, start, exclude),
         fate=lambda: final_job_fate(run_dir, start),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from launcher.agent.attempt import Attempt
-from launcher.agent.hang_detection import HangDetector, RankStatus, StackLocation
+from launcher.agent.hangs.detection import HangDetector, RankStatus, StackLocation
 from launcher.agent.job_attempt import debug_variables
 from launcher.agent.protocol import DumpStacks, Heartbeats, Lost, RankExit, Signal, Stacks, Start, ToAgent
 from launcher.config.cluster import Cluster

@@ -133,12 +133,47 @@ def test_hangs_are_found_and_the_rank_at_fault_is_named(local_project: Project) 
     stopped, loading, skipped = (f["message"] for f in failures)
     assert stopped.startswith("rank 1 is stopped (SIGSTOP or a terminal) at step 4")
     assert re.fullmatch(
-        r"rank 0 makes no progress after step 8 at .*/hangs\.py:\d+ in load; the others wait for it", loading
+        r"rank 0 did not enter barrier #[\d,]+ \(process group 1, gloo\), which rank 1 waits in;"
+        r" rank 0 is after step 8 at .*/hangs\.py:\d+ in load",
+        loading,
     )
-    assert re.fullmatch(r"rank 1 went on to step 13 without the collective in which rank 0 waits at .*", skipped)
+    assert re.fullmatch(
+        r"rank 1 did not enter barrier #[\d,]+ \(.*\), which rank 0 waits in; rank 1 is after step 13 at .*",
+        skipped,
+    )
     log = local_project.folder / "runs" / "h" / "logs" / "2" / "0.log"
     assert "in load" in log.read_text(), "the whole stack is in the log"
     assert local_project.status("h")["state"] == "succeeded"
+
+
+def test_a_hang_far_from_the_collectives_is_named_by_what_the_ranks_entered(local_project: Project) -> None:
+    profile = local_project.folder / "impatient.toml"
+    profile.write_text('extends = "local"\nhang_after = 4.0\n')
+    arguments = ("--max-restarts", "5", "--cpus", "3", "--name", "d", "desync:main")
+    local_project.launch("--cluster", str(profile), *arguments, status=1)
+    failures = [event for event in local_project.events("d") if event["event"] == "failed"]
+    late, subgroup, crosswise, sizes = (f["message"] for f in failures)
+    assert [(f["kind"], f["rank"]) for f in failures] == [("hung", 1), ("hung", 2), ("hung", None), ("user error", 2)]
+    assert re.fullmatch(
+        r"rank 1 did not enter all_reduce #4 \(process group 0, default_pg, gloo\), which ranks 0 and 2 wait in;"
+        r" rank 1 is after step 3 at .*/desync\.py:\d+ in compute",
+        late,
+    )
+    assert re.fullmatch(
+        r"rank 2 did not enter all_reduce #4 \(process group 2, pair, gloo\), which rank 1 waits in; .* in compute",
+        subgroup,
+    )
+    assert crosswise == (
+        "the ranks wait for each other: ranks 0 and 2 wait in all_reduce #4 (process group 0, default_pg, gloo) for rank 1;"
+        " rank 1 waits in all_reduce #4 (process group 2, pair, gloo) for rank 2"
+    )
+    assert sizes.startswith(
+        "the ranks disagree on collective #4 (process group 0, default_pg, gloo): ranks 0-1 entered all_reduce of sizes [[3]];"
+        " rank 2 entered broadcast of sizes [[3]]; rank 2 is after step 3 at "
+    )
+    record = json.loads((local_project.folder / "runs/d/logs/1/0.collectives.json").read_text())
+    assert record["rank"] == 0
+    assert local_project.status("d")["failure"]["message"] == sizes
 
 
 FILLS = """

@@ -167,6 +167,16 @@ def test_what_nodes_without_findings_left(tmp_path: Path) -> None:
     assert "Its last words: No such file: /runs/x" in second.found
 
 
+def test_low_limits_and_slow_gpus_are_notes() -> None:
+    shm, slow = "/dev/shm has 1 MiB", "GPU 0 (GPU-a) is slowed down because it is too hot"
+    sick = {"device": "cuda", "devices": CARDS | {"warnings": [slow, "GPU at PCI 0000:3b:00 had Xid 79"]}}
+    found = checks(node(1, limits=[shm], **sick), node(2, limits=[shm]), node(3, limits=[]))
+    assert [check.name for check in found.values() if check.note] == ["GPU health", "limits"]
+    assert all(check.ok for check in found.values())
+    assert found["limits"].found == f"n1, n2: {shm}"
+    assert found["GPU health"].found == f"n1: {slow}; GPU at PCI 0000:3b:00 had Xid 79"
+
+
 def test_what_nodes_said_before_the_run_failed(tmp_path: Path) -> None:
     assert list(of_each(RunDir(tmp_path))) == []
     (tmp_path / "doctor").mkdir()

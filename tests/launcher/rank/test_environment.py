@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from launcher.client.plan import make_plan
-from launcher.rank.environment import of_the_shell, rank_environment
+from launcher.lifecycle.run_dir import RunDir
+from launcher.rank.environment import of_the_shell, rank_environment, recorder_variables
 from launcher.request.spec import Plan, RunSpec
 from training.distributed.world import World
 
@@ -101,32 +102,13 @@ def test_nccl_handles_errors_as_under_torchrun(plan: Plan) -> None:
     assert rank_environment({name: "3"}, plan, WORLD, {})[name] == "3"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *(
-            "PATH",
-            "HOME",
-            "LANG",
-            "LC_ALL",
-            "LD_LIBRARY_PATH",
-            "SSH_AUTH_SOCK",
-            "TMPDIR",
-            "https_proxy",
-            "NO_PROXY",
-            "RANK",
-        ),
-        *(
-            "SLURM_JOB_ID",
-            "SLURM_CONF",
-            "RAY_ADDRESS",
-            "CUDA_VISIBLE_DEVICES",
-            "TORCHELASTIC_RUN_ID",
-            "PYTHONPATH",
-            "_",
-        ),
-    ],
+MACHINE = (
+    "PATH HOME LANG LC_ALL LD_LIBRARY_PATH SSH_AUTH_SOCK TMPDIR https_proxy NO_PROXY RANK SLURM_JOB_ID SLURM_CONF RAY_ADDRESS "
+    "CUDA_VISIBLE_DEVICES TORCHELASTIC_RUN_ID PYTHONPATH _"
 )
+
+
+@pytest.mark.parametrize("name", MACHINE.split())
 def test_what_describes_a_machine_does_not_leave_it(name: str) -> None:
     assert of_the_shell({name: "here"}) == {}
 
@@ -136,3 +118,31 @@ def test_what_describes_a_machine_does_not_leave_it(name: str) -> None:
 )
 def test_what_is_for_the_program_goes_with_it(name: str) -> None:
     assert of_the_shell({name: ""}) == {name: ""}
+
+
+def test_nccl_records_its_collectives_for_the_run_directory(plan: Plan) -> None:
+    cuda, run_dir = replace(WORLD, device="cuda", attempt=2), RunDir(plan.run_dir)
+    expected = {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_FR_DUMP_TEMP_FILE": f"{plan.run_dir}/logs/2/nccl-",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    }
+    assert recorder_variables({}, run_dir, cuda) == expected
+    assert recorder_variables({}, run_dir, WORLD) == {}
+    assert recorder_variables({}, run_dir, World(device="cuda")) == {}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "left_out"),
+    [
+        ("TORCH_FR_BUFFER_SIZE", "TORCH_FR_BUFFER_SIZE"),
+        ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_FR_BUFFER_SIZE"),
+        ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_FR_DUMP_TEMP_FILE"),
+        ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "TORCH_FR_DUMP_TEMP_FILE"),
+        ("TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_NCCL_DUMP_ON_TIMEOUT"),
+    ],
+)
+def test_what_the_user_chose_for_the_recorder_is_kept(plan: Plan, chosen: str, left_out: str) -> None:
+    found = recorder_variables({chosen: "0"}, RunDir(plan.run_dir), replace(WORLD, device="cuda"))
+    assert left_out not in found
+    assert len(found) == 2

@@ -53,6 +53,38 @@ def fake(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
 
+@pytest.mark.parametrize(
+    ("listed", "visible", "found"),
+    [
+        ("0, GPU-a, Not Active, Not Active", None, []),
+        ("0, GPU-a, Active, Not Active", None, ["GPU 0 (GPU-a) is slowed down because it is too hot"]),
+        ("0, GPU-a, Not Active, Active", "0", ["GPU 0 (GPU-a) is slowed down by the power brake of its node"]),
+        (
+            "0, GPU-a, Active, Active",
+            "GPU-a",
+            ["GPU 0 (GPU-a) is slowed down because it is too hot and by the power brake of its node"],
+        ),
+        ("0, GPU-a, Active, Active", "1", []),
+        ("0, GPU-a, [N/A], [Not Supported]", None, []),
+        ("Field is not valid", None, []),
+    ],
+)
+def test_a_gpu_that_its_hardware_slows_down_is_named(
+    listed: str, visible: str | None, found: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake(tmp_path, f"echo '{listed}'", monkeypatch)
+    assert gpus.slowed(visible) == found
+
+
+def test_a_driver_that_does_not_say_so_slows_nothing_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(tmp_path, "echo '0, GPU-a, Active, Active'; exit 2", monkeypatch)
+    assert gpus.slowed(None) == []
+    fake(tmp_path, "exec sleep 60", monkeypatch)
+    assert gpus.slowed(None, limit=0.1) == []
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert gpus.slowed(None) == []
+
+
 def test_an_old_driver_knows_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = 'Field "remapped_rows.pending" is not a valid field to query.'
     fake(tmp_path, f"case $1 in *gpu=*) echo '0, GPU-a, 0, No';; *) echo '{said}'; exit 2;; esac", monkeypatch)

@@ -19,8 +19,10 @@ from launcher.agent.health import node_facts, preflight
 from launcher.agent.health.preflight import RUN_FOLDER_BYTES, SCRATCH_BYTES, judge, look, skew
 from launcher.agent.job_attempt import JobAttempt
 from launcher.agent.protocol import AgentInfo, AgentMessage, CheckNode, Lost, NodeChecked, StopRequest, ToAgent
+from launcher.client.follow import describe
 from launcher.client.plan import make_plan
 from launcher.config.timeouts import Timeouts
+from launcher.lifecycle.history import record_warnings
 from launcher.lifecycle.policy import Outcome
 from launcher.lifecycle.run_dir import RunDir
 from launcher.request.spec import RunSpec
@@ -88,6 +90,23 @@ def test_a_fault_is_told_with_its_remedy(node: dict[str, Any] | None, words: str
     found = unfit(good, node and {**facts(), **node})
     assert list(found) == ["n1"]
     assert words in found["n1"]
+
+
+def test_low_limits_are_a_warning_and_no_fault(tmp_path: Path) -> None:
+    low = facts(limits={"memlock": 65536, "files": 4096, "shm": 64 << 20, "infiniband": True})
+    fine = facts(limits={"memlock": -1, "files": 4096, "shm": 1 << 40, "infiniband": True})
+    late = facts(limits={"fault": "did not answer within 30 s"})
+    answers, ranks = {"n0": low, "n1": fine, "n2": low, "n3": facts(), "n4": late}, dict.fromkeys(("n0", "n1", "n2"), 2)
+    found = preflight.warnings(answers, {**ranks, "n3": 2, "n4": 2})
+    assert list(found.values()) == [["n0", "n2"], ["n0", "n2"]]
+    memory, shm = found
+    assert memory.startswith("at most 64 KiB of memory can be locked")
+    assert shm.startswith("/dev/shm has 64 MiB, and 2 ranks")
+    assert preflight.judge(answers, {**ranks, "n3": 2, "n4": 2}) == {}
+    record_warnings(RunDir(tmp_path), 1, found)
+    first, second = RunDir(tmp_path).events()
+    assert describe(first) == f"n0 and 1 more node: {memory}"
+    assert describe({**second, "hosts": ["n0"]}) == f"n0: {shm}"
 
 
 def test_of_three_the_odd_one_out_is_unfit_also_where_it_is_the_first() -> None:

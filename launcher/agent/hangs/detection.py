@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import sysconfig
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from launcher.agent.hangs.collectives import GroupRecord, find_absent
 from launcher.config.timeouts import TIMEOUTS
 from training.distributed.heartbeat import CONNECTING, IDLE, STARTING, TRAINING
 
@@ -120,10 +121,15 @@ def stack_location_of(dump: str) -> StackLocation:
     )
 
 
-def find_culprit(beats: Mapping[int, RankStatus], places: Mapping[int, StackLocation]) -> tuple[int | None, str]:
+def find_culprit(
+    beats: Mapping[int, RankStatus],
+    places: Mapping[int, StackLocation],
+    records: Mapping[int, Sequence[GroupRecord] | None] | None = None,
+) -> tuple[int | None, str]:
     """Find the rank that the others wait for, and describe the hang; None if no single rank caused it.
 
-    In this order: a stopped process; of the ranks with the fewest steps, one that is not in a collective; if all of these
+    In this order: a stopped process; a rank that did not enter a collective, by the `records` of all ranks (the others
+    may wait for their GPU, far from the collective); of the ranks with the fewest steps, one that is not in a collective; if all of these
     are in a collective, a rank with more steps, which did not take part in it.
     """
     if all(beat.phase == CONNECTING for beat in beats.values()):
@@ -135,6 +141,12 @@ def find_culprit(beats: Mapping[int, RankStatus], places: Mapping[int, StackLoca
     if stopped:
         rank = min(stopped)
         return rank, f"rank {rank} is stopped (SIGSTOP or a terminal) at step {beats[rank].step}{_at(rank, places)}"
+    busy = {rank for rank, place in places.items() if not place.waiting}
+    if found := find_absent(records or {}, beats, busy):
+        culprit, text = found
+        if culprit is not None and culprit in beats:
+            text = f"{text}; rank {culprit} is after step {beats[culprit].step}{_at(culprit, places)}"
+        return culprit, text
     least, most = (find(beat.step for beat in beats.values()) for find in (min, max))
     behind = sorted(rank for rank, beat in beats.items() if beat.step == least)
     absent = [rank for rank in behind if not places.get(rank, StackLocation()).waiting]

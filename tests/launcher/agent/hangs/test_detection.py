@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.agent.hang_detection import HangDetector, RankStatus, StackLocation, find_culprit, stack_location_of
+from launcher.agent.hangs.detection import HangDetector, RankStatus, StackLocation, find_culprit, stack_location_of
 from launcher.lifecycle.exit_status import advice
 from training.distributed.heartbeat import CONNECTING, STARTING
 
@@ -193,9 +193,9 @@ def test_a_frame_of_a_collective_above_it_means_that_the_rank_waits() -> None:
         '  File "/home/me/train.py", line 9 in step\n'
         '  File "/home/me/train.py", line 20 in main\n'
     )
-    import launcher.agent.hang_detection
+    import launcher.agent.hangs.detection
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launcher.agent.hang_detection, "_LIBRARIES", ("/v/site-packages",))
+        patch.setattr(launcher.agent.hangs.detection, "_LIBRARIES", ("/v/site-packages",))
         assert stack_location_of(dump) == StackLocation("/home/me/train.py:9 in step", True)
     assert stack_location_of("nothing of the kind") == StackLocation()

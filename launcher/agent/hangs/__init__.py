@@ -1,0 +1,1 @@
+"""Hangs: their detection, and the rank that caused one."""
