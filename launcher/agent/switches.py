@@ -31,6 +31,10 @@ def by_switches(agents: Sequence[int], switches: Mapping[int, Sequence[str]]) ->
     for place, agent in enumerate(agents):
         for level in range(len(switches[agent])):
             first.setdefault(tuple(switches[agent][: level + 1]), place)
-    return sorted(
-        agents, key=lambda agent: [first[tuple(switches[agent][: n + 1])] for n in range(len(switches[agent]))]
-    )
+    places = {agent: place for place, agent in enumerate(agents)}
+
+    def key(agent: int) -> list[int]:
+        above = switches[agent]
+        return [*(first[tuple(above[: level + 1])] for level in range(len(above))), places[agent]]
+
+    return sorted(agents, key=key)
