@@ -76,6 +76,7 @@ class SlurmCluster:
     """A cluster with partitions ``debug`` (the default, preempted after `grace_time` seconds) and ``urgent``.
 
     Without `accounting` there is no slurmdbd and no database, so sacct does not work. `extra` is appended to slurm.conf.
+    `topology` is the text of topology.conf, for the plug-in topology/tree.
     Raises `TestbedError` with the daemon and its last lines.
     """
 
@@ -86,11 +87,13 @@ class SlurmCluster:
         accounting: bool = True,
         grace_time: int = 30,
         extra: str = "",
+        topology: str = "",
     ) -> None:
         self.nodes = tuple(nodes)
         self.accounting = accounting
         self.grace_time = grace_time
         self.extra = extra
+        self.topology = topology
         self._pids: dict[str, int] = {}
 
     # --- life cycle
@@ -261,9 +264,12 @@ class SlurmCluster:
             self.folder, self.nodes, self._ports, ctld_port, dbd_port if self.accounting else None, self.grace_time
         )
         files["slurm.conf"] += self.extra
+        if self.topology:
+            files["slurm.conf"] += "TopologyPlugin=topology/tree\n"
+            files["topology.conf"] = self.topology
         files["munge/key"] = os.urandom(64).hex()
         for name, text in files.items():
-            (self.folder / name).touch(mode=0o644 if name in ("slurm.conf", "gres.conf") else 0o600)
+            (self.folder / name).touch(mode=0o644 if name in ("slurm.conf", "gres.conf", "topology.conf") else 0o600)
             (self.folder / name).write_text(text)
 
 

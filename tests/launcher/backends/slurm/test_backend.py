@@ -152,6 +152,21 @@ def test_works_on_a_plain_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert [e["reason"] for e in stops] == ["SIGTERM", "preempted"]
 
 
+def test_the_ranks_follow_the_switches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.launcher.engines import make_project
+
+    switches = "SwitchName=s1 Nodes=node[1,3]\nSwitchName=s2 Nodes=node[2,4]\nSwitchName=s0 Switches=s[1-2]\n"
+    with SlurmCluster(accounting=False, topology=switches) as cluster:
+        for name, value in cluster.environment().items():
+            monkeypatch.setenv(name, value)
+        project = make_project(tmp_path, "slurm")
+        arguments = ("--cpus", "4", "--nodes", "4", "--name", "t", "torchrun_style.py", "--value", "1")
+        assert "on node1, node3, node2, node4 in the order of their 2 switches" in project.launch(*arguments).stdout
+        started = next(event for event in project.events("t") if event["event"] == "started")
+        assert started["hosts"] == ["node1", "node3", "node2", "node4"]
+        assert started["switches"] == ["s0.s1", "s0.s1", "s0.s2", "s0.s2"]
+
+
 def test_slurm_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_slurm: object) -> None:
     from tests.launcher.engines import make_project
 
