@@ -52,6 +52,7 @@ def make_plan(
             f"--spare-nodes {spec.spare_nodes}: the {site.backend} backend has no allocation to keep them in (known:"
             f" {', '.join(known)}). Leave it out."
         )
+    site, lines = backend.from_shell(site, spec.time)
     site, without = _without_unusable_gpus(spec, backend.survey(site))
     placement = place(spec.devices() or _default_devices(spec, site), site)
     if spec.devices() is None and placement.device == "cpu":
@@ -79,6 +80,7 @@ def make_plan(
         time_minutes=parse_minutes(text) if text else DEFAULT_MINUTES,
         environment=_environment(placement, site) | site.variables(),
         project=project,
+        shell=lines,
     )
     return replace(plan, start=backend.check(plan))
 

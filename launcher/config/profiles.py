@@ -170,6 +170,7 @@ TAKEN = {
         name: f"slurm.{name}"
         for name in ("partition", "account", "qos", "reservation", "constraint", "exclude", "nodelist")
     },
+    "clusters": "SLURM_CONF: a job is sent to, and asked of, the cluster of this host",
     **dict.fromkeys(
         ("output", "error", "open-mode", "array", "wrap", "wait"), "nothing: the run directory holds the logs"
     ),

@@ -228,6 +228,7 @@ class Plan:
     time_minutes: int
     environment: dict[str, str] = field(default_factory=dict)
     project: Path | None = None  # the folder on the submitting machine whose code is copied; None: nothing is
+    shell: tuple[str, ...] = ()  # lines about the scheduler's variables of the shell, used and not
     start: str = ""  # when and where the scheduler would start it, as it said when the plan was made
 
 

@@ -275,6 +275,9 @@ class RayOnSlurmBackend(Backend):
     # SLURM allocates the nodes; Ray cannot keep a spare node idle.
     capabilities = replace(slurm.capabilities, spare_nodes=False, elastic=ray.capabilities.elastic)
 
+    def from_shell(self, cluster: Cluster, time: str | None = None) -> tuple[Cluster, tuple[str, ...]]:
+        return self.slurm.from_shell(cluster, time)
+
     def survey(self, cluster: Cluster) -> Cluster:
         """Query SLURM. A profile with ``ray.address`` is refused: the Ray is started inside the job."""
         if cluster.ray.address is not None:
