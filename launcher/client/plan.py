@@ -110,6 +110,10 @@ def _without_unusable_gpus(spec: RunSpec, site: Cluster) -> tuple[Cluster, str]:
 
 def _default_devices(spec: RunSpec, site: Cluster) -> Devices:
     """One device, or all of the nodes that were asked for."""
+    if site.node.gpus == 0 and spec.accelerator is not None:
+        raise BadRequest(
+            f"--accelerator {spec.accelerator}: cluster {site.name!r} has no GPUs. Leave it out, or add --tpus or --cpus."
+        )
     kind, each = ("gpu", site.node.gpus) if site.node.gpus else ("cpu", site.node.cpus)
     count = spec.nodes * (each or 1) if spec.nodes else 1
     return Devices("gpu" if kind == "gpu" else "cpu", count, spec.nodes, spec.accelerator, spec.topology)
@@ -121,7 +125,7 @@ def _new_name(spec: RunSpec, folder: Path) -> str:
     stem = "".join(c if c.isalnum() else "-" for c in Path(what).stem).strip("-")[:40] or "run"
     base = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = (base if n == 1 else f"{base}-{n}" for n in range(1, 1000))
-    name = next(n for n in names if not (folder / n).exists())
+    name = next(n for n in names if not os.path.lexists(folder / n))
     check_name(name)
     return name
 
@@ -129,9 +133,15 @@ def _new_name(spec: RunSpec, folder: Path) -> str:
 def _check_folder(run_dir: Path, site: Cluster) -> None:
     if any(ord(c) < 32 for c in str(run_dir)):
         raise BadRequest(f"{run_dir!r}: a run directory's path cannot hold line breaks.")
-    if run_dir.exists():
-        RunDir(run_dir).create()  # says what to do about it
-    above = next(p for p in run_dir.parents if p.exists())
+    try:
+        if run_dir.exists():
+            RunDir(run_dir).create()  # says what to do about it
+        above = next(p for p in run_dir.parents if p.exists())
+    except OSError as error:  # a name that is too long, a loop of links, a folder that may not be looked into
+        shown = f"{str(run_dir.parent)[:80]}..." if len(str(run_dir)) > 80 else run_dir.parent
+        raise BadRequest(
+            f"the runs folder {shown} cannot be used: {error.strerror} (`runs` in profile {site.name!r} sets it)."
+        ) from None
     if not os.access(above, os.W_OK | os.X_OK):
         raise BadRequest(
             f"the runs folder {run_dir.parent} cannot be written (`runs` in profile {site.name!r} sets it)."

@@ -20,6 +20,7 @@ from launcher.lifecycle.trust import is_own
 from launcher.request.spec import State
 from training.errors import nearest
 from training.files import open_plain, read_json
+from training.flags.typed import brief
 
 
 @contextmanager
@@ -322,15 +323,22 @@ def _explanation(directory: RunDir, shown_rank: int | None) -> str:
 
 def runs(folder: str | Path = "runs") -> list[Run]:
     """The runs in `folder`, newest first."""
-    return [Run(r) for r in run_dir.all_runs(Path(folder))]
+    return [Run(r) for r in run_dir.all_runs(_as_path("folder", folder))]
 
 
-def find(name: str | Path, folder: Path) -> Run:
+def _as_path(what: str, value: object) -> Path:
+    if not isinstance(value, str | Path) or "\0" in str(value):
+        raise BadRequest(f"{what} {brief(value, 80)}: the path of a folder is needed, such as 'runs'.")
+    return Path(value)
+
+
+def find(name: str | Path, folder: str | Path) -> Run:
     """Return the run `name` in `folder`, or the run in the directory `name`.
 
     Raises:
         BadRequest: there is none (the message lists similar names), or its format version is unknown.
     """
+    folder, name = _as_path("runs folder", folder), str(_as_path("run", name))
     with suppress(OSError):  # such as a name that is too long for a file name
         for path in (folder / name, Path(name)):
             if (path / "plan.json").is_file():

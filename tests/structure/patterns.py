@@ -55,7 +55,10 @@ class Sources:
         for name in ("run", "Popen", "call", "check_call", "check_output", "create_subprocess_exec"):
             for where, call in self.calls(name):
                 if where.startswith("launcher/backends/slurm/") and where.partition(":")[0] not in own:
-                    found += [where] if ast.unparse(call.func) not in ("shell.run", "asyncio.run") else []
+                    literal = bool(call.args) and isinstance(call.args[0], ast.List)  # looked at above
+                    found += (
+                        [where] if ast.unparse(call.func) not in ("shell.run", "asyncio.run") and not literal else []
+                    )
         return found
 
     def event_kinds(self) -> dict[str, list[str]]:

@@ -261,6 +261,7 @@ class SlurmBackend(Backend):
             BadRequest: a limit is exceeded, or SLURM refuses the job.
         """
         _check_paths(plan)
+        node_command.check_setup(plan)
         try:
             limits.check_limits(plan, query.partitions())
             return query.verdict(_script(plan))
