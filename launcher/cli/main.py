@@ -39,7 +39,8 @@ def _complain(error: Exception, status: int, argv: Sequence[str]) -> int:
     if argv[:1] and argv[0] not in COMMANDS:
         with suppress(BadRequest):  # --json after the target is the target's own
             argv, _, _ = split(launch_parser(), argv)
-    text = shortened(str(error))
+    # An argument may hold bytes that are no UTF-8.
+    text = shortened(str(error)).encode(errors="backslashreplace").decode()
     if "--json" in argv:
         print(json.dumps({"error": text, "kind": kind}))
     else:

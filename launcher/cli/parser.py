@@ -120,7 +120,7 @@ def command(name: str, more: str = "", run: bool = True) -> Parser:
     )
     if run:
         parser.add_argument("run", metavar="RUN", help="its name, or the path of its directory")
-    parser.add_argument("--runs", default="runs", metavar="DIR", help="the folder of runs (default: runs)")
+    parser.add_argument("--runs", action=Once, default="runs", metavar="DIR", help="the folder of runs (default: runs)")
     add_json(parser)
     return parser
 

@@ -213,7 +213,7 @@ def test_a_run_from_a_shell_with_options_for_slurm(
     until(lambda: slurm_project.status("r")["state"] == "running", "the run to run")
     facts = dict(re.findall(r"(\w+)=(\S*)", on_slurm.run("scontrol", "show", "job", "--oneliner", job)))
     asked = {
-        "TimeLimit": "00:07:00",
+        "TimeLimit": "04:00:00",  # of the profile
         "Partition": "urgent",
         "Requeue": "1",
         "JobName": "r",
