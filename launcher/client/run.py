@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import backends
+from launcher.client.tail import Tail
 from launcher.config.codec import to_data
 from launcher.config.timeouts import TIMEOUTS
 from launcher.errors import BadRequest, LaunchError, RunFailed, RunStopped
@@ -162,8 +163,8 @@ class Run:
         for file in sorted(files, key=lambda p: int(p.stem)):
             if rank is None or file.stem == str(rank):
                 prefix = f"[{file.stem}] " if rank is None and len(files) > 1 else ""
-                with reading(self.path), os.fdopen(open_plain(file), errors="replace") as lines:
-                    yield from (prefix + line.rstrip("\n") for line in lines)
+                with reading(self.path):
+                    yield from (prefix + line for line in Tail(file).read(end=True))
 
     def cancel(self) -> State:
         """Stop the run, and kill it after the grace time; returns its state.

@@ -18,7 +18,7 @@ from launcher.config.check import Check
 from launcher.config.cluster import Cluster
 from launcher.config.timeouts import TIMEOUTS
 from launcher.errors import BadRequest
-from launcher.lifecycle.run_dir import RunDir
+from launcher.lifecycle.run_dir import RunDir, tail
 from launcher.lifecycle.trust import PROCESS_ID, check_id
 from launcher.request.placement.devices import Placement
 from launcher.request.placement.tpu import SINGLE_HOST_CHIPS, Topology, pod_type
@@ -140,7 +140,7 @@ def _await_acceptance(plan: Plan, job_id: str) -> None:
         if newest == "accepted":  # of this submission, not of an earlier one
             return
         if detached.poll(job_id) is not State.RUNNING:
-            lines = run_dir.agent_log(0).read_text().splitlines()[-5:]
+            lines = tail(run_dir.agent_log(0), 5)
             raise BadRequest(
                 "the Ray driver exited before it reached the cluster. Its last lines:\n" + "\n".join(lines)
             )
