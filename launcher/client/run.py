@@ -18,10 +18,9 @@ from launcher.errors import BadRequest, LaunchError, RunFailed, RunStopped
 from launcher.lifecycle import accounting, history, run_dir
 from launcher.lifecycle.run_dir import RunDir
 from launcher.lifecycle.trust import is_own
-from launcher.request.spec import State
+from launcher.request.spec import State, as_path
 from training.errors import nearest
 from training.files import open_plain, read_json
-from training.flags.typed import brief
 
 
 @contextmanager
@@ -324,13 +323,7 @@ def _explanation(directory: RunDir, shown_rank: int | None) -> str:
 
 def runs(folder: str | Path = "runs") -> list[Run]:
     """The runs in `folder`, newest first."""
-    return [Run(r) for r in run_dir.all_runs(_as_path("folder", folder))]
-
-
-def _as_path(what: str, value: object) -> Path:
-    if not isinstance(value, str | Path) or "\0" in str(value):
-        raise BadRequest(f"{what} {brief(value, 80)}: the path of a folder is needed, such as 'runs'.")
-    return Path(value)
+    return [Run(r) for r in run_dir.all_runs(as_path("folder", folder))]
 
 
 def find(name: str | Path, folder: str | Path) -> Run:
@@ -339,7 +332,7 @@ def find(name: str | Path, folder: str | Path) -> Run:
     Raises:
         BadRequest: there is none (the message lists similar names), or its format version is unknown.
     """
-    folder, name = _as_path("runs folder", folder), str(_as_path("run", name))
+    folder, name = as_path("runs folder", folder), str(as_path("run", name))
     with suppress(OSError):  # such as a name that is too long for a file name
         for path in (folder / name, Path(name)):
             if (path / "plan.json").is_file():

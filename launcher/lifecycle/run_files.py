@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from launcher.config.codec import to_json
 from training.files import FULL_DISK, append_line, newest_record, open_plain, read_json, read_lines, write_atomic
@@ -78,6 +78,10 @@ class RunFiles:
 
     def agent_log(self, node: int) -> Path:
         return self.logs / f"agent-{node}.log"
+
+    def open_agent_log(self, node: int) -> BinaryIO:
+        """Open the log of a node's agent to append to it; only the owner can read it."""
+        return os.fdopen(open_plain(self.agent_log(node), os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
 
     def error(self, attempt: int, rank: int) -> Path:
         return self.path / "errors" / str(attempt) / f"{rank}.json"

@@ -153,6 +153,17 @@ def check_options(call: str, given: Mapping[str, Any], known: Collection[str], m
     refuse_empty(given)
 
 
+def as_path(what: str, value: object) -> Path:
+    """Return `value`, given from Python for `what`, as a path.
+
+    Raises:
+        BadRequest: it is neither a string nor a path, or it holds a null character.
+    """
+    if not isinstance(value, str | Path) or "\0" in str(value):
+        raise BadRequest(f"{what} {brief(value, 80)}: the path of a folder is needed, such as 'runs'.")
+    return Path(value)
+
+
 def _check_option(flag: str, value: Any, option: Option) -> None:
     if option.least is None:
         if not isinstance(value, str) or "\0" in value:

@@ -75,7 +75,7 @@ def test_a_log_of_one_endless_line_takes_little_memory(tmp_path: Path) -> None:
     try:
         assert len(list(run.logs())) <= 1
         follow(run, io.StringIO())
-        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+        assert tracemalloc.get_traced_memory()[1] < 24 << 20, "16 MiB of it is the limit of plan.json"
     finally:
         tracemalloc.stop()
 
