@@ -332,7 +332,7 @@ def find(name: str | Path, folder: str | Path) -> Run:
     Raises:
         BadRequest: there is none (the message lists similar names), or its format version is unknown.
     """
-    folder, name = as_path("runs folder", folder), str(as_path("run", name))
+    folder, _ = as_path("runs folder", folder), as_path("run", name)
     with suppress(OSError):  # such as a name that is too long for a file name
         for path in (folder / name, Path(name)):
             if (path / "plan.json").is_file():

@@ -226,3 +226,16 @@ def test_a_run_from_a_shell_with_options_for_slurm(
     until(lambda: slurm_project.status("r")["state"] in ("stopped", "lost"), "the run to end")
     slurm_project.launch("--cpus", "2", "--nodes", "2", "--name", "good", "steps:main", "--steps", "2")
     assert slurm_project.status("good")["state"] == "succeeded"
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_a_job_that_is_sent_without_the_shells_variables_runs(slurm_project: Project) -> None:
+    """``export = "NONE"`` reaches srun as SLURM_EXPORT_ENV, which would keep the job's own variables from the agents."""
+    folder = slurm_project.folder / "cluster_configs"
+    folder.mkdir()
+    text = 'extends = "slurm"\n[slurm]\nsetup = ["export MODULE=loaded"]\n[slurm.sbatch]\nexport = "NONE"\n'
+    (folder / "none.toml").write_text(text)
+    (slurm_project.folder / "prints.py").write_text("import os\nprint(os.environ.get('MODULE'), flush=True)\n")
+    slurm_project.call("--cluster", "none", "--cpus", "2", "--nodes", "2", "--name", "none", "prints.py")
+    assert [line.partition("] ")[2] for line in slurm_project.logs("none")] == ["loaded", "loaded"]
