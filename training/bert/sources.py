@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.errors import ConfigError
 from training.flags.fields import check_function, find_function
+from training.flags.typed import brief
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -120,10 +121,11 @@ def check_label(label: Any, num_labels: int, where: str) -> None:
     except (OverflowError, TypeError, ValueError):
         number, plain = math.nan, False
     if not plain or not math.isfinite(number):
-        raise ConfigError(f"{where}: label {str(label)[:40]!r} is no finite number; write classes as 0, 1, ...")
+        kind = "finite " * plain
+        raise ConfigError(f"{where}: label {brief(label, 40)} is no {kind}number; write classes as 0, 1, ...")
     if num_labels > 1 and (number != int(number) or not 0 <= number < num_labels):
         raise ConfigError(
-            f"{where}: label {label} is outside the model's range 0..{num_labels - 1}; "
+            f"{where}: label {brief(label, 40)} is outside the model's range 0..{num_labels - 1}; "
             "change the labels, or give --num-labels (1 for regression)"
         )
 

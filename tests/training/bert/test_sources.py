@@ -52,13 +52,13 @@ WRONG: list[tuple[str, str | bytes, str]] = [
     ("a.csv", f"{HEADER}a,b,1,,\n", "line 2: 5 columns"),
     ("a.csv", "sentence1,sentence2,label,label\na,b,1,0\n", "there are 2 columns 'label'"),
     ("a.csv", f'{HEADER}"a,b,1\n', "cannot be read as csv"),
-    ("a.csv", f"{HEADER}a,b,1\0\n", "is no finite number"),
+    ("a.csv", f"{HEADER}a,b,1\0\n", "is no (finite )?number"),
     ("a.csv", HEADER.encode() + b"\xff\xfe,b,1\n", "cannot be read as csv"),
     ("a.csv", "", "sentence1 and sentence2 and label missing; it has none"),
     ("a.csv", HEADER, "has no rows"),
     ("a.csv", HEADER.upper(), "missing; it has SENTENCE1"),
     *(
-        ("a.csv", f"{HEADER}a,b,{label}\n", "row 1: label .* is no finite number")
+        ("a.csv", f"{HEADER}a,b,{label}\n", "row 1: label .* is no (finite )?number")
         for label in ("nan", "NaN", "inf", "-inf", "1e999", "", "x", "٣", "1_0", "0x1", "None", "9" * 5000)
     ),
     *(
@@ -69,7 +69,7 @@ WRONG: list[tuple[str, str | bytes, str]] = [
         (
             "a.jsonl",
             f'{ROW}{{"sentence1": "a", "sentence2": "b", "label": {label}}}\n',
-            "row 2: label .* is no finite number",
+            "row 2: label .* is no (finite )?number",
         )
         for label in ("NaN", "Infinity", "-Infinity", "1e999", "null", '"x"', "[1]", "{}", "1" * 400)
     ),
@@ -97,7 +97,7 @@ def test_what_is_refused(tmp_path: Path, name: str, content: str | bytes, words:
 
 @pytest.mark.parametrize("label", ["nan", "inf", float("nan"), float("inf"), 10**400, "1_0", "٣", None, b"1x"])
 def test_a_label_of_a_regression_is_a_finite_number(label: object) -> None:
-    with pytest.raises(ConfigError, match="is no finite number"):
+    with pytest.raises(ConfigError, match=r"is no (finite )?number"):
         check_label(label, 1, "x")
 
 
