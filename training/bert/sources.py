@@ -125,7 +125,7 @@ def check_label(label: Any, num_labels: int, where: str) -> None:
         raise ConfigError(f"{where}: label {brief(label, 40)} is no {kind}number; write classes as 0, 1, ...")
     if num_labels > 1 and (number != int(number) or not 0 <= number < num_labels):
         raise ConfigError(
-            f"{where}: label {brief(label, 40)} is outside the model's range 0..{num_labels - 1}; "
+            f"{where}: label {label!s:.40} is outside the model's range 0..{num_labels - 1}; "
             "change the labels, or give --num-labels (1 for regression)"
         )
 
