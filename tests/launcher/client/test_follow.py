@@ -96,6 +96,8 @@ def test_output_that_the_terminal_cannot_show_is_no_failure(tmp_path: Path, enco
     done = subprocess.run(command, cwd=project.folder, env=environment, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
     assert {b"one", b"100%", b"last"} <= set(done.stdout.split(b"\n"))
+    files = [path for path in (project.folder / "runs" / "r").rglob("*") if path.is_file() and "code" not in path.parts]
+    assert [path.name for path in files if path.stat().st_mode & 0o077] == []
     for more in (["logs", "r"], ["logs", "-f", "r"], ["status", "r"], ["list"]):
         done = subprocess.run([*COMMAND, *more], cwd=project.folder, env=environment, capture_output=True, check=False)
         assert (done.returncode, done.stderr) == (0, b""), more
