@@ -21,6 +21,7 @@ run as a bad request.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from training.errors import CheckpointError, ConfigError, did_you_mean
@@ -32,6 +33,14 @@ class LaunchError(Exception):
 
 class BadRequest(LaunchError, ValueError):
     """What was asked cannot be done. The text says what was wrong, what is allowed and what to type instead."""
+
+    def __init__(self, text: object = "") -> None:
+        super().__init__(shortened(str(text)))
+
+
+def shortened(text: str) -> str:
+    """Return `text` with words of 500 characters and more cut in the middle."""
+    return re.sub(r"\S{500,}", lambda long: f"{long[0][:100]}...{long[0][-50:]}", text)
 
 
 class RunFailed(LaunchError):

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 # Variables of a scheduler, a launcher or a user's profile; tests start without them.
 FOREIGN = (
-    *("SLURM", "SBATCH_", "SALLOC_", "SQUEUE_", "SUBMITIT_", "RAY_", "HF_", "TRANSFORMERS_", "DATASETS_", "LAUNCH_"),
+    *("SLURM", "SBATCH_", "SALLOC_", "SRUN_", "SQUEUE_", "SACCT_", "SINFO_", "SCONTROL_", "SCANCEL_"),
+    *("SUBMITIT_", "RAY_", "HF_", "TRANSFORMERS_", "DATASETS_", "LAUNCH_"),
     *("MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC", "ACCELERATE_", "XDG_", "GIT_"),
 )
 

@@ -90,7 +90,7 @@ class NodeRanks:
             self.memory = os.memfd_create("heartbeats")
             os.ftruncate(self.memory, SLOT * self.plan.placement.ranks_per_node)
         inherited = [self.memory, *self.streams.descriptors]
-        with self.run_dir.agent_log(self.agent_info.node).open("ab") as log:
+        with self.run_dir.open_agent_log(self.agent_info.node) as log:
             self.process = await asyncio.create_subprocess_exec(
                 *own_packages.command("launcher.rank.forkserver", str(self.run_dir.path), *map(str, inherited)),
                 pass_fds=[each for each in inherited if each >= 0],

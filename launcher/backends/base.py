@@ -66,6 +66,16 @@ class Backend(ABC):
     name: str
     capabilities: Capabilities
 
+    def from_shell(self, cluster: Cluster, time: str | None = None) -> tuple[Cluster, tuple[str, ...]]:
+        """Return `cluster` with the engine's variables of the shell, and a line for each that is used or is not.
+
+        `time` is ``--time``, if given.
+
+        Raises:
+            BadRequest: the value of a variable cannot be used.
+        """
+        return cluster, ()
+
     @abstractmethod
     def survey(self, cluster: Cluster) -> Cluster:
         """Return `cluster` with the nodes and devices that its profile leaves open, as the engine reports them.

@@ -26,6 +26,7 @@ def describe(plan: Any) -> str:
         + (f"\n  gpu    {plan.gpu}" if plan.gpu else "")
         + f"\n  run    {_short(plan.run_dir)}"
         + (f"\n  limit  {plan.time_minutes} min" if limited else "")
+        + "".join(f"\n  shell  {safe(line)}" for line in plan.shell)
         + (f"\n  start  {plan.start}" if plan.start else "")
         + (f"\n  note   {safe(note)}" if note else "")
     )

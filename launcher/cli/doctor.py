@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from launcher.cli.parser import Once, Parser, add_json, whole
 from launcher.errors import BadRequest
-from launcher.request.spec import refuse_empty
+from launcher.request.spec import RunSpec, refuse_empty
 
 if TYPE_CHECKING:
     from launcher.config.check import Check
@@ -46,8 +46,9 @@ def run_doctor(argv: Sequence[str]) -> int:
 
     site = profiles.choose(options.cluster, options.backend, Path.cwd())
     multi_node = backends.of(site).capabilities.multi_node
+    probe = _probe(options, multi_node)
     checks = []
-    for check in itertools.chain(examine(site, Path.cwd()), _on_nodes(options, multi_node)):
+    for check in itertools.chain(examine(site, Path.cwd()), _on_nodes(probe, options.wait)):
         checks.append(check)
         if not options.json:
             word = "FAIL" if not check.ok else "note" if check.note else "ok"
@@ -59,14 +60,22 @@ def run_doctor(argv: Sequence[str]) -> int:
     return 0 if all(check.ok for check in checks) else 1
 
 
-def _on_nodes(options: argparse.Namespace, multi_node: bool) -> Iterator[Check]:
+def _probe(options: argparse.Namespace, multi_node: bool) -> RunSpec | None:
+    """The run of ``--on-nodes``; None without that option.
+
+    Raises:
+        BadRequest: its size is none that a run can have, or is given without ``--on-nodes``.
+    """
     if not options.on_nodes:
-        return
-    from launcher.doctor.on_nodes import examine
-    from launcher.request.spec import RunSpec
+        given = [name for name in ("nodes", "gpus", "accelerator") if getattr(options, name) is not None]
+        if given:
+            raise BadRequest(
+                f"--{given[0]} is for --on-nodes, which sends a run to the nodes. Add that, or leave it out."
+            )
+        return None
 
     nodes = (2 if multi_node else 1) if options.nodes is None else options.nodes
-    spec = RunSpec(
+    return RunSpec(
         "launcher.doctor.probe:main",
         backend=options.backend,
         cluster=options.cluster,
@@ -78,4 +87,11 @@ def _on_nodes(options: argparse.Namespace, multi_node: bool) -> Iterator[Check]:
         time="10m",
         max_restarts=0,
     )
-    yield from examine(spec, Path.cwd(), options.wait, lambda text: print(f"      {text}", file=sys.stderr, flush=True))
+
+
+def _on_nodes(spec: RunSpec | None, wait: float) -> Iterator[Check]:
+    if spec is None:
+        return
+    from launcher.doctor.on_nodes import examine
+
+    yield from examine(spec, Path.cwd(), wait, lambda text: print(f"      {text}", file=sys.stderr, flush=True))

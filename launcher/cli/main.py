@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,7 +15,7 @@ from launcher.cli.clusters import run_clusters
 from launcher.cli.doctor import run_doctor
 from launcher.cli.launch import run_launch, run_resume
 from launcher.cli.parser import COMMANDS, SHOW_PARSER, Parser, ShownParser, add_json, launch_parser, split
-from launcher.errors import OURS, BadRequest, exit_status
+from launcher.errors import OURS, BadRequest, exit_status, shortened
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -40,7 +39,8 @@ def _complain(error: Exception, status: int, argv: Sequence[str]) -> int:
     if argv[:1] and argv[0] not in COMMANDS:
         with suppress(BadRequest):  # --json after the target is the target's own
             argv, _, _ = split(launch_parser(), argv)
-    text = re.sub(r"\S{500,}", lambda long: f"{long[0][:100]}...{long[0][-50:]}", str(error))
+    # An argument may hold bytes that are no UTF-8.
+    text = shortened(str(error)).encode(errors="backslashreplace").decode()
     if "--json" in argv:
         print(json.dumps({"error": text, "kind": kind}))
     else:

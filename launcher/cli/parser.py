@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
@@ -52,6 +53,11 @@ class Parser(argparse.ArgumentParser):
             raise ShownParser(self)
         return super().parse_args(args, namespace)
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if arg_strings == ["--"] and action.option_strings:  # argparse would drop it and store an empty list
+            self.error(f"argument {'/'.join(action.option_strings)}: '--' is not a value.")
+        return super()._get_values(action, arg_strings)
+
     def option(self, name: str, **settings: Any) -> None:
         self.add_argument(name, action=Once if "action" not in settings else settings.pop("action"), **settings)
 
@@ -71,7 +77,7 @@ def whole(text: str) -> int:
     """A whole number; argparse quotes this function's name in its complaint."""
     if len(text) > 30:
         raise argparse.ArgumentTypeError(f"a whole number is needed, not {len(text)} characters")
-    if not text.isascii():  # int() accepts the digits of every script
+    if not re.fullmatch(r"[+-]?[0-9]+", text):  # int() also accepts the digits of every script, 1_000, and spaces
         raise ValueError
     return int(text)
 
@@ -114,7 +120,7 @@ def command(name: str, more: str = "", run: bool = True) -> Parser:
     )
     if run:
         parser.add_argument("run", metavar="RUN", help="its name, or the path of its directory")
-    parser.add_argument("--runs", default="runs", metavar="DIR", help="the folder of runs (default: runs)")
+    parser.add_argument("--runs", action=Once, default="runs", metavar="DIR", help="the folder of runs (default: runs)")
     add_json(parser)
     return parser
 

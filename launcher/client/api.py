@@ -104,7 +104,7 @@ def resume(name: str | Path, *, runs_folder: str | Path = "runs", wait: bool = T
         BadRequest: there is no such run, it is running, or it has succeeded.
     """
     check_options("resume", given, options(NOT_RESUMED), "runs_folder, wait")
-    run = resubmit(find(name, Path(runs_folder)), **given)
+    run = resubmit(find(name, runs_folder), **given)
     return _attended(run) if wait else run
 
 

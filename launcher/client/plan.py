@@ -47,12 +47,8 @@ def make_plan(
     """
     site = profiles.choose(spec.cluster, spec.backend, cwd)
     backend = backends.of(site)
-    if spec.spare_nodes and not backend.capabilities.spare_nodes:
-        known = [name for name in backends.names() if backends.get(name).capabilities.spare_nodes]
-        raise BadRequest(
-            f"--spare-nodes {spec.spare_nodes}: the {site.backend} backend has no allocation to keep them in (known:"
-            f" {', '.join(known)}). Leave it out."
-        )
+    _check_spare_nodes(spec, site)
+    site, lines = backend.from_shell(site, spec.time)
     site = backend.survey(site)
     gpu = _free_gpu(spec, site)
     site, without = _without_unusable_gpus(spec, site, gpu)
@@ -82,9 +78,20 @@ def make_plan(
         time_minutes=parse_minutes(text) if text else DEFAULT_MINUTES,
         environment=_environment(placement, site) | site.variables(),
         project=project,
+        shell=lines,
     )
     plan = on_gpu(plan, gpu)
     return replace(plan, start=backend.check(plan))
+
+
+def _check_spare_nodes(spec: RunSpec, site: Cluster) -> None:
+    if not spec.spare_nodes or backends.of(site).capabilities.spare_nodes:
+        return
+    known = [name for name in backends.names() if backends.get(name).capabilities.spare_nodes]
+    raise BadRequest(
+        f"--spare-nodes {spec.spare_nodes}: the {site.backend} backend has no allocation to keep them in (known:"
+        f" {', '.join(known)}). Leave it out."
+    )
 
 
 def on_gpu(plan: Plan, gpu: FreeGpu | None) -> Plan:
@@ -132,6 +139,10 @@ def _without_unusable_gpus(spec: RunSpec, site: Cluster, gpu: FreeGpu | None) ->
 
 def _default_devices(spec: RunSpec, site: Cluster) -> Devices:
     """One device, or all of the nodes that were asked for."""
+    if site.node.gpus == 0 and spec.accelerator is not None:
+        raise BadRequest(
+            f"--accelerator {spec.accelerator}: cluster {site.name!r} has no GPUs. Leave it out, or add --tpus or --cpus."
+        )
     kind, each = ("gpu", site.node.gpus) if site.node.gpus else ("cpu", site.node.cpus)
     count = spec.nodes * (each or 1) if spec.nodes else 1
     return Devices("gpu" if kind == "gpu" else "cpu", count, spec.nodes, spec.accelerator, spec.topology)
@@ -143,7 +154,7 @@ def _new_name(spec: RunSpec, folder: Path) -> str:
     stem = "".join(c if c.isalnum() else "-" for c in Path(what).stem).strip("-")[:40] or "run"
     base = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = (base if n == 1 else f"{base}-{n}" for n in range(1, 1000))
-    name = next(n for n in names if not (folder / n).exists())
+    name = next(n for n in names if not os.path.lexists(folder / n))
     check_name(name)
     return name
 
@@ -151,9 +162,15 @@ def _new_name(spec: RunSpec, folder: Path) -> str:
 def _check_folder(run_dir: Path, site: Cluster) -> None:
     if any(ord(c) < 32 for c in str(run_dir)):
         raise BadRequest(f"{run_dir!r}: a run directory's path cannot hold line breaks.")
-    if run_dir.exists():
-        RunDir(run_dir).create()  # says what to do about it
-    above = next(p for p in run_dir.parents if p.exists())
+    try:
+        if run_dir.exists():
+            RunDir(run_dir).create()  # says what to do about it
+        above = next(p for p in run_dir.parents if p.exists())
+    except OSError as error:  # a name that is too long, a loop of links, a folder that may not be looked into
+        shown = f"{str(run_dir.parent)[:80]}..." if len(str(run_dir)) > 80 else run_dir.parent
+        raise BadRequest(
+            f"the runs folder {shown} cannot be used: {error.strerror} (`runs` in profile {site.name!r} sets it)."
+        ) from None
     if not os.access(above, os.W_OK | os.X_OK):
         raise BadRequest(
             f"the runs folder {run_dir.parent} cannot be written (`runs` in profile {site.name!r} sets it)."

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from launcher import backends
+from launcher.client.tail import Tail
 from launcher.config.codec import to_data
 from launcher.config.timeouts import TIMEOUTS
 from launcher.errors import BadRequest, LaunchError, RunFailed, RunStopped
 from launcher.lifecycle import accounting, history, run_dir
 from launcher.lifecycle.run_dir import RunDir
 from launcher.lifecycle.trust import is_own
-from launcher.request.spec import State
+from launcher.request.spec import State, as_path
 from training.errors import nearest
 from training.files import open_plain, read_json
 
@@ -161,8 +162,8 @@ class Run:
         for file in sorted(files, key=lambda p: int(p.stem)):
             if rank is None or file.stem == str(rank):
                 prefix = f"[{file.stem}] " if rank is None and len(files) > 1 else ""
-                with reading(self.path), os.fdopen(open_plain(file), errors="replace") as lines:
-                    yield from (prefix + line.rstrip("\n") for line in lines)
+                with reading(self.path):
+                    yield from (prefix + line for line in Tail(file).read(end=True))
 
     def cancel(self) -> State:
         """Stop the run, and kill it after the grace time; returns its state.
@@ -326,15 +327,16 @@ def _explanation(directory: RunDir, shown_rank: int | None) -> str:
 
 def runs(folder: str | Path = "runs") -> list[Run]:
     """The runs in `folder`, newest first."""
-    return [Run(r) for r in run_dir.all_runs(Path(folder))]
+    return [Run(r) for r in run_dir.all_runs(as_path("folder", folder))]
 
 
-def find(name: str | Path, folder: Path) -> Run:
+def find(name: str | Path, folder: str | Path) -> Run:
     """Return the run `name` in `folder`, or the run in the directory `name`.
 
     Raises:
         BadRequest: there is none (the message lists similar names), or its format version is unknown.
     """
+    folder, _ = as_path("runs folder", folder), as_path("run", name)
     with suppress(OSError):  # such as a name that is too long for a file name
         for path in (folder / name, Path(name)):
             if (path / "plan.json").is_file():

@@ -8,7 +8,7 @@ import re
 import typing
 
 from launcher.config.cluster import Cluster, Container, Node, NodeKind, Ray, Slurm
-from launcher.config.profiles import TAKEN
+from launcher.config.profile_checks import TAKEN
 
 TABLES: tuple[tuple[str, type, str], ...] = (
     ("The profile itself", Cluster, ""),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,8 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from launcher.config.cluster import BACKENDS, Cluster, Slurm, no_such_backend
+from launcher.config.cluster import BACKENDS, Cluster, no_such_backend
 from launcher.config.codec import from_data
+from launcher.config.profile_checks import check_cluster, check_texts
 from launcher.errors import BadRequest, nearest
 
 
@@ -117,92 +117,17 @@ def parse(data: Mapping[str, Any], path: Path, cwd: Path) -> Cluster:
         if "extends" in parent:
             raise BadRequest(f"{where}: extends {base!r}, which itself extends another; one level is allowed.")
         data = _merge(parent, data)
-    _refuse_control_characters(data, where)
+    check_texts(data, where)
     cluster = from_data(Cluster, {"name": path.stem, **data}, where)
-    _check(cluster, where)
+    check_cluster(cluster, where)
     paths = {"runs": cluster.runs} | ({"hub_cache": cluster.hub_cache} if cluster.hub_cache else {})
     for key, value in paths.items():
         paths[key] = os.path.expanduser(os.path.expandvars(value))
         if "$" in paths[key]:
             raise BadRequest(f"{where}: {key} = {value!r} names a variable that is not set here.")
+        if paths[key].startswith("~"):
+            raise BadRequest(f"{where}: {key} = {value!r} names a user that does not exist here.")
     return replace(cluster, runs=paths["runs"], hub_cache=paths.get("hub_cache"))
-
-
-def _check(cluster: Cluster, where: str) -> None:
-    """Refuse values that no engine could do anything with."""
-    if cluster.backend not in BACKENDS:
-        raise BadRequest(f"{where}: backend: {cluster.backend!r} is not one of {', '.join(BACKENDS)}.")
-    numbers = [cluster.nodes, cluster.node.gpus or 0, cluster.node.cpus, cluster.node.memory_gb]
-    numbers += [n for kind in cluster.kinds for n in (kind.count, kind.gpus or 0, kind.cpus, kind.memory_gb, kind.down)]
-    if min(numbers) < 0 or cluster.grace <= 0:
-        raise BadRequest(
-            f"{where}: numbers of nodes, GPUs and cores and memory are 0 or more, and grace is more than 0 seconds."
-        )
-    if cluster.ray.wait < 0:
-        raise BadRequest(f"{where}: ray.wait = {cluster.ray.wait:g}: seconds are needed, 0 or more.")
-    if cluster.preflight and cluster.ray.inside:
-        raise BadRequest(
-            f"{where}: preflight = true: a Ray inside a job has no other nodes than the job's, which SLURM chose. Leave it"
-            " out; `launch doctor --on-nodes` looks at the nodes."
-        )
-    for name in cluster.environment:
-        if not name or "=" in name:
-            raise BadRequest(f"{where}: environment: {name!r} cannot be the name of a variable.")
-    if cluster.proxy is not None and not re.fullmatch(r"(https?|socks5h?)://[^\s/]+", cluster.proxy):
-        raise BadRequest(f"{where}: proxy = {cluster.proxy!r}: write http://host:port.")
-    _check_slurm(cluster.slurm, where)
-
-
-TAKEN = {
-    "nodes": "--nodes",
-    "ntasks": "--gpus or --cpus; a job has one task a node, and the task starts the ranks",
-    "ntasks-per-node": "--gpus or --cpus; a job has one task a node, and the task starts the ranks",
-    "gpus": "--gpus",
-    "gpus-per-node": "--gpus",
-    "gpus-per-task": "--gpus; a job has one task a node, which needs all GPUs of the node",
-    "cpus-per-task": "node.cpus: a rank gets its share of the node's cores",
-    "cpus-per-gpu": "node.cpus: a rank gets its share of the node's cores",
-    "mem": "node.memory_gb: a job gets its share of the node's memory",
-    "time": "--time, or `time` in the profile",
-    "job-name": "--name",
-    "signal": "grace",
-    **{
-        name: f"slurm.{name}"
-        for name in ("partition", "account", "qos", "reservation", "constraint", "exclude", "nodelist")
-    },
-    **dict.fromkeys(
-        ("output", "error", "open-mode", "array", "wrap", "wait"), "nothing: the run directory holds the logs"
-    ),
-}
-"""Options of sbatch that are decided elsewhere, and where."""
-
-
-def _check_slurm(slurm: Slurm, where: str) -> None:
-    for name, value in slurm.sbatch.items():
-        if not re.fullmatch(r"[A-Za-z][\w-]*", name) or not isinstance(value, str | int | float):
-            raise BadRequest(f"{where}: slurm.sbatch: {name!r} = {value!r} is not an option of sbatch and its value.")
-        if (option := name.replace("_", "-")) in TAKEN:
-            raise BadRequest(f"{where}: slurm.sbatch: {name!r} is decided elsewhere; use {TAKEN[option]}.")
-    if slurm.scratch is not None and not re.fullmatch(r"/([\w./-]|\$\w+|\$\{\w+\})+", slurm.scratch):
-        raise BadRequest(
-            f"{where}: slurm.scratch = {slurm.scratch!r}: write an absolute path of letters, digits and the node's variables,"
-            " such as /local/$SLURM_JOB_ID."
-        )
-    if slurm.scratch is not None and "$SLURM_JOB_ID" not in slurm.scratch.replace("{", "").replace("}", ""):
-        raise BadRequest(f"{where}: slurm.scratch is removed after the job, so it needs $SLURM_JOB_ID in its name.")
-    container = slurm.container
-    if container is None:
-        return
-    if not container.image.strip():
-        raise BadRequest(f"{where}: slurm.container.image is empty.")
-    for mount in container.mounts:
-        if not re.fullmatch(r"/[^:,]*(:/[^:,]*)?(:(ro|rw))?", mount):
-            raise BadRequest(
-                f"{where}: slurm.container.mounts: {mount!r}: write /path or /on/the/node:/in/the/container."
-            )
-    clash = [a for a in slurm.srun_args if a.startswith("--container-image")]
-    if clash:
-        raise BadRequest(f"{where}: slurm.srun_args: {clash[0]!r} beside slurm.container: write it in one place.")
 
 
 def _base(name: str, path: Path, cwd: Path, where: str) -> Path:
@@ -221,16 +146,3 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         old = merged.get(key)
         merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
     return merged
-
-
-def _refuse_control_characters(value: Any, where: str) -> None:
-    """Profile values end up in one-line places (#SBATCH lines, arguments): a line break there would begin another."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            _refuse_control_characters(key, where)
-            _refuse_control_characters(item, f"{where}: {key}")
-    elif isinstance(value, list):
-        for item in value:
-            _refuse_control_characters(item, where)
-    elif isinstance(value, str) and any(ord(c) < 32 or ord(c) == 127 for c in value):
-        raise BadRequest(f"{where}: line breaks and control characters are not allowed in {value!r}; use a list.")

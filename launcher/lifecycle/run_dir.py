@@ -201,9 +201,12 @@ def tail(path: Path, lines: int = 20) -> list[str]:
     try:
         with os.fdopen(open_plain(path), "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 64 * 1024))
-            return file.read().decode(errors="replace").splitlines()[-lines:]
+            text = file.read().decode(errors="replace")
     except FileNotFoundError:
         return []
+    # Of a line that a progress bar wrote over, what was left to see. Other characters than a line break end no line.
+    found = [line.rstrip("\r").rpartition("\r")[2] for line in text.removesuffix("\n").split("\n")[-lines:]]
+    return found if text else []
 
 
 def all_runs(folder: Path) -> Iterable[RunDir]:

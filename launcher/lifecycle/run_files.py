@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from launcher.config.codec import to_json
 from training.files import FULL_DISK, append_line, newest_record, open_plain, read_json, read_lines, write_atomic
@@ -87,16 +87,17 @@ class RunFiles:
     def agent_log(self, node: int) -> Path:
         return self.logs / f"agent-{node}.log"
 
+    def open_agent_log(self, node: int) -> BinaryIO:
+        """Open the log of a node's agent to append to it; only the owner can read it."""
+        return os.fdopen(open_plain(self.agent_log(node), os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
+
     def error(self, attempt: int, rank: int) -> Path:
         return self.path / "errors" / str(attempt) / f"{rank}.json"
 
     # ---- while it runs --------------------------------------------------------------------------------------------
 
     def event(self, event: str, /, **fields: Any) -> bool:
-        """Add to the log of events. Where that cannot be written, the run goes on and the supervisor's own log has it.
-
-        Says whether it could.
-        """
+        """Add to the log of events. If that cannot be written, print the event to the supervisor's log and return False."""
         record = {"time": time.time(), "event": event, **fields}
         try:
             self._making_room(lambda: append_line(self.events_file, record))

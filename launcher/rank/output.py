@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import os
 import sys
+from pathlib import Path
 from typing import TextIO
 
-from training.files import FULL_DISK
+from training.files import FULL_DISK, open_plain
 
 
 class DropOnFullDisk(io.FileIO):
@@ -55,7 +56,7 @@ def redirect_output(log: str, rank: int, terminal: int = -1) -> None:
         os.dup2(terminal, 2)
         return
     try:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        output = open_plain(Path(log), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     except OSError as error:
         from launcher.lifecycle.exit_status import error_not_written_status
 

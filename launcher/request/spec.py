@@ -13,6 +13,7 @@ from typing import Any, Literal
 from launcher.config.cluster import Cluster
 from launcher.errors import BadRequest, nearest
 from launcher.request.placement.devices import Devices, Placement
+from training.flags.typed import brief
 
 DEFAULT_TARGET = "training.train:train"
 
@@ -94,9 +95,12 @@ class RunSpec:
     )
 
     def __post_init__(self) -> None:
+        if not isinstance(self.target, str):
+            raise BadRequest(f"target {brief(self.target, 80)}: a string such as 'train.py', or a function, is needed.")
+        defaults = {f.name: f.default for f in fields(self)}
         for name, option in options().items():
-            if option.least is not None:
-                _check_number(f"--{name.replace('_', '-')}", getattr(self, name), option)
+            if (value := getattr(self, name)) is not None or defaults[name] is not None:
+                _check_option(f"--{name.replace('_', '-')}", value, option)
         asked = [f"--{k}" for k in ("gpus", "tpus", "cpus") if getattr(self, k) is not None]
         if len(asked) > 1:
             raise BadRequest(f"{' and '.join(asked)} together: a run uses one kind of device. Give one of them.")
@@ -149,8 +153,21 @@ def check_options(call: str, given: Mapping[str, Any], known: Collection[str], m
     refuse_empty(given)
 
 
-def _check_number(flag: str, value: Any, option: Option) -> None:
-    if value is None or option.least is None:
+def as_path(what: str, value: object) -> Path:
+    """Return `value`, given from Python for `what`, as a path.
+
+    Raises:
+        BadRequest: it is neither a string nor a path, or it holds a null character.
+    """
+    if not isinstance(value, str | Path) or "\0" in str(value):
+        raise BadRequest(f"{what} {brief(value, 80)}: the path of a folder is needed, such as 'runs'.")
+    return Path(value)
+
+
+def _check_option(flag: str, value: Any, option: Option) -> None:
+    if option.least is None:
+        if not isinstance(value, str) or "\0" in value:
+            raise BadRequest(f"{flag} {brief(value, 80)}: a string is needed, such as {option.metavar!r}.")
         return
     if type(value) is not int:  # from Python; a flag's text is a number by now
         raise BadRequest(f"{flag} {value}: a whole number is needed, not {value!r}.")
@@ -228,6 +245,7 @@ class Plan:
     time_minutes: int
     environment: dict[str, str] = field(default_factory=dict)
     project: Path | None = None  # the folder on the submitting machine whose code is copied; None: nothing is
+    shell: tuple[str, ...] = ()  # lines about the scheduler's variables of the shell, used and not
     start: str = ""  # when and where the scheduler would start it, as it said when the plan was made
     gpu: str = ""  # the GPU that was chosen for a run that asked for none, and why; `environment` names it
 

@@ -413,14 +413,17 @@ dist.init_process_group("gloo")
 rank, found = dist.get_rank(), 0
 pid = [os.getpid()]
 dist.broadcast_object_list(pid)
+dist.barrier()
 if rank == 0:
     dist.destroy_process_group()
 else:
     while os.path.exists(f"/proc/{pid[0]}"):
         time.sleep(0.05)
     value = torch.tensor([rank])
-    dist.all_reduce(value, group=dist.new_group(range(1, dist.get_world_size()), use_local_synchronization=True))
+    group = dist.new_group(range(1, dist.get_world_size()), use_local_synchronization=True)
+    dist.all_reduce(value, group=group)
     found = value.item()
+    dist.barrier(group=group)
 """, environment=LOOPBACK),
     "sampler": reporting("""
 import torch, torch.distributed as dist

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launcher.backends.slurm.backend import SlurmBackend
+from launcher.backends.slurm.shell import script_line
 from launcher.config.cluster import Cluster
 from launcher.config.profiles import parse
 from launcher.errors import BadRequest
@@ -86,7 +87,7 @@ def test_no_value_of_a_profile_adds_a_line_to_the_script(values: dict[str, Any],
     except BadRequest:
         return
     end = lines.index("# command")
-    setup = ["trap '' USR1 USR2", *site.slurm.setup]
+    setup = [script_line(), "trap '' USR1 USR2", *site.slurm.setup]
     head = lines[: end - len(setup) - 3]
     assert lines[len(head) :] == ["", "# setup", *setup, "", *lines[end:]]
     assert head[:3] == ["#!/bin/bash", "", "# Parameters"]

@@ -12,6 +12,10 @@ from tests.structure.words import PACKAGES
 
 ENGINES = frozenset({"local", "slurm", "ray"})
 
+SLURM_COMMANDS = frozenset({"sbatch", "squeue", "sacct", "sinfo", "scontrol", "scancel", "srun", "salloc", "sacctmgr"})
+THROUGH_SHELL = frozenset({"shell.run", "ask", "query.ask", "_scontrol", "shutil.which"})
+"""Functions that start a SLURM command with the environment of every such command, and one that starts none."""
+
 
 class Sources:
     """The parsed files of both packages of a checkout, by path."""
@@ -38,6 +42,24 @@ class Sources:
             for node in ast.walk(tree)
             if isinstance(node, ast.Call) and last_name(node.func) == name
         ]
+
+    def slurm_commands(self) -> list[str]:
+        """Starts of a SLURM command that do not go through ``shell.run`` or a function that calls it."""
+        own = {"launcher/backends/slurm/shell.py"}
+        found = [
+            f"{file}:{getattr(node, 'lineno', 0)}"
+            for file, tree in self.trees.items()
+            for node in ast.walk(tree)
+            if _starts_slurm_command(node)
+        ]
+        for name in ("run", "Popen", "call", "check_call", "check_output", "create_subprocess_exec"):
+            for where, call in self.calls(name):
+                if where.startswith("launcher/backends/slurm/") and where.partition(":")[0] not in own:
+                    literal = bool(call.args) and isinstance(call.args[0], ast.List)  # looked at above
+                    found += (
+                        [where] if ast.unparse(call.func) not in ("shell.run", "asyncio.run") and not literal else []
+                    )
+        return found
 
     def event_kinds(self) -> dict[str, list[str]]:
         """The places of each kind of event: ``event("KIND", ...)``."""
@@ -67,6 +89,15 @@ class Sources:
             for node in ast.walk(tree)
             if _compares_backend(node) or _is_engine_table(node)
         ]
+
+
+def _starts_slurm_command(node: ast.AST) -> bool:
+    if isinstance(node, ast.Call):
+        checked, first = ast.unparse(node.func) not in THROUGH_SHELL, node.args[:1]
+    else:
+        checked, first = isinstance(node, ast.List), getattr(node, "elts", [])[:1]
+    words = [str(word.value).split(" ")[0] for word in first if isinstance(word, ast.Constant)]
+    return checked and any(word in SLURM_COMMANDS for word in words)
 
 
 def _strings(node: ast.AST | None) -> Iterator[str]:

@@ -187,6 +187,7 @@ ONCE = {
 }
 
 NOWHERE = {
+    "a SLURM command with another environment than the one of all": CODE.slurm_commands(),
     "a comparison with a backend's name": CODE.engine_tests(outside="launcher/backends/"),
     'backend == "': CODE.grep(r"""\bbackend\s*[!=]=\s*["']"""),
     "dict[str, Any] in the protocol": CODE.grep(r"\b([dD]ict|Mapping)\[str, Any\]", under="launcher/agent/protocol"),

@@ -235,7 +235,7 @@ class SlurmCluster:
     # --- inside
 
     def _env(self) -> dict[str, str]:
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH_", "SALLOC_", "SQUEUE_"))}
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(OPTIONS)}
         return clean | self.environment() | {"PATH": PATH, "MYSQL_UNIX_PORT": str(self.folder / "db" / "socket")}
 
     def _daemon(self, binary: str, *args: str, name: str = "", env: dict[str, str] | None = None) -> None:
@@ -273,6 +273,7 @@ class SlurmCluster:
             (self.folder / name).write_text(text)
 
 
+OPTIONS = ("SLURM", "SBATCH_", "SALLOC_", "SRUN_", "SQUEUE_", "SACCT_", "SINFO_", "SCONTROL_", "SCANCEL_")
 NODE = "LAUNCH_TESTBED_NODE"  # in the environment of a slurmd and of its slurmstepds
 
 

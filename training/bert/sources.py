@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.errors import ConfigError
 from training.flags.fields import check_function, find_function
+from training.flags.typed import brief
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -114,11 +117,15 @@ def check_label(label: Any, num_labels: int, where: str) -> None:
     """
     try:
         number = float(label)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{where}: label {label!r} is no number; write classes as 0, 1, ...") from None
+        plain = not isinstance(label, str) or (label.isascii() and "_" not in label)  # float() takes more than that
+    except (OverflowError, TypeError, ValueError):
+        number, plain = math.nan, False
+    if not plain or not math.isfinite(number):
+        kind = "finite " * plain
+        raise ConfigError(f"{where}: label {brief(label, 40)} is no {kind}number; write classes as 0, 1, ...")
     if num_labels > 1 and (number != int(number) or not 0 <= number < num_labels):
         raise ConfigError(
-            f"{where}: label {label} is outside the model's range 0..{num_labels - 1}; "
+            f"{where}: label {label!s:.40} is outside the model's range 0..{num_labels - 1}; "
             "change the labels, or give --num-labels (1 for regression)"
         )
 
@@ -131,8 +138,12 @@ def _peek(path: Path) -> tuple[list[str], Iterator[dict[str, Any]]]:
     """
     try:
         if path.suffix == ".csv":
-            reader = csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines(keepends=True), strict=True)
-            return list(reader.fieldnames or ()), _guarded(path, reader)
+            # Of the characters that str.splitlines() takes for the end of a line, only the line break ends a row.
+            reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig")), strict=True)
+            names = list(reader.fieldnames or ())
+            if twice := [column for column in COLUMNS if names.count(column) > 1]:
+                raise ConfigError(f"{path}: there are {names.count(twice[0])} columns {twice[0]!r}; one is needed")
+            return names, _guarded(path, _regular(path, reader))
         if path.suffix == ".parquet":
             import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 
@@ -140,22 +151,43 @@ def _peek(path: Path) -> tuple[list[str], Iterator[dict[str, Any]]]:
             names = list(file.schema_arrow.names)
             wanted = [column for column in COLUMNS if column in names]
             return names, (row for batch in file.iter_batches(columns=wanted) for row in batch.to_pylist())
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         first = json.loads(lines[0]) if lines else {}
         if not isinstance(first, dict):
             raise ConfigError(f"{path}: the first line is no JSON object; write one object on each line")
         return list(first), _guarded(path, map(json.loads, lines))
     except ConfigError:
         raise
-    except (ValueError, OSError, csv.Error) as error:  # errors of pyarrow are ValueErrors
+    except (ValueError, OSError, RecursionError, csv.Error) as error:  # errors of pyarrow are ValueErrors
         raise ConfigError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from None
+
+
+def _regular(path: Path, reader: csv.DictReader[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a CSV file.
+
+    Raises:
+        ConfigError: a row has more or fewer columns than the header.
+    """
+    for row in reader:
+        if None in row or None in row.values():
+            extra: Sequence[str] = row.get(None) or ()
+            found = sum(value is not None for key, value in row.items() if key is not None) + len(extra)
+            raise ConfigError(
+                f"{path}, line {reader.line_num}: {found} columns, and the header has {len(reader.fieldnames or ())};"
+                " put a text that holds a comma in quotes"
+            )
+        yield row
 
 
 def _guarded(path: Path, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     try:
         for row in rows:
+            if not isinstance(row, dict):
+                raise ConfigError(f"{path}: a line is no JSON object: {str(row)[:40]!r}; write one object on each line")
             yield {column: row.get(column) for column in COLUMNS}
-    except (ValueError, csv.Error, AttributeError) as error:
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError, csv.Error) as error:
         raise ConfigError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from None
 
 

@@ -45,7 +45,7 @@ class Store:
         own = {"CUDA_VISIBLE_DEVICES": "", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"}
         before = signal.pthread_sigmask(signal.SIG_BLOCK, UNMOVED)  # inherited, and so in force from the first moment
         try:
-            with self._run_dir.agent_log(self._node).open("ab") as log:
+            with self._run_dir.open_agent_log(self._node) as log:
                 self._process = subprocess.Popen(
                     own_packages.command("launcher.agent.network.store"),
                     stdin=remote.fileno(),

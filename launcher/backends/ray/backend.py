@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,16 +18,29 @@ from launcher.config.check import Check
 from launcher.config.cluster import Cluster
 from launcher.config.timeouts import TIMEOUTS
 from launcher.errors import BadRequest
-from launcher.lifecycle.run_dir import RunDir
+from launcher.lifecycle.run_dir import RunDir, tail
 from launcher.lifecycle.trust import PROCESS_ID, check_id
 from launcher.request.placement.devices import Placement
 from launcher.request.placement.tpu import SINGLE_HOST_CHIPS, Topology, pod_type
 from launcher.request.spec import Plan, State
+from training.flags.typed import brief
 
 
 def address(cluster: Cluster) -> str | None:
-    """Address of the cluster, from the profile or RAY_ADDRESS; None: start a Ray on this machine."""
-    return cluster.ray.address or os.environ.get("RAY_ADDRESS") or None
+    """Address of the cluster, from the profile or RAY_ADDRESS; None: start a Ray on this machine.
+
+    Raises:
+        BadRequest: it is neither ``host:port`` nor one of Ray's words.
+    """
+    where = cluster.ray.address or os.environ.get("RAY_ADDRESS") or None
+    if where == "local":  # Ray's own word for that
+        return None
+    if where is not None and where != "auto":
+        match = re.fullmatch(r"(?:ray://)?(?:[A-Za-z0-9._-]+|\[?[0-9A-Fa-f:.]+(?:%\w+)?\]?):([0-9]{1,5})", where)
+        if match is None or not 0 < int(match[1]) < 65536:
+            name = "ray.address" if cluster.ray.address else "RAY_ADDRESS"
+            raise BadRequest(f"{name} = {brief(where, 60)}: write host:port, such as head:6379, or auto.")
+    return where
 
 
 def trainer(
@@ -126,7 +140,7 @@ def _await_acceptance(plan: Plan, job_id: str) -> None:
         if newest == "accepted":  # of this submission, not of an earlier one
             return
         if detached.poll(job_id) is not State.RUNNING:
-            lines = run_dir.agent_log(0).read_text().splitlines()[-5:]
+            lines = tail(run_dir.agent_log(0), 5)
             raise BadRequest(
                 "the Ray driver exited before it reached the cluster. Its last lines:\n" + "\n".join(lines)
             )
@@ -174,7 +188,10 @@ class RayBackend(Backend):
 
     def diagnose(self, cluster: Cluster, cwd: Path) -> Iterator[Check]:
         """Connect to the head."""
-        yield reachable(address(cluster))
+        try:
+            yield reachable(address(cluster))
+        except BadRequest as error:
+            yield Check("ray", False, str(error), "correct the address")
 
     def at_hand(self) -> bool:
         return address(Cluster("new", self.name)) is not None

@@ -126,7 +126,7 @@ class RayNode:
         ray = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
         environment = self._environment() | {"RAY_worker_niceness": "0"}
         environment.pop("RAY_ADDRESS", None)
-        with self.run_dir.agent_log(self.where.node).open("ab") as log:
+        with self.run_dir.open_agent_log(self.where.node) as log:
             self.process = subprocess.Popen(
                 [*ray, *arguments, *words],
                 stdin=subprocess.DEVNULL,
@@ -199,7 +199,7 @@ class RayNode:
     def _drive(self, address: str) -> int:
         environment = self._environment() | {"RAY_ADDRESS": address}
         command = own_packages.command("launcher.backends.ray.driver", str(self.run_dir.path))
-        with self.run_dir.agent_log(0).open("ab") as log:
+        with self.run_dir.open_agent_log(0) as log:
             driver = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, preexec_fn=_unmoved
             )
@@ -274,6 +274,9 @@ class RayOnSlurmBackend(Backend):
     slurm, ray = SlurmBackend(), RayBackend()
     # SLURM allocates the nodes; Ray cannot keep a spare node idle.
     capabilities = replace(slurm.capabilities, spare_nodes=False, elastic=ray.capabilities.elastic)
+
+    def from_shell(self, cluster: Cluster, time: str | None = None) -> tuple[Cluster, tuple[str, ...]]:
+        return self.slurm.from_shell(cluster, time)
 
     def survey(self, cluster: Cluster) -> Cluster:
         """Query SLURM. A profile with ``ray.address`` is refused: the Ray is started inside the job."""

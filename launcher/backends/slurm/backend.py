@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.backends.base import Backend, Capabilities
-from launcher.backends.slurm import limits, node_command, query
+from launcher.backends.slurm import limits, node_command, query, shell
 from launcher.config.check import Check
 from launcher.config.cluster import Cluster, NodeKind
 from launcher.errors import BadRequest
@@ -139,6 +139,7 @@ def _setup(plan: Plan) -> list[str]:
     """Script lines before srun. A user signal is for the agents: a script that died of it would end the job."""
     slurm = plan.cluster.slurm
     return [
+        shell.script_line(),
         "trap '' USR1 USR2",
         *([f"module load {' '.join(map(shlex.quote, slurm.modules))}"] if slurm.modules else []),
         *slurm.setup,
@@ -162,24 +163,28 @@ def _constraint(plan: Plan) -> str | None:
     return "&".join(f"({text})" if len(both) > 1 and re.search(r"[|&]", text) else text for text in both) or None
 
 
-def _executor(plan: Plan, offline: bool) -> Any:
+def _executor(plan: Plan) -> Any:
     import submitit
 
-    class Offline(submitit.SlurmExecutor):  # type: ignore[misc]
-        """Writes scripts without srun."""
+    class Executor(submitit.SlurmExecutor):  # type: ignore[misc]
+        """Writes scripts without srun, and starts sbatch with the environment of every SLURM command."""
 
         @classmethod
         def affinity(cls) -> int:
             return 2
 
-    kind = Offline if offline else submitit.SlurmExecutor
-    executor = kind(folder=plan.run_dir / "submitit", python=node_command.command(plan))
+        def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+            # submitit starts the command with this process's environment. Names alone: others can read the arguments.
+            hidden = [word for name in shell.hidden() for word in ("-u", name)]
+            return ["env", *hidden, *super()._make_submission_command(submission_file_path)]
+
+    executor = Executor(folder=plan.run_dir / "submitit", python=node_command.command(plan))
     executor.update_parameters(**parameters(plan))
     return executor
 
 
 def _script(plan: Plan) -> str:
-    executor = _executor(plan, offline=True)
+    executor = _executor(plan)
     return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
 
 
@@ -221,6 +226,10 @@ class SlurmBackend(Backend):
     name = "slurm"
     capabilities = Capabilities(poll_seconds=5.0, spare_nodes=True, time_limit=True, requeue=True)
 
+    def from_shell(self, cluster: Cluster, time: str | None = None) -> tuple[Cluster, tuple[str, ...]]:
+        """Take sbatch's variables that say where and how long a job runs; the others are not used."""
+        return shell.from_shell(cluster, time)
+
     def survey(self, cluster: Cluster) -> Cluster:
         """Query SLURM for the kinds of nodes, unless the profile describes them.
 
@@ -252,6 +261,7 @@ class SlurmBackend(Backend):
             BadRequest: a limit is exceeded, or SLURM refuses the job.
         """
         _check_paths(plan)
+        node_command.check_setup(plan)
         try:
             limits.check_limits(plan, query.partitions())
             return query.verdict(_script(plan))
@@ -267,10 +277,10 @@ class SlurmBackend(Backend):
         if shutil.which("srun") is None or shutil.which("sbatch") is None:
             raise BadRequest(query.UNREACHABLE.format("the command srun or sbatch is missing."))
         _check_paths(plan)
-        executor = _executor(plan, offline=False)
+        executor = _executor(plan)
         try:
             # submitit prints the error of sbatch, which the exception holds, too.
-            with query.outside_of_a_job(), contextlib.redirect_stderr(io.StringIO()):
+            with contextlib.redirect_stderr(io.StringIO()):
                 job = executor.submit(with_our_packages(task or AgentTask(plan.run_dir)))
         except submitit.core.utils.FailedJobError as error:
             refusal = query.refusal_text(str(error))

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 
-from launcher.backends.slurm import query
+from launcher.backends.slurm import query, shell
 from launcher.backends.slurm.query import Partition
 from launcher.config.check import Check
 from launcher.config.cluster import Cluster, NodeKind
@@ -20,6 +20,7 @@ def diagnose(site: Cluster) -> Iterator[Check]:
             yield Check("slurm", False, f"{command} is missing", "log in to a submission host of the cluster")
             return
     try:
+        site, lines = shell.from_shell(site)
         found = {p.name: p for p in query.partitions()}
         kinds = query.kinds(site)
     except BadRequest as error:
@@ -27,6 +28,7 @@ def diagnose(site: Cluster) -> Iterator[Check]:
         return
     limits = {name: "no limit" if p.max_minutes is None else f"{p.max_minutes} min" for name, p in found.items()}
     yield Check("slurm", True, ", ".join(f"partition {name} {p.state} ({limits[name]})" for name, p in found.items()))
+    yield from (Check("shell", True, line) for line in lines)
     for kind in kinds:
         what = f"{kind.count} nodes of {kind.cpus} cores, {kind.gpus or 'no'} {kind.accelerator or ''} GPUs".replace(
             "  ", " "

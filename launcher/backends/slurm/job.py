@@ -21,6 +21,7 @@ from pathlib import Path
 
 from launcher.agent.protocol import AgentInfo
 from launcher.agent.switches import switches_of
+from launcher.backends.slurm import shell
 from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle import history
 from launcher.lifecycle.history import JobFate
@@ -119,10 +120,7 @@ def _follow_up(run_dir: RunDir, job: str, exclude: Sequence[str]) -> bool:
     """Submit the job's script again, to start after this job; returns whether sbatch accepted it."""
     hosts = _excluded_hosts(run_dir, exclude)
     options = [f"--exclude={hosts}"] if hosts else []
-    command = ["sbatch", "--parsable", f"--dependency=afterany:{job}", *options, str(run_dir.script_file)]
-    # sbatch passes its environment on; the variables of this job do not apply to the next one.
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
-    done = subprocess.run(command, env=clean, capture_output=True, text=True, check=False)
+    done = shell.run("sbatch", "--parsable", f"--dependency=afterany:{job}", *options, str(run_dir.script_file))
     if done.returncode:
         return False
     follower = check_id(SLURM_ID, done.stdout.split(";")[0].strip())[0]
@@ -166,10 +164,7 @@ def _scontrol(*words: str) -> subprocess.CompletedProcess[str] | None:
     deadline = time.monotonic() + TIMEOUTS.slurm_controller
     while True:
         try:
-            done = subprocess.run(
-                ["scontrol", *words], capture_output=True, text=True, check=False, timeout=TIMEOUTS.slurm_controller,
-                preexec_fn=_ignore_sigterm,
-            )  # fmt: skip
+            done = shell.run("scontrol", *words, timeout=TIMEOUTS.slurm_controller, preexec_fn=_ignore_sigterm)
         except (FileNotFoundError, subprocess.TimeoutExpired):
             return None
         if "Unable to contact" not in done.stderr or time.monotonic() > deadline:
@@ -239,7 +234,7 @@ def orphaned(run_dir: RunDir, status: int, submission: int, environment: Mapping
             after(run_dir, status, submission, environment)
             break
     if _runs(start):  # not a job that was requeued
-        subprocess.run(["scancel", "--state=RUNNING", check_id(SLURM_ID, start.job)[0]], check=False)
+        shell.run("scancel", "--state=RUNNING", check_id(SLURM_ID, start.job)[0])
 
 
 def _runs(start: JobStart) -> bool:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from launcher.config.cluster import Container
@@ -42,6 +45,24 @@ def command(plan: Plan) -> str:
         steps.append('exec "$@"')
     fail = 'fail() { echo "launch: on $SLURMD_NODENAME, before the ranks: $1 failed" >&2; exit 1; }'
     return f"sh -c {shlex.quote('; '.join([fail, *steps]))} launch {words}"
+
+
+def check_setup(plan: Plan) -> None:
+    """Have the shells parse the profile's setup lines; they are not run.
+
+    Raises:
+        BadRequest: one of them cannot be parsed, such as a line with an open quote.
+    """
+    slurm = plan.cluster.slurm
+    texts = [("setup", "bash", "\n".join(slurm.setup))] if slurm.setup else []
+    for name, shell, text in [*texts, *(("node_setup", "sh", line) for line in slurm.node_setup)]:
+        with suppress(OSError):  # without the shell, the nodes report it
+            done = subprocess.run(["env", shell, "-n", "-c", text], capture_output=True, text=True, check=False)
+            if done.returncode:
+                reason = re.sub(r"^\w+: (-c: )?(line )?\d+: ", "", done.stderr.strip().partition("\n")[0])
+                raise BadRequest(
+                    f"slurm.{name} in profile {plan.cluster.name!r}: {text!r} is not a shell line: {reason}."
+                )
 
 
 def python(plan: Plan) -> list[str]:

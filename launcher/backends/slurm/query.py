@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from launcher.backends.slurm import shell
 from launcher.config import durations
 from launcher.config.cluster import Cluster, NodeKind
 from launcher.config.timeouts import TIMEOUTS
@@ -16,27 +15,6 @@ from launcher.errors import BadRequest
 
 GONE = ("DOWN", "DRAIN", "DRAINED", "DRAINING", "FAIL", "FAILING", "FUTURE", "INVAL", "INVALID_REG", "ERROR", "UNKNOWN")
 """Node states without new jobs. Source: "NODE STATE CODES" of sinfo(1)."""
-
-FOR_COMMANDS = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
-"""Variables that configure SLURM's commands; the other ``SLURM_`` variables describe a job."""
-
-
-@contextmanager
-def outside_of_a_job() -> Iterator[None]:
-    """Hide the variables of the job that this process runs in, such as an interactive job.
-
-    sbatch passes them on to the new job, where they conflict with the options of srun: "SLURM_MEM_PER_CPU,
-    SLURM_MEM_PER_GPU, and SLURM_MEM_PER_NODE are mutually exclusive".
-    """
-    own = {
-        name: os.environ.pop(name)
-        for name in list(os.environ)
-        if name.startswith(("SLURM_", "SLURMD_", "SRUN_")) and name not in FOR_COMMANDS
-    }
-    try:
-        yield
-    finally:
-        os.environ.update(own)
 
 
 class Unreachable(BadRequest):
@@ -51,9 +29,7 @@ def ask(*command: str, stdin: str | None = None, stderr: bool = False) -> str:
         BadRequest: the command failed.
     """
     try:
-        done = subprocess.run(
-            command, input=stdin, capture_output=True, text=True, timeout=TIMEOUTS.slurm_command, check=False
-        )
+        done = shell.run(*command, input=stdin, timeout=TIMEOUTS.slurm_command)
     except FileNotFoundError:
         raise Unreachable(UNREACHABLE.format(f"the command {command[0]} is missing.")) from None
     except subprocess.TimeoutExpired:
@@ -84,16 +60,17 @@ def kinds(cluster: Cluster) -> tuple[NodeKind, ...]:
 
 
 def node_kinds(listed: str, partition: str | None, constraint: str | None = None) -> tuple[NodeKind, ...]:
-    """Parse the kinds of nodes of a partition from ``scontrol show node --oneliner``.
+    """Parse the kinds of nodes of a partition, or several with commas, from ``scontrol show node --oneliner``.
 
     Nodes with the same number and type of GPUs are of one kind; so are nodes without GPUs and with the same number of
     cores. If they differ in other values (cores, memory, features), the smallest value of each counts. A `constraint` of
     one feature selects nodes; a longer expression is left to SLURM.
     """
     found: dict[tuple[object, ...], list[NodeKind]] = {}
+    wanted = set((partition or "").split(","))
     for line in listed.splitlines():
         node = _fields(line)
-        if "NodeName" not in node or (partition and partition not in node.get("Partitions", "").split(",")):
+        if "NodeName" not in node or (partition and wanted.isdisjoint(node.get("Partitions", "").split(","))):
             continue
         features = tuple(f for f in node.get("ActiveFeatures", "").split(",") if f and f != "(null)")
         if constraint and re.fullmatch(r"[\w.-]+", constraint) and constraint not in features:
@@ -233,8 +210,7 @@ def verdict(script: str) -> str:
         BadRequest: SLURM would refuse the job, or cannot start it on its present nodes.
     """
     try:
-        with outside_of_a_job():
-            answer = ask("sbatch", "--test-only", stdin=script, stderr=True)
+        answer = ask("sbatch", "--test-only", stdin=script, stderr=True)
     except Unreachable:
         raise
     except BadRequest as error:

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import io
+import json
+import os
+import subprocess
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,8 @@ from launcher.config.cluster import Cluster
 from launcher.lifecycle.run_dir import FORMAT, RunDir
 from launcher.request.placement.place import Placement
 from launcher.request.spec import Plan, RunSpec, State, Target
+from tests.launcher.client.test_tail import LINES, SHOWN
+from tests.launcher.engines import COMMAND, make_project
 from training.files import append_line
 
 
@@ -50,3 +56,52 @@ def test_the_output_of_an_attempt_that_was_over_before_the_first_look_is_shown(t
     follow(run, out)
     shown = [line for line in out.getvalue().splitlines() if line.startswith("attempt")]
     assert shown == ["attempt 4"], "one who joins later sees the newest"
+
+
+def test_the_logs_of_a_run_have_whole_lines_whatever_ends_them(tmp_path: Path) -> None:
+    run = ended_run(tmp_path, 1)
+    run.dir.log(1, 0).write_bytes(LINES)
+    assert list(run.logs()) == SHOWN
+    out = io.StringIO()
+    follow(run, out)
+    assert [line for line in out.getvalue().split("\n") if "%" in line or "last" in line] == ["100%", "last"]
+
+
+def test_a_log_of_one_endless_line_takes_little_memory(tmp_path: Path) -> None:
+    run = ended_run(tmp_path, 1)
+    follow(run, io.StringIO())  # imports what it needs
+    run.dir.log(1, 0).write_bytes(b"\r" * 60_000_000)
+    tracemalloc.start()
+    try:
+        assert len(list(run.logs())) <= 1
+        follow(run, io.StringIO())
+        assert tracemalloc.get_traced_memory()[1] < 24 << 20, "16 MiB of it is the limit of plan.json"
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8:strict"])
+def test_output_that_the_terminal_cannot_show_is_no_failure(tmp_path: Path, encoding: str) -> None:
+    project = make_project(tmp_path, "local")
+    script = f"import sys\nsys.stdout.buffer.write({LINES!r})\n"
+    (project.folder / "talks.py").write_text(script)
+    environment = {
+        **os.environ,
+        "PYTHONIOENCODING": encoding,
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+    }
+    command = [*COMMAND, "--cpus", "1", "--name", "r", "talks.py"]
+    done = subprocess.run(command, cwd=project.folder, env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert {b"one", b"100%", b"last"} <= set(done.stdout.split(b"\n"))
+    files = [path for path in (project.folder / "runs" / "r").rglob("*") if path.is_file() and "code" not in path.parts]
+    assert [path.name for path in files if path.stat().st_mode & 0o077] == []
+    for more in (["logs", "r"], ["logs", "-f", "r"], ["status", "r"], ["list"]):
+        done = subprocess.run([*COMMAND, *more], cwd=project.folder, env=environment, capture_output=True, check=False)
+        assert (done.returncode, done.stderr) == (0, b""), more
+    done = subprocess.run(
+        [*COMMAND, "logs", "r", "--json"], cwd=project.folder, env=environment, capture_output=True, check=True
+    )
+    assert json.loads(done.stdout) == SHOWN

@@ -12,6 +12,7 @@ import pytest
 
 from launcher.client.screen import Screen
 from launcher.client.tail import LONGEST_LINE, LiveTail, Tail, safe
+from launcher.lifecycle.run_dir import tail as last_lines
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,36 @@ def test_an_endless_line_takes_little_memory(tmp_path: Path, byte: bytes) -> Non
     finally:
         tracemalloc.stop()
     assert len(tail.rest) <= LONGEST_LINE
+
+
+def test_an_endless_line_on_a_screen_takes_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "0.log"
+    path.write_bytes(b"\r" * 60_000_000)
+    tail, length = LiveTail(path), 0
+    tracemalloc.start()
+    try:
+        for text in tail.read():
+            length += len(text)
+        assert tracemalloc.get_traced_memory()[1] < 4 * LONGEST_LINE
+    finally:
+        tracemalloc.stop()
+    assert length == 60_000_000
+
+
+LINES = b"one\r\n 10%\r 20%\r100%\nfeed\x0c\xc2\x85\xe2\x80\xa8on\n\xff caf\xc3\xa9\r\nlast"
+SHOWN = ["one", "100%", "feed\x0c\x85\u2028on", "\ufffd caf\xe9", "last"]
+
+
+def test_the_end_of_a_log_has_the_same_lines(tmp_path: Path) -> None:
+    path = tmp_path / "0.log"
+    for written in (LINES, LINES + b"\n", LINES + b"\r\n"):
+        path.write_bytes(written)
+        assert last_lines(path, 20) == SHOWN
+        assert last_lines(path, 2) == SHOWN[-2:]
+    path.write_bytes(b"")
+    assert last_lines(path) == []
+    path.write_bytes(b"\n")
+    assert last_lines(path) == [""]
 
 
 KEPT = ["\x1b[31mred\x1b[0m", "\x1b[38;5;208mx", "\x1b[A\r 10%|#  |\x1b[K\n", "tab\tback\bspace", "é 漢字 🙂"]

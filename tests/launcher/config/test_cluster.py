@@ -102,7 +102,7 @@ def test_what_is_commented_out_in_a_shipped_profile_can_be_used(path: Path, tmp_
         ("backend = 'slurm'\n[slurm]\nscratch = '/l/$(id)$SLURM_JOB_ID'", "write an absolute path"),
         ("backend = 'slurm'\n[slurm]\nscratch = '/local'", "slurm.scratch is removed after the job, so it needs $SLURM_JOB_ID"),
         ("backend = 'slurm'\n[slurm.container]\nmounts = ['/a']", "slurm: container: the key 'image' is missing"),
-        ("backend = 'slurm'\n[slurm.container]\nimage = ' '", "slurm.container.image is empty"),
+        ("backend = 'slurm'\n[slurm.container]\nimage = ' '", "slurm: container: image: the value ' ' is empty"),
         ("backend = 'slurm'\n[slurm.container]\nimage = 'x'\nruntime = 'docker'", "'docker' is not one of pyxis, apptainer"),
         ("backend = 'slurm'\n[slurm.container]\nimage = 'x'\nmounts = ['a:b']", "mounts: 'a:b': write /path or /on/the/node:/in"),
         ("backend = 'slurm'\n[slurm]\nsrun_args = ['--container-image=x']\n[slurm.container]\nimage = 'x'", "in one place"),

@@ -128,7 +128,7 @@ def test_sources_that_cannot_be(dataset: str, file: str, message: str) -> None:
         ("a.csv", "sentence1,sentence2,label\na,b,2\n", r"row 1: label 2 is outside the model's range 0\.\.1"),
         ("a.csv", "sentence1,sentence2,label\na,b,0.5\n", "label 0.5 is outside"),
         ("a.csv", "sentence1,sentence2,label\na,b,yes\n", "label 'yes' is no number"),
-        ("a.csv", "sentence1,sentence2,label\na\n", "row 1: label None is no number"),
+        ("a.csv", "sentence1,sentence2,label\na\n", "line 2: 1 columns, and the header has 3"),
         ("a.csv", 'sentence1,sentence2,label\n"a"b,c,1\n', "cannot be read as csv"),
         ("a.jsonl", "[1]\n", "no JSON object"),
         ("a.jsonl", "{", "cannot be read as jsonl"),

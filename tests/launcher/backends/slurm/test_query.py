@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from launcher.backends.slurm.query import (
     gpus_of,
     minutes,
     node_kinds,
-    outside_of_a_job,
     parse_partition,
     refusal_text,
 )
@@ -92,6 +90,7 @@ def test_nodes_that_are_alike_are_one_kind() -> None:
         kind(1, gpus=1, cpus=23, memory_gb=1_000_000 / 1024 * 0.25, accelerator="a100", names="e1"),
     )
     assert [k.names for k in node_kinds(listed, "all")] == ["a1,a2", "b1", "e1", "e1", "c1"]
+    assert [k.names for k in node_kinds(listed, "other,gpu")] == ["a1,a2,d1", "b1", "e1", "e1"]
     assert [k.names for k in node_kinds(listed, "gpu", "ib")] == ["a1,a2", "b1", "e1", "e1"]
     assert node_kinds(listed, "gpu", "old") == ()
     assert len(node_kinds(listed, "gpu", "ib&old")) == 4, "SLURM's own language is left to SLURM"
@@ -215,22 +214,6 @@ def test_a_cluster_without_a_default_partition_is_left_to_sbatch() -> None:
 def test_sbatch_in_sentences() -> None:
     said = "sbatch: error: invalid number of nodes (-N 2-1)\nallocation failure: Requested node configuration is not available"
     assert refusal_text(said) == "invalid number of nodes (-N 2-1). Requested node configuration is not available."
-
-
-def test_a_job_hands_nothing_of_itself_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {
-        "SLURM_CONF": "/etc/x",
-        "SLURM_JOB_ID": "7",
-        "SLURM_MEM_PER_CPU": "100",
-        "SRUN_DEBUG": "3",
-    }.items():
-        monkeypatch.setenv(name, value)
-    before = dict(os.environ)
-    with outside_of_a_job():
-        assert os.environ == {
-            k: v for k, v in before.items() if k not in ("SLURM_JOB_ID", "SLURM_MEM_PER_CPU", "SRUN_DEBUG")
-        }
-    assert os.environ == before
 
 
 FOUND = (NodeKind(2, 8, 96, 1000.0, "h100"), NodeKind(4, 4, 64, 500.0, "a100", down=1), NodeKind(9, 0, 32, 100.0))
