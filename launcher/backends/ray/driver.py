@@ -169,6 +169,8 @@ class WorkerGroups:
             return End(State.FAILED, failure) if failure else None
         if gone := self.capacity.lost[group.lost_before :]:
             return self.run_dir.claim_attempt(), Outcome({}, lost=gone)
+        if type(group.cause).__name__ == "ActorUnschedulableError":  # Ray had chosen a node that has left since
+            return self.run_dir.claim_attempt(), Outcome({}, lost=["a node on which workers were to start"])
         cause = str(group.cause or "one of them ended").strip().splitlines()[-1]
         text = f"Ray Train could not start the workers: {cause}"
         return self.run_dir.claim_attempt(), Outcome({}, not_started=text)
@@ -281,7 +283,8 @@ class Driver:
 
     def fate(self) -> JobFate:
         """Return why the ranks were stopped: empty if a person asked for it, else Ray takes nodes away."""
-        return "" if self.requests.stop else "preempting"
+        # A Context looks for the file, too, and its rank may end before this process has looked.
+        return "" if self.requests.stop or self.run_dir.stop_file.exists() else "preempting"
 
     def start_elsewhere(self, attempt: int, hosts: tuple[str, ...]) -> Elsewhere:
         """Request other workers; `hosts` are excluded if the other nodes can hold the run."""
