@@ -7,12 +7,18 @@ does not import torch.
 
 from __future__ import annotations
 
+import ctypes
+import importlib
+import importlib.util
 import os
 import signal
 import socket
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
 
 from launcher.agent.network.addresses import listener, reserve_port
 from launcher.lifecycle.run_dir import RunDir
@@ -37,7 +43,7 @@ class Store:
         self._held: socket.socket | None = None
 
     def prepare(self) -> None:
-        """Start the process, unless it runs; it imports torch while the nodes find each other."""
+        """Start the process, unless it runs; it imports while the nodes find each other."""
         if not agent_holds_store(self._plan.placement) or (self._process is not None and self._process.poll() is None):
             return
         self.close()
@@ -59,7 +65,7 @@ class Store:
             remote.close()
 
     def open(self) -> int:
-        """Return the port for the next attempt. Ranks can connect to it at once, and wait while the process imports torch."""
+        """Return the port for the next attempt. Ranks can connect to it at once, and wait while the process imports."""
         self._release()
         if not agent_holds_store(self._plan.placement):
             self._held = reserve_port()
@@ -89,18 +95,56 @@ class Store:
 
 
 def main() -> None:
-    """Hold a store on each listening socket that standard input passes, in place of the one before, until it ends."""
+    """Hold a store on each listening socket that standard input passes, in place of the one before, until it ends.
+
+    A child process does so with torch's core alone; if that cannot be imported, this one does with all of torch.
+    """
     line = socket.socket(fileno=os.dup(sys.stdin.fileno()))
+    ready, imported = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            kind = core_of_torch().TCPStore
+        except BaseException:  # another version of torch; it may also crash
+            os._exit(1)
+        os.write(imported, b"\n")
+        os.close(imported)
+        hold(line, kind)
+    os.close(imported)
+    if os.read(ready, 1):
+        os.waitpid(child, 0)
+        os._exit(0)  # without the child there is no store: the agent starts another process for the next attempt
     from torch._C._distributed_c10d import TCPStore
 
-    store: TCPStore | None = None
+    hold(line, TCPStore)
+
+
+def core_of_torch() -> Any:
+    """Import torch's classes for process groups without its Python modules: a third of the time, and less memory."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None
+    assert spec.origin is not None
+    folder = Path(spec.origin).parent
+    for name in ("torch", "torch.distributed"):  # which torch's core looks for
+        sys.modules[name] = ModuleType(name)
+        sys.modules[name].__path__ = [str(folder.joinpath(*name.split(".")[1:]))]
+    ctypes.CDLL(str(folder / "lib/libtorch_global_deps.so"), mode=ctypes.RTLD_GLOBAL)
+    core = importlib.import_module("torch._C")
+    if not core._c10d_init():
+        raise ImportError("this build of torch has no process groups")
+    return importlib.import_module("torch._C._distributed_c10d")
+
+
+def hold(line: socket.socket, kind: Any) -> NoReturn:
+    """Hold a store of `kind`, torch's TCPStore, on the newest listening socket of `line`; exit at its end."""
+    store = None
     while True:
         data, descriptors, _, _ = socket.recv_fds(line, 1, 1)
         if not data:
             os._exit(0)  # torch has nothing to put in order
         del store
         port = socket.socket(fileno=os.dup(descriptors[0])).getsockname()[1]
-        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=descriptors[0])
+        store = kind("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=descriptors[0])
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ import pytest
 from launcher.agent.network.store import UNMOVED, Store
 from launcher.config.cluster import Cluster
 from launcher.lifecycle.run_dir import RunDir
+from launcher.request import own_packages
 from launcher.request.placement.place import Placement
 from launcher.request.spec import Plan, RunSpec, Target
 from tests.launcher.engines import until
+from tests.testbed.keeper import processes_with
 
 pytestmark = pytest.mark.slow
 
@@ -60,6 +62,25 @@ def test_each_attempt_has_an_empty_store(store: Store) -> None:
     assert process_of(store) == process
 
 
+WITHOUT_CORE = """
+import os, signal
+from launcher.agent.network import store
+def core_of_torch():
+    {}
+store.core_of_torch = core_of_torch
+store.main()
+"""
+
+
+@pytest.mark.parametrize("end", ["raise ImportError", "os.kill(os.getpid(), signal.SIGSEGV)"])
+def test_another_torch_whose_core_cannot_be_imported_alone(
+    store: Store, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [sys.executable, "-c", WITHOUT_CORE.format(end)]
+    monkeypatch.setattr(own_packages, "command", lambda *_: command)
+    assert connected(store.open()).num_keys() >= 0  # type: ignore[attr-defined]
+
+
 def test_signals_to_all_processes_of_a_job_do_not_end_it(store: Store) -> None:
     store.prepare()
     for number in UNMOVED:  # at once, and so while it starts
@@ -93,18 +114,21 @@ import sys, time
 from pathlib import Path
 from launcher.agent.network.store import Store
 from launcher.lifecycle.run_dir import RunDir
-from tests.launcher.agent.network.test_store import plan_of, process_of
+from tests.launcher.agent.network.test_store import plan_of
 plan = plan_of(Path(sys.argv[1]))
 store = Store(RunDir(plan.run_dir), plan, 0)
 store.open()
-print(process_of(store), flush=True)
+print("open", flush=True)
 time.sleep(600)
 """
 
 
 def test_it_ends_with_an_agent_that_is_killed(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", AGENT, tmp_path], stdout=subprocess.PIPE, text=True) as agent:
+    mark = f"STORE_OF={tmp_path}"
+    command = [sys.executable, "-c", AGENT, str(tmp_path)]
+    environment = {**os.environ, "STORE_OF": str(tmp_path)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as agent:
         assert agent.stdout is not None
-        process = int(agent.stdout.readline())
+        agent.stdout.readline()
         agent.kill()
-    until(lambda: not Path(f"/proc/{process}").exists(), "the end of the store")
+    until(lambda: not processes_with(f"{mark}\0"), "the end of the store")
