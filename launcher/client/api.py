@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
@@ -126,7 +127,11 @@ def drop_refused(run: Run) -> None:
     """
     failure = (run.dir.result() or {}).get("failure")
     if failure and failure["kind"] == "bad request" and run.dir.last_attempt() <= 1 and not run.dir.metrics():
-        shutil.rmtree(run.path, ignore_errors=True)
+        for _ in range(200):
+            shutil.rmtree(run.path, ignore_errors=True)
+            if not run.path.exists():
+                break
+            time.sleep(0.05)  # its supervisor is still ending, and has written to it meanwhile
         raise BadRequest(failure["message"])
 
 

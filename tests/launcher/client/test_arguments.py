@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,9 +20,12 @@ from launcher.backends import Capabilities
 from launcher.backends.fake import FakeBackend
 from launcher.cli.describe import describe
 from launcher.cli.main import main
+from launcher.client.api import drop_refused
 from launcher.client.plan import make_plan
+from launcher.client.run import Run
 from launcher.errors import BadRequest
-from launcher.request.spec import RunSpec
+from launcher.lifecycle.run_dir import RunDir
+from launcher.request.spec import RunSpec, State
 from tests.launcher.engines import Project
 
 MODULE = """
@@ -182,3 +186,25 @@ def test_resume_uses_the_same_values(local_project: Project) -> None:
     )
     assert "{'steps': 15, 'table': {1: 2}}" in done.stdout, done.stdout + done.stderr
     assert local_project.status("r")["target"] == "__main__:main(Mine(steps=3, table={1: 2}), factor=5)"
+
+
+def test_a_refused_run_is_removed_though_its_supervisor_still_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(tmp_path / "r")
+    run.create()
+    run.write_result(State.FAILED, failure={"kind": "bad request", "message": "no"})
+    remove, removed = shutil.rmtree, []
+
+    def and_written_again(path: Path, ignore_errors: bool) -> None:
+        remove(path, ignore_errors=ignore_errors)
+        removed.append(path)
+        if len(removed) == 1:
+            path.mkdir()
+            run.beat()
+
+    monkeypatch.setattr("launcher.client.api.shutil.rmtree", and_written_again)
+    with pytest.raises(BadRequest, match=r"^no$"):
+        drop_refused(Run(run))
+    assert len(removed) == 2
+    assert not run.path.exists()
