@@ -21,22 +21,17 @@ SHAPES = {"local": Shape(1, 2), "slurm": Shape(2, 2), "ray": Shape(2, 1)}
 """On the shared Ray cluster a node has room for four ranks, and gets them."""
 
 EVERYWHERE = (
-    "main names",
     "module",
-    "id of a module",
     "own queue",
     "environment",
     "variables of the shell",
     "pool spawn",
     "gather",
-    "accelerator",
     *("lightning", "jax", "hydra"),
 )
 
-LOCAL_FRAMEWORKS = (
-    *("accelerate test_ops", "transformers trainer", "torch spawn", "torch fsdp2 and dcp"),
-    *("hydra module", "hydra unknown override"),
-)
+LOCAL_FRAMEWORKS = ("accelerate test_ops", "torch fsdp2 and dcp", "hydra unknown override")
+SOAK_FRAMEWORKS = ("transformers trainer", "torch spawn", "hydra module")
 
 ALL = {**PROGRAMS, **FRAMEWORKS}
 
@@ -62,7 +57,7 @@ def test_a_program_observes_the_same_on_each_engine(
         pytest.param(name, marks=[] if name in CHEAP else pytest.mark.soak)  # those take as long as all others together
         for name in sorted(PROGRAMS.keys() - set(EVERYWHERE))
     ]
-    + list(LOCAL_FRAMEWORKS),
+    + [*LOCAL_FRAMEWORKS, *(pytest.param(name, marks=pytest.mark.soak) for name in SOAK_FRAMEWORKS)],
 )
 def test_a_program_observes_the_same_on_this_machine(
     name: str, local_project: Project, tmp_path: Path, torchrun: Torchrun
