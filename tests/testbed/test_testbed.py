@@ -85,7 +85,9 @@ def test_the_next_keeper_finishes_the_work_of_a_killed_one() -> None:
     with owner(DAEMONS) as process:
         assert process.stdout is not None
         folder = Path(process.stdout.readline().strip())
-        (keeper_pid,) = [pid for pid, command in processes_with("-inner\0").items() if keeper.__file__ in command]
+        (keeper_pid,) = [
+            pid for pid, command in processes_with(f"={process.pid}-inner\0").items() if keeper.__file__ in command
+        ]
         keeper.kill({keeper_pid})
         process.kill()
     Keeper("test").stop()
