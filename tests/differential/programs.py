@@ -424,6 +424,7 @@ else:
     dist.all_reduce(value, group=group)
     found = value.item()
     dist.barrier(group=group)
+    dist.destroy_process_group()
 """, environment=LOOPBACK),
     "sampler": reporting("""
 import torch, torch.distributed as dist
