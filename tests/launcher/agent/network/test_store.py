@@ -12,32 +12,23 @@ from pathlib import Path
 import pytest
 
 from launcher.agent.network.store import UNMOVED, Store
-from launcher.config.cluster import Cluster
-from launcher.lifecycle.run_dir import RunDir
 from launcher.request import own_packages
-from launcher.request.placement.place import Placement
-from launcher.request.spec import Plan, RunSpec, Target
 from tests.launcher.engines import until
+from tests.launcher.plans import planned_run
 from tests.testbed.keeper import processes_with
 
 pytestmark = pytest.mark.slow
 
 
-def plan_of(folder: Path, ranks: int = 2) -> Plan:
-    run = RunDir(folder / "n")
-    if not run.path.exists():
-        run.create()
-        run.logs.mkdir()
-    return Plan(
-        *("n", run.path, RunSpec("x.py"), "local", Cluster("local", "local"), Placement(1, ranks, "cpu")),
-        *(Target("script", "x.py"), folder, 60),
-    )
+def store_of(folder: Path, ranks: int = 2) -> Store:
+    run = planned_run(folder / "n", "local", ranks)
+    run.logs.mkdir()
+    return Store(run, run.plan(), 0)
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    plan = plan_of(tmp_path)
-    store = Store(RunDir(plan.run_dir), plan, 0)
+    store = store_of(tmp_path)
     yield store
     store.close()
 
@@ -101,8 +92,7 @@ def test_a_process_that_died_is_replaced(store: Store) -> None:
 
 
 def test_a_single_rank_has_a_port_and_no_process(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, ranks=1)
-    store = Store(RunDir(plan.run_dir), plan, 0)
+    store = store_of(tmp_path, ranks=1)
     store.prepare()
     assert store.open() > 0
     assert store._process is None
@@ -112,11 +102,8 @@ def test_a_single_rank_has_a_port_and_no_process(tmp_path: Path) -> None:
 AGENT = """
 import sys, time
 from pathlib import Path
-from launcher.agent.network.store import Store
-from launcher.lifecycle.run_dir import RunDir
-from tests.launcher.agent.network.test_store import plan_of
-plan = plan_of(Path(sys.argv[1]))
-store = Store(RunDir(plan.run_dir), plan, 0)
+from tests.launcher.agent.network.test_store import store_of
+store = store_of(Path(sys.argv[1]))
 store.open()
 print("open", flush=True)
 time.sleep(600)

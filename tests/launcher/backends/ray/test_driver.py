@@ -10,23 +10,13 @@ import pytest
 from ray.exceptions import ActorUnschedulableError
 
 from launcher.backends.ray.driver import Driver
-from launcher.config.cluster import Cluster
 from launcher.lifecycle.policy import Outcome
-from launcher.lifecycle.run_dir import RunDir
-from launcher.request.placement.place import Placement
-from launcher.request.spec import Plan, RunSpec, Target
+from tests.launcher.plans import planned_run
 
 
 @pytest.fixture
 def driver(tmp_path: Path) -> Driver:
-    run = RunDir(tmp_path / "n")
-    run.create()
-    plan = Plan(
-        *("n", run.path, RunSpec("x.py"), "ray", Cluster("ray", "ray"), Placement(1, 2, "cpu")),
-        *(Target("script", "x.py"), tmp_path, 60),
-    )
-    run.write_plan(plan)
-    return Driver(run)
+    return Driver(planned_run(tmp_path / "n", "ray"))
 
 
 def test_ranks_that_saw_a_request_to_cancel_first_are_not_started_again(driver: Driver) -> None:

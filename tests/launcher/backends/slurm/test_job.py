@@ -9,20 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config.cluster import Cluster
 from launcher.lifecycle.run_dir import RunDir
-from launcher.request.placement.place import Placement
-from launcher.request.spec import Plan, RunSpec, Target
+from tests.launcher.plans import planned_run
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     """A run that job 7 ended and a person resumed, but of whose second job SLURM has not said the number yet."""
-    run = RunDir(tmp_path / "n")
-    run.create()
-    placement, target = Placement(1, 2, "cpu"), Target("script", "x.py")
-    cluster = Cluster("slurm", "slurm")
-    run.write_plan(Plan("n", run.path, RunSpec("x.py"), "slurm", cluster, placement, target, tmp_path, 60))
+    run = planned_run(tmp_path / "n", "slurm")
     run.event("submitted")
     run.write_job("slurm", "7")
     run.event("started", attempt=1)
