@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.client.tail import safe
+from launcher.config.durations import in_words
 from launcher.request.spec import RunSpec, State
 from training.files import read_json
 
@@ -25,7 +26,7 @@ def describe(plan: Any) -> str:
         f"\n  on     {where}: {plan.placement.why}"
         + (f"\n  gpu    {plan.gpu}" if plan.gpu else "")
         + f"\n  run    {_short(plan.run_dir)}"
-        + (f"\n  limit  {plan.time_minutes} min" if limited else "")
+        + (f"\n  limit  {in_words(plan.time_minutes)}" if limited else "")
         + "".join(f"\n  shell  {safe(line)}" for line in plan.shell)
         + (f"\n  start  {plan.start}" if plan.start else "")
         + (f"\n  note   {safe(note)}" if note else "")

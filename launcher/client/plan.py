@@ -20,7 +20,8 @@ from launcher.lifecycle.run_dir import RunDir
 from launcher.request import snapshot
 from launcher.request.binding import checked_values
 from launcher.request.code.roots import is_shared
-from launcher.request.placement.place import Devices, Placement, place
+from launcher.request.counts import devices_of, with_cores
+from launcher.request.placement.place import Placement, place
 from launcher.request.ray_train import refuse_train_object
 from launcher.request.resolve import check_shadowing, python_path, resolve
 from launcher.request.spec import Plan, RunSpec, Target, Values, check_name
@@ -45,19 +46,21 @@ def make_plan(
     Raises:
         BadRequest: the request cannot be met.
     """
-    site = profiles.choose(spec.cluster, spec.backend, cwd)
+    site = profiles.choose(spec.cluster, spec.backend, cwd, spec.settings)
     backend = backends.of(site)
     _check_spare_nodes(spec, site)
     site, lines = backend.from_shell(site, spec.time)
     site = backend.survey(site)
     gpu = _free_gpu(spec, site)
     site, without = _without_unusable_gpus(spec, site, gpu)
-    placement = place(spec.devices() or _default_devices(spec, site), site)
-    if spec.devices() is None and placement.device == "cpu":
+    placement = place(devices_of(spec, site), site)
+    if not spec.counts_ranks() and placement.device == "cpu":
         # Nothing was asked for: one rank with the whole machine, the quickest way to see something.
         placement = replace(
             placement, cpus_per_rank=site.node.cpus, threads=site.node.cpus, why=f"one CPU rank, all cores{without}"
         )
+    if spec.cpus_per_rank is not None:
+        placement = with_cores(placement, spec.cpus_per_rank, site)
     folder = Path(os.path.abspath(cwd / site.runs))
     run_dir = RunDir(folder / (spec.name or _new_name(spec, folder)))
     _check_folder(run_dir.path, site)
@@ -111,7 +114,7 @@ def chosen_again(plan: Plan) -> Plan:
 
 def _free_gpu(spec: RunSpec, site: Cluster) -> FreeGpu | None:
     """Choose the GPU of a run that asks for no device and no nodes."""
-    return backends.of(site).free_gpu(site) if spec.devices() is None and spec.nodes is None else None
+    return backends.of(site).free_gpu(site) if not spec.counts_ranks() and spec.nodes is None else None
 
 
 def _environment(placement: Placement, site: Cluster) -> dict[str, str]:
@@ -129,23 +132,12 @@ def _environment(placement: Placement, site: Cluster) -> dict[str, str]:
 
 def _without_unusable_gpus(spec: RunSpec, site: Cluster, gpu: FreeGpu | None) -> tuple[Cluster, str]:
     """Return the site without its GPUs, and the reason, if no device was asked for and torch cannot use them."""
-    if spec.devices() is not None or spec.accelerator is not None or not site.node.gpus:
+    if spec.devices() is not None or spec.accelerator is not None or spec.ranks_per_node == "gpu" or not site.node.gpus:
         return site, ""
     reason = backends.of(site).unusable_gpus(gpu)
     if not reason:
         return site, ""
     return replace(site, node=replace(site.node, gpus=0)), f"; no GPU is used: {reason}"
-
-
-def _default_devices(spec: RunSpec, site: Cluster) -> Devices:
-    """One device, or all of the nodes that were asked for."""
-    if site.node.gpus == 0 and spec.accelerator is not None:
-        raise BadRequest(
-            f"--accelerator {spec.accelerator}: cluster {site.name!r} has no GPUs. Leave it out, or add --tpus or --cpus."
-        )
-    kind, each = ("gpu", site.node.gpus) if site.node.gpus else ("cpu", site.node.cpus)
-    count = spec.nodes * (each or 1) if spec.nodes else 1
-    return Devices("gpu" if kind == "gpu" else "cpu", count, spec.nodes, spec.accelerator, spec.topology)
 
 
 def _new_name(spec: RunSpec, folder: Path) -> str:
