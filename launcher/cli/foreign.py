@@ -149,10 +149,13 @@ ACCELERATE: Mapping[str, Meaning] = {
         ("--gradient_accumulation_steps", "--gradient-accumulation-steps"),
         _key("environment.ACCELERATE_GRADIENT_ACCUMULATION_STEPS"),
     ),
+    **dict.fromkeys(("--multi_gpu", "--multi-gpu"), _dropped("the number and kind of devices say so", takes=False)),
     **dict.fromkeys(
-        ("--multi_gpu", "--multi-gpu", "--tpu", "--use_cpu_affinity", "--enable_cpu_affinity", "--debug"),
-        _dropped("the number and kind of devices say so", takes=False),
+        ("--enable_cpu_affinity", "--enable-cpu-affinity"), _dropped("launch binds ranks to cores", takes=False)
     ),
+    "--debug": _flag("--set", "environment.ACCELERATE_DEBUG_MODE=true"),
+    "--cpu": _refused("write --cpus N, the number of ranks on CPU cores", takes=False),
+    "--tpu": _refused("write --tpus N --accelerator v5e, the number of chips and their generation", takes=False),
     **dict.fromkeys(("--gpu_ids", "--gpu-ids"), _key("environment.CUDA_VISIBLE_DEVICES")),
     **dict.fromkeys(
         [
