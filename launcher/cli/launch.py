@@ -16,7 +16,8 @@ from launcher.request.spec import NOT_RESUMED, RunSpec, State
 
 
 def parse_request(argv: Sequence[str]) -> tuple[RunSpec, argparse.Namespace]:
-    """Return what is asked, and our options; their `notes` are lines on options of other programs that are not used.
+    """Return what is asked, and our options; their `notes` are lines on options of other programs that are not used,
+    and `words` what was typed of them.
 
     Raises:
         BadRequest: an unknown option, an option given twice, or a value of the wrong kind.
@@ -26,7 +27,7 @@ def parse_request(argv: Sequence[str]) -> tuple[RunSpec, argparse.Namespace]:
     parsed = parser.parse_args(words.options)
     if not words.separated and words.target is not None:
         refuse_misplaced(words.target, words.args, Path.cwd(), parser)
-    parsed.notes = words.notes
+    parsed.notes, parsed.words = words.notes, words.options
     spec = RunSpec(words.target or RunSpec.target, tuple(words.args), **given(parsed))
     return spec, parsed
 
@@ -39,6 +40,12 @@ def run_launch(argv: Sequence[str]) -> int:
     spec, options = parse_request(argv)
     for note in options.notes:
         print(f"launch: {note}", file=sys.stderr)
+    if ":" not in spec.target and not spec.target.endswith(".py") and Path(spec.target).is_file():
+        from launcher.cli.batch_script import meaning
+
+        text = meaning(spec.target, spec.args, options.words, Path.cwd())
+        print(json.dumps({"meaning": text}) if options.json else text)
+        return 0
     if spec.args and spec.args[0] in ("-h", "--help") and ":" in spec.target:
         return target_help(spec)
     from launcher import backends

@@ -29,11 +29,12 @@ class Launcher:
         Raises:
             BadRequest: an option is unknown or has no meaning here, or no program follows.
         """
-        index = self.words
+        index, own = self.words, Translation()
         while index < len(words) and words[index].startswith("-") and words[index] not in ("-", "--", "-m"):
-            if words[index] in ("--module",):
-                return ["-m", *words[index + 1 :]]
-            after = take(words, index, self.table, done)
+            if words[index] == "--module":
+                words = [*words[:index], "-m", *words[index + 1 :]]
+                break
+            after = take(words, index, self.table, own)
             if after == index:
                 if words[index] in PLAIN and self.name == "python":
                     index += 1
@@ -42,6 +43,11 @@ class Launcher:
                     f"{words[index]}: this option of {self.name} has no counterpart. `launch --help` lists those of launch."
                 )
             index = after
+        done.notes += own.notes
+        for option, value in zip(own.words[::2], own.words[1::2], strict=True):
+            # What stands in front of the launcher may say the same, as a job's nodes and torchrun's do.
+            if (option, value) not in zip(done.words, done.words[1:], strict=False):
+                done.words += [option, value]
         rest = list(words[index:])
         if rest[:1] == ["--"]:
             rest = rest[1:]
