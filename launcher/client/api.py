@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from launcher import backends
+from launcher.client import registry
 from launcher.client.plan import NOTHING_GIVEN, Given, check_shared, chosen_again, make_plan, name_of
 from launcher.client.run import Run, find
 from launcher.config.codec import to_data, to_json
@@ -132,6 +133,7 @@ def drop_refused(run: Run) -> None:
             if not run.path.exists():
                 break
             time.sleep(0.05)  # its supervisor is still ending, and has written to it meanwhile
+        registry.forget(run.path)
         raise BadRequest(failure["message"])
 
 
@@ -240,6 +242,7 @@ def _send(plan: Plan, run_dir: RunDir, attachment: Attachment | None = None) -> 
         job = backend.attach(plan, attachment.kind, attachment.passed)
         attachment.sent()
     run_dir.write_job(backend.name, job)
+    registry.register(run_dir.path)
     return Run(run_dir)
 
 
