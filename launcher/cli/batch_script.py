@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launcher.cli.foreign import SBATCH, Translation, meaning_of, take
 from launcher.cli.launchers import PYTHON
+from launcher.config.profile_checks import OWN_VARIABLES
 from launcher.errors import BadRequest
 
 SUFFIXES = (".sh", ".bash", ".sbatch", ".slurm", ".job")
@@ -167,7 +168,11 @@ def _assign(
         return
     if not computed:
         values[name] = words[0] if words else ""
-    if MEETING.fullmatch(name):
+    if (
+        MEETING.fullmatch(name)
+        or name in OWN_VARIABLES
+        or re.search(r"scontrol\s+show\s+hostname|hostname\s+--?[iI]", raw)
+    ):
         script.notes.append(f"{line}: the ranks meet at an address that launch chooses")
     elif not line.startswith("export"):
         if computed:
@@ -184,7 +189,8 @@ def _command_after(line: str) -> bool:
         words = shlex.split(line, comments=True)
     except ValueError:
         return True
-    return not line.startswith("export") and len(words) > 1
+    value = line.partition("=")[2]
+    return not line.startswith("export") and not value.startswith(("(", "$(", "`", '"$(')) and len(words) > 1
 
 
 def _program(line: str, values: dict[str, str], args: Sequence[str]) -> list[str] | None:

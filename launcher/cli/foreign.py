@@ -218,6 +218,7 @@ SBATCH: Mapping[str, Meaning] = {
     "--wrap": _refused("write the program after the options"),
     "--export": _refused("write the variables into [environment] of the profile, or --set environment.NAME=VALUE"),
     **dict.fromkeys(("-M", "--clusters"), _refused("SLURM_CONF chooses the cluster that sbatch uses")),
+    **dict.fromkeys(("-W", "--wait"), _dropped("launch ends the ranks of a failed run by itself")),
     "--mpi": _dropped("ranks are started by launch", takes=True),
     "--cpu-bind": _dropped("launch binds each rank to its cores"),
 }

@@ -11,7 +11,12 @@ import pytest
 from launcher.cli.batch_script import read
 from launcher.cli.launch import parse_request
 from launcher.cli.main import main
+from launcher.config import profiles
+from launcher.config.cluster import Cluster, Node
 from launcher.errors import BadRequest
+from launcher.request.counts import devices_of
+from tests.launcher.cli.batch_scripts import JOBS
+from tests.testbed.slurm import SlurmCluster
 
 HEAD = "#!/bin/bash\n#SBATCH --job-name=mine\n#SBATCH -p gpu -A ml\n#SBATCH --time=12:00:00\n"
 OURS = "--name mine --set slurm.partition=gpu --set slurm.account=ml --time 12:00:00"
@@ -154,3 +159,36 @@ def test_another_file_is_no_target(
 def test_an_option_is_named_with_its_line() -> None:
     with pytest.raises(BadRequest, match="line 5"):
         read(f"{HEAD}#SBATCH --nosuch=1\n")
+
+
+@pytest.mark.parametrize("number", range(len(JOBS)))
+def test_scripts_as_people_write_them(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = JOBS[number]
+    script = read(job.text)
+    assert not script.left
+    spec, _ = parse_request(["--backend", "slurm", *script.options, *script.program])
+    site = Cluster("slurm", "slurm", nodes=4, node=Node(gpus=8 if job.gpus else 0, cpus=16))
+    devices = devices_of(spec, profiles.choose("slurm", None, tmp_path, spec.settings) and site)
+    assert (devices.nodes or 1, devices.count // (devices.nodes or 1)) == (job.nodes, job.ranks)
+    assert devices.kind == ("gpu" if job.gpus else "cpu")
+
+
+def test_sbatch_takes_each_script_and_its_translation(
+    on_slurm: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SLURM judges both with --test-only, which `launch --dry-run` asks for in its plan."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pkg").mkdir()
+    for name in ("train.py", "pkg/__init__.py", "pkg/train.py"):
+        (tmp_path / name).write_text("print('ran')\n")
+    for job in JOBS:
+        (tmp_path / "job.sh").write_text(job.text)
+        on_slurm.run("sbatch", "--test-only", str(tmp_path / "job.sh"))
+        status, out, _ = called(["job.sh"], capsys)
+        assert status == 0
+        command = next(line for line in out.splitlines() if line.startswith("  launch "))
+        status, out, err = called(["--dry-run", *shlex.split(command)[1:]], capsys)
+        assert status == 0, f"{command}\n{err}"
+        assert f"#SBATCH --nodes={job.nodes}\n" in out, command
+        assert (f"#SBATCH --gpus-per-node={job.gpus}\n" in out) == bool(job.gpus), command
