@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
-from launcher.cli.foreign import ACCELERATE, SBATCH, TORCHRUN, Meaning
+from launcher.cli.foreign.options import ACCELERATE, SBATCH, TORCHRUN, Meaning
 from launcher.cli.main import parsers
 from launcher.cli.parser import COMMANDS
 from launcher.lifecycle.policy import RULES, Retry

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from launcher.cli.misplaced import refuse_misplaced
+from launcher.cli.foreign.misplaced import refuse_misplaced
 from launcher.cli.parser import add_options, command, given, launch_parser, split
 from launcher.errors import OURS, BadRequest
 from launcher.request.spec import NOT_RESUMED, RunSpec, State
@@ -28,7 +29,7 @@ def parse_request(argv: Sequence[str]) -> tuple[RunSpec, argparse.Namespace]:
     if not words.separated and words.target is not None:
         refuse_misplaced(words.target, words.args, Path.cwd(), parser)
     parsed.notes, parsed.words = words.notes, words.options
-    spec = RunSpec(words.target or RunSpec.target, tuple(words.args), **given(parsed))
+    spec = RunSpec(RunSpec.target if words.target is None else words.target, tuple(words.args), **given(parsed))
     return spec, parsed
 
 
@@ -40,8 +41,8 @@ def run_launch(argv: Sequence[str]) -> int:
     spec, options = parse_request(argv)
     for note in options.notes:
         print(f"launch: {note}", file=sys.stderr)
-    if ":" not in spec.target and not spec.target.endswith(".py") and Path(spec.target).is_file():
-        from launcher.cli.batch_script import meaning
+    if ":" not in spec.target and not spec.target.endswith(".py") and os.path.isfile(spec.target):
+        from launcher.cli.foreign.batch_script import meaning
 
         text = meaning(spec.target, spec.args, options.words, Path.cwd())
         print(json.dumps({"meaning": text}) if options.json else text)

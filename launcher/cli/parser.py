@@ -8,8 +8,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from launcher.cli.foreign import DIRECT, Translation, take
-from launcher.cli.launchers import launcher_in
+from launcher.cli.foreign.launchers import launcher_in
+from launcher.cli.foreign.options import DIRECT, Translation, take
 from launcher.cli.version import Version
 from launcher.errors import BadRequest, nearest
 from launcher.request.spec import flag_of, options, refuse_empty

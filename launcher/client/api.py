@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from launcher import backends
-from launcher.client import registry
 from launcher.client.plan import NOTHING_GIVEN, Given, check_shared, chosen_again, make_plan, name_of
 from launcher.client.run import Run, find
 from launcher.config.codec import to_data, to_json
 from launcher.errors import BadRequest
+from launcher.lifecycle.records import registry
 from launcher.lifecycle.run_dir import FORMAT, RunDir
 from launcher.request import own_packages, snapshot
 from launcher.request.binding import values_of

@@ -97,7 +97,7 @@ def _with_setting(
         )
     refused: BadRequest | None = None
     for value in [text] if first == "environment" else _values(text):
-        nested = value
+        nested: Any = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
         changed = _merge(data, nested)

@@ -132,8 +132,7 @@ class RunSpec:
         for name, option in options().items():
             if (value := getattr(self, name)) is not None or defaults[name] is not None:
                 _check_option(flag_of(name), value, option)
-        if isinstance(self.settings, list):
-            object.__setattr__(self, "settings", tuple(self.settings))
+        object.__setattr__(self, "settings", tuple(self.settings))  # from Python it may be a list
         asked = [flag_of(k) for k in DEVICES if getattr(self, k) is not None]
         if len(asked) > 1:
             raise BadRequest(f"{' and '.join(asked)} together: a run uses one kind of device. Give one of them.")

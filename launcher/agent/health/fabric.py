@@ -36,11 +36,12 @@ def look(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) ->
             kinds.setdefault(kind, {})[name] = rate
         else:
             down.setdefault(kind, []).append(name)
-    kind = next((kind for kind in ("infiniband", "efa", "slingshot", "roce", "ethernet") if kind in kinds), None)
-    if kind is None:
+    fastest = [kind for kind in ("infiniband", "efa", "slingshot", "roce", "ethernet") if kind in kinds]
+    if not fastest:
         return {}
+    kind = fastest[0]
     adapters = kinds[kind]
-    if kind == "ethernet":  # the others are for management and storage, and NCCL is told one interface
+    if kind == "ethernet":  # the others are for management and storage, and NCCL uses one interface
         adapters = dict([max(adapters.items(), key=lambda each: each[1])])
     return {
         "kind": kind,
@@ -100,7 +101,7 @@ def below_rate(found: Sequence[Mapping[str, Any]], bytes_per_second: float) -> s
 
 
 def _total(found: Mapping[str, Any]) -> float:
-    return sum(found["adapters"].values())
+    return float(sum(found["adapters"].values()))
 
 
 def _rdma(root: Path) -> Iterator[tuple[str, str, float]]:

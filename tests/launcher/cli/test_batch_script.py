@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cli.batch_script import read
+from launcher.cli.foreign.batch_script import read
 from launcher.cli.launch import parse_request
 from launcher.cli.main import main
+from launcher.client.plan import _devices
 from launcher.config import profiles
 from launcher.config.cluster import Cluster, Node
 from launcher.errors import BadRequest
-from launcher.request.counts import devices_of
 from tests.launcher.cli.batch_scripts import JOBS
 from tests.testbed.slurm import SlurmCluster
 
@@ -124,7 +124,7 @@ def test_it_is_shown_and_nothing_is_sent(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (f"{HEAD}#SBATCH --array=1-9\npython train.py\n", "--array 1-9: not an option of launch"),
+        (f"{HEAD}#SBATCH --array=1-9\npython train.py\n", "--array 1-9: `launch` does not take it"),
         (
             f"{HEAD}#SBATCH --frobnicate\npython train.py\n",
             "line 5: --frobnicate: this option of sbatch has no counterpart.",
@@ -169,7 +169,7 @@ def test_scripts_as_people_write_them(number: int, tmp_path: Path, monkeypatch: 
     assert not script.left
     spec, _ = parse_request(["--backend", "slurm", *script.options, *script.program])
     site = Cluster("slurm", "slurm", nodes=4, node=Node(gpus=8 if job.gpus else 0, cpus=16))
-    devices = devices_of(spec, profiles.choose("slurm", None, tmp_path, spec.settings) and site)
+    devices = _devices(spec, profiles.choose("slurm", None, tmp_path, spec.settings) and site)
     assert (devices.nodes or 1, devices.count // (devices.nodes or 1)) == (job.nodes, job.ranks)
     assert devices.kind == ("gpu" if job.gpus else "cpu")
 

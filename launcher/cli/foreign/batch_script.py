@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher.cli.foreign import SBATCH, Translation, meaning_of, take
-from launcher.cli.launchers import PYTHON
+from launcher.cli.foreign.launchers import PYTHON
+from launcher.cli.foreign.options import SBATCH, Translation, meaning_of, take
 from launcher.config.profile_checks import OWN_VARIABLES
 from launcher.errors import BadRequest
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from launcher.cli.foreign import ACCELERATE, SBATCH, TORCHRUN, Meaning, Translation, take
+from launcher.cli.foreign.options import ACCELERATE, SBATCH, TORCHRUN, Meaning, Translation, take
 from launcher.errors import BadRequest
 
 PYTHON = re.compile(r"python[0-9.]*")
@@ -81,7 +81,7 @@ def launcher_in(words: Sequence[str]) -> Launcher | None:
             raise BadRequest(f"{' '.join(words[:2])}: only `accelerate launch` starts a program.")
         return Launcher("accelerate launch", 2, ACCELERATE)
     if name == "srun":
-        return Launcher("srun", 1, SBATCH)
+        return Launcher(name="srun", words=1, table=SBATCH)
     if name in ("mpirun", "mpiexec", "deepspeed", "horovodrun"):
         raise BadRequest(f"{name}: its options are not known here. Write: launch --ranks N train.py [ARGS]...")
     return None

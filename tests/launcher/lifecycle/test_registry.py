@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.client import registry
+from launcher.lifecycle.records import registry
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ MOST_FOLDERS, MOST_FILES, MOST_BYTES = 200, 500, 1 << 20
 PARSERS_ELSEWHERE = re.compile(
     r"HfArgumentParser|TrainingArguments|jsonargparse|LightningCLI|hydra|absl|simple_parsing|tyro|deepspeed|add_config_arguments"
 )
-"""Whoever uses one of these has options that its text does not spell."""
+"""A program that uses one of these has options that its text does not spell."""
 
 
 def refuse_misplaced(target: str, args: Sequence[str], cwd: Path, parser: argparse.ArgumentParser) -> None:

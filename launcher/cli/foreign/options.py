@@ -248,7 +248,7 @@ def translate(name: str, meaning: Meaning, value: str, done: Translation) -> Non
     if meaning.options is not None:
         done.words += meaning.options(value)
     elif meaning.refused:
-        raise BadRequest(f"{typed}: not an option of launch: {meaning.why}.")
+        raise BadRequest(f"{typed}: `launch` does not take it; {meaning.why}.")
     else:
         done.notes.append(f"{typed} is not used: {meaning.why}")
 
