@@ -118,5 +118,5 @@ JOBS: tuple[Job, ...] = (
     Job(script("--exclude=node1,node2 | -N 2 | --ntasks-per-node=1", "srun python train.py"), 2, 1, 0),
     Job(script("--job-name=a.b-c", "python train.py"), 1, 1, 0),
     Job(script("-t 90 --mem 2G  # both", "# the program\npython train.py \\\n  --a 1 \\\n  --b 2"), 1, 1, 0),
-    Job(script("--time=00:45:00", "python train.py --name '$SLURM_JOB_ID'", "#!/usr/bin/env bash"), 1, 1, 0),
+    Job(script("--time=00:45:00", "python train.py --job '$SLURM_JOB_ID'", "#!/usr/bin/env bash"), 1, 1, 0),
 )  # fmt: skip
