@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
-from launcher.cli.foreign.options import ACCELERATE, SBATCH, TORCHRUN, Meaning
+from launcher.cli.foreign.options import ACCELERATE, CONFIG_FILE, SBATCH, TORCHRUN, Meaning
 from launcher.cli.main import parsers
 from launcher.cli.parser import COMMANDS
 from launcher.lifecycle.policy import RULES, Retry
@@ -55,6 +55,8 @@ def _here(meaning: Meaning, name: str) -> str:
     if meaning.options is None:
         return f"{'refused' if meaning.refused else 'not used'}: {meaning.why}"
     example = "gpu:8" if name == "`--gres`" else "8"
+    if name.strip("`") in CONFIG_FILE:
+        return "read by accelerate itself; so are all options behind `accelerate launch`"
     return f"`{' '.join(meaning.options(example)).replace('8', 'VALUE')}`"
 
 

@@ -8,8 +8,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from launcher.cli.foreign.accelerate import translate_line
 from launcher.cli.foreign.launchers import launcher_in
-from launcher.cli.foreign.options import DIRECT, Translation, take
+from launcher.cli.foreign.options import CONFIG_FILE, DIRECT, Translation, take
 from launcher.cli.version import Version
 from launcher.errors import BadRequest, nearest
 from launcher.request.spec import flag_of, options, refuse_empty
@@ -231,6 +232,11 @@ def split(parser: Parser, argv: Sequence[str]) -> Words:
 
 def _with_target(rest: list[str], done: Translation) -> Words:
     """`rest` begins with the target, or with a launcher of another kind and its options."""
+    if CONFIG_FILE[-1] in done.words:
+        place = done.words.index(CONFIG_FILE[-1])
+        file = done.words[place : place + 2]
+        del done.words[place : place + 2]
+        rest = translate_line([*file, *rest], done)
     while rest and (launcher := launcher_in(rest)) is not None:
         rest = launcher.strip(rest, done)
     if not rest:

@@ -7,12 +7,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from launcher.cli.foreign.accelerate import needs_accelerate, translate_line
 from launcher.cli.foreign.options import ACCELERATE, SBATCH, TORCHRUN, Meaning, Translation, take
 from launcher.errors import BadRequest
 
 PYTHON = re.compile(r"python[0-9.]*")
 PLAIN = ("-u", "-B", "-s", "-E", "-q")
 """Options of Python that change nothing here, or that ranks have anyway."""
+
+PLAIN_ACCELERATE = {name: meaning for name, meaning in ACCELERATE.items() if not meaning.refused}
+"""What can be translated without accelerate; it is asked about the rest."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class Launcher:
         Raises:
             BadRequest: an option is unknown or has no meaning here, or no program follows.
         """
+        if self.table is PLAIN_ACCELERATE and needs_accelerate(words[self.words :]):
+            return translate_line(words[self.words :], done)
         index, own = self.words, Translation()
         while index < len(words) and words[index].startswith("-") and words[index] not in ("-", "--", "-m"):
             if words[index] == "--module":
@@ -39,6 +45,8 @@ class Launcher:
                 if words[index] in PLAIN and self.name == "python":
                     index += 1
                     continue
+                if self.table is PLAIN_ACCELERATE:
+                    return translate_line(words[self.words :], done)
                 raise BadRequest(
                     f"{words[index]}: this option of {self.name} has no counterpart. `launch --help` lists those of launch."
                 )
@@ -72,14 +80,14 @@ def launcher_in(words: Sequence[str]) -> Launcher | None:
         if two in (["-m", "torch.distributed.run"], ["-m", "torch.distributed.launch"]):
             return Launcher("torchrun", 3, TORCHRUN)
         if two[:1] == ["-m"] and two[1:] in (["accelerate.commands.launch"], ["accelerate"]):
-            return Launcher("accelerate launch", 3 + (list(words[3:4]) == ["launch"]), ACCELERATE)
+            return Launcher("accelerate launch", 3 + (list(words[3:4]) == ["launch"]), PLAIN_ACCELERATE)
         return Launcher("python", 1, {})
     if name == "torchrun":
         return Launcher("torchrun", 1, TORCHRUN)
     if name == "accelerate":
         if two[:1] != ["launch"]:
             raise BadRequest(f"{' '.join(words[:2])}: only `accelerate launch` starts a program.")
-        return Launcher("accelerate launch", 2, ACCELERATE)
+        return Launcher("accelerate launch", 2, PLAIN_ACCELERATE)
     if name == "srun":
         return Launcher(name="srun", words=1, table=SBATCH)
     if name in ("mpirun", "mpiexec", "deepspeed", "horovodrun"):

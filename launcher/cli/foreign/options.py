@@ -101,6 +101,9 @@ def _gres(value: str) -> Words:
     return _gpus_of_node(":".join(filter(None, (match[1], match[2] or "1"))))
 
 
+CONFIG_FILE = ("--config_file", "--config-file")
+"""accelerate's configuration file, which `launcher.cli.parser.split` has accelerate read."""
+
 _MEETING = "the ranks meet at an address that launch chooses"
 _LOGS = "the run directory holds the logs; `launch logs` shows them"
 
@@ -162,11 +165,9 @@ ACCELERATE: Mapping[str, Meaning] = {
             *("--use_deepspeed", "--use_fsdp", "--use_parallelism_config", "--use_megatron_lm"),
             *("--use-deepspeed", "--use-fsdp", "--use-parallelism-config", "--use-megatron-lm"),
         ],
-        _refused("set it in the program, as in Accelerator(fsdp_plugin=...)", takes=False),
+        _refused("write launch accelerate launch in front of it: accelerate knows what it means", takes=False),
     ),
-    **dict.fromkeys(
-        ("--config_file", "--config-file"), _refused("set it in the program, as in Accelerator(mixed_precision=...)")
-    ),
+    **dict.fromkeys(CONFIG_FILE, _to("--config-file")),
 }
 
 SBATCH: Mapping[str, Meaning] = {
