@@ -16,7 +16,7 @@ from training.files import read_json
 def describe(plan: Any) -> str:
     """The plan in a few lines for a person."""
     from launcher import backends
-    from launcher.config import accelerate_config
+    from launcher.cli.foreign import accelerate_config
 
     limited = backends.of(plan.cluster).capabilities.time_limit
     note = accelerate_config.note() if plan.target.name != RunSpec.target else ""
@@ -58,7 +58,7 @@ def describe_ranks(plan: Any) -> str:
     """What every rank gets besides: the part of a plan that only a dry run shows."""
     code = f"\n  code   {plan.target.path[0]}, a copy of the project as it is" if plan.target.path else ""
     code += "".join(f"\n  {line}" for line in what_travels(plan))
-    return code + "".join(f"\n  env    {name}={value}" for name, value in plan.environment.items())
+    return code + "".join(f"\n  env    {name}={safe(value)}" for name, value in plan.masked().environment.items())
 
 
 def what_travels(plan: Any) -> list[str]:

@@ -58,6 +58,7 @@ def run_launch(argv: Sequence[str]) -> int:
 
     plan = make_plan(spec, Path.cwd())
     if options.dry_run:
+        plan = plan.masked()
         sent = backends.of(plan.cluster).render(plan)
         if options.json:
             print(json.dumps({"plan": to_data(plan), "code": what_travels(plan), "sent": sent}, indent=2))

@@ -190,6 +190,14 @@ def resubmit(run: Run, attach: Callable[[Plan], Attachment | None] = lambda _: N
         spec = replace(plan.spec, name=plan.name, **changes)
         # Placed afresh as a run of another name; the code, the name and the directory stay.
         fresh = make_plan(replace(spec, target=RunSpec.target, args=(), name=None), plan.cwd)
+        kept = {name: plan.environment[name] for name in plan.variables}
+        fresh = replace(
+            fresh,
+            environment=fresh.environment | {k: v for k, v in kept.items() if k not in fresh.variables},
+            variables=tuple(dict.fromkeys((*plan.variables, *fresh.variables))),
+            secrets=tuple(dict.fromkeys((*plan.secrets, *fresh.secrets))),
+        )
+        spec = replace(spec, env=(), env_file=())
         plan = replace(fresh, name=plan.name, run_dir=plan.run_dir, spec=spec, target=plan.target, project=plan.project)
     else:
         plan = chosen_again(plan)

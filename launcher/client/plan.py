@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from launcher import backends
 from launcher.backends.base import FreeGpu
-from launcher.config import profiles
+from launcher.config import profiles, variables
 from launcher.config.cluster import Cluster
 from launcher.config.durations import parse_minutes
 from launcher.errors import BadRequest
@@ -53,14 +53,7 @@ def make_plan(
     site = backend.survey(site)
     gpu = _free_gpu(spec, site)
     site, without = _without_unusable_gpus(spec, site, gpu)
-    placement = place(_devices(spec, site), site)
-    if not spec.counts_ranks() and placement.device == "cpu":
-        # Nothing was asked for: one rank with the whole machine, the quickest way to see something.
-        placement = replace(
-            placement, cpus_per_rank=site.node.cpus, threads=site.node.cpus, why=f"one CPU rank, all cores{without}"
-        )
-    if spec.cpus_per_rank is not None:
-        placement = _with_cores(placement, spec.cpus_per_rank, site)
+    placement = _place(spec, site, without)
     folder = Path(os.path.abspath(cwd / site.runs))
     run_dir = RunDir(folder / (spec.name or _new_name(spec, folder)))
     _check_folder(run_dir.path, site)
@@ -68,23 +61,40 @@ def make_plan(
     if project is not None:
         check_shadowing(found, project)
         found = _in_snapshot(found, project, cwd, run_dir)
-    text = spec.time or site.time
+    given_variables = variables.read(spec.env, spec.env_file, cwd)
     plan = Plan(
         name=run_dir.path.name,
         run_dir=run_dir.path,
-        spec=spec,
+        spec=replace(spec, env=(), env_file=()),  # their values may be secret
         backend=site.backend,
         cluster=site,
         placement=placement,
         target=found,
         cwd=cwd,
-        time_minutes=parse_minutes(text) if text else DEFAULT_MINUTES,
-        environment=_environment(placement, site) | site.variables(),
+        time_minutes=_minutes(spec, site),
+        environment=_environment(placement, site) | site.variables() | given_variables,
         project=project,
         shell=lines,
+        variables=tuple(given_variables),
+        secrets=tuple(name for name, value in given_variables.items() if variables.is_secret(name, value)),
     )
     plan = on_gpu(plan, gpu)
     return replace(plan, start=backend.check(plan))
+
+
+def _place(spec: RunSpec, site: Cluster, without: str) -> Placement:
+    placement = place(_devices(spec, site), site)
+    if not spec.counts_ranks() and placement.device == "cpu":
+        # Nothing was asked for: one rank with the whole machine, the quickest way to see something.
+        placement = replace(
+            placement, cpus_per_rank=site.node.cpus, threads=site.node.cpus, why=f"one CPU rank, all cores{without}"
+        )
+    return placement if spec.cpus_per_rank is None else _with_cores(placement, spec.cpus_per_rank, site)
+
+
+def _minutes(spec: RunSpec, site: Cluster) -> int:
+    text = spec.time or site.time
+    return parse_minutes(text) if text else DEFAULT_MINUTES
 
 
 def _check_spare_nodes(spec: RunSpec, site: Cluster) -> None:

@@ -50,13 +50,22 @@ def check_cluster(cluster: Cluster, where: str) -> None:
             " out; `launch doctor --on-nodes` looks at the nodes."
         )
     for name in cluster.environment:
-        if not name or "=" in name:
-            raise BadRequest(f"{where}: environment: {name!r} cannot be the name of a variable.")
-        if name in OWN_VARIABLES or name.startswith("TORCHELASTIC_"):
-            raise BadRequest(f"{where}: environment: {name} is set by launch for each rank. Remove it.")
+        check_variable(name, f"{where}: environment")
     if cluster.proxy is not None and not re.fullmatch(r"(https?|socks5h?)://[^\s/]+", cluster.proxy):
         raise BadRequest(f"{where}: proxy = {cluster.proxy!r}: write http://host:port.")
     _check_slurm(cluster.slurm, where)
+
+
+def check_variable(name: str, where: str) -> None:
+    """Check the name of a variable for the ranks.
+
+    Raises:
+        BadRequest: it cannot be the name of a variable, or `launch` sets the variable itself.
+    """
+    if not name or "=" in name or "\0" in name:
+        raise BadRequest(f"{where}: {brief(name, 80)} cannot be the name of a variable.")
+    if name in OWN_VARIABLES or name.startswith("TORCHELASTIC_"):
+        raise BadRequest(f"{where}: {name} is set by launch for each rank. Remove it.")
 
 
 OWN_VARIABLES = frozenset(

@@ -37,6 +37,7 @@ class RunFiles:
     path: Path
 
     plan_file = FileOfRun("plan.json")
+    secrets_file = FileOfRun("secrets.json")
     job_file = FileOfRun("job.json")
     script_file = FileOfRun("script.sh")
     code = FileOfRun("code")

@@ -6,7 +6,7 @@ import enum
 import json
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,6 +113,14 @@ class RunSpec:
         kw_only=True,
         metadata=_option("set a key of the profile, as slurm.partition=gpu", "KEY=VALUE", flag="--set", many=True),
     )
+    env: tuple[str, ...] = field(
+        default=(),
+        kw_only=True,
+        metadata=_option("a variable of all ranks; NAME: of this shell", "NAME=VALUE", many=True, group="the run"),
+    )
+    env_file: tuple[str, ...] = field(
+        default=(), kw_only=True, metadata=_option("a file of NAME=VALUE lines", "FILE", many=True, group="the run")
+    )
     time: str | None = field(
         default=None,
         kw_only=True,
@@ -132,7 +140,8 @@ class RunSpec:
         for name, option in options().items():
             if (value := getattr(self, name)) is not None or defaults[name] is not None:
                 _check_option(flag_of(name), value, option)
-        object.__setattr__(self, "settings", tuple(self.settings))  # from Python it may be a list
+        for name in ("settings", "env", "env_file"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # from Python it may be a list
         asked = [flag_of(k) for k in DEVICES if getattr(self, k) is not None]
         if len(asked) > 1:
             raise BadRequest(f"{' and '.join(asked)} together: a run uses one kind of device. Give one of them.")
@@ -304,7 +313,17 @@ class Plan:
     project: Path | None = None  # the folder on the submitting machine whose code is copied; None: nothing is
     shell: tuple[str, ...] = ()  # lines about the scheduler's variables of the shell, used and not
     start: str = ""  # when and where the scheduler would start it, as it said when the plan was made
+    variables: tuple[str, ...] = ()  # names in `environment` that were given for this run alone
+    secrets: tuple[str, ...] = ()  # those of them whose values are neither shown nor in plan.json
     gpu: str = ""  # the GPU that was chosen for a run that asked for none, and why; `environment` names it
+
+    def masked(self) -> Plan:
+        """The plan to be shown: the values of secret variables are hidden."""
+        return replace(self, environment=self.environment | dict.fromkeys(self.secrets, "(secret)"))
+
+    def public(self) -> Plan:
+        """The plan without the values of secret variables."""
+        return replace(self, environment={k: v for k, v in self.environment.items() if k not in self.secrets})
 
 
 def check_name(name: str) -> None:

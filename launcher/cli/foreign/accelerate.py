@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.cli.foreign.accelerate_config import default_file
 from launcher.cli.foreign.options import Translation
-from launcher.config.accelerate_config import default_file
 from launcher.errors import BadRequest
 
 OF_RANKS = frozenset(

@@ -61,6 +61,11 @@ NO_TEXTS = {
         "\udcff",
         "--",
     ),
+    "env": (
+        *("", " ", "=", "=1", "NOT_SET_HERE", "a b", "RANK=1", "WORLD_SIZE", "MASTER_ADDR=n1", "TORCHELASTIC_RUN_ID=1"),
+        *("\x1b[2J", "\udcff", LONG, "--", "LOCAL_RANK="),
+    ),
+    "env_file": ("", " ", "nosuch", ".", "/dev/null/x", "~nosuch", LONG, "\udcff", "--"),
     "settings": (
         *(
             "",
@@ -427,7 +432,7 @@ OBJECTS: tuple[Any, ...] = (
 def calls() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     """Calls of `launch` and `resume` with a value of a wrong type: function, arguments, keywords."""
     for name in options():
-        objects = [each for each in OBJECTS if each not in ([], ()) or name != "settings"]
+        objects = [each for each in OBJECTS if each not in ([], ()) or not options()[name].many]
         yield from (("launch", ("empty.py",), {"wait": False, name: value}) for value in objects)
         yield from (("resume", ("nosuch",), {"wait": False, name: value}) for value in objects if name != "name")
         yield "launch", ("empty.py",), {"wait": False, f"{name}x": 1}
