@@ -142,6 +142,7 @@ Send one train/eval function, or a script, to where the accelerators are.
   launch --gpus 2 train.py --lr 3e-5                 a script written for torchrun or accelerate, unchanged
   launch mypackage.train:main --epochs 5             a function; the fields of its config dataclass are flags
   launch -- --model bert-base-uncased --dataset glue/mrpc      arguments of the default target follow --
+  launch --ranks-per-node 1 -- nvidia-smi -L         any command, on every rank
 """
 
 EPILOG = (
@@ -209,7 +210,10 @@ def split(parser: Parser, argv: Sequence[str]) -> Words:
     while index < len(argv):
         word = argv[index]
         if word == "--":
-            return Words(done.words, None, list(argv[index + 1 :]), done.notes, separated=True)
+            rest = list(argv[index + 1 :])
+            if rest and rest[0] and not rest[0].startswith("-"):
+                return Words(done.words, f"-- {rest[0]}", rest[1:], done.notes, separated=True)
+            return Words(done.words, None, rest, done.notes, separated=True)
         if not word.startswith("-") or word == "-":
             break
         name = word.split("=", 1)[0]

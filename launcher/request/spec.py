@@ -263,7 +263,7 @@ class Values:
     context: str | None = None
 
 
-TargetKind = Literal["function", "script", "module", "value"]
+TargetKind = Literal["function", "script", "module", "value", "command"]
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,8 @@ class Target:
 
     Attributes:
         kind: ``function`` (``name`` is ``module:function``), ``script`` (a path below ``code/`` or absolute),
-            ``module`` (run as ``-m name``) or ``value`` (a function that travels pickled in ``target.pkl``).
+            ``module`` (run as ``-m name``), ``value`` (a function that travels pickled in ``target.pkl``) or ``command``
+            (any program, as it stands).
         path: entries that come first on ``sys.path`` of every rank; they point into the snapshot.
         moved: folders of code and their copies, which take their place on ``sys.path``, or come last.
         source: files whose import statements the forkserver preloads.
