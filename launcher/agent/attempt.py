@@ -72,8 +72,8 @@ class Attempt:
         """Return whether `message` is about ranks of the node of `agent`, if it is about ranks."""
         match message:
             case Heartbeats(ranks) | Stacks(ranks):
-                own = self._ranks_of(self.nodes[agent]) if agent in self.nodes else ()
-                return all(rank in own for rank in ranks)
+                own = self._ranks_of(self.nodes[agent]) if agent in self.nodes else range(0)
+                return all(map(own.__contains__, ranks))
             case RankExit(rank) | Collectives(rank):
                 return agent in self.nodes and rank in self._ranks_of(self.nodes[agent])
             case StopRequest() | NodeChecked() | Joined() | Lost():
@@ -195,7 +195,7 @@ class Attempt:
     def _on_statuses(self, beats: Mapping[int, RankStatus]) -> None:
         found = {rank: beat for rank, beat in beats.items() if rank in self.alive}
         self._beats |= found
-        self.step = max([self.step, *(beat.step for beat in found.values())])
+        self.step = max([self.step, *[beat.step for beat in found.values()]])
         self._unseen += len(found)
         ending = self.kill_at is not None or self._killed
         if ending or self._unseen < len(self.alive) or len(self._beats) < len(self.alive):

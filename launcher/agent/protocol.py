@@ -10,8 +10,8 @@ to an agent           its answer
 `Signal`              none
 `DumpStacks`          `Stacks`, and `Collectives` for each rank
 `CheckNode`           `NodeChecked`
-`Alive`, once a       `Heartbeats`, once a second without being asked
-second
+`Alive`, every two    `Heartbeats`, once a second without being asked
+seconds
 `End`                 none; the agent ends its ranks and exits
 ====================  ===================================================
 

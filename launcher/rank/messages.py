@@ -13,7 +13,7 @@ agent to forkserver
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, get_args
 
@@ -89,8 +89,12 @@ FromForkServer = Ready | RankStarted | RankEnded
 
 def encode(message: Any) -> bytes:
     """Return a message, an instance of a dataclass, as a line."""
-    fields = message.to_wire() if hasattr(message, "to_wire") else asdict(message)
-    return json.dumps({type(message).__name__: fields}).encode() + b"\n"
+    fields = message.to_wire() if hasattr(message, "to_wire") else message
+    return json.dumps({type(message).__name__: fields}, default=_fields).encode() + b"\n"
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in value.__dataclass_fields__}
 
 
 def decode(kinds: Any, line: bytes) -> Any:

@@ -55,10 +55,12 @@ def statuses_of(columns: Any) -> dict[int, RankStatus]:
     match columns:
         case {"ranks": list(r), "steps": list(s), "phases": list(p), "ages": list(a), "states": list(z), **rest} if (
             not rest
-            and len({*map(len, (r, s, p, a, z))}) == 1
-            and [{*map(type, each)} - {kind} for each, kind in ((r + s, int), (p + z, str), (a, float))] == [set()] * 3
-            and all(map(isfinite, a))
-            and all(-1 <= step < MOST_STEPS for step in s)
+            and len(r) == len(s) == len(p) == len(a) == len(z)
+            and {*map(type, r), *map(type, s)} <= {int}
+            and {*map(type, p), *map(type, z)} <= {str}
+            and {*map(type, a)} <= {float}
+            and isfinite(sum(a))
+            and -1 <= min(s, default=-1) <= max(s, default=-1) < MOST_STEPS
         ):
             return dict(zip(r, map(RankStatus, s, p, a, z), strict=True))
     raise ValueError("heartbeats are columns of ranks, steps, phases, ages and states, as `columns_of` returns them")

@@ -26,6 +26,7 @@ from launcher.agent.protocol import (
     Alive,
     End,
     FromTcp,
+    Heartbeats,
     Hello,
     Joined,
     Lost,
@@ -47,6 +48,9 @@ STRANGERS = 64
 OTHER_FILES = 64
 """Open files of this process that are not connections."""
 
+HEARTBEATS = encode(Heartbeats({}))[:13]
+"""How a line with heartbeats begins. Only the newest of a node matters, and is decoded once a second or before another message."""
+
 
 @dataclass
 class Peer:
@@ -54,6 +58,7 @@ class Peer:
 
     Attributes:
         line: its connection; None while it has none.
+        heartbeats: the newest, if they have not been passed on.
         lost: its node has been given up; this agent cannot return.
         giving_up: gives the node up if the agent does not connect again.
     """
@@ -62,6 +67,7 @@ class Peer:
     channel: Channel = field(default_factory=Channel)
     line: Lines | None = None
     received_at: float = 0.0
+    heartbeats: bytes = b""
     lost: bool = False
     giving_up: asyncio.TimerHandle | None = None
 
@@ -124,14 +130,21 @@ class Peers:
             return
         peer = self._peers[node]
         peer.received_at = time.monotonic()
+        if data.startswith(HEARTBEATS):
+            peer.heartbeats = data
+            return
+        self._take_in(node, peer, peer.heartbeats, data)
+
+    def _take_in(self, node: int, peer: Peer, *lines: bytes) -> None:
+        """Pass on the messages of a peer."""
+        peer.heartbeats = b""
         try:
-            message = decode(FromTcp, data)
-            wanted = peer.channel.on_message(message)
+            for line in filter(None, lines):
+                message = decode(FromTcp, line)
+                if peer.channel.on_message(message):
+                    self.emit(node, message)
         except ValueError as error:
             self.refuse(node, f"sent what is no message: {str(error)[:200]}")
-            return
-        if wanted:
-            self.emit(node, message)
 
     def _on_hello(self, line: Lines, data: bytes) -> None:
         self._strangers.pop(line, None)
@@ -207,7 +220,7 @@ class Peers:
     def _remove(self, node: int, peer: Peer) -> None:
         if self.is_connected(node):
             self._joined.remove(node)
-        peer.lost = True
+        peer.lost, peer.heartbeats = True, b""
         if peer.giving_up is not None:
             peer.giving_up.cancel()
         if peer.line is not None:
@@ -217,18 +230,21 @@ class Peers:
         peer.channel.detach()
 
     async def _keep_in_touch(self) -> None:
-        """Report once a second that this node is alive, and drop connections that have been silent for too long."""
-        looked, alive = time.monotonic(), encode(Alive())
+        """Pass on heartbeats, report that this node is alive, and drop connections that have been silent for too long."""
+        looked, alive, odd = time.monotonic(), encode(Alive()), 0
         while True:
             now = time.monotonic()
             if now - looked > 3 * TIMEOUTS.heartbeat:  # this process itself was held up
                 for peer in self._peers.values():
                     peer.received_at = now
-            looked = now
+            looked, odd = now, 1 - odd
             for node, peer in list(self._peers.items()):
+                if peer.heartbeats:
+                    self._take_in(node, peer, peer.heartbeats)
                 if peer.line is not None:
-                    peer.channel.send(Alive(), alive)
-                    peer.channel.report()
+                    if node % 2 == odd:
+                        peer.channel.send(Alive(), alive)
+                        peer.channel.report()
                     if now - peer.received_at > TIMEOUTS.silence:
                         self._give_up(node, peer)
             while self._strangers and now - next(iter(self._strangers.values())) > TIMEOUTS.hello:
