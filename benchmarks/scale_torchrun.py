@@ -24,7 +24,7 @@ def rendezvous_of_torchrun(nodes: int) -> float | None:
     """Return the seconds until all nodes know each other; None for more nodes than `LARGEST`, or after `LIMIT`."""
     if nodes > LARGEST:
         return None
-    from torch.distributed import TCPStore
+    from torch._C._distributed_c10d import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     parts = [nodes * part // CLIENTS for part in range(CLIENTS + 1)]
@@ -57,7 +57,7 @@ def be_clients(port: int, number: int, nodes: int) -> None:
     """Be `number` of `nodes` nodes; print when the last of them has finished."""
     from datetime import timedelta
 
-    from torch.distributed import TCPStore
+    from torch._C._distributed_c10d import TCPStore
     from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
     from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
 

@@ -279,17 +279,17 @@ def test_an_agent_reports_on_the_ranks_of_its_own_node_alone(
         record = read_json(RunDir(run.path).rendezvous_file)
         assert record is not None
         reader, writer = await asyncio.open_connection(record["address"], record["port"])
-        writer.write(
-            encode(Hello(1, record["token"], "node1", secret="s")) + encode(foreign) + encode(RankExit(1, 0, 5))
-        )
-        async with asyncio.timeout(20):
-            assert decode(OverTcp, await reader.readline()) == Welcome()
-            while 1 not in attempt.lost:
-                await job._receive(attempt)
-            await ends(reader)
-        writer.transport.abort()
+        writer.write(encode(Hello(1, record["token"], "node1", secret="s")) + encode(foreign))
+        try:
+            async with asyncio.timeout(20):
+                assert decode(OverTcp, await reader.readline()) == Welcome()
+                while 1 not in attempt.lost:
+                    await job._receive(attempt)
+                await ends(reader)
+        finally:
+            writer.transport.abort()
+            await found.peers.close(0)
         assert (attempt.exits, attempt.step, attempt.alive) == ({}, -1, {0, 2})
-        await found.peers.close(0)
 
     asyncio.run(inside())
     kind = type(foreign).__name__

@@ -18,9 +18,9 @@ from launcher.rank.messages import decode
 from tests.launcher.agent.network.proxy import Stage, play, until
 
 
-def with_timeouts(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
+def with_timeouts(monkeypatch: pytest.MonkeyPatch, silence: float = 20.0, reconnect: float = 3.0) -> None:
     for module in (peers, links):
-        monkeypatch.setattr(module, "TIMEOUTS", Timeouts(heartbeat=0.05, **seconds))
+        monkeypatch.setattr(module, "TIMEOUTS", Timeouts(heartbeat=0.05, silence=silence, reconnect=reconnect))
 
 
 class Agent:
