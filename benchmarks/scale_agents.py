@@ -1,7 +1,7 @@
 """Rendezvous, supervision and stop of many nodes: ``python -m benchmarks.scale_agents [NODES ...]``.
 
 The coordinator is the real one, in a process of its own; the agents are clients that speak the protocol through the agents' own
-`Link`, in `CLIENTS` other processes. What they report is made up: `RANKS` ranks a node that train one step a second. All of
+`Link`, in `CLIENTS` other processes. What they report is made up: `RANKS` ranks a node that train. All of
 it shares the cores of this machine, so that the figures are upper bounds.
 """
 
@@ -30,7 +30,7 @@ from benchmarks.scale_torchrun import rendezvous_of_torchrun
 from launcher.agent.coordinator import Coordinator
 from launcher.agent.hangs.detection import RankStatus
 from launcher.agent.network.addresses import raise_file_limit
-from launcher.agent.network.link import Link, Rendezvous
+from launcher.agent.network.link import Link, Rendezvous, seconds_between_reports
 from launcher.agent.protocol import (
     AgentInfo,
     End,
@@ -121,7 +121,7 @@ def coordinate(folder: Path, nodes: int) -> None:
 # ---- the agents ---------------------------------------------------------------------------------------------------
 
 
-async def agent(node: int, rendezvous: Rendezvous, done: list[SimulatedRanks]) -> None:
+async def agent(node: int, seconds: float, rendezvous: Rendezvous, done: list[SimulatedRanks]) -> None:
     """Be one agent until the run ends."""
     link = Link(Hello(node, "", f"node{node}"))
     ranks = SimulatedRanks(link.send)
@@ -130,7 +130,7 @@ async def agent(node: int, rendezvous: Rendezvous, done: list[SimulatedRanks]) -
             await link.open(rendezvous)
             break
         await asyncio.sleep(0.1)
-    reporting = asyncio.create_task(report(node, link, ranks))
+    reporting = asyncio.create_task(report(node, seconds, link, ranks))
     while not isinstance(message := await link.receive(), End):
         ranks.handle(message)
     reporting.cancel()
@@ -138,15 +138,15 @@ async def agent(node: int, rendezvous: Rendezvous, done: list[SimulatedRanks]) -
     done.append(ranks)
 
 
-async def report(node: int, link: Link, ranks: SimulatedRanks) -> None:
-    await asyncio.sleep(node * 0.618 % 1.0)  # agents of a real run do not report at the same moment either
+async def report(node: int, seconds: float, link: Link, ranks: SimulatedRanks) -> None:
+    await asyncio.sleep(node * 0.618 % seconds)  # agents of a real run do not report at the same moment either
     while True:
         link.send(ranks.report())
         link.report()
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(seconds)
 
 
-async def be_agents(folder: Path, first: int, last: int) -> None:
+async def be_agents(folder: Path, first: int, last: int, nodes: int) -> None:
     raise_file_limit()
     found = read_json(RunDir(folder / "run").rendezvous_file)
     assert found is not None
@@ -154,7 +154,8 @@ async def be_agents(folder: Path, first: int, last: int) -> None:
     print("ready", flush=True)
     sys.stdin.readline()
     done: list[SimulatedRanks] = []
-    await asyncio.gather(*(agent(node, rendezvous, done) for node in range(first, last)))
+    seconds = seconds_between_reports(nodes)
+    await asyncio.gather(*(agent(node, seconds, rendezvous, done) for node in range(first, last)))
     times = {name: max(getattr(ranks, name) for ranks in done) for name in ("started_at", "signalled_at")}
     print(json.dumps(times | {"signalled": sum(ranks.signalled_at > 0 for ranks in done)}), flush=True)
 
@@ -197,7 +198,7 @@ def measure(nodes: int) -> Measured:
         while not (folder / "run/rendezvous.json").exists():
             time.sleep(0.05)
         bounds = [1 + (nodes - 1) * part // CLIENTS for part in range(CLIENTS + 1)]
-        clients = [child("agents", folder, *pair) for pair in pairwise(bounds)]
+        clients = [child("agents", folder, *pair, nodes) for pair in pairwise(bounds)]
         for client in clients:
             line_of(client)
         began = time.monotonic()
@@ -236,7 +237,7 @@ def growth(sizes: Sequence[int], values: Sequence[float]) -> list[str]:
 def main() -> None:
     sizes = [int(word) for word in sys.argv[1:]] or [*SIZES]
     versions = f"Python {platform.python_version()}, {os.cpu_count()} cores for all processes, {date.today()}"
-    print(f"\nAgents: {RANKS} ranks a node, a heartbeat a second; {versions}\n")
+    print(f"\nAgents: {RANKS} ranks a node; {versions}\n")
     found = [measure(nodes) for nodes in sizes]
     torchrun = [rendezvous_of_torchrun(nodes) for nodes in sizes]
     columns = {
@@ -259,7 +260,7 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["coordinator", folder, nodes]:
             coordinate(Path(folder), int(nodes))
-        case ["agents", folder, first, last]:
-            asyncio.run(be_agents(Path(folder), int(first), int(last)))
+        case ["agents", folder, first, last, nodes]:
+            asyncio.run(be_agents(Path(folder), int(first), int(last), int(nodes)))
         case _:
             main()

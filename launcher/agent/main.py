@@ -16,7 +16,7 @@ from pathlib import Path
 
 from launcher.agent.coordinator import Coordinator
 from launcher.agent.network.addresses import raise_file_limit
-from launcher.agent.network.link import CoordinatorGone, Link, Rendezvous
+from launcher.agent.network.link import CoordinatorGone, Link, Rendezvous, seconds_between_reports
 from launcher.agent.node_ranks import NodeRanks, on_signals
 from launcher.agent.protocol import AgentInfo, End, Hello, StopRequest
 from launcher.config.timeouts import TIMEOUTS
@@ -58,7 +58,7 @@ async def follow(run_dir: RunDir, plan: Plan, agent_info: AgentInfo) -> int:
     try:
         if not await connect(run_dir, agent_info, link):
             return 0
-        reporting = asyncio.create_task(_report(link, ranks))
+        reporting = asyncio.create_task(_report(link, ranks, seconds_between_reports(agent_info.nodes)))
         while not isinstance(message := await link.receive(), End):
             ranks.handle(message)
         return message.exit_status
@@ -73,12 +73,12 @@ async def follow(run_dir: RunDir, plan: Plan, agent_info: AgentInfo) -> int:
         link.close()
 
 
-async def _report(link: Link, ranks: NodeRanks) -> None:
-    """Report once a second that this node is alive, and the status of its ranks."""
+async def _report(link: Link, ranks: NodeRanks, seconds: float) -> None:
+    """Report every `seconds` that this node is alive, and the status of its ranks."""
     while True:
         link.send(ranks.report())
         link.report()
-        await asyncio.sleep(TIMEOUTS.heartbeat)
+        await asyncio.sleep(seconds)
 
 
 async def connect(run_dir: RunDir, agent_info: AgentInfo, link: Link) -> bool:

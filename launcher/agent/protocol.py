@@ -10,8 +10,8 @@ to an agent           its answer
 `Signal`              none
 `DumpStacks`          `Stacks`, and `Collectives` for each rank
 `CheckNode`           `NodeChecked`
-`Alive`, every two    `Heartbeats`, once a second without being asked
-seconds
+`Alive`, every four   `Heartbeats`, without being asked: once a second, or every
+seconds               two seconds in a large run (`seconds_between_reports`)
 `End`                 none; the agent ends its ranks and exits
 ====================  ===================================================
 

@@ -8,22 +8,16 @@ from typing import cast
 
 
 class Lines(asyncio.Protocol):
-    """A connection that somebody has opened to this process.
+    """A connection that somebody has opened to this process; `on_open` calls `serve`."""
 
-    Attributes:
-        limit: bytes of a line; a longer one ends the connection.
-    """
-
-    def __init__(
-        self,
-        limit: int,
-        on_open: Callable[[Lines], None],
-        on_line: Callable[[Lines, bytes], None],
-        on_end: Callable[[Lines], None],
-    ) -> None:
-        self.limit, self._on_open, self._on_line, self._on_end = limit, on_open, on_line, on_end
+    def __init__(self, on_open: Callable[[Lines], None]) -> None:
+        self._on_open = on_open
         self._rest = bytearray()
         self._closed = False
+
+    def serve(self, limit: int, on_line: Callable[[bytes], None], on_end: Callable[[], object]) -> None:
+        """Pass on each line, and the end of the connection; a line of more than `limit` bytes ends it."""
+        self._limit, self._on_line, self._on_end = limit, on_line, on_end
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take the connection."""
@@ -32,17 +26,17 @@ class Lines(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Pass on each whole line, until the connection is closed."""
-        if not self._rest and data.endswith(b"\n") and data.count(b"\n") == 1 and len(data) <= self.limit:
-            self._on_line(self, data)  # as almost always
+        if not self._rest and data.endswith(b"\n") and data.count(b"\n") == 1 and len(data) <= self._limit:
+            self._on_line(data)  # as almost always
             return
         *lines, rest = (self._rest + data).split(b"\n")
         for line in (*lines, rest):
-            if len(line) > self.limit:
-                self.close()
+            if len(line) > self._limit:
+                self.abort()
             if self._closed:
                 return
             if line is not rest:
-                self._on_line(self, bytes(line))
+                self._on_line(bytes(line))
         self._rest = rest
 
     def write(self, line: bytes) -> None:
@@ -52,7 +46,6 @@ class Lines(asyncio.Protocol):
     def close(self) -> None:
         """Close the connection after what was written; nothing that it has sent is read any more."""
         self._closed = True
-        self._rest.clear()
         self.transport.close()
 
     def abort(self) -> None:
@@ -63,4 +56,4 @@ class Lines(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Report the end of the connection."""
         self._closed = True
-        self._on_end(self)
+        self._on_end()

@@ -15,6 +15,18 @@ SLICES = 4
 """A time without a message is measured in parts: one in which this process slept counts as one of them."""
 
 
+MANY_NODES = 256
+"""Agents of a larger run report half as often, which its coordinator would otherwise be busy with."""
+
+
+def seconds_between_reports(nodes: int) -> float:
+    """Return how long an agent waits between two reports in a run of so many nodes; less than `Timeouts.reconnect`.
+
+    An agent may notice only at its next report that the other end of its connection is gone.
+    """
+    return TIMEOUTS.heartbeat * (2 if nodes > MANY_NODES else 1)
+
+
 class CoordinatorGone(Exception):
     """The coordinator has exited, cannot be reached, or refuses this agent."""
 
@@ -86,9 +98,10 @@ class Link:
                     await self._reopen()
                 async with asyncio.timeout(TIMEOUTS.silence / SLICES):
                     message = await self._next()
-            except TimeoutError:  # the connection may be half open
+            except TimeoutError:
                 silent += 1
-                self._disconnect()
+                if silent > 1:  # the connection may be half open
+                    self._disconnect()
             except (OSError, ValueError):
                 self._disconnect()
             else:

@@ -6,6 +6,7 @@ import asyncio
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -141,9 +142,10 @@ def test_a_line_with_heartbeats_is_kept_until_it_is_due(nodes: int, tmp_path: Pa
     """The newest heartbeats of a node are decoded once, however many there are."""
     received: list[tuple[int, AgentMessage]] = []
     peers = Peers(RunDir(tmp_path), AgentInfo(nodes=nodes), lambda *each: received.append(each))
-    connections = {node: Lines(1 << 20, peers._on_open, peers._on_line, peers._on_end) for node in range(1, nodes)}
+    connections = {node: Lines(lambda _: None) for node in range(1, nodes)}
     for node, connection in connections.items():
-        peers._peers[node], peers._nodes[connection] = Peer("s"), node
+        peer = peers._peers[node] = Peer("s", partial(peers.emit, node), pytest.fail)
+        connection.serve(1 << 20, peer.on_line, lambda: None)
     data = {node: encode(beats(node)) for node in connections}
     with counted() as lines:
         for _ in range(10):

@@ -16,9 +16,9 @@ from launcher.agent.attempt import Attempt
 from launcher.agent.coordinator import Coordinator
 from launcher.agent.hangs.detection import RankStatus, StackLocation
 from launcher.agent.job_attempt import JobAttempt
-from launcher.agent.network import peers
+from launcher.agent.network import door, peers
 from launcher.agent.network.channel import FRAME_BYTES
-from launcher.agent.network.peers import STRANGERS
+from launcher.agent.network.door import STRANGERS
 from launcher.agent.protocol import (
     AgentInfo,
     Collectives,
@@ -95,7 +95,8 @@ def test_idle_connections_are_bounded_and_agents_still_join(tmp_path: Path) -> N
 def test_a_connection_that_does_not_say_who_it_is_is_closed(
     drip: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peers, "TIMEOUTS", Timeouts(hello=0.2, heartbeat=0.05))
+    for module in (peers, door):
+        monkeypatch.setattr(module, "TIMEOUTS", Timeouts(hello=0.2, heartbeat=0.05))
 
     async def scenario(stage: Stage) -> None:
         async with connected(stage) as (reader, writer):

@@ -115,8 +115,7 @@ def test_an_agent_that_was_dropped_does_not_return(tmp_path: Path) -> None:
 def test_a_coordinator_that_has_exited_is_gone_at_once(tmp_path: Path) -> None:
     async def scenario(stage: Stage) -> None:
         link = await stage.join(1)
-        assert stage.peers._server is not None
-        stage.peers._server.close()
+        stage.peers._door.close()
         stage.proxy.server.close()
         stage.proxy.reset()
         with pytest.raises(CoordinatorGone, match="is gone"):
@@ -134,10 +133,8 @@ def test_a_silent_coordinator_is_gone_after_the_silence(tmp_path: Path, monkeypa
         link = await stage.join(1)
         stage.proxy.freeze()
 
-        def accept(*_: object) -> None:  # it accepts connections, as the kernel does for a stopped process
-            pass
-
-        monkeypatch.setattr(stage.peers, "_on_line", accept)
+        # It accepts connections, as the kernel does for a stopped process.
+        monkeypatch.setattr(stage.peers._door, "_on_hello", lambda *_: None)
         with pytest.raises(CoordinatorGone, match="is gone"):
             await link.receive()
         stage.peers.drop(1)
