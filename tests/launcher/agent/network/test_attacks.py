@@ -198,6 +198,12 @@ BREACHES = {
     "more than was sent": encode(Received(5)),
     "less than nothing": encode(Received(-1)),
 }
+GROUP: dict[str, Any] = {"name": "g", "title": "g", "last": 1, "pending": []}
+BREACHES |= {
+    f"members {number}": json.dumps({"Collectives": {"rank": 1, "groups": [GROUP | {"members": members}]}}).encode()
+    + b"\n"
+    for number, members in enumerate(([[0, 1 << 60, 1]], [[0, 1]], [[-1, 5, 1]], [[0, 1, 1]] * 1000))
+}
 COLUMNS: dict[str, list[Any]] = {"ranks": [1], "steps": [1], "phases": ["training"], "ages": [0.5], "states": ["S"]}
 HEARTBEATS = {
     "statuses": {"ranks": {"1": {}}},
