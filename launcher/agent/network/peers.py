@@ -114,6 +114,7 @@ class Peers:
         self._peers: dict[int, Peer] = {}
         self._joined = [agent_info.node]  # sorted
         self._door = Door(agent_info.nodes, self._on_hello)
+        self._broken: list[str] = []  # hosts whose connections have ended and which have not been logged
         self._ending = False
         self._beating: asyncio.Task[None] | None = None
 
@@ -179,7 +180,7 @@ class Peers:
         if not peer.secret or (self._ending and peer.channel.settled):
             self._give_up(node, peer)
             return
-        _log(f"the connection to the agent on {self.hosts[node]} has ended; it has {TIMEOUTS.reconnect:g} s to return")
+        self._broken.append(self.hosts[node])
         peer.giving_up = asyncio.get_running_loop().call_later(TIMEOUTS.reconnect, self._give_up, node, peer)
 
     def _give_up(self, node: int, peer: Peer) -> None:
@@ -212,7 +213,17 @@ class Peers:
                 if peer.line is not None and now - peer.received_at > TIMEOUTS.silence:
                     self._give_up(node, peer)
             self._door.drop_late(now)
+            self._log_broken()
             await asyncio.sleep(TIMEOUTS.heartbeat)
+
+    def _log_broken(self) -> None:
+        """Log the connections that have ended, in one line: a thousand may end at once."""
+        if self._broken:
+            names = ", ".join(self._broken[:4]) + ", ..." * (len(self._broken) > 4)
+            _log(
+                f"lost connections of agents, which have {TIMEOUTS.reconnect:g} s to return: {len(self._broken)} ({names})"
+            )
+            self._broken.clear()
 
     # ---- for the coordinator ----------------------------------------------------------------------------------------
 
@@ -259,6 +270,7 @@ class Peers:
         while any(peer.expected for peer in self._peers.values()) and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         self._door.close()
+        self._log_broken()
         for node, peer in self._peers.items():
             self._remove(node, peer)
 

@@ -99,7 +99,28 @@ def test_an_agent_that_does_not_return_is_lost_and_refused_when_it_does(
         other.close()
 
     play(tmp_path, scenario)
-    assert "the connection to the agent on node1 has ended; it has 0.2 s to return" in capsys.readouterr().err
+    assert "launch: lost connections of agents, which have 0.2 s to return: 1 (node1)\n" in capsys.readouterr().err
+
+
+def test_a_thousand_connections_that_end_at_once_are_one_line_of_the_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def scenario(stage: Stage) -> None:
+        links = [await stage.join(node) for node in range(1, 101)]
+        stage.proxy.reset()
+        await asyncio.sleep(0.1)
+        await asyncio.gather(*(stage.peers.close(0), *map(end_of, links)))
+
+    play(tmp_path, scenario, nodes=101)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) <= 2
+    assert said[0].startswith("launch: lost connections of agents, which have 3 s to return: ")
+
+
+async def end_of(link: Link) -> None:
+    while not isinstance(await link.receive(), End):
+        pass
+    link.close()
 
 
 def test_an_agent_that_was_dropped_does_not_return(tmp_path: Path) -> None:
