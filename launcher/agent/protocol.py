@@ -221,7 +221,7 @@ class RankExit:
     step: int
 
     def __post_init__(self) -> None:
-        if not (-256 < self.code < 256 and -1 <= self.step < MOST_STEPS):
+        if not (-256 < self.code < 256 and -MOST_STEPS <= self.step < MOST_STEPS):
             raise ValueError(f"no rank ends like this: {self}")
 
 

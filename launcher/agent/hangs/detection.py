@@ -15,7 +15,7 @@ from launcher.config.timeouts import TIMEOUTS
 from training.distributed.heartbeat import CONNECTING, IDLE, STARTING, TRAINING
 
 MOST_STEPS = 1 << 63
-"""Steps have 64 bits in the memory that a rank writes them to."""
+"""Steps have 64 bits, with a sign, in the memory that a rank writes them to."""
 
 LONGER_ELSEWHERE = 10.0
 """Factor of the time limit outside of training steps: evaluations, saves and compilations take longer than a step."""
@@ -60,7 +60,7 @@ def statuses_of(columns: Any) -> dict[int, RankStatus]:
             and {*map(type, p), *map(type, z)} <= {str}
             and {*map(type, a)} <= {float}
             and isfinite(sum(a))
-            and -1 <= min(s, default=-1) <= max(s, default=-1) < MOST_STEPS
+            and -MOST_STEPS <= min(s, default=0) <= max(s, default=0) < MOST_STEPS
         ):
             return dict(zip(r, map(RankStatus, s, p, a, z), strict=True))
     raise ValueError("heartbeats are columns of ranks, steps, phases, ages and states, as `columns_of` returns them")
