@@ -222,9 +222,13 @@ class JobAttempt:
         )
         if self.stops.first:
             return Outcome({}, stop=self.stops.reason)
+        each = self.plan.placement.ranks_per_node
+        for agent in [agent for agent, facts in answers.items() if not preflight.is_report(facts, each)]:
+            agents.peers.refuse(agent, "sent a preflight report that cannot be read")
+            del answers[agent]
         if gone := set(used) - {*agents.peers.connected()}:
             return Outcome({}, lost=[agents.host(agent) for agent in sorted(gone)])
-        ranks = dict.fromkeys(map(agents.host, used), self.plan.placement.ranks_per_node)
+        ranks = dict.fromkeys(map(agents.host, used), each)
         found = {agents.host(agent): facts for agent, facts in answers.items()}
         history.record_warnings(self.run_dir, self.number, preflight.warnings(found, ranks))
         unfit = preflight.judge(found, ranks)

@@ -159,6 +159,16 @@ def judge(answers: Mapping[str, Facts], ranks: Mapping[str, int]) -> dict[str, s
     return {host: "; ".join(texts) for host, texts in faults.items() if texts}
 
 
+def is_report(facts: Facts, ranks: int) -> bool:
+    """Return whether `facts`, which come from another process, can be judged for a node of so many ranks."""
+    try:
+        judge({"": facts}, {"": ranks})
+        warnings({"": facts}, {"": ranks})
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return False
+    return True
+
+
 def warnings(answers: Mapping[str, Facts], ranks: Mapping[str, int]) -> dict[str, list[str]]:
     """Return what may break ranks later, and the hosts for which that holds; the arguments are those of `judge`."""
     found: dict[str, list[str]] = {}
