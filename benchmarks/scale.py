@@ -1,6 +1,6 @@
-"""How the cost of a run grows with its nodes, and that of looking at runs: ``python -m benchmarks.scale [SIZE ...]``.
+"""How the cost of a run grows with its nodes, and that of looking at runs: ``python -m benchmarks.scale``.
 
-The parts are `benchmarks.scale_agents` and, if it is there, `benchmarks.scale_looking`; each can be run alone.
+The parts are `benchmarks.scale_agents` and, if it is there, `benchmarks.scale_looking`; each can be run alone, with its sizes.
 """
 
 from __future__ import annotations

@@ -63,19 +63,28 @@ class Link:
         """
         self._disconnect()
         self._rendezvous = rendezvous
-        async with asyncio.timeout(TIMEOUTS.silence / SLICES):
-            self._reader, self._writer = await asyncio.open_connection(
-                rendezvous.address, rendezvous.port, limit=FRAME_BYTES
-            )
-            hello = replace(self._hello, token=rendezvous.token, received=self._channel.received)
-            self._writer.write(encode(hello))
-            line = await self._reader.readline()
+        try:
+            async with asyncio.timeout(TIMEOUTS.silence / SLICES):
+                welcome = await self._say_hello(rendezvous)
+            assert self._writer is not None
+            self._channel.attach(self._writer.write, welcome.received)
+        except BaseException:
+            self._disconnect()
+            raise
+
+    async def _say_hello(self, rendezvous: Rendezvous) -> Welcome:
+        self._reader, self._writer = await asyncio.open_connection(
+            rendezvous.address, rendezvous.port, limit=FRAME_BYTES
+        )
+        hello = replace(self._hello, token=rendezvous.token, received=self._channel.received)
+        self._writer.write(encode(hello))
+        line = await self._reader.readline()
         answer = decode(OverTcp, line) if line else None
         if isinstance(answer, Refused):
             raise CoordinatorGone(f"the coordinator refuses this agent: {answer.reason}")
         if not isinstance(answer, Welcome):
             raise ConnectionError("the coordinator closed the connection")
-        self._channel.attach(self._writer.write, answer.received)
+        return answer
 
     def send(self, message: FromAgent) -> None:
         """Send `message`, after a reconnection if there is no connection now."""
@@ -130,7 +139,6 @@ class Link:
                 except ConnectionRefusedError:  # its process has ended
                     raise CoordinatorGone("the coordinator on node 0 is gone") from None
                 except (OSError, ValueError):
-                    self._disconnect()
                     await asyncio.sleep(TIMEOUTS.heartbeat / 10)
                 else:
                     return

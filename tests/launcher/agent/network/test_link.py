@@ -11,6 +11,7 @@ import pytest
 from launcher.agent.network import link as links
 from launcher.agent.network import peers
 from launcher.agent.network.channel import Channel
+from launcher.agent.network.lines import Lines
 from launcher.agent.network.link import CoordinatorGone, Link, Rendezvous
 from launcher.agent.protocol import Alive, End, Heartbeats, Hello, Joined, Lost, RankExit, Received, Signal, ToAgent
 from launcher.config.timeouts import Timeouts
@@ -159,6 +160,30 @@ def test_a_silent_coordinator_is_gone_after_the_silence(tmp_path: Path, monkeypa
         with pytest.raises(CoordinatorGone, match="is gone"):
             await link.receive()
         stage.peers.drop(1)
+
+    play(tmp_path, scenario)
+
+
+def test_a_coordinator_that_is_busy_answers_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_timeouts(monkeypatch, silence=0.8)
+
+    async def scenario(stage: Stage) -> None:
+        agent, unanswered = Agent(await stage.join(1)), list[Hello]()
+        admit = stage.peers._door._on_hello
+
+        def on_hello(line: Lines, hello: Hello) -> None:
+            unanswered.append(hello)
+            if len(unanswered) > 2:
+                admit(line, hello)
+
+        monkeypatch.setattr(stage.peers._door, "_on_hello", on_hello)
+        stage.proxy.reset()
+        stage.peers.send(1, Signal(10))
+        await until(lambda: agent.messages == [Signal(10)])
+        assert len(unanswered) == 3
+        stage.peers.drop(1)
+        with pytest.raises(CoordinatorGone):
+            await agent.task
 
     play(tmp_path, scenario)
 
