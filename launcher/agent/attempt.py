@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, assert_never
 
 from launcher.agent.hangs.collectives import GroupRecord
@@ -25,6 +25,19 @@ from launcher.agent.protocol import (
 )
 from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle.exit_status import BAD_REQUEST, DISK_FULL, ERROR_NOT_WRITTEN, RAISED
+
+
+def ranks_in(message: AgentMessage) -> Iterable[int]:
+    """Return the ranks that a message of an agent is about."""
+    match message:
+        case Heartbeats(ranks) | Stacks(ranks):
+            return ranks
+        case RankExit(rank) | Collectives(rank):
+            return (rank,)
+        case StopRequest() | NodeChecked() | Joined() | Lost():
+            return ()
+        case _:
+            assert_never(message)
 
 
 class Attempt:
@@ -66,6 +79,12 @@ class Attempt:
         self._suspects: dict[int, RankStatus] | None = None  # the status of the ranks when they were found to hang
         self._places: dict[int, StackLocation] = {}
         self._records: dict[int, list[GroupRecord] | None] = {}
+        self._unreported: set[int] = set()  # ranks that were found to hang and have not reported where
+
+    def owns(self, agent: int, message: AgentMessage) -> bool:
+        """Return whether `message` is about ranks of the node of `agent` only."""
+        own = self._ranks_of(self.nodes[agent]) if agent in self.nodes else range(0)
+        return all(map(own.__contains__, ranks_in(message)))
 
     def _ranks_of(self, node: int) -> range:
         return range(node * self.ranks_per_node, (node + 1) * self.ranks_per_node)
@@ -138,17 +157,20 @@ class Attempt:
                 self._on_statuses(ranks)
             case Stacks(ranks):
                 self._places |= ranks
+                self._unreported -= ranks.keys() & self._records.keys()
             case Collectives(rank, groups):
                 self._records[rank] = groups
+                self._unreported -= {rank} & self._places.keys()
             case StopRequest() | NodeChecked() | Joined():
                 pass
             case _:
                 assert_never(message)
-        if self._suspects is not None and self.alive <= self._records.keys() & self._places.keys():
+        if self._suspects is not None and not self._unreported:
             self.kill_within(0.0)  # nothing more to wait for
 
     def _on_exit(self, end: RankExit) -> None:
         self.alive.discard(end.rank)
+        self._unreported.discard(end.rank)
         self._beats.pop(end.rank, None)
         self.step = max(self.step, end.step)
         self.joined = self.joined and end.step >= 0
@@ -170,19 +192,21 @@ class Attempt:
         self.lost.append(agent)
         gone = set(self._ranks_of(self.nodes[agent]))
         self.alive -= gone
-        self._beats = {rank: beat for rank, beat in self._beats.items() if rank not in gone}
+        self._unreported -= gone
+        for rank in gone:
+            self._beats.pop(rank, None)
         self.kill_within(0.0)
 
     def _on_statuses(self, beats: Mapping[int, RankStatus]) -> None:
         found = {rank: beat for rank, beat in beats.items() if rank in self.alive}
         self._beats |= found
-        self.step = max([self.step, *(beat.step for beat in found.values())])
+        self.step = max([self.step, *[beat.step for beat in found.values()]])
         self._unseen += len(found)
         ending = self.kill_at is not None or self._killed
         if ending or self._unseen < len(self.alive) or len(self._beats) < len(self.alive):
             return
         self._unseen = 0  # all ranks are looked at once for as many reports, so that a report costs the same in any run
         if self._watch.see(self._beats, asyncio.get_running_loop().time()):
-            self._suspects = dict(self._beats)
+            self._suspects, self._unreported = dict(self._beats), {*self.alive}
             self.send(DumpStacks(self.attempt))
             self.kill_within(TIMEOUTS.stack_dump + TIMEOUTS.collectives + 2.0)  # the messages need a moment, too

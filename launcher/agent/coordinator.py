@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sys
 from contextlib import suppress
@@ -42,6 +43,7 @@ class Coordinator:
     async def run(self) -> int:
         """Bring the run to an end and return its exit status."""
         on_signals(lambda number: self._emit(StopRequest(number)))
+        gc.freeze()  # else each full collection looks at all that was imported
         session = self.run_dir.claim_session(self.agent_info.host)
         self.run_dir.reserve()
         self.run_dir.beat()

@@ -47,8 +47,7 @@ class Agents:
 
     def absent(self) -> list[str]:
         """Return the hosts whose agents are not connected."""
-        connected = self.peers.connected()
-        return [self.host(node) for node in range(self.agent_info.nodes) if node not in connected]
+        return [self.host(node) for node in range(self.agent_info.nodes) if not self.peers.is_connected(node)]
 
     def host(self, agent: int) -> str:
         """Return the name of the agent's node."""
@@ -67,8 +66,8 @@ class Agents:
 
     def send_all(self, message: ToAgent) -> None:
         """Send `message` to every connected agent."""
-        for agent in self.peers.connected():
-            self.send(agent, message)
+        self.peers.send_all(self.peers.connected(), message)
+        self.local.handle(message)
 
 
 class StopRequests:
@@ -174,6 +173,9 @@ class JobAttempt:
         except TimeoutError:
             attempt.on_deadline()
             return
+        if not attempt.owns(agent, message):
+            self.agents.peers.refuse(agent, f"sent {type(message).__name__} of ranks of other nodes")
+            return
         attempt.on_message(agent, message)
         if isinstance(message, StopRequest):
             # The first request is passed on; a second Ctrl-C, or the end of the grace, kills.
@@ -215,14 +217,18 @@ class JobAttempt:
             used,
             lambda agent: agents.send(agent, CheckNode(self.number)),
             self.inbox,
-            awaited=lambda agent: not self.stops.first and agent in agents.peers.connected(),
+            awaited=lambda agent: not self.stops.first and agents.peers.is_connected(agent),
             other=lambda _, message: self.stops.note(message),
         )
         if self.stops.first:
             return Outcome({}, stop=self.stops.reason)
+        each = self.plan.placement.ranks_per_node
+        for agent in [agent for agent, facts in answers.items() if not preflight.is_report(facts, each)]:
+            agents.peers.refuse(agent, "sent a preflight report that cannot be read")
+            del answers[agent]
         if gone := set(used) - {*agents.peers.connected()}:
             return Outcome({}, lost=[agents.host(agent) for agent in sorted(gone)])
-        ranks = dict.fromkeys(map(agents.host, used), self.plan.placement.ranks_per_node)
+        ranks = dict.fromkeys(map(agents.host, used), each)
         found = {agents.host(agent): facts for agent, facts in answers.items()}
         history.record_warnings(self.run_dir, self.number, preflight.warnings(found, ranks))
         unfit = preflight.judge(found, ranks)

@@ -1,8 +1,8 @@
 """The node agent: one on every node. Node 0's also coordinates (`launcher.agent.coordinator`).
 
-Node 0 listens and writes its address to ``rendezvous.json``; the other agents connect to it and act on its messages. When
-a connection ends, the node behind it is lost: the coordinator decides what happens to the run, and an agent that lost its
-coordinator kills its ranks and exits.
+Node 0 listens and writes its address to ``rendezvous.json``; the other agents connect to it and act on its messages. An agent
+that loses its connection connects again. If it cannot, its node is lost: the coordinator decides what happens to the run, and
+an agent that lost its coordinator kills its ranks and exits.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ from pathlib import Path
 
 from launcher.agent.coordinator import Coordinator
 from launcher.agent.network.addresses import raise_file_limit
+from launcher.agent.network.link import CoordinatorGone, Link, Rendezvous, seconds_between_reports
 from launcher.agent.node_ranks import NodeRanks, on_signals
-from launcher.agent.protocol import AgentInfo, End, FromAgent, Hello, StopRequest, ToAgent
+from launcher.agent.protocol import AgentInfo, End, Hello, StopRequest
 from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle.run_dir import RunDir
-from launcher.rank.messages import decode, encode
 from launcher.rank.output import drop_output_on_full_disk
 from launcher.rank.terminal.relay import Streams
 from launcher.request.spec import Plan, State
 from training.files import read_json
 
-SLICES = 4
 MANY_RANKS = 128
 """A run of so many ranks raises the limit of open files; a smaller one leaves its programs what they would have."""
 
@@ -37,7 +36,7 @@ async def run_agent(run_dir: RunDir, agent_info: AgentInfo, streams: Streams | N
     `streams` are the standard streams of a single local rank, if a foreground command has passed them on.
     """
     plan = run_dir.plan()
-    if plan.placement.world_size >= MANY_RANKS:
+    if max(plan.placement.world_size, agent_info.nodes) >= MANY_RANKS:
         raise_file_limit()
     run_dir.logs.mkdir(exist_ok=True)
     if agent_info.node:
@@ -51,72 +50,57 @@ async def run_agent(run_dir: RunDir, agent_info: AgentInfo, streams: Streams | N
 
 async def follow(run_dir: RunDir, plan: Plan, agent_info: AgentInfo) -> int:
     """Be the agent of a node other than node 0: act on the coordinator's messages until it sends `End` or is gone."""
-    outgoing: asyncio.Queue[FromAgent] = asyncio.Queue()
-    ranks = NodeRanks(run_dir, plan, agent_info, outgoing.put_nowait)
-    on_signals(lambda number: outgoing.put_nowait(StopRequest(number)))
+    link = Link(Hello(agent_info.node, "", agent_info.host, agent_info.switches))
+    ranks = NodeRanks(run_dir, plan, agent_info, link.send)
+    on_signals(lambda number: link.send(StopRequest(number)))
     await ranks.open()
-    tasks: list[asyncio.Task[None]] = []
+    reporting: asyncio.Task[None] | None = None
     try:
-        line = await connect(run_dir, agent_info)
-        if line is None:
+        if not await connect(run_dir, agent_info, link):
             return 0
-        reader, writer = line
-        tasks += [asyncio.create_task(_send_all(outgoing, writer)), asyncio.create_task(_report(outgoing, ranks))]
-        with suppress(TimeoutError, ConnectionError):
-            while words := await _read_line(reader):
-                message: ToAgent = decode(ToAgent, words)
-                if isinstance(message, End):
-                    return message.exit_status
-                ranks.handle(message)
-        print(f"node {agent_info.node}: the coordinator on node 0 is gone", file=sys.stderr)
+        reporting = asyncio.create_task(_report(link, ranks, seconds_between_reports(agent_info.nodes)))
+        while not isinstance(message := await link.receive(), End):
+            ranks.handle(message)
+        return message.exit_status
+    except CoordinatorGone as error:
+        print(f"node {agent_info.node}: {error}", file=sys.stderr)
         return 1
     finally:
-        for task in tasks:
-            task.cancel()
+        if reporting is not None:
+            reporting.cancel()
+        link.report()  # the coordinator waits for this, and then for the end of the connection
         await ranks.close()
+        link.close()
 
 
-async def _read_line(reader: asyncio.StreamReader) -> bytes:
-    """The next line. Raises TimeoutError after `Timeouts.silence`, of which a time when this process slept is but a part."""
-    for _ in range(SLICES):
-        with suppress(TimeoutError):
-            return await asyncio.wait_for(reader.readline(), TIMEOUTS.silence / SLICES)
-    raise TimeoutError
-
-
-async def _send_all(outgoing: asyncio.Queue[FromAgent], writer: asyncio.StreamWriter) -> None:
+async def _report(link: Link, ranks: NodeRanks, seconds: float) -> None:
+    """Report every `seconds` that this node is alive, and the status of its ranks."""
     while True:
-        writer.write(encode(await outgoing.get()))
-        await writer.drain()
+        link.send(ranks.report())
+        link.report()
+        await asyncio.sleep(seconds)
 
 
-async def _report(outgoing: asyncio.Queue[FromAgent], ranks: NodeRanks) -> None:
-    """Report once a second that this node is alive, and the status of its ranks."""
-    while True:
-        outgoing.put_nowait(ranks.report())
-        await asyncio.sleep(TIMEOUTS.heartbeat)
-
-
-async def connect(run_dir: RunDir, agent_info: AgentInfo) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
-    """Connect to the coordinator; None where the run has succeeded before, and there is none.
+async def connect(run_dir: RunDir, agent_info: AgentInfo, link: Link) -> bool:
+    """Connect to the coordinator; False if the run has succeeded before, and there is none.
 
     Raises:
         TimeoutError: it left no rendezvous, or did not answer, within `Timeouts.connect`.
+        CoordinatorGone: it refuses this agent.
     """
-    deadline = time.monotonic() + TIMEOUTS.connect
+    deadline, pause = time.monotonic() + TIMEOUTS.connect, TIMEOUTS.heartbeat / 10
     while time.monotonic() < deadline:
         # Listing the folder makes an NFS client look again; a file that was absent once stays absent in its cache.
         os.listdir(run_dir.path)
         found = read_json(run_dir.rendezvous_file)
         if found and found["session"] == agent_info.session:
-            with suppress(OSError):
-                reader, writer = await asyncio.open_connection(found["address"], found["port"])
-                hello = Hello(agent_info.node, found["token"], agent_info.host, agent_info.switches)
-                writer.write(encode(hello))
-                return reader, writer
+            with suppress(OSError, ValueError):
+                await link.open(Rendezvous(found["address"], found["port"], found["token"]))
+                return True
         if (run_dir.result() or {}).get("state") == State.SUCCEEDED:
-            return None
-        await asyncio.sleep(0.1)
+            return False
+        await asyncio.sleep(pause)
+        pause = min(1.1 * pause, TIMEOUTS.heartbeat)  # a thousand agents look at a shared disk
     raise TimeoutError(
         f"node {agent_info.node}: no coordinator after {TIMEOUTS.connect:.0f} s. Node 0 did not start, or its address"
         f" {agent_info.address} cannot be reached from here, or {run_dir.path} is not the same folder on both nodes."

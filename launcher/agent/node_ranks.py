@@ -204,7 +204,8 @@ class NodeRanks:
         asked -= {rank for rank in asked if process_state(self.pids.get(rank)) in [*STOPPED_STATES]}
         for rank in self.running - asked:
             self.emit(Collectives(rank))
-        self.emit(Stacks(await evidence.stack_locations(self.run_dir, attempt, self.running, self._quit)))
+        places = await evidence.stack_locations(self.run_dir, attempt, self.running, self._quit)
+        self.emit(Stacks({rank: place for rank, place in places.items() if rank in self.running}))
         async for rank, groups in evidence.records(self.run_dir, attempt, asked, self.running):
             self.emit(Collectives(rank, groups))
 

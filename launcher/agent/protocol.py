@@ -10,12 +10,16 @@ to an agent           its answer
 `Signal`              none
 `DumpStacks`          `Stacks`, and `Collectives` for each rank
 `CheckNode`           `NodeChecked`
-`Alive`, once a       `Heartbeats`, once a second without being asked
-second
+`Alive`, every four   `Heartbeats`, without being asked: once a second, or every
+seconds               two seconds in a large run (`seconds_between_reports`)
 `End`                 none; the agent ends its ranks and exits
 ====================  ===================================================
 
 An agent also sends `StopRequest` for each signal that it receives.
+
+A connection begins with `Hello`. An agent that has a secret gets `Welcome` or `Refused`, and may connect again with this secret
+after it has lost the connection. Both ends count the messages that they receive, without `Heartbeats` and `Alive`; they report
+the count in `Received`, and after a reconnection in `Hello` and `Welcome`, so that each message arrives exactly once.
 """
 
 from __future__ import annotations
@@ -24,9 +28,10 @@ import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from launcher.agent.hangs.collectives import GroupRecord
-from launcher.agent.hangs.detection import RankStatus, StackLocation
+from launcher.agent.hangs.detection import MOST_STEPS, RankStatus, StackLocation, columns_of, statuses_of
 from launcher.lifecycle.history import JobFate
 from launcher.rank.messages import JsonObject
 from launcher.request.placement import tpu
@@ -157,17 +162,49 @@ class End:
     exit_status: int
 
 
+# ---- of a connection ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """The answer to `Hello`; `received` messages of the agent have arrived over earlier connections."""
+
+    received: int = 0
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The answer to a `Hello` with the right token that is not accepted, for the `reason`; the agent exits."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Received:
+    """The other end has received `count` messages in all."""
+
+    count: int
+
+
 # ---- from an agent --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Hello:
-    """The first message of a connection. `token` is that of the rendezvous file."""
+    """The first message of a connection.
+
+    Attributes:
+        token: that of the rendezvous file.
+        secret: chosen by the agent when it starts; without one, the agent is lost with its connection.
+        received: how many messages the agent has received over earlier connections.
+    """
 
     node: int
     token: str
     host: str
     switches: tuple[str, ...] = ()
+    secret: str = ""
+    received: int = 0
 
 
 @dataclass(frozen=True)
@@ -183,12 +220,25 @@ class RankExit:
     code: int
     step: int
 
+    def __post_init__(self) -> None:
+        if not (-256 < self.code < 256 and -MOST_STEPS <= self.step < MOST_STEPS):
+            raise ValueError(f"no rank ends like this: {self}")
+
 
 @dataclass(frozen=True)
 class Heartbeats:
     """The status of each running rank of the node."""
 
     ranks: dict[int, RankStatus]
+
+    def to_wire(self) -> dict[str, list[Any]]:
+        """Return the fields as JSON data."""
+        return columns_of(self.ranks)
+
+    @classmethod
+    def from_wire(cls, columns: Any) -> Heartbeats:
+        """Return the message of these fields. Raises ValueError for other data."""
+        return cls(statuses_of(columns))
 
 
 @dataclass(frozen=True)
@@ -220,6 +270,9 @@ class StopRequest:
 
     number: int = signal.SIGTERM
     by_file: bool = False
+
+    def __post_init__(self) -> None:
+        signal.Signals(self.number)  # raises ValueError for a number that is none
 
 
 # ---- what the coordinator's own process reports ---------------------------------------------------------------------
@@ -286,6 +339,8 @@ class KillWorker:
 
 ToAgent = Start | Signal | DumpStacks | CheckNode | Alive | End
 FromAgent = RankExit | Heartbeats | Stacks | Collectives | NodeChecked | StopRequest
+OverTcp = Welcome | Refused | Received | ToAgent
+FromTcp = Received | FromAgent
 AgentMessage = FromAgent | Joined | Lost
 ToNodeActor = ToAgent | EndWorker | KillWorker
 RayMessage = AgentMessage | WorkerReady | WorkerGone | GroupEnded | Drained

@@ -19,6 +19,8 @@ class Timeouts:
         connect: the agents of a run wait for each other at the start; nodes of one allocation can boot minutes apart.
         heartbeat: between two reports of an agent that it is alive, with the status of its ranks.
         silence: a connected agent that is silent for longer is lost; a machine without power closes no connection.
+        hello: a new connection has to say who it is.
+        reconnect: an agent whose connection has ended is lost unless it connects again; it tries at once.
         disconnect: the coordinator waits, after the end, for the other agents to disconnect.
         suspended: agents report every `heartbeat`; after a longer gap the machine or this process was suspended.
         late_signal: after the last rank's end, a signal to this process may still arrive.
@@ -74,6 +76,8 @@ class Timeouts:
     connect: float = 300.0
     heartbeat: float = 1.0
     silence: float = 20.0
+    hello: float = 5.0
+    reconnect: float = 3.0
     disconnect: float = 10.0
     suspended: float = 10.0
     late_signal: float = 0.05

@@ -1,6 +1,6 @@
 """Messages between processes: lines of JSON, and the messages between a node agent and its forkserver.
 
-A line is ``{"<class>": {<field>: <value>, ...}}``.
+A line is ``{"<class>": {<field>: <value>, ...}}``. A class with the methods ``to_wire`` and ``from_wire`` has fields of its own there.
 
 =====================  ====================================================================================
 agent to forkserver
@@ -13,10 +13,12 @@ agent to forkserver
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, get_args
 
 from training.distributed.world import World
+from training.files import parse_json
 from training.flags.typed import from_data
 
 JsonObject = dict[str, Any]
@@ -87,7 +89,12 @@ FromForkServer = Ready | RankStarted | RankEnded
 
 def encode(message: Any) -> bytes:
     """Return a message, an instance of a dataclass, as a line."""
-    return json.dumps({type(message).__name__: asdict(message)}).encode() + b"\n"
+    fields = message.to_wire() if hasattr(message, "to_wire") else message
+    return json.dumps({type(message).__name__: fields}, default=_fields).encode() + b"\n"
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in value.__dataclass_fields__}
 
 
 def decode(kinds: Any, line: bytes) -> Any:
@@ -96,9 +103,16 @@ def decode(kinds: Any, line: bytes) -> Any:
     Raises:
         ValueError: the line is none of them (ConfigError if only a field is wrong).
     """
-    data = json.loads(line)
-    known = {kind.__name__: kind for kind in get_args(kinds) or (kinds,)}
+    data = parse_json(line)
+    known = _by_name(kinds)
     if not isinstance(data, dict) or len(data) != 1 or not known.keys() >= data.keys():
         raise ValueError(f"a message that is none of {', '.join(known)}: {line[:80]!r}")
     [(name, fields)] = data.items()
+    if hasattr(known[name], "from_wire"):
+        return known[name].from_wire(fields)
     return from_data(known[name], fields, name)
+
+
+@cache
+def _by_name(kinds: Any) -> dict[str, Any]:
+    return {kind.__name__: kind for kind in get_args(kinds) or (kinds,)}

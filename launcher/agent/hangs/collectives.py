@@ -51,6 +51,11 @@ class GroupRecord:
     last: int
     pending: list[Entered] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        runs = self.members
+        if len(runs) > MOST_RUNS or not all(len(run) == 3 and 0 <= run[0] <= run[1] < MOST_RANKS for run in runs):
+            raise ValueError(f"{len(runs)} runs that are none of ranks below {MOST_RANKS}")
+
 
 # ---- the record of one rank -------------------------------------------------------------------------------------------
 

@@ -115,13 +115,15 @@ async def ask(
     """
     asked = time.time()
     answers: dict[Agent, Facts] = {}
+    left = dict.fromkeys(agents)
     for agent in agents:
         send(agent)
     with suppress(TimeoutError):
         async with asyncio.timeout(TIMEOUTS.node_answer):
-            while any(awaited(agent) for agent in agents if agent not in answers):
+            while any(map(awaited, left)):
                 agent, message = await inbox.get()
                 if isinstance(message, NodeChecked) and message.attempt == attempt:
+                    left.pop(agent, None)
                     answers[agent] = message.facts | {"asked": asked, "answered": time.time()}
                 else:
                     other(agent, message)
@@ -155,6 +157,16 @@ def judge(answers: Mapping[str, Facts], ranks: Mapping[str, int]) -> dict[str, s
         for host in (host for host, facts in there.items() if facts.get("gpus") == {}):
             faults[host].append(f"it has no nvidia-smi, unlike the other nodes ({_REPORT})")
     return {host: "; ".join(texts) for host, texts in faults.items() if texts}
+
+
+def is_report(facts: Facts, ranks: int) -> bool:
+    """Return whether `facts`, which come from another process, can be judged for a node of so many ranks."""
+    try:
+        judge({"": facts}, {"": ranks})
+        warnings({"": facts}, {"": ranks})
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return False
+    return True
 
 
 def warnings(answers: Mapping[str, Facts], ranks: Mapping[str, int]) -> dict[str, list[str]]:
@@ -220,8 +232,13 @@ def skew(facts: Facts) -> float:
 
 
 def _most_agreed(values: Mapping[str, T], agree: Callable[[T, T], bool]) -> str:
-    """The host that most others agree with; the first of several."""
-    return max(values, key=lambda host: sum(agree(values[host], other) for other in values.values()))
+    """The host that most others agree with; the first of several. Equal values are compared with others once."""
+    same: dict[str, list[str]] = {}
+    for host, value in values.items():
+        same.setdefault(repr(value), []).append(host)
+    groups = [(values[hosts[0]], len(hosts)) for hosts in same.values()]
+    first = [hosts[0] for hosts in same.values()]
+    return max(first, key=lambda host: sum(many for value, many in groups if agree(values[host], value)))
 
 
 def _mib(size: int) -> str:

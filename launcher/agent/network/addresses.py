@@ -26,11 +26,16 @@ def reserve_port(address: str = "") -> socket.socket:
     return holder
 
 
-def listener(backlog: int = 128) -> socket.socket:
-    """Return a listening TCP socket on a free port of all addresses of this machine, IPv4 and IPv6.
+def listener(address: str = "", backlog: int = socket.SOMAXCONN) -> socket.socket:
+    """Return a listening TCP socket on a free port of the IP address `address`, by which other nodes reach this machine.
 
-    `backlog` connections wait at most until they are accepted.
+    If it is unknown, or not this machine's own (behind a translation of addresses), the socket listens on all addresses,
+    IPv4 and IPv6. `backlog` connections wait at most until they are accepted.
     """
+    if address:
+        with suppress(OSError):
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            return socket.create_server((address, 0), family=family, backlog=backlog)
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", 0), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
     return socket.create_server(("", 0), backlog=backlog)
@@ -104,6 +109,11 @@ def _speed(interface: Path) -> int:
         return max(0, int((interface / "speed").read_text())) if up else 0
     except (OSError, ValueError):
         return 0
+
+
+def file_limit() -> int:
+    """Return how many files this process can have open."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def raise_file_limit() -> None:

@@ -72,7 +72,7 @@ class Store:
             return int(self._held.getsockname()[1])
         self.prepare()
         assert self._line is not None
-        with listener(socket.SOMAXCONN) as listening:
+        with listener() as listening:  # by any name of the node, as that of torchrun
             with suppress(OSError):  # it has just ended: the ranks cannot connect, and the attempt fails
                 socket.send_fds(self._line, [b"\n"], [listening.fileno()])
             return int(listening.getsockname()[1])

@@ -123,22 +123,26 @@ class WorkerGroup:
     def starts(self, attempt: int, port: int) -> dict[str, Start]:
         """Return the message that starts the ranks of each node, by node id."""
         worlds = self.worlds(attempt, port)
-        ranks = {node.id: self.ranks_on(node.id) for node in self.nodes()}
         return {
             node: Start(attempt, [worlds[rank] for rank in local], {rank: self.environment(rank) for rank in local})
-            for node, local in ranks.items()
+            for node, local in self._by_node().items()
         }
 
     def worlds(self, attempt: int, port: int) -> list[World]:
         """The world of each rank, in order."""
-        nodes = [node.id for node in self.nodes()]
+        nodes = self._by_node()
+        places = {
+            rank: (node_rank, local_rank)
+            for node_rank, ranks in enumerate(nodes.values())
+            for local_rank, rank in enumerate(ranks)
+        }
         return [
             World(
                 rank=rank,
-                local_rank=self.ranks_on(member.node.id).index(rank),
-                node_rank=nodes.index(member.node.id),
+                local_rank=places[rank][1],
+                node_rank=places[rank][0],
                 world_size=self.ranks,
-                local_world_size=len(self.ranks_on(member.node.id)),
+                local_world_size=len(nodes[member.node.id]),
                 num_nodes=len(nodes),
                 master_addr=self.members[0].node.address,
                 master_port=port,
@@ -149,6 +153,13 @@ class WorkerGroup:
             )
             for rank, member in enumerate(self.members)
         ]
+
+    def _by_node(self) -> dict[str, list[int]]:
+        """The ranks of each node, by node id, in the order of `nodes`."""
+        found: dict[str, list[int]] = {}
+        for rank, member in enumerate(self.members):
+            found.setdefault(member.node.id, []).append(rank)
+        return found
 
     def environment(self, rank: int) -> dict[str, str]:
         """The variables of a rank: those that Ray gave its worker, and on a TPU those of its slice."""

@@ -4,11 +4,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from launcher.agent.hangs.detection import HangDetector, RankStatus, StackLocation, find_culprit, stack_location_of
+from launcher.agent.protocol import Heartbeats
 from launcher.lifecycle.exit_status import advice
+from launcher.rank.messages import decode, encode
 from training.distributed.heartbeat import CONNECTING, STARTING
 
 WAITS, ELSEWHERE = StackLocation("train.py:9 in step", True), StackLocation("train.py:5 in load", False)
@@ -116,6 +119,41 @@ def test_a_suspended_job_did_not_hang() -> None:
     assert not watch.see({0: RankStatus(2, "training", 900.0), 1: RankStatus(2, "training", 900.0)}, now + 900)
     assert not watch.see({0: RankStatus(2, "training", 909.0), 1: RankStatus(2, "training", 909.0)}, now + 909)
     assert watch.see({0: RankStatus(2, "training", 911.0), 1: RankStatus(2, "training", 911.0)}, now + 911)
+
+
+def rank_by_rank(beats: dict[int, RankStatus], patience: float) -> bool:
+    """The rule of `HangDetector.see`, rank by rank, after steps that were shorter than a third of `patience`."""
+    last = min((beat.age for beat in beats.values() if beat.phase == CONNECTING), default=0.0)
+    beats = {rank: replace(beat, age=last) if beat.phase == CONNECTING else beat for rank, beat in beats.items()}
+    limits = {rank: HangDetector._limit(beat.phase, patience) for rank, beat in beats.items()}
+    late = [beat.step for rank, beat in beats.items() if beat.age > limits[rank]]
+    busy = [beat.step for rank, beat in beats.items() if patience < limits[rank] >= beat.age]
+    stopped = any(beat.state == "T" and beat.age > patience for beat in beats.values())
+    return stopped or any(not any(other <= step for other in busy) for step in late)
+
+
+def test_ranks_in_groups_are_judged_as_each_by_itself() -> None:
+    random, found = Random(0), []
+    for _ in range(3000):
+        phases = random.sample(["training", "evaluate", CONNECTING, STARTING, "idle", "saving"], 2)
+        beats = {
+            rank: RankStatus(
+                random.choice([-1, 0, 3, 4]),
+                random.choice(phases),
+                random.choice([0.0, 5.0, 9.0, 11.0, 101.0]),
+                random.choice("SSSSRT"),
+            )
+            for rank in range(random.randint(1, 5))
+        }
+        found.append(HangDetector(10.0).see(beats, 200.0))
+        assert found[-1] == rank_by_rank(beats, 10.0), beats
+    assert 500 < sum(found) < 2500
+
+
+def test_heartbeats_arrive_as_they_were_sent() -> None:
+    statuses = {7: RankStatus(3, "training", 0.25, "S"), 8: RankStatus(-5, "\ufffd", 1e9), 9: RankStatus(2**63 - 1)}
+    for sent in (statuses, {}):
+        assert decode(Heartbeats, encode(Heartbeats(sent))) == Heartbeats(sent)
 
 
 def test_zero_never_looks_and_nobody_is_nobody() -> None:

@@ -212,6 +212,34 @@ def test_who_is_silent_is_unfit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not found.all_unfit
 
 
+@pytest.mark.parametrize(
+    "report",
+    [
+        {},
+        {"versions": 5},
+        {"run folder": {"free": "much"}},
+        {"run folder": []},
+        {"scratch": None},
+        {"limits": {"nofile": "x"}},
+        {"sent_at": "now"},
+        {"sent_at": 10**400},
+        {"gpus": {"count": "8"}},
+        {"gpus": [1]},
+    ],
+)
+def test_a_report_that_cannot_be_read_does_not_end_the_coordinator(
+    report: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(_: Coordinator, agent: int) -> list[tuple[int, AgentMessage]]:
+        bad = NodeChecked(3, (answer().facts | report) if report else {})
+        return [(agent, bad if agent else answer())]
+
+    found = ask(tmp_path, monkeypatch, said)
+    assert found is not None
+    assert list(found.unfit) == ["n1"]
+    assert "n1 (node 1) sent a preflight report that cannot be read; its connection" in capsys.readouterr().err
+
+
 def test_who_is_lost_meanwhile_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def said(found: Coordinator, agent: int) -> list[tuple[int, AgentMessage]]:
         if agent == 0:

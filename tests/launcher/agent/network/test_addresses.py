@@ -12,7 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from launcher.agent.network.addresses import interface_of, interface_variables, reserve_port, source_towards
+from launcher.agent.network.addresses import (
+    interface_of,
+    interface_variables,
+    listener,
+    reserve_port,
+    source_towards,
+)
 
 IP_LOCAL_PORT_RANGE = 51  # since Linux 6.3: the range of this socket's automatic ports, high << 16 | low
 
@@ -65,6 +71,22 @@ def test_the_way_to_this_machine_is_the_loopback() -> None:
     assert source_towards("127.0.0.1") == "127.0.0.1"
     assert interface_of("127.0.0.1") == "lo"
     assert interface_of("192.0.2.1") is None  # reserved for documentation
+
+
+@pytest.mark.parametrize(
+    ("address", "reached"),
+    [("127.0.0.1", {"127.0.0.1"}), ("", {"127.0.0.1", "127.0.0.2"}), ("192.0.2.1", {"127.0.0.1", "127.0.0.2"})],
+)
+def test_it_listens_on_its_own_address_or_if_that_is_unknown_or_translated_on_all(
+    address: str, reached: set[str]
+) -> None:
+    found = set()
+    with listener(address) as listening:
+        for each in ("127.0.0.1", "127.0.0.2"):
+            with contextlib.suppress(ConnectionRefusedError):
+                socket.create_connection((each, listening.getsockname()[1])).close()
+                found.add(each)
+    assert found == reached
 
 
 IPV6_ONLY = """
