@@ -13,9 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from training import files as module
 from training.files import (
-    BLOCK_BYTES,
     Lines,
     NotPlain,
     append_line,
@@ -25,6 +23,8 @@ from training.files import (
     read_lines,
     write_atomic,
 )
+from training.files import lines as module
+from training.files.access import BLOCK_BYTES
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
