@@ -138,10 +138,8 @@ def main() -> None:
         table("status, lines of an ended run", "s", sizes, lambda n: cpu_seconds(["status", f"e{n}"], folder))
         table("status, lines of a running run", "s", sizes, lambda n: cpu_seconds(["status", f"r{n}"], folder))
         for again in ("first", "again"):
-            command = "status --json"
-            table(
-                f"{command}, running, {again}", "s", sizes, lambda n: cpu_seconds([*command.split(), f"r{n}"], folder)
-            )
+            title = f"status --json, running, {again}"
+            table(title, "s", sizes, lambda n: cpu_seconds(["status", "--json", f"r{n}"], folder))
         table(
             "logs -f, lines of a silent running run", "cores", sizes, lambda n: followed(RunDir(home / f"r{n}"), folder)
         )

@@ -18,8 +18,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from launcher.lifecycle.digest.attempts import Attempt, AttemptsDigest
-from launcher.lifecycle.digest.metrics import MetricsDigest, Record, StepLog, evaluation_seconds
+from launcher.lifecycle.records.attempts import Attempt, AttemptsDigest
+from launcher.lifecycle.records.metrics import MetricsDigest, Record, StepLog, evaluation_seconds
 
 
 @dataclass(frozen=True)

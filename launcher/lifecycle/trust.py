@@ -52,14 +52,6 @@ def check_job(record: Mapping[str, Any], where: Path) -> dict[str, Any]:
     return dict(record)
 
 
-def is_own(folder: Path) -> bool:
-    """Whether `folder` belongs to this user."""
-    try:
-        return folder.stat().st_uid == os.geteuid()
-    except OSError:
-        return False
-
-
 def check_own(folder: Path, names: Iterable[str]) -> None:
     """Check that a run directory belongs to this user and that nobody else can change what is in it.
 

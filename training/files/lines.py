@@ -164,24 +164,37 @@ def newest_records(
     The file of JSON lines is read from its end, at most `limit` bytes; an absent one has no records. With `one`, only the
     newest record of all words is returned.
     """
-    left, found = {json.dumps(word).encode(): word for word in words}, {}
+    found: dict[str, dict[str, Any]] = {}
     try:
         handle = open_plain(path)
     except FileNotFoundError:
-        return {}
+        return found
     with os.fdopen(handle, "rb", 0) as file:
         for lines in _blocks_from_end(file, os.fstat(handle).st_size, limit):
-            if not any(map(lines.__contains__, left)):
-                continue
-            for line in reversed(lines.split(b"\n")):
-                for word in [word for word in left if word in line]:
-                    with contextlib.suppress(ValueError):
-                        record = parse_json(line)
-                        if isinstance(record, dict) and accept(left[word], record):
-                            found[left.pop(word)] = record
-                            if one or not left:
-                                return found
+            newest = {word: _newest_in(lines, word, accept) for word in words if word not in found}
+            in_block = {word: each for word, each in newest.items() if each is not None}
+            if one and in_block:
+                word = max(in_block, key=lambda word: in_block[word][0])
+                return {word: in_block[word][1]}
+            found |= {word: record for word, (_, record) in in_block.items()}
+            if len(found) == len(words):
+                break
     return found
+
+
+def _newest_in(
+    lines: bytes, word: str, accept: Callable[[str, Mapping[str, Any]], bool]
+) -> tuple[int, dict[str, Any]] | None:
+    """The last line that is wanted, with its position; None if there is none."""
+    quoted, end = json.dumps(word).encode(), len(lines)
+    while (at := lines.rfind(quoted, 0, end)) >= 0:
+        start, stop = lines.rfind(b"\n", 0, at) + 1, lines.find(b"\n", at)
+        with contextlib.suppress(ValueError):
+            record = parse_json(lines[start : stop if stop >= 0 else len(lines)])
+            if isinstance(record, dict) and accept(word, record):
+                return start, record
+        end = start
+    return None
 
 
 def _blocks_from_end(file: BinaryIO, size: int, limit: int) -> Iterator[bytes]:

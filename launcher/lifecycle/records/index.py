@@ -15,9 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from launcher.lifecycle.digest.attempts import AttemptsDigest
-from launcher.lifecycle.digest.metrics import MetricsDigest
-from launcher.lifecycle.digest.user_files import remove_old, user_folder
+from launcher.lifecycle.records.attempts import AttemptsDigest
+from launcher.lifecycle.records.metrics import MetricsDigest
+from launcher.lifecycle.records.user_files import remove_old, user_folder
 from training.files import (
     MAX_JSON_BYTES,
     MAX_LINES_BYTES,

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from launcher.lifecycle.digest.metrics import Record, is_count, is_number
+from launcher.lifecycle.records.metrics import Record, is_count, is_number
 
 MOST_STARTS = 10_000
 """Attempts that are kept; events of further ones are left out."""
@@ -119,8 +119,12 @@ class AttemptsDigest:
     def unpacked(cls, data: Any) -> AttemptsDigest:
         """Return what `packed` packed."""
         waiting, held, attempts = data
-        digest = cls([Attempt(*values, dict(stalls)) for *values, stalls in attempts], waiting, held)
-        digest._newest = {attempt.number: attempt for attempt in digest.attempts}
+        digest = cls(waiting=waiting, held=held)
+        for *values, stalls in attempts:
+            attempt = Attempt(*values)
+            attempt.stalls.update(stalls)
+            digest.attempts.append(attempt)
+            digest._newest[attempt.number] = attempt
         return digest
 
 
