@@ -20,10 +20,10 @@ from launcher.client.tail import LiveTail, Tail, printable, safe_line
 from launcher.client.terminal import Terminal
 from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle.accounting import Account, ledger
-from launcher.lifecycle.records.metrics import is_count, is_number
 from launcher.lifecycle.run_dir import WatchedDir
 from launcher.request.spec import RunSpec, State
 from training.files import parse_json
+from training.flags.typed import is_count, is_number
 
 
 def follow(run: Run, out: TextIO, rank: int = 0) -> State:

@@ -16,11 +16,11 @@ from launcher.config.codec import to_data
 from launcher.config.timeouts import TIMEOUTS
 from launcher.errors import BadRequest, RunFailed, RunStopped
 from launcher.lifecycle import accounting, history, run_dir
-from launcher.lifecycle.records.metrics import is_number
 from launcher.lifecycle.records.result import explain
 from launcher.lifecycle.run_dir import RunDir, reading
 from launcher.request.spec import State, as_path
-from training.files import MAX_LINES_BYTES, names_in, open_plain, read_json
+from training.files import MAX_LINES_BYTES, open_plain, read_json
+from training.flags.typed import is_number
 
 
 class Run:
@@ -121,12 +121,7 @@ class Run:
 
     def has_saved(self) -> bool:
         """Whether the program has saved a checkpoint through its Context, in any attempt."""
-        checkpoints = self.path / "checkpoints"
-        with suppress(OSError):  # a link to another disk, then the events say it
-            for name in names_in(checkpoints, self.path):
-                if name.startswith("step-") and (checkpoints / name / "manifest.json").exists():
-                    return True
-        return self.dir.newest_event("saved") is not None
+        return self.dir.has_saved()
 
     def resumption(self) -> str:
         """What ``launch resume`` does with this stopped run."""
@@ -145,14 +140,7 @@ class Run:
             BadRequest, RunFailed, RunStopped: see `check`.
         """
         self.wait().check()
-        if not self.dir.value_pickle.exists():
-            return None
-        self.dir.check_own()
-        import pickle
-
-        # A file of this user's own: `check_own` has checked the owner and the permissions.
-        with os.fdopen(open_plain(self.dir.value_pickle), "rb") as file:
-            return pickle.load(file)
+        return _value(self.dir)
 
     def logs(self, rank: int | None = None, attempt: int | None = None) -> Iterator[str]:
         """The log lines of an attempt (default: the newest), of one `rank` or of all ranks one after another."""
@@ -198,14 +186,29 @@ class Run:
             if job is not None and not self.state().done:
                 # So that a batch script, which outlives the ranks, does not take this for a lost node.
                 self.dir.request_stop("killed")
-                try:
-                    backends.get(job["backend"]).cancel(job["job_id"])
-                except BadRequest as error:
-                    raise BadRequest(f"{self.dir.job_file}: {error}") from None
+                _cancel_job(self.dir, job)
             if self.dir.result() is None:
                 self.dir.write_result(State.STOPPED, attempts=self.dir.last_attempt())
                 history.record_finished(self.dir, State.STOPPED.value)
         return self.state()
+
+
+def _value(directory: RunDir) -> Any:
+    if not directory.value_pickle.exists():
+        return None
+    directory.check_own()
+    import pickle
+
+    # A file of this user's own: `check_own` has checked the owner and the permissions.
+    with os.fdopen(open_plain(directory.value_pickle), "rb") as file:
+        return pickle.load(file)
+
+
+def _cancel_job(directory: RunDir, job: Mapping[str, Any]) -> None:
+    try:
+        backends.get(job["backend"]).cancel(job["job_id"])
+    except BadRequest as error:
+        raise BadRequest(f"{directory.job_file}: {error}") from None
 
 
 # ---- read from the run directory --------------------------------------------------------------------------------

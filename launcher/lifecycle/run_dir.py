@@ -151,7 +151,7 @@ class RunDir(RunFiles):
             BadRequest: it cannot be read, or a value has another type than `write_result` gave it.
         """
         record = self._record(self.result_file)
-        return None if record is None else check_result(record, self.result_file)
+        return None if record is None else check_result(record, [state.value for state in State], self.result_file)
 
     def _end(self) -> tuple[Path, ...]:
         ended = (self.result_file, self.value_file, self.value_pickle)

@@ -182,6 +182,15 @@ class RunFiles(RunPaths):
         log = self.digests()[0].logs.get(attempt)
         return None if log is None else log.least
 
+    def has_saved(self) -> bool:
+        """Whether the program has saved a checkpoint through its Context, in any attempt."""
+        checkpoints = self.path / "checkpoints"
+        with suppress(OSError):  # such as a link to another disk; then the events say it
+            for name in names_in(checkpoints, self.path):
+                if name.startswith("step-") and (checkpoints / name / "manifest.json").exists():
+                    return True
+        return self.newest_event("saved") is not None
+
     def claim_attempt(self) -> int:
         """Return the next attempt's number and make its folders; no two callers get the same one."""
         number = self.last_attempt() + 1

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from launcher.lifecycle.records.metrics import Record, is_count, is_number
+from training.flags.typed import is_count, is_number
 
 MOST_STARTS = 10_000
 """Attempts that are kept; events of further ones are left out."""
@@ -60,7 +60,7 @@ class AttemptsDigest:
     held: float | None = None
     _newest: dict[int, Attempt] = field(default_factory=dict)
 
-    def add(self, events: Iterable[Record]) -> None:
+    def add(self, events: Iterable[Mapping[str, Any]]) -> None:
         """Add the next events of the file, in its order."""
         for event in events:
             kind, time = event.get("event"), event.get("time")
@@ -76,13 +76,13 @@ class AttemptsDigest:
             elif kind == "requeued":  # by an attempt of which no rank had started
                 self.waiting, self.held = time, None
 
-    def _attempt_of(self, event: Record) -> Attempt | None:
+    def _attempt_of(self, event: Mapping[str, Any]) -> Attempt | None:
         if "attempt" not in event:
             return self.attempts[-1] if self.attempts else None
         number = event["attempt"]
         return self._newest.get(number) if is_count(number) else None
 
-    def _start(self, event: Record, time: float) -> None:
+    def _start(self, event: Mapping[str, Any], time: float) -> None:
         if len(self.attempts) >= MOST_STARTS:
             return
         number, ranks = event.get("attempt", len(self.attempts) + 1), event.get("world_size", 1)
@@ -94,7 +94,7 @@ class AttemptsDigest:
         self._newest[number] = attempt
         self.waiting = self.held = None
 
-    def _note(self, attempt: Attempt, event: Record, time: float) -> None:
+    def _note(self, attempt: Attempt, event: Mapping[str, Any], time: float) -> None:
         match event.get("event"):
             case "failed" | "finished":
                 attempt.ended = time

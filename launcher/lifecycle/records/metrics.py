@@ -6,7 +6,9 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, field, fields
 from itertools import pairwise
-from typing import Any, TypeGuard
+from typing import Any
+
+from training.flags.typed import is_count, is_number
 
 Record = Mapping[str, Any]
 
@@ -19,21 +21,8 @@ MOST_GAPS = 1000
 PACES = 31
 """Paces of which the median is taken."""
 
-LARGEST = 2**53
-"""Limit of steps and attempts; above it a float is no exact integer."""
-
 HEAD = 4
 """Lines of an attempt that are kept; the pace of its first steps follows from them."""
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether `value` is a finite number below 2^53, and no bool."""
-    return (type(value) is float or type(value) is int) and -LARGEST < value < LARGEST
-
-
-def is_count(value: object) -> TypeGuard[int]:
-    """Whether `value` is a whole number from 0 to 2^53."""
-    return type(value) is int and 0 <= value < LARGEST
 
 
 @dataclass(slots=True)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import BadRequest
-from launcher.request.spec import State
 from training.flags.typed import brief
 
 NUMBER = (int, float)
@@ -34,15 +33,15 @@ FAILURE: dict[str, tuple[type, ...]] = {
 }
 
 
-def check_result(record: dict[str, Any], where: Path) -> dict[str, Any]:
-    """Return the content of ``result.json`` if its values have their types.
+def check_result(record: dict[str, Any], states: Collection[str], where: Path) -> dict[str, Any]:
+    """Return the content of ``result.json`` if its values have their types and its state is one of `states`.
 
     Raises:
         BadRequest: one has not; `where` and its key are named.
     """
     _check_types(record, RESULT, ("state",), where)
-    if record["state"] not in set(State):
-        raise BadRequest(f"{where}: state is {brief(record['state'], 80)}, which is none of {', '.join(State)}.")
+    if record["state"] not in states:
+        raise BadRequest(f"{where}: state is {brief(record['state'], 80)}, which is none of {', '.join(states)}.")
     if failure := record.get("failure"):
         _check_types(failure, FAILURE, ("kind", "message"), where)
         for key in ("log", "nccl_warnings"):
