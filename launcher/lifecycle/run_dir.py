@@ -172,7 +172,10 @@ class RunDir(RunFiles):
         begun = False
         try:
             for path in (path for path in changed if path.exists()):
-                shutil.copy2(path, kept / path.name, follow_symlinks=False)
+                try:
+                    os.link(path, kept / path.name, follow_symlinks=False)  # what changes it writes a new file
+                except OSError:  # a file system without hard links
+                    shutil.copy2(path, kept / path.name, follow_symlinks=False)
             for path in self._end():
                 with suppress(FileNotFoundError):
                     os.rename(path, kept / path.name)
@@ -302,7 +305,7 @@ def reading(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise BadRequest(f"{error.filename or path} cannot be used: {error.strerror or error}.") from error
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         raise BadRequest(
             f"{path} cannot be read: a file in it is damaged ({type(error).__name__}: {error})."
         ) from error

@@ -1,0 +1,223 @@
+"""Looking at, cancelling and resuming damaged run directories: no traceback, no hang, no foreign write, no kill."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.cli.main import main
+from launcher.errors import BadRequest
+from launcher.lifecycle.run_dir import RunDir
+from tests.launcher.engines import make_project, until
+from tests.launcher.lifecycle.mutations import mutations
+
+SEED = int(os.environ.get("MUTATION_SEED", "14"))
+COUNT = int(os.environ.get("MUTATIONS", "180"))
+"""Mutations of each of the three runs."""
+
+LOOKS = [
+    ("list",),
+    ("status", "it"),
+    ("logs", "it"),
+    ("logs", "-f", "it"),
+    ("status", "--json", "it"),
+    ("logs", "--json", "it"),
+]
+ACTS = [("cancel", "it"), ("resume", "it")]
+HANG_SECONDS = 30
+MEMORY = 200 << 20
+"""Bytes that a command may take more than before it."""
+
+SCRIPT = """
+import json, os, pathlib, sys, time
+run = pathlib.Path(os.environ["LAUNCH_FINISHED"]).parents[2]
+for step in range(1, 4):
+    print("step", step)
+    with open(f"{run}/metrics.jsonl", "a") as file:
+        line = {"time": time.time(), "attempt": 1, "step": step, "total_steps": 3, "loss": 1 / step}
+        file.write(json.dumps(line) + "\\n" + json.dumps({**line, "eval": {"f1": 0.5}}) + "\\n")
+sys.stdout.flush()
+if sys.argv[1] == "fail":
+    raise SystemExit("no luck")
+time.sleep(0 if sys.argv[1] == "end" else 300)
+"""
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+class Hang(BaseException):
+    """A command takes too long."""
+
+
+@pytest.fixture(scope="module")
+def templates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """Directories of real runs: one that ended, one that failed, one that is running, and that one stopped."""
+    project = make_project(tmp_path_factory.mktemp("templates"), "local")
+    runs = project.folder / "runs"
+    (project.folder / "s.py").write_text(SCRIPT)
+    project.launch("--cpus", "1", "--name", "good", "s.py", "end")
+    project.launch("--cpus", "1", "--max-restarts", "1", "--name", "failed", "s.py", "fail", status=1)
+    project.launch("--cpus", "1", "--detach", "--name", "running", "s.py", "sleep")
+    until(lambda: len(RunDir(runs / "running").metrics()) == 6, "three steps")
+    shutil.copytree(runs / "running", runs / "stopped")
+    project.call("cancel", "--now", "running")
+    shutil.copy2(runs / "running" / "result.json", runs / "stopped")
+    (runs / "running" / "result.json").unlink()
+    with subprocess.Popen(["sleep", "600"]) as child:
+        started = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[19]
+        RunDir(runs / "running").write_job("local", f"{os.uname().nodename}:{child.pid}:{started}")
+        yield {name: runs / name for name in ("good", "failed", "running", "stopped")}
+        child.kill()
+
+
+class Stage:
+    """A folder with a run to damage, one to leave alone, and something outside of both."""
+
+    def __init__(self, folder: Path, templates: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.runs, self.outside = folder, folder / "runs", folder / "outside"
+        self.outside.mkdir()
+        (self.outside / ".bashrc").write_text("untouched")
+        (self.outside / "0.log").write_text("secret")
+        shutil.copytree(templates["good"], self.runs / "good")
+        self.sent: list[str] = []
+        self.kills: list[object] = []
+        self.naps = 0
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        monkeypatch.setattr("launcher.backends.local.LocalBackend.submit", self._refuse)
+        monkeypatch.setattr("launcher.backends.local.LocalBackend.attach", self._refuse)
+        for name in ("os.kill", "os.killpg", "signal.pidfd_send_signal"):
+            monkeypatch.setattr(name, lambda *args: self.kills.append(args))
+        monkeypatch.setattr(time, "sleep", self._nap)
+        self.kept = self._state(self.runs / "good", self.outside)
+
+    def _refuse(self, *_: object) -> str:
+        self.sent.append("a job")
+        raise BadRequest("the engine cannot be reached.")
+
+    def _nap(self, seconds: float) -> None:
+        self.naps += 1
+        if self.naps > 2:
+            raise KeyboardInterrupt
+
+    @staticmethod
+    def _state(*folders: Path) -> dict[str, tuple[int, int, int]]:
+        found = {}
+        for path in (path for folder in folders for path in folder.rglob("*")):
+            info = path.lstat()
+            found[os.fsencode(path).decode("latin-1")] = (info.st_mode, info.st_size, info.st_mtime_ns)
+        return found
+
+    def call(self, argv: tuple[str, ...]) -> tuple[int, str, str]:
+        """Run a command in this process; returns its status and what it wrote."""
+        streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)]
+        self.naps = 0
+        status: Any = 0
+        with redirect_stdout(streams[0]), redirect_stderr(streams[1]), limits():
+            try:
+                main(argv)
+            except SystemExit as exited:
+                status = exited.code
+            except KeyboardInterrupt:  # of `_nap`
+                pass
+        out, err = (stream.buffer.getvalue().decode() for stream in streams)  # type: ignore[attr-defined]
+        return status, out, err
+
+    def faults(self, template: Path, mutation: Any, commands: list[tuple[str, ...]]) -> Iterator[str]:
+        """What is wrong with how the commands treat a damaged copy of `template`."""
+        it = self.runs / "it"
+        shutil.rmtree(it, ignore_errors=True)
+        shutil.copytree(template, it, symlinks=True)
+        mutation.apply(it / mutation.file)
+        before = self._state(it)
+        for argv in commands:
+            self.kills.clear()
+            try:
+                status, out, err = self.call(argv)
+            except BaseException as error:
+                yield f"{argv}: {type(error).__name__}: {error!s:.300}"
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+                continue
+            yield from (f"{argv}: {fault}" for fault in self._of(argv, status, out, err))
+            if argv[0] == "resume":  # puts back what it moved, with newer times of folders
+                changed = {name: each[:2] for name, each in self._state(it).items()} != {
+                    n: e[:2] for n, e in before.items()
+                }
+            else:
+                changed = argv[0] != "cancel" and self._state(it) != before
+            if changed:
+                yield f"{argv}: the run directory was changed"
+            if self._state(self.runs / "good", self.outside) != self.kept:
+                yield f"{argv}: something outside was changed"
+            if self.kills and (template.name != "running" or argv[0] != "cancel" or mutation.file == "job.json"):
+                yield f"{argv}: killed {self.kills}"
+            if self._state(it) != before:
+                shutil.rmtree(it)
+                shutil.copytree(template, it, symlinks=True)
+                mutation.apply(it / mutation.file)
+                before = self._state(it)
+
+    def _of(self, argv: tuple[str, ...], status: int, out: str, err: str) -> Iterator[str]:
+        if status not in (0, 1, 2, 3):
+            yield f"status {status}"
+        if "Traceback" in err or "secret" in out or "untouched" in out:
+            yield f"{out[-200:]}{err[-500:]}"
+        shown = re.sub(r"\x1b\[[0-9;:]*m", "", out) if argv[0] == "logs" and "--json" not in argv else out
+        if found := CONTROL.search(shown + err):
+            yield f"shows {found[0]!r}"
+        if argv == ("list",) and not re.search(r"^good +succeeded +local ", out, re.MULTILINE):
+            yield f"hides the good run: {out:.300}{err:.300}"
+        if "--json" in argv:
+            json.loads(out)
+        if len(err) > 100_000:
+            yield "floods stderr"
+
+
+@contextmanager
+def limits() -> Iterator[None]:
+    """Raise Hang after `HANG_SECONDS`, and MemoryError for more than `MEMORY`."""
+
+    def alarm(*_: object) -> None:
+        raise Hang
+
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, hard))
+    handler = signal.signal(signal.SIGALRM, alarm)
+    signal.setitimer(signal.ITIMER_REAL, HANG_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.fixture
+def stage(tmp_path: Path, templates: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Stage:
+    return Stage(tmp_path, templates, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["failed", "running", "stopped"])
+def test_damaged_runs(stage: Stage, templates: dict[str, Path], name: str) -> None:
+    generator = random.Random(SEED)
+    made = list(mutations(templates[name], stage.outside, generator, values=200))
+    chosen = generator.sample(made, min(len(made), COUNT))
+    found = [f"{m}: {fault}" for m in chosen for fault in stage.faults(templates[name], m, LOOKS + ACTS)]
+    assert not found, "\n".join([f"MUTATION_SEED={SEED}: {len(found)} faults in {len(chosen)} mutations", *found[:50]])
