@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import os
 import re
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 
 from training.files import open_plain
@@ -84,13 +86,23 @@ class Tail:
 
     def _chunks(self) -> Iterator[bytes]:
         try:
-            with os.fdopen(open_plain(self.path, top=self.top), "rb", 0) as file:
+            with FileIO(open_plain(self.path, top=self.top)) as file:
                 file.seek(self.offset)
                 while data := file.read(CHUNK):
                     self.offset += len(data)
                     yield data
+                    if data[-1] == 0:
+                        self._skip_hole(file)
         except FileNotFoundError:
             return
+
+    def _skip_hole(self, file: FileIO) -> None:
+        """Leave out a part that was never written, of which a file can have gigabytes."""
+        try:
+            found = os.lseek(file.fileno(), self.offset, os.SEEK_DATA)
+        except OSError as error:  # no data follows, or the file system knows no holes
+            found = os.fstat(file.fileno()).st_size if error.errno == errno.ENXIO else self.offset
+        self.offset = file.seek(max(self.offset, found))
 
     def read(self, end: bool = False) -> Iterator[str]:
         """Yield the new lines; of one that a progress bar wrote over, what was left to see.

@@ -168,7 +168,7 @@ class RunDir(RunFiles):
         kept = self.path / f".end-{os.urandom(8).hex()}"
         kept.mkdir(0o700)
         changed = (self.plan_file, self.job_file, self.script_file)
-        size = self.events_file.stat().st_size if self.events_file.exists() else 0
+        size = self.events_file.stat().st_size if self.events_file.exists() else None
         begun = False
         try:
             for path in (path for path in changed if path.exists()):
@@ -187,7 +187,7 @@ class RunDir(RunFiles):
             for path in kept.iterdir():
                 os.replace(path, self.path / path.name)
             with suppress(FileNotFoundError):
-                os.truncate(self.events_file, size)
+                self.events_file.unlink() if size is None else os.truncate(self.events_file, size)
             raise
         finally:
             shutil.rmtree(kept, ignore_errors=True)
