@@ -178,11 +178,15 @@ def test_a_damaged_answer_is_none(site: Site, damage: str) -> None:
             file.write_text(file.read_text().replace("running", "nosuch"))
         case "future":
             site.age(-3600)
-        case "link" | "pipe" | "folder":
+        case "link":
             file.unlink()
-            {"link": lambda: file.symlink_to("/dev/zero"), "pipe": lambda: os.mkfifo(file), "folder": file.mkdir}[
-                damage
-            ]()
+            file.symlink_to("/dev/zero")
+        case "pipe":
+            file.unlink()
+            os.mkfifo(file)
+        case "folder":
+            file.unlink()
+            file.mkdir()
         case _:
             file.write_text(damage)
     site.jobs("7 PENDING\n")

@@ -12,6 +12,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -132,7 +133,7 @@ class Stage:
                 status = exited.code
             except KeyboardInterrupt:  # of `_nap`
                 pass
-        out, err = (stream.buffer.getvalue().decode() for stream in streams)  # type: ignore[attr-defined]
+        out, err = (stream.buffer.getvalue().decode() for stream in streams)
         return status, out, err
 
     def faults(self, template: Path, mutation: Mutation, commands: Sequence[tuple[str, ...]]) -> Iterator[str]:
@@ -223,3 +224,92 @@ def test_damaged_runs(stage: Stage, templates: dict[str, Path], name: str) -> No
         for fault in stage.faults(templates[name], m, COMMANDS + AS_DATA * (number % 5 == 0))
     ]
     assert not found, "\n".join([f"MUTATION_SEED={SEED}: {len(found)} faults in {len(chosen)} mutations", *found[:50]])
+
+
+HOSTILE = [
+    "a\x1b[2Jb",
+    "\x1b]0;title\x07",
+    "new\nline",
+    "tab\tname",
+    "\u202etxt.exe",
+    "\udc9b31m",
+    "--me",
+    "-rf",
+    "x" * 250,
+    " ",
+    "漢 é",
+]
+
+
+def test_names_of_runs(stage: Stage, templates: dict[str, Path]) -> None:
+    for name in HOSTILE:
+        shutil.copytree(templates["failed"], stage.runs / name)
+        fault = [*stage.faults(templates["failed"], Mutation("job.json", "nothing", lambda _: None), [("list",)])]
+        argv = [("status", "--", f"runs/{name}"), ("logs", "--", f"runs/{name}"), ("status", "--", f"{name}x")]
+        for each in argv:
+            fault += stage._of(each, *stage.call(each))
+        assert fault == []
+        shutil.rmtree(stage.runs / name)
+
+
+def test_an_odd_folder_of_runs(stage: Stage) -> None:
+    (stage.runs / "file").write_text("")
+    (stage.runs / "empty").mkdir()
+    os.mkfifo(stage.runs / "pipe")
+    (stage.runs / "dangling").symlink_to("nothing")
+    (stage.runs / "circle").symlink_to("circle")
+    (stage.runs / "above").symlink_to("..")
+    status, out, err = stage.call(("list",))
+    assert (status, len(out.splitlines()), err) == (0, 1, "")
+    for name in ("file", "empty", "pipe", "dangling", "circle", "above"):
+        status, out, err = stage.call(("status", name))
+        assert (status, out, f"there is no run {name!r}" in err) == (2, "", True)
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user can read."""
+    folder = Path(tempfile.mkdtemp(prefix="launch-mutations-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to act as a second user")
+def test_runs_of_another_user(open_folder: Path, templates: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(open_folder, templates, monkeypatch)
+    for path in (stage.runs, *stage.runs.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    stage.kept = stage._state(stage.runs / "good", stage.outside)
+    shutil.copytree(templates["failed"], stage.runs / "it")
+    for argv in COMMANDS:
+        stage.call(argv)  # imports what it needs, which the other user may not read
+    for file in (
+        "",
+        "plan.json",
+        "job.json",
+        "result.json",
+        "events.jsonl",
+        "metrics.jsonl",
+        "logs",
+        "logs/1/0.log",
+        "errors",
+    ):
+        shutil.rmtree(stage.runs / "it")
+        shutil.copytree(stage.runs / "good", stage.runs / "it")
+        (stage.runs / "it" / file).chmod(0)
+        before = stage._state(stage.runs / "it")
+        os.seteuid(65534)
+        try:
+            outcomes = {argv: stage.call(argv) for argv in COMMANDS}
+        finally:
+            os.seteuid(0)
+        assert stage._state(stage.runs / "it") == before, file
+        faults = [fault for argv, found in outcomes.items() for fault in stage._of(argv, *found)]
+        assert faults == [], file
+        assert {outcomes[argv][0] for argv in COMMANDS[-2:]} == {2}, "only the owner acts"
+        line = next(line for line in outcomes["list",][1].splitlines() if line.startswith("it "))
+        needed = ("", "plan.json", "result.json")  # of an ended run
+        assert ("unreadable: " in line and "Permission denied" in line) == (file in needed), line
+    assert stage.kills == []
+    assert stage._state(stage.runs / "good", stage.outside) == stage.kept
