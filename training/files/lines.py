@@ -9,6 +9,7 @@ import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from json.scanner import make_scanner
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -111,7 +112,7 @@ def line_blocks(file: BinaryIO, limit: int) -> Iterator[tuple[bytes, bool]]:
         yield rest, True
 
 
-_DECODER = json.JSONDecoder()
+_decode = make_scanner(json.JSONDecoder())
 
 
 def records_in(block: bytes, only: re.Pattern[str] | None = None) -> Iterator[dict[str, Any]]:
@@ -123,16 +124,19 @@ def records_in(block: bytes, only: re.Pattern[str] | None = None) -> Iterator[di
     if not text:
         yield from _records_one_by_one(block, only)
         return
-    start, end, decode = 0, len(text), _DECODER.raw_decode
+    start, end = 0, len(text)
     while start < end:
         stop = text.find("\n", start)
-        stop = end if stop < 0 else stop
+        if stop < 0:
+            stop = end
         if only is None or only.search(text, start, stop):
             if text[start] == "{" and text[stop - 1] == "}":  # else the decoder might go on in the next line
-                with contextlib.suppress(ValueError, RecursionError):
-                    record, last = decode(text, start)
-                    if last == stop:
-                        yield record
+                try:
+                    record, last = _decode(text, start)
+                except (ValueError, RecursionError, StopIteration):
+                    last = -1
+                if last == stop:
+                    yield record
             else:
                 yield from _records_one_by_one(text[start:stop].strip().encode(), None)
         start = stop + 1
