@@ -18,12 +18,17 @@ from typing import Any
 
 from launcher.backends.base import Backend
 from launcher.config.timeouts import TIMEOUTS
+from launcher.errors import BadRequest
 from launcher.lifecycle.records.user_files import remove_old, user_folder
 from launcher.request.spec import State
 from training.files import open_plain, read_json, write_atomic
 
 WANTED = 60.0
 """Seconds for which a job that was asked for by its id is part of the next questions."""
+
+
+MOST_STATES = 100_000
+"""States in one answer; of more, those of the named jobs are kept."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,9 @@ def _known(answer: Answer, jobs: Mapping[str, float], lasts: float) -> dict[str,
 def _ask(backend: Backend, before: Answer, missing: Collection[str], lasts: float) -> Answer:
     """Send a question that names `missing` and the jobs of the last minute; a fresh answer only gets what it lacks."""
     now = time.time()
-    wanted = {job: until for job, until in before.wanted.items() if until > now}
+    wanted = {
+        job: until for job, until in before.wanted.items() if now < until <= now + WANTED and _is_id(backend, job)
+    }
     if fresh := 0 <= now - before.asked < lasts:
         found = {**before.states, **backend.poll_all(sorted(missing))}
     else:
@@ -89,6 +96,14 @@ def _ask(backend: Backend, before: Answer, missing: Collection[str], lasts: floa
     wanted |= dict.fromkeys(missing, now + WANTED)
     answered = fresh or any(state is not State.UNKNOWN for state in found.values())
     return Answer(before.asked if fresh else now, found, wanted, answered)
+
+
+def _is_id(backend: Backend, job: str) -> bool:
+    try:
+        backend.check_id(job)
+    except BadRequest:
+        return False
+    return True
 
 
 _newest: dict[Path, tuple[tuple[int, ...], Answer]] = {}
@@ -113,10 +128,11 @@ def _read(file: Path) -> Answer:
 
 def _write(file: Path, answer: Answer) -> None:
     """Share `answer`; nothing is shared if the folder cannot be written."""
+    few = answer.wanted if len(answer.states) > MOST_STATES else answer.states
     data = {
         "asked": answer.asked,
         "answered": answer.answered,
-        "states": {job: state.value for job, state in answer.states.items()},
+        "states": {job: state.value for job, state in answer.states.items() if job in few},
         "wanted": dict(answer.wanted),
     }
     with suppress(OSError):

@@ -28,7 +28,7 @@ from training.files import (
     write_atomic,
 )
 
-LARGE = 1 << 20
+LARGE = 1 << 18
 """Bytes of a log from which on it has an entry."""
 
 VERSION = 1

@@ -22,6 +22,8 @@ def user_folder(name: str, runtime: bool = False) -> Path | None:
         return None
     folder = Path(above, "launch", name)
     try:
+        if _nearest(folder).stat().st_uid != os.geteuid():  # such as the home of the user who called sudo
+            return None
         for each in (folder.parent, folder):
             if not each.is_dir():
                 each.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -31,6 +33,11 @@ def user_folder(name: str, runtime: bool = False) -> Path | None:
     except OSError:
         return None
     return folder
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(each for each in (folder, *folder.parents) if each.exists())
 
 
 def remove_old(folder: Path) -> None:

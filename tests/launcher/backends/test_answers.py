@@ -164,6 +164,7 @@ DAMAGE = [
     "null",
     "[" * 100_000,
     '{"asked": 1e999}',
+    '{"asked": 0, "answered": true, "states": {}, "wanted": {"--me": 1e12, "-1": 1e300}}',
     '{"asked": "x", "states": {}, "wanted": {}, "answered": 1}',
 ]
 
@@ -221,6 +222,12 @@ def test_the_folders_of_a_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         os.utime(folder / str(number), (number, number))
     remove_old(folder)
     assert sorted(int(path.name) for path in folder.iterdir()) == list(range(5, MOST_FILES + 5))
+    if os.geteuid() == 0:
+        (tmp_path / "other").mkdir()
+        os.chown(tmp_path / "other", 65534, 65534)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other" / "deeper"))
+        assert user_folder("x") is None
+        assert list((tmp_path / "other").iterdir()) == []
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert user_folder("x") is None
     (tmp_path / "file").touch()
