@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher.client.tail import printable, safe
+from launcher.client.tail import safe, uncoloured
 from launcher.request.spec import RunSpec, State
 from training.files import read_json
 
@@ -79,7 +79,7 @@ def summary(run: Any) -> str:
         lines = [f"launch: failed: {run.explain(shown_rank=0)}"]
     lines += [f"  {line}" for line in failed_saves(result)]
     lines += [f"  run in {_short(run.path)}", f"  look: launch status {run.name}, launch logs {run.name}"]
-    return printable("\n".join(lines))
+    return uncoloured("\n".join(lines))
 
 
 def failed_saves(result: Mapping[str, Any]) -> list[str]:

@@ -65,7 +65,7 @@ def run_status(argv: Sequence[str]) -> int:
     """``launch status RUN``."""
     options = command("status").parse_args(list(argv))
     from launcher.client.run import find
-    from launcher.client.tail import printable
+    from launcher.client.tail import printable, uncoloured
     from launcher.lifecycle.run_dir import reading
 
     run = find(options.run, Path(options.runs))
@@ -77,7 +77,7 @@ def run_status(argv: Sequence[str]) -> int:
         print(printable(line, 1000))
     if status["state"] in ("failed", "lost"):
         with reading(run.path):
-            print(printable(run.explain()))
+            print(uncoloured(run.explain()))
     return 0
 
 

@@ -69,6 +69,11 @@ def printable(text: object, most: int = 100_000) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else _escaped(c) for c in text)
 
 
+def uncoloured(text: str) -> str:
+    """Return a text that quotes lines of output as `printable` does, without their colours."""
+    return printable(re.sub(_COLOUR, "", text))
+
+
 def _escaped(character: str) -> str:
     return character.encode("ascii", "backslashreplace").decode() if character > "\x7f" else f"\\x{ord(character):02x}"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from launcher.client.screen import Screen
-from launcher.client.tail import LONGEST_LINE, LiveTail, Tail, printable, safe, safe_line
+from launcher.client.tail import LONGEST_LINE, LiveTail, Tail, printable, safe, safe_line, uncoloured
 from launcher.lifecycle.run_dir import tail as last_lines
 from training.files import NotPlain
 
@@ -148,6 +148,10 @@ def test_what_cannot_be_printed_is_shown_by_its_code(text: str, shown: str) -> N
     assert (
         printable(text.encode("utf-8", "surrogatepass").decode("utf-8", "surrogatepass") * 300, 100).count("...") == 1
     )
+
+
+def test_quoted_lines_lose_their_colours() -> None:
+    assert uncoloured("name\n\x1b[31mError\x1b[0m: \x1b]0;x\x07") == "name\nError: \\x1b]0;x\\x07"
 
 
 @pytest.mark.parametrize("kind", [Tail, LiveTail])
