@@ -20,7 +20,7 @@ class Capabilities:
     """Properties of a backend, for code that handles all backends.
 
     Attributes:
-        poll_seconds: seconds for which an answer of `Backend.poll` is reused by all who watch the run; 0: not reused.
+        poll_seconds: seconds for which all commands of a user on this machine share an answer of `Backend.poll_all`; 0: none do.
         interrupt_stops: Ctrl-C stops the run; otherwise it only stops following it.
         attaches: a single rank can have the standard input and the terminal of the command (`Backend.attach`).
         queue: a run waits for resources in a queue before it starts.
@@ -135,6 +135,14 @@ class Backend(ABC):
     @abstractmethod
     def poll(self, job_id: str) -> State:
         """Return the state of a job. LOST: it ended; the run directory has the result."""
+
+    def poll_all(self, job_ids: Sequence[str]) -> dict[str, State]:
+        """Return the states of the jobs `job_ids`, and of other jobs that the same question gives; see `poll`."""
+        return {job_id: self.poll(job_id) for job_id in job_ids}
+
+    def identity(self) -> str:
+        """Return what distinguishes the cluster that `poll_all` asks from others of this engine."""
+        return ""
 
     @abstractmethod
     def cancel(self, job_id: str) -> None:

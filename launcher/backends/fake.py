@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -68,6 +69,11 @@ class FakeBackend(Backend):
         self.on_submit: Callable[[str], None] | None = None
         self.refusal = self.start = ""
         self.heeds_stop = True
+        self._identity = os.urandom(8).hex()
+
+    def identity(self) -> str:
+        """Return what no other fake cluster has: its jobs exist in this object alone."""
+        return self._identity
 
     @property
     def plans(self) -> list[Plan]:

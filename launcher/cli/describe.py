@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher.client.tail import safe
+from launcher.client.tail import safe, uncoloured
 from launcher.config.durations import in_words
 from launcher.request.spec import RunSpec, State
 from training.files import read_json
@@ -92,7 +92,7 @@ def summary(run: Any) -> str:
     if state is State.SUCCEEDED:
         metrics = {k: v for k, v in result.get("metrics", {}).items() if isinstance(v, int | float | str)}
         shown = "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
-        lines = [f"launch: succeeded in {result['seconds']:.1f} s", *([f"  {shown}"] if shown else [])]
+        lines = [f"launch: succeeded in {result.get('seconds', 0.0):.1f} s", *([f"  {shown}"] if shown else [])]
     elif state is State.STOPPED:
         lines = [f"launch: stopped before the end; {run.resumption()}"]
         if result.get("failure"):
@@ -100,9 +100,8 @@ def summary(run: Any) -> str:
     else:
         lines = [f"launch: failed: {run.explain(shown_rank=0)}"]
     lines += [f"  {line}" for line in failed_saves(result)]
-    return "\n".join(
-        [*lines, f"  run in {_short(run.path)}", f"  look: launch status {run.name}, launch logs {run.name}"]
-    )
+    lines += [f"  run in {_short(run.path)}", f"  look: launch status {run.name}, launch logs {run.name}"]
+    return uncoloured("\n".join(lines))
 
 
 def failed_saves(result: Mapping[str, Any]) -> list[str]:

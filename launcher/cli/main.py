@@ -15,6 +15,7 @@ from launcher.cli.clusters import run_clusters
 from launcher.cli.doctor import run_doctor
 from launcher.cli.launch import run_launch, run_resume
 from launcher.cli.parser import COMMANDS, SHOW_PARSER, Parser, ShownParser, add_json, launch_parser, split
+from launcher.client.tail import printable
 from launcher.errors import OURS, BadRequest, exit_status, nearest, shortened
 
 SYNONYMS: dict[str, list[str]] = {
@@ -74,12 +75,12 @@ def _complain(error: Exception, status: int, argv: Sequence[str]) -> int:
     if argv[:1] and argv[0] not in COMMANDS:
         with suppress(BadRequest):  # --json after the target is the target's own
             argv = split(launch_parser(), argv).options
-    # An argument may hold bytes that are no UTF-8.
+    # An argument may hold bytes that are no UTF-8, and a file of a run anything.
     text = shortened(str(error)).encode(errors="backslashreplace").decode()
     if "--json" in argv:
         print(json.dumps({"error": text, "kind": kind}))
     else:
-        print(f"launch: {text}", file=sys.stderr)
+        print(f"launch: {printable(text)}", file=sys.stderr)
     return status
 
 

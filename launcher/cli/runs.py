@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
 def run_list(argv: Sequence[str]) -> int:
     """``launch list``."""
     options = command("list", run=False).parse_args(list(argv))
-    from launcher.client.run import runs
+    from launcher.client.run import ask_at_once, runs
+    from launcher.client.tail import printable
 
     found = runs(options.runs)
+    ask_at_once(found)
     if options.json:
         print(json.dumps([_listed(run, run.status) for run in found]))
         return 0
@@ -31,14 +34,23 @@ def run_list(argv: Sequence[str]) -> int:
     for run in found:
         status = _listed(run, run.brief)
         if "error" in status:
-            print(f"{run.name:<32} unreadable: {status['error']}")
+            print(f"{printable(run.name):<32} unreadable: {printable(status['error'], 1000)}")
             continue
-        progress = status["progress"]
-        step = f"{progress['step']}/{progress['total_steps']}" if "total_steps" in progress else ""
+        line = f"{run.name:<32} {status['state']:<10} {status['backend']:<6} {_started(run)}  {_step(status):<12}"
         shown = "  ".join(f"{k} {v:.4f}" for k, v in status["evaluation"].items() if isinstance(v, float))
-        started = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.dir.plan_file.lstat().st_mtime))
-        print(f"{run.name:<32} {status['state']:<10} {status['backend']:<6} {started}  {step:<12} {shown}".rstrip())
+        print(printable(f"{line} {shown}".rstrip(), 1000))
     return 0
+
+
+def _started(run: Run) -> str:
+    with suppress(OSError, OverflowError, ValueError):  # removed just now, or the time is none of a calendar
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(run.dir.plan_file.lstat().st_mtime))
+    return ""
+
+
+def _step(status: Mapping[str, Any]) -> str:
+    progress = status["progress"]
+    return f"{progress.get('step')}/{progress['total_steps']}"[:40] if "total_steps" in progress else ""
 
 
 def _listed(run: Run, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -52,35 +64,42 @@ def _listed(run: Run, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def run_status(argv: Sequence[str]) -> int:
     """``launch status RUN``."""
     options = command("status").parse_args(list(argv))
-    from launcher.cli.describe import failed_saves
     from launcher.client.run import find
+    from launcher.client.tail import printable, uncoloured
+    from launcher.lifecycle.run_dir import reading
 
     run = find(options.run, Path(options.runs))
-    status = run.status()
     if options.json:
-        print(json.dumps(status))
+        print(json.dumps(run.status()))
         return 0
-    placement = status["placement"]
-    print(f"{run.name}: {status['state']}")
-    print(f"  target      {status['target']}")
-    print(f"  on          {status['backend']} ({status['cluster']}), job {status['job_id']}: {placement['why']}")
+    status = run.overview()
+    for line in _status_lines(status):
+        print(printable(line, 1000))
+    if status["state"] in ("failed", "lost"):
+        with reading(run.path):
+            print(uncoloured(run.explain()))
+    return 0
+
+
+def _status_lines(status: Mapping[str, Any]) -> Iterator[str]:
+    from launcher.cli.describe import failed_saves
+
+    yield f"{status['name']}: {status['state']}"
+    yield f"  target      {status['target']}"
+    where = f"{status['backend']} ({status['cluster']}), job {status['job_id']}"
+    yield f"  on          {where}: {status['placement']['why']}"
     if commit := status["code"].get("commit"):
-        print(f"  code        {commit[:12]}{' and uncommitted changes' if status['code'].get('dirty') else ''}")
-    print(f"  attempt     {status['attempt']}{_failures(status['failed_attempts'])}")
+        yield f"  code        {str(commit)[:12]}{' and uncommitted changes' if status['code'].get('dirty') else ''}"
+    yield f"  attempt     {status['attempt']}{_failures(status['failed_attempts'])}"
     if status["excluded_nodes"]:
-        print(f"  nodes       excluded: {', '.join(status['excluded_nodes'])}")
+        yield f"  nodes       excluded: {', '.join(status['excluded_nodes'])}"
     for title in ("progress", "evaluation", "metrics"):
         if status[title]:
-            print(
-                f"  {title:<11} "
-                + "  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in status[title].items())
-            )
+            fields = (f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in status[title].items())
+            yield f"  {title:<11} " + "  ".join(fields)
     for line in failed_saves(status):
-        print(f"  saves       {line}")
-    print(f"  run dir     {status['run_dir']}")
-    if status["state"] in ("failed", "lost"):
-        print(run.explain())
-    return 0
+        yield f"  saves       {line}"
+    yield f"  run dir     {status['run_dir']}"
 
 
 def _failures(failed_attempts: Sequence[Mapping[str, Any]]) -> str:
@@ -106,7 +125,7 @@ def run_logs(argv: Sequence[str]) -> int:
         raise BadRequest(f"--rank {options.rank}: the ranks of {run.name} are 0 to {size - 1}.")
     if options.follow:
         from launcher.client.follow import follow
-        from launcher.client.run import reading
+        from launcher.lifecycle.run_dir import reading
 
         try:
             with reading(run.path):
@@ -116,13 +135,22 @@ def run_logs(argv: Sequence[str]) -> int:
         return 0
     lines = run.logs(options.rank, options.attempt)
     if options.json:
-        print(json.dumps(list(lines)))
+        _print_list(lines)
         return 0
-    from launcher.client.tail import safe
+    from launcher.client.tail import safe_line
 
     for line in lines:
-        print(safe(line))
+        print(safe_line(line))
     return 0
+
+
+def _print_list(lines: Iterator[str]) -> None:
+    """Print a JSON list, line by line: a log may be larger than the memory."""
+    first = next(lines, None)  # raises before anything is printed
+    print("[" if first is None else f"[{json.dumps(first)}", end="")
+    for line in lines:
+        print(f", {json.dumps(line)}", end="")
+    print("]")
 
 
 def run_cancel(argv: Sequence[str]) -> int:
@@ -131,8 +159,10 @@ def run_cancel(argv: Sequence[str]) -> int:
     parser.add_argument("--now", action="store_true", help="kill it without a checkpoint")
     options = parser.parse_args(list(argv))
     from launcher.client.run import find
+    from launcher.client.tail import printable
 
     run = find(options.run, Path(options.runs))
     state = run.kill() if options.now else run.cancel()
-    print(json.dumps({"name": run.name, "state": state.value}) if options.json else f"{run.name}: {state.value}")
+    text = json.dumps({"name": run.name, "state": state.value}) if options.json else f"{run.name}: {state.value}"
+    print(printable(text))
     return 0

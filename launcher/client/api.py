@@ -127,7 +127,7 @@ def drop_refused(run: Run) -> None:
         BadRequest: with the target's words.
     """
     failure = (run.dir.result() or {}).get("failure")
-    if failure and failure["kind"] == "bad request" and run.dir.last_attempt() <= 1 and not run.dir.metrics():
+    if failure and failure["kind"] == "bad request" and run.dir.last_attempt() <= 1 and not run.dir.digests()[0].count:
         for _ in range(200):
             shutil.rmtree(run.path, ignore_errors=True)
             if not run.path.exists():

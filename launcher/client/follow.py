@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import signal
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, TextIO
 
 from launcher import backends
 from launcher.client.run import Run
 from launcher.client.screen import Screen
-from launcher.client.tail import LiveTail, Tail, safe
+from launcher.client.tail import LiveTail, Tail, printable, safe_line
 from launcher.client.terminal import Terminal
 from launcher.config.timeouts import TIMEOUTS
-from launcher.lifecycle.accounting import Account, keep
+from launcher.lifecycle.accounting import Account, ledger
+from launcher.lifecycle.run_dir import WatchedDir
 from launcher.request.spec import RunSpec, State
+from training.files import parse_json
+from training.flags.typed import is_count, is_number
 
 
 def follow(run: Run, out: TextIO, rank: int = 0) -> State:
@@ -35,13 +38,15 @@ class Follower:
     """
 
     def __init__(self, run: Run, out: TextIO, rank: int = 0, terminal: Terminal | None = None) -> None:
-        self.run, self.rank, self.terminal = run, rank, terminal
+        self.run = Run(WatchedDir(run.path))
+        self.rank, self.terminal = rank, terminal
         self.screen = Screen(out)
         plan = run.dir.plan()
         self.backend, self.has_queue = plan.backend, backends.of(plan.cluster).capabilities.queue
         self.events = Tail(run.dir.events_file)
         # Ends of earlier submissions: earlier events were printed then.
-        self.ended = sum(e["event"] == "finished" for e in run.dir.events()) - (run.dir.result() is not None)
+        ends = sum(event["event"] == "finished" for event in run.dir.events(re.compile('"finished"')))
+        self.ended = ends - (run.dir.result() is not None)
         self.log: Tail | None = None
         self.metrics = Tail(run.dir.metrics_file)  # read on from where it was: it grows for as long as the run lasts
         self.steps: deque[dict[str, Any]] = deque(maxlen=20)
@@ -50,39 +55,50 @@ class Follower:
 
     def follow(self) -> State:
         """Print until the run has ended. After an interruption, a second call goes on where the first one was."""
+        news = time.monotonic()
         while True:
-            state = self.run.state()
-            if self.terminal is not None and state.done:
-                self.terminal.relay(self.screen, TIMEOUTS.ranks_end)
-            self.print_events()
-            self._print_log(end=state.done)
-            if state is State.QUEUED and not self.queued and self.has_queue:
-                self.queued = True
-                self.screen.line(f"launch: waiting in the queue of {self.backend}")
-            if self.screen.live and not state.done:
-                word = "starting" if state is State.QUEUED and not self.has_queue else state.value
-                self.steps.extend(m for m in _records(self.metrics) if "loss" in m)
-                self.screen.progress(status_line(self.run.name, word, self.steps))
-            if state.done:
-                self.screen.erase()
-                if text := account_line(keep(self.run.dir.events(), self.run.dir.metrics()).total):
-                    self.screen.line(f"launch: {text}")
-            self.screen.flush()
+            before = self.screen.written
+            state = self._look()
             if state.done:
                 return state
+            if self.screen.written != before:
+                news = time.monotonic()
+            pause = max(TIMEOUTS.follow, min((time.monotonic() - news) / 20, TIMEOUTS.follow_silent))
             if self.terminal is not None and self.terminal.connection is not None:
-                self.terminal.relay(self.screen, TIMEOUTS.follow)
+                self.terminal.relay(self.screen, pause)
             else:
-                time.sleep(TIMEOUTS.follow)
+                time.sleep(pause)
+
+    def _look(self) -> State:
+        """Print what is new, and return the state of the run."""
+        state = self.run.state()
+        if self.terminal is not None and state.done:
+            self.terminal.relay(self.screen, TIMEOUTS.ranks_end)
+        self.print_events()
+        self._print_log(end=state.done)
+        if state is State.QUEUED and not self.queued and self.has_queue:
+            self.queued = True
+            self.screen.line(f"launch: waiting in the queue of {printable(self.backend)}")
+        if self.screen.live and not state.done:
+            word = "starting" if state is State.QUEUED and not self.has_queue else state.value
+            self.steps.extend(line for line in _records(self.metrics) if is_step(line))
+            self.screen.progress(printable(status_line(self.run.name, word, self.steps)))
+        if state.done:
+            self.screen.erase()
+            metrics, attempts = self.run.dir.digests()
+            if text := account_line(ledger(attempts, metrics).total):
+                self.screen.line(f"launch: {text}")
+        self.screen.flush()
+        return state
 
     def print_events(self) -> None:
         """Print what has happened to the run since the last call."""
         for event in _records(self.events):
             if self.ended > 0:
-                self.ended -= event["event"] == "finished"
-            elif text := describe(event):
+                self.ended -= event.get("event") == "finished"
+            elif text := described(event):
                 self._print_log()  # what the rank said before it
-                self.screen.line(f"launch: {safe(text)}")
+                self.screen.line(f"launch: {printable(text)}")
 
     def _print_log(self, end: bool = False) -> None:
         """Print what the rank's log gained; of the newest attempt, and of those since the last look to their end."""
@@ -91,7 +107,7 @@ class Follower:
         for attempt in range(self.attempt + 1, self.run.dir.last_attempt() + 1):
             self._print(end=True)
             log = self.run.dir.log(attempt, self.rank)
-            self.log, self.attempt = (LiveTail if self.screen.live else Tail)(log), attempt
+            self.log, self.attempt = (LiveTail if self.screen.live else Tail)(log, self.run.path), attempt
         self._print(end)
 
     def _print(self, end: bool) -> None:
@@ -99,19 +115,35 @@ class Follower:
             if self.screen.live:
                 self.screen.text(text)
             else:
-                self.screen.line(safe(text))
+                self.screen.line(safe_line(text))
 
 
 def _records(tail: Tail) -> Iterator[dict[str, Any]]:
     for line in tail.read():
         with suppress(ValueError):  # a line whose writer died
-            yield json.loads(line)
+            record = parse_json(line.encode(errors="replace"))
+            if isinstance(record, dict):
+                yield record
+
+
+def is_step(line: Mapping[str, Any]) -> bool:
+    """Whether a line of metrics has what `status_line` shows, in its types."""
+    rate = line.get("samples_per_second") or 0
+    return "loss" in line and is_count(line.get("step")) and is_number(line.get("time")) and is_number(rate)
+
+
+def described(event: Mapping[str, Any]) -> str:
+    """As `describe`; empty also for an event whose fields have other types than this version writes."""
+    try:
+        return describe(event)
+    except (ArithmeticError, LookupError, TypeError, ValueError):
+        return ""
 
 
 STARTS_OVER = "the program logged no step, so it begins anew unless it loads a checkpoint of its own"
 
 
-def describe(event: dict[str, Any]) -> str:
+def describe(event: Mapping[str, Any]) -> str:
     """One line for a person about `event`; empty for those that the log shows anyway."""
     match event:
         case {"event": "started", "attempt": attempt, "world_size": size, "hosts": hosts}:
@@ -152,7 +184,7 @@ def status_line(name: str, word: str, steps: Sequence[dict[str, Any]]) -> str:
     parts = [f"[{name}] {word}"]
     if word == State.RUNNING and steps:
         last = steps[-1]
-        total = last.get("total_steps")
+        total = last.get("total_steps") if is_count(last.get("total_steps")) else None
         parts.append(f"step {last['step']}" + (f"/{total}" if total else ""))
         loss = last["loss"]
         parts.append(f"loss {loss:.4f}" if isinstance(loss, int | float) else f"loss {loss}")  # such as "NaN"
@@ -204,7 +236,9 @@ def attend(run: Run, out: TextIO, terminal: Terminal | None = None) -> State | N
     nobody reads any more. A run of a cluster continues after Ctrl-C; SIGTERM keeps its usual effect there.
     """
     follower = Follower(run, out, terminal=terminal)
-    follower.attempt = _earlier_attempts(run.dir.events())  # the first ones may be over
+    follower.attempt = _earlier_attempts(
+        run.dir.events(re.compile('"(?:submitted|started)"'))
+    )  # the first ones may be over
     if not backends.of(run.dir.plan().cluster).capabilities.interrupt_stops:
         try:
             return follower.follow()
@@ -228,7 +262,7 @@ def _earlier_attempts(events: Iterable[dict[str, Any]]) -> int:
     for event in events:
         if event["event"] == "submitted":
             found = newest
-        elif event["event"] == "started":
+        elif event["event"] == "started" and is_count(event.get("attempt")):
             newest = max(newest, event["attempt"])
     return found
 

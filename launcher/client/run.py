@@ -3,37 +3,24 @@
 from __future__ import annotations
 
 import os
-import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from launcher import backends
+from launcher.backends import answers
 from launcher.client.tail import Tail
 from launcher.config.codec import to_data
 from launcher.config.timeouts import TIMEOUTS
-from launcher.errors import BadRequest, LaunchError, RunFailed, RunStopped
+from launcher.errors import BadRequest, RunFailed, RunStopped
 from launcher.lifecycle import accounting, history, run_dir
-from launcher.lifecycle.run_dir import RunDir
-from launcher.lifecycle.trust import is_own
+from launcher.lifecycle.records.result import explain
+from launcher.lifecycle.run_dir import RunDir, reading
 from launcher.request.spec import State, as_path
-from training.errors import nearest
-from training.files import open_plain, read_json
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Convert errors of the block, from a damaged run directory at `path`, to BadRequest."""
-    try:
-        yield
-    except (LaunchError, BrokenPipeError):
-        raise
-    except (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
-        raise BadRequest(
-            f"{path} cannot be read: a file in it is damaged ({type(error).__name__}: {error})."
-        ) from error
+from training.files import MAX_LINES_BYTES, open_plain, read_json
+from training.flags.typed import is_number
 
 
 class Run:
@@ -82,16 +69,25 @@ class Run:
         return _job(self.dir)
 
     def status(self) -> dict[str, Any]:
-        """Everything that ``launch status`` shows, as plain data. Raises BadRequest if the files are damaged."""
+        """Everything that ``launch status --json`` shows, as plain data. Raises BadRequest if the files are damaged."""
+        found = self.overview()
+        with reading(self.path):
+            attempts, metrics = self.dir.digests()[::-1]
+            now = None if State(found["state"]).done else time.time()
+            return found | {"ledger": to_data(accounting.ledger(attempts, metrics, now))}
+
+    def overview(self) -> dict[str, Any]:
+        """What ``launch status`` shows: `status` without the ledger, which takes the whole logs."""
         with reading(self.path):
             self.check_format()
-            return _status(self.dir, self.state())
+            return _overview(self.dir, self.state())
 
     def brief(self) -> dict[str, Any]:
         """What ``launch list`` shows: a part of `status`, at less cost. Raises as `status` does."""
         with reading(self.path):
-            self.check_format()
-            return _brief(self.dir, self.state())
+            plan = self.dir.check_format()
+            self._checked = True
+            return _brief(self.dir, plan)
 
     def wait(self, timeout: float | None = None) -> Run:
         """Wait until the run has ended.
@@ -125,8 +121,7 @@ class Run:
 
     def has_saved(self) -> bool:
         """Whether the program has saved a checkpoint through its Context, in any attempt."""
-        checkpoints = (self.path / "checkpoints").glob("step-*/manifest.json")
-        return any(checkpoints) or any(event["event"] == "saved" for event in self.dir.events())
+        return self.dir.has_saved()
 
     def resumption(self) -> str:
         """What ``launch resume`` does with this stopped run."""
@@ -145,25 +140,20 @@ class Run:
             BadRequest, RunFailed, RunStopped: see `check`.
         """
         self.wait().check()
-        if not self.dir.value_pickle.exists():
-            return None
-        self.dir.check_own()
-        import pickle
-
-        # A file of this user's own: `check_own` has checked the owner and the permissions.
-        with os.fdopen(open_plain(self.dir.value_pickle), "rb") as file:
-            return pickle.load(file)
+        return _value(self.dir)
 
     def logs(self, rank: int | None = None, attempt: int | None = None) -> Iterator[str]:
         """The log lines of an attempt (default: the newest), of one `rank` or of all ranks one after another."""
         self.check_format()
-        folder = self.dir.logs / str(attempt or self.dir.last_attempt())
-        files = [p for p in folder.glob("*.log") if re.fullmatch("[0-9]{1,9}", p.stem)] if folder.is_dir() else []
-        for file in sorted(files, key=lambda p: int(p.stem)):
-            if rank is None or file.stem == str(rank):
-                prefix = f"[{file.stem}] " if rank is None and len(files) > 1 else ""
+        with reading(self.path):
+            attempt = self.dir.last_attempt() if attempt is None else attempt
+            ranks = self.dir.ranks_with_logs(attempt)
+        for number in ranks:
+            if rank is None or number == rank:
+                prefix = f"[{number}] " if rank is None and len(ranks) > 1 else ""
                 with reading(self.path):
-                    yield from (prefix + line for line in Tail(file).read(end=True))
+                    lines = Tail(self.dir.log(attempt, number), self.path).read(end=True)
+                    yield from (prefix + line for line in lines)
 
     def cancel(self) -> State:
         """Stop the run, and kill it after the grace time; returns its state.
@@ -174,35 +164,51 @@ class Run:
             BadRequest: other users can write to the run directory, or its job id is malformed.
             LaunchError: the run is supervised on another machine and did not stop in time.
         """
-        self.dir.check_own()
-        state = self.state()
-        if state.done:
-            return state
-        self.dir.request_stop("cancelled")
-        # The grace time begins when the supervisor sees the request, which it checks every TIMEOUTS.run_heartbeat.
-        deadline = time.monotonic() + (
-            0 if state is State.QUEUED else self.dir.plan().cluster.grace + TIMEOUTS.run_heartbeat_age
-        )
+        with reading(self.path):
+            self.dir.check_own()
+            state = self.state()
+            if state.done:
+                return state
+            self.dir.request_stop("cancelled")
+            # The grace time begins when the supervisor sees the request, which it checks every TIMEOUTS.run_heartbeat.
+            grace = self.dir.plan().cluster.grace + TIMEOUTS.run_heartbeat_age
+        deadline = time.monotonic() + (0 if state is State.QUEUED else grace)
         while not self.state().done and time.monotonic() < deadline:
             time.sleep(0.2)
         return self.kill()
 
     def kill(self) -> State:
         """Kill the run, without a checkpoint. Returns its state. Raises as `cancel` does."""
-        self.dir.check_own()
-        self.check_format()
-        job = self.job()
-        if job is not None and not self.state().done:
-            # So that a batch script, which outlives the ranks, does not take this for a lost node.
-            self.dir.request_stop("killed")
-            try:
-                backends.get(job["backend"]).cancel(job["job_id"])
-            except BadRequest as error:
-                raise BadRequest(f"{self.dir.job_file}: {error}") from None
-        if self.dir.result() is None:
-            self.dir.write_result(State.STOPPED, attempts=self.dir.last_attempt())
-            history.record_finished(self.dir, State.STOPPED.value)
+        with reading(self.path):
+            self.dir.check_own()
+            self.check_format()
+            job = self.job()
+            if job is not None and not self.state().done:
+                # So that a batch script, which outlives the ranks, does not take this for a lost node.
+                self.dir.request_stop("killed")
+                _cancel_job(self.dir, job)
+            if self.dir.result() is None:
+                self.dir.write_result(State.STOPPED, attempts=self.dir.last_attempt())
+                history.record_finished(self.dir, State.STOPPED.value)
         return self.state()
+
+
+def _value(directory: RunDir) -> Any:
+    if not directory.value_pickle.exists():
+        return None
+    directory.check_own()
+    import pickle
+
+    # A file of this user's own: `check_own` has checked the owner and the permissions.
+    with os.fdopen(open_plain(directory.value_pickle), "rb") as file:
+        return pickle.load(file)
+
+
+def _cancel_job(directory: RunDir, job: Mapping[str, Any]) -> None:
+    try:
+        backends.get(job["backend"]).cancel(job["job_id"])
+    except BadRequest as error:
+        raise BadRequest(f"{directory.job_file}: {error}") from None
 
 
 # ---- read from the run directory --------------------------------------------------------------------------------
@@ -218,7 +224,7 @@ def _state(directory: RunDir) -> State:
     alive = age is not None and abs(age) < TIMEOUTS.run_heartbeat_age
     if alive and backends.get(job["backend"]).capabilities.poll_seconds:
         return _supervised_state(directory)  # without a query
-    polled = _polled_state(directory, job["backend"], job["job_id"])
+    polled = _polled_state(job)
     if polled is State.LOST and (result := directory.result()):
         return State(result["state"])  # it ended after the result was read
     return _supervised_state(directory) if alive and not polled.done else polled
@@ -234,31 +240,26 @@ def _job(directory: RunDir) -> dict[str, Any] | None:
     return job
 
 
-def _polled_state(directory: RunDir, backend: str, job_id: str) -> State:
-    """The state that the engine reports; an answer up to `poll_seconds` old is reused."""
-    engine = backends.get(backend)
-    lasts = engine.capabilities.poll_seconds
-    if lasts and (answer := directory.answer(job_id, lasts)):
-        return State(answer)
-    polled = engine.poll(job_id)
-    if lasts and is_own(directory.path):
-        directory.keep_answer(job_id, polled)
-    return polled
+def _polled_state(job: Mapping[str, Any]) -> State:
+    """The state that the engine reports, in an answer that all commands of this user share."""
+    return answers.states(backends.get(job["backend"]), {job["job_id"]: _submitted(job)})[job["job_id"]]
+
+
+def _submitted(job: Mapping[str, Any]) -> float:
+    """When a job was submitted, in seconds since 1970; 0 if unknown."""
+    return float(job["time"]) if is_number(job.get("time")) else 0.0
 
 
 def _supervised_state(directory: RunDir) -> State:
     """RUNNING if the supervisor of the run has started ranks, else QUEUED."""
-    kinds = ("started", "submitted", "requeued")
-    newest = next((e["event"] for e in reversed(directory.events()) if e["event"] in kinds), None)
-    return State.RUNNING if newest == "started" else State.QUEUED
+    newest = directory.newest_event("started", "submitted", "requeued")
+    return State.RUNNING if newest is not None and newest["event"] == "started" else State.QUEUED
 
 
-def _status(directory: RunDir, state: State) -> dict[str, Any]:
+def _overview(directory: RunDir, state: State) -> dict[str, Any]:
     plan, job, result = directory.plan(), _job(directory) or {}, directory.result() or {}
-    events, records = directory.events(), directory.metrics()
-    steps = [m for m in records if "loss" in m]
-    evaluations = [m for m in records if "eval" in m]
-    past = history.read(events)
+    past, code = history.read(directory.events(history.LINES)), read_json(directory.snapshot_file)
+    newest = _newest_lines(directory, result)
     return {
         "name": directory.path.name,
         "state": state.value,
@@ -267,13 +268,12 @@ def _status(directory: RunDir, state: State) -> dict[str, Any]:
         "job_id": job.get("job_id"),
         "placement": to_data(plan.placement),
         "target": plan.target.spelled(plan.target.name),
-        "code": read_json(directory.snapshot_file) or {},
+        "code": code if isinstance(code, dict) else {},
         "attempt": directory.last_attempt(),
         "failed_attempts": to_data(past.failed_attempts),
         "excluded_nodes": list(past.excluded),
-        "ledger": to_data(accounting.keep(events, records, None if state.done else time.time())),
-        "progress": _progress(steps[-1]) if steps else {},
-        "evaluation": evaluations[-1]["eval"] if evaluations else {},
+        "progress": newest["progress"],
+        "evaluation": newest["evaluation"],
         "metrics": result.get("metrics", {}),
         "failed_saves": past.saves_that_failed(),
         "failure": result.get("failure"),
@@ -282,19 +282,30 @@ def _status(directory: RunDir, state: State) -> dict[str, Any]:
     }
 
 
-def _brief(directory: RunDir, state: State) -> dict[str, Any]:
+LIST_BYTES = 4 << 20
+"""The end of the metrics in which ``launch list`` looks for the newest values, unless the result has them."""
+
+
+def _brief(directory: RunDir, plan: Any) -> dict[str, Any]:
+    result = directory.result()
+    newest = _newest_lines(directory, result or {}, LIST_BYTES)
     return {
         "name": directory.path.name,
-        "state": state.value,
-        "backend": str(directory.plan_data()["backend"]),
-        "progress": _progress(directory.newest_metrics("loss")),
-        "evaluation": dict(directory.newest_metrics("eval").get("eval", {})),
+        "state": result["state"] if result else _state(directory).value,
+        "backend": str(plan["backend"]),
+        "progress": newest["progress"],
+        "evaluation": newest["evaluation"],
     }
 
 
-def _progress(record: dict[str, Any]) -> dict[str, Any]:
-    kept = ("step", "total_steps", "epoch", "loss", "lr", "samples_per_second")
-    return {key: record[key] for key in kept if key in record}
+def _newest_lines(directory: RunDir, result: Mapping[str, Any], limit: int = MAX_LINES_BYTES) -> dict[str, Any]:
+    """The newest progress and evaluation: from the result if the metrics have not grown after it, else from their log."""
+    newest = result.get("newest")
+    if newest and all(isinstance(newest.get(key), dict) for key in ("progress", "evaluation")):
+        with suppress(FileNotFoundError):
+            if newest.get("bytes") == directory.metrics_file.lstat().st_size:
+                return dict(newest)
+    return directory.newest_lines(limit)
 
 
 def _explanation(directory: RunDir, shown_rank: int | None) -> str:
@@ -306,20 +317,7 @@ def _explanation(directory: RunDir, shown_rank: int | None) -> str:
             f" supervisor was killed, or {directory.path} is not the same folder on the nodes. Check the logs in"
             f" {directory.logs} and {directory.path / 'submitit'}."
         )
-    rank = "" if failure["rank"] is None else f"rank {failure['rank']} "
-    where = f" [{rank}on {failure['host']}]" if failure.get("host") else ""
-    text = f"{failure['message']}{where}\n"
-    if shown_rank is not None and failure["rank"] == shown_rank:
-        pass
-    elif failure.get("traceback"):
-        text += "\n" + failure["traceback"].rstrip() + "\n"
-    elif failure.get("log"):
-        text += "\nThe last lines of its log:\n" + "\n".join(failure["log"]) + "\n"
-    warnings = failure.get("nccl_warnings") or []
-    if warnings:
-        more = [f"... and those of {len(warnings) - 4} more ranks"] if len(warnings) > 4 else []
-        text += "\n" + "\n".join([*warnings[:4], *more]) + "\n"
-    return f"{text}{failure['kind']}: {failure['advice']}"
+    return explain(failure, shown_rank)
 
 
 # ---- runs of a folder -------------------------------------------------------------------------------------------
@@ -330,6 +328,18 @@ def runs(folder: str | Path = "runs") -> list[Run]:
     return [Run(r) for r in run_dir.all_runs(as_path("folder", folder))]
 
 
+def ask_at_once(found: Iterable[Run]) -> None:
+    """Ask each scheduler once for the jobs of all runs without a result, so that their `state` needs no question."""
+    jobs: dict[str, dict[str, float]] = {}
+    for run in found:
+        with suppress(BadRequest), reading(run.path):
+            if not os.path.lexists(run.dir.result_file) and (job := run.job()) is not None:
+                jobs.setdefault(job["backend"], {})[job["job_id"]] = _submitted(job)
+    for backend, ids in jobs.items():
+        if backends.get(backend).capabilities.poll_seconds:
+            answers.states(backends.get(backend), ids)
+
+
 def find(name: str | Path, folder: str | Path) -> Run:
     """Return the run `name` in `folder`, or the run in the directory `name`.
 
@@ -337,13 +347,4 @@ def find(name: str | Path, folder: str | Path) -> Run:
         BadRequest: there is none (the message lists similar names), or its format version is unknown.
     """
     folder, _ = as_path("runs folder", folder), as_path("run", name)
-    with suppress(OSError):  # such as a name that is too long for a file name
-        for path in (folder / name, Path(name)):
-            if (path / "plan.json").is_file():
-                run = Run(RunDir(path.resolve()))
-                run.check_format()
-                return run
-    known = [r.path.name for r in run_dir.all_runs(folder)]
-    near = nearest(str(name), known, most=3) or known[:3]
-    hint = f" Runs there: {', '.join(near)}." if near else ""
-    raise BadRequest(f"there is no run {str(name)!r} in {folder.resolve()}.{hint} A path to a run directory works too.")
+    return Run(run_dir.find(name, folder))

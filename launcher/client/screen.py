@@ -13,6 +13,7 @@ class Screen:
     Attributes:
         live: the stream shows incomplete lines and can write over them: a terminal or a notebook.
         raw: the terminal does not begin a new line at the left by itself.
+        written: how often something was written.
     """
 
     def __init__(self, out: TextIO) -> None:
@@ -20,6 +21,7 @@ class Screen:
         self.terminal = out.isatty()
         self.live = self.terminal or type(out).__module__.partition(".")[0] == "ipykernel"
         self.raw = False
+        self.written = 0
         self._at_left = True
         self._progress = ""
 
@@ -39,6 +41,7 @@ class Screen:
     def data(self, data: bytes) -> None:
         """Write output of a rank to the terminal as it is."""
         self.erase()
+        self.written += 1
         self.out.flush()
         while data:
             self._at_left = data.endswith(b"\n")
@@ -63,6 +66,7 @@ class Screen:
         self.out.flush()
 
     def _write(self, text: str) -> None:
+        self.written += 1
         encoding = getattr(self.out, "encoding", None) or "utf-8"
         text = text.encode(encoding, "backslashreplace").decode(encoding)
         self.out.write(text.replace("\n", "\r\n") if self.raw else text)

@@ -12,7 +12,9 @@ class Timeouts:
     Attributes of a run:
         run_heartbeat: between two heartbeats of the supervisor of a run.
         run_heartbeat_age: a run whose heartbeat is younger is alive; its engine is not asked.
-        follow: between two looks at the logs of a run that is followed.
+        follow: between two looks at a run that is followed, while something happens.
+        follow_silent: the same after silence of 20 times as long.
+        answer: wait for another command of this user that asks the scheduler; then this one asks, too.
         mount: wait, between two attempts, for a run directory that cannot be written; a lost mount may come back.
 
     Attributes of agents:
@@ -70,7 +72,9 @@ class Timeouts:
 
     run_heartbeat: float = 2.0
     run_heartbeat_age: float = 10.0
-    follow: float = 0.2
+    follow: float = 0.1
+    follow_silent: float = 1.0
+    answer: float = 20.0
     mount: float = 120.0
 
     connect: float = 300.0

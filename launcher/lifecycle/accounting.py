@@ -14,13 +14,12 @@ and the last duration of an attempt.
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-Record = Mapping[str, Any]
+from launcher.lifecycle.records.attempts import Attempt, AttemptsDigest
+from launcher.lifecycle.records.metrics import MetricsDigest, Record, StepLog, evaluation_seconds
 
 
 @dataclass(frozen=True)
@@ -74,108 +73,47 @@ class Ledger:
     attempts: tuple[Account, ...]
 
 
-@dataclass
-class _Attempt:
-    """What the events say of an attempt."""
-
-    number: int
-    ranks: int
-    queue: float
-    held_from: float  # devices are held from here on
-    ended: float | None = None
-    last_sign: float = 0.0  # the newest time in either log
-    resumed: int | None = None  # the step it went on from, where it says so
-    stalls: dict[int, float] = field(default_factory=dict)  # step of a checkpoint -> seconds that training waited
-    silent_saves: bool = False  # checkpoints were saved, and nobody recorded how long training waited
-
-
 def keep(events: Iterable[Record], records: Iterable[Record], now: float | None = None) -> Ledger:
-    """Return the accounts of a run.
+    """Return the accounts of a run; see `ledger`.
 
     Args:
         events: the records of ``events.jsonl``, in the order of the file.
         records: the records of ``metrics.jsonl``, in the order of the file.
-        now: seconds since 1970, for a run that is still running: its last attempt counts up to here.
+        now: as for `ledger`.
     """
-    logs: dict[int, list[Record]] = {}
-    for record in records:
-        if isinstance(record.get("step"), int) and isinstance(record.get("time"), int | float):
-            logs.setdefault(record.get("attempt", 1), []).append(record)
-    pace, spacing = _habits(logs.values())
+    attempts, metrics = AttemptsDigest(), MetricsDigest()
+    attempts.add(events)
+    metrics.add(records)
+    return ledger(attempts, metrics, now)
+
+
+def ledger(attempts: AttemptsDigest, metrics: MetricsDigest, now: float | None = None) -> Ledger:
+    """Return the accounts of a run from the digests of its two logs.
+
+    `now`: seconds since 1970, for a run that is still running: its last attempt counts up to here.
+    """
+    spacing, pace = metrics.spacing(), metrics.pace()
     accounts: list[Account] = []
     newest = end = 0  # the newest step ever done; the one at which the attempt before ended
-    for attempt in _attempts(events, logs, now):
-        log = logs.get(attempt.number, [])
+    last_sign = 0.0  # of the attempt before
+    for attempt in attempts.attempts:
+        log = metrics.logs.get(attempt.number)
         at = attempt.resumed
         if at is None:
-            at = max(0, log[0]["step"] - spacing) if log else end
+            # If the log has no two lines of steps, the steps before a first line are those from step 0 on.
+            at = end if log is None else 0 if spacing is None else max(0, log.head[0].step - spacing)
         if accounts:
             accounts[-1] = replace(accounts[-1], steps_lost=max(0, end - at))
         else:
             newest = at
-        accounts.append(_account(attempt, log, at, newest, pace))
-        end = max((record["step"] for record in log), default=at)
+        waiting = last_sign if attempt.disappeared else attempt.waiting
+        last_sign = max(attempt.last_sign, attempt.started if log is None else log.newest.time)
+        ended = now if attempt.ended is None and attempt is attempts.attempts[-1] else attempt.ended
+        account = _account(attempt, log, at, newest, pace, last_sign if ended is None else ended)
+        accounts.append(replace(account, queue=0.0 if waiting is None else max(0.0, attempt.started - waiting)))
+        end = at if log is None else log.step
         newest = max(newest, end)
     return Ledger(_total(accounts), tuple(accounts))
-
-
-def _attempts(events: Iterable[Record], logs: Mapping[int, Sequence[Record]], now: float | None) -> list[_Attempt]:
-    """The attempts in the order in which they started; `now` ends one that nothing else has ended."""
-    found: list[_Attempt] = []
-    waiting: float | None = None  # since when the run has been in a queue
-    held: float | None = None  # since when devices have waited for the next attempt
-    for event in events:
-        kind, time = event.get("event"), event.get("time")
-        if not isinstance(time, int | float):
-            continue
-        attempt = next((a for a in reversed(found) if a.number == event.get("attempt", a.number)), None)
-        if kind == "submitted":
-            waiting, held = time, None
-        elif kind == "started":
-            if found and waiting is None and held is None:
-                waiting = found[-1].last_sign  # its job disappeared without a word, and came back
-            number, ranks = event.get("attempt", len(found) + 1), event.get("world_size", 1)
-            queue = max(0.0, time - waiting) if waiting is not None else 0.0
-            log = logs.get(number)
-            last_sign = max(time, log[-1]["time"]) if log else time
-            found.append(_Attempt(number, ranks, queue, held_from=time if held is None else held, last_sign=last_sign))
-            waiting = held = None
-        elif kind == "requeued" and attempt is None:  # by an attempt of which no rank had started
-            waiting, held = time, None
-        elif attempt is not None:
-            attempt.last_sign = max(attempt.last_sign, time)
-            match kind:
-                case "failed" | "finished":
-                    attempt.ended = time
-                case "restarted":
-                    attempt.ended = held = time
-                case "requeued":
-                    attempt.ended = waiting = time
-                    held = None  # a node was lost, and the next attempt is on others
-                case "resumed":
-                    attempt.resumed = event["step"]
-                case "saved" if isinstance(event.get("blocked"), int | float):
-                    attempt.stalls[event["step"]] = event["blocked"]
-                case "saved":
-                    attempt.silent_saves = True
-    if found and found[-1].ended is None:
-        found[-1].ended = now
-    return found
-
-
-def _habits(logs: Iterable[Sequence[Record]]) -> tuple[float, int]:
-    """The seconds of a step and the steps between two records of steps; medians over the run."""
-    from statistics import median  # imported on use: `launch list` starts without it
-
-    paces, gaps = [], []
-    for log in logs:
-        for before, after in pairwise(log):
-            gap, seconds = after["step"] - before["step"], after["time"] - before["time"]
-            if gap > 0 and seconds >= 0 and not ("eval" in before or "eval" in after):
-                paces.append(seconds / gap)
-                gaps.append(gap)
-    # If the log has no two records of steps, the steps before a first record are those since step 0, and they took no time.
-    return median(paces) if paces else 0.0, round(median(gaps)) if gaps else sys.maxsize
 
 
 class _Parts:
@@ -191,35 +129,47 @@ class _Parts:
         self.left -= part
 
 
-def _account(attempt: _Attempt, log: Sequence[Record], at: int, newest: int, pace: float) -> Account:
+def _account(attempt: Attempt, log: StepLog | None, at: int, newest: int, pace: float, ended: float) -> Account:
     """The account of an attempt that went on from step `at` when `newest` was the newest step ever done."""
     parts = _Parts()
     new = again = 0
-    time, step = attempt.held_from, at
-    first_pace = _habits([log[:4]])[0] or pace  # of the steps nearest to the first ones: paces drift
-    for record in log:
-        parts.left = max(0.0, record["time"] - time)
-        done = max(0, record["step"] - step)
-        parts.give("checkpoint", sum(s for saved, s in attempt.stalls.items() if step <= saved < record["step"]))
-        if "eval" in record:
-            known = done == 0 or (pace > 0 and record is not log[0])
-            parts.give("evaluation", record.get("seconds", parts.left - done * pace if known else 0.0))
-        if record is log[0]:
-            parts.give("startup", parts.left - done * first_pace)
-        if done:
-            repeated = min(done, max(0, newest - step))
-            parts.give("replayed", parts.left * repeated / done)
-            parts.give("useful")
-            new, again = new + done - repeated, again + repeated
-        parts.give("other")
-        time, step = record["time"], max(step, record["step"])
-    parts.left = max(0.0, (attempt.last_sign if attempt.ended is None else attempt.ended) - time)
-    parts.give("checkpoint", sum(s for saved, s in attempt.stalls.items() if step <= saved))
-    parts.give("other" if log else "startup")
-    seconds: dict[str, Any] = parts.seconds | {"queue": attempt.queue, "held": sum(parts.seconds.values())}
+    stalls, time = attempt.stalls.items(), attempt.started if attempt.held is None else attempt.held
+    if log is not None:
+        new, again = _first_line(parts, log, at, newest, pace, attempt)
+        new, again = new + log.steps, again + log.steps_replayed
+        # Training waits for a checkpoint after its step, which the next line counts.
+        kept = [(step, seconds) for step, seconds in stalls if log.head[0].step <= step < log.step]
+        for name in ("replayed", "useful"):
+            parts.left = getattr(log, name)
+            parts.give("checkpoint", sum(s for step, s in kept if (step < log.before) == (name == "replayed")))
+            parts.give(name)
+        parts.seconds["evaluation"] += log.evaluation
+        parts.seconds["other"] += log.other
+        time = log.newest.time
+    parts.left = max(0.0, ended - time)
+    parts.give("checkpoint", sum(s for step, s in stalls if (at if log is None else max(at, log.step)) <= step))
+    parts.give("startup" if log is None else "other")
+    seconds: dict[str, Any] = parts.seconds | {"held": sum(parts.seconds.values())}
     if attempt.silent_saves:
         seconds["checkpoint"] = None
     return _closed(Account(attempt.number, attempt.ranks, steps=new, steps_replayed=again, **seconds))
+
+
+def _first_line(parts: _Parts, log: StepLog, at: int, newest: int, pace: float, attempt: Attempt) -> tuple[int, int]:
+    """Give out the time up to the first line of an attempt; return its new steps and those done again."""
+    first = log.head[0]
+    parts.left = max(0.0, first.time - (attempt.started if attempt.held is None else attempt.held))
+    done = max(0, first.step - at)
+    parts.give("checkpoint", sum(s for step, s in attempt.stalls.items() if at <= step < first.step))
+    if first.evaluation:
+        parts.give("evaluation", evaluation_seconds(first, parts.left, done, 0.0))
+    parts.give("startup", parts.left - done * (log.first_pace() or pace))  # of the first steps: paces drift
+    again = min(done, max(0, newest - at))
+    if done:
+        parts.give("replayed", parts.left * again / done)
+        parts.give("useful")
+    parts.give("other")
+    return done - again, again
 
 
 def _closed(account: Account) -> Account:

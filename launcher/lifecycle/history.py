@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
@@ -109,36 +110,52 @@ def submissions(events: Iterable[Mapping[str, Any]]) -> int:
     return sum(event["event"] == "submitted" for event in events)
 
 
+LINES = re.compile('"(?:submitted|failed|interrupted|save-failed|save-interrupted|excluded|readmitted|requeued)"')
+"""What the lines of the events that `read` reads contain; most lines of a long run do not."""
+
+
 def read(events: Iterable[Mapping[str, Any]]) -> History:
-    """Build the history from the events of a run."""
+    """Build the history from the events of a run. Values of other types than this version writes are left out."""
     history, cluster = History(), None
+    failures: list[FailedAttempt] = []
+    saves: dict[FailedSave, None] = {}  # ranks may record the same
     for event in events:
         match event:
             case {"event": "submitted"}:
                 same, cluster = cluster in (None, event.get("cluster")), event.get("cluster")
                 history = History(excluded=history.excluded if same else ())
-            case {"event": "failed", "kind": kind}:
-                failed_attempt = FailedAttempt(kind, event.get("rank"), event.get("host"), event.get("step"))
-                history = replace(history, failed_attempts=(*history.failed_attempts, failed_attempt))
+                failures, saves = [], {}
+            case {"event": "failed", "kind": str(kind)}:
+                rank, host, step = (event.get(key) for key in ("rank", "host", "step"))
+                failures.append(
+                    FailedAttempt(kind, _whole(rank), host if isinstance(host, str) else None, _whole(step))
+                )
             case {"event": "interrupted"}:
                 history = replace(history, losses=history.losses + 1 if event.get("lost_everything") else 0)
             case {"event": "save-failed" | "save-interrupted", "step": int(step), "error": error}:
-                failed = dict.fromkeys(
-                    (*history.failed_saves, FailedSave(step, str(error)))
-                )  # ranks may record the same
-                history = replace(history, failed_saves=tuple(failed))
+                saves[FailedSave(step, str(error))] = None
             case {"event": "excluded", "exclude": hosts}:
-                history = replace(history, excluded=tuple(dict.fromkeys((*history.excluded, *hosts))))
+                history = _without(history, hosts)
             case {"event": "readmitted"}:
                 history = replace(history, excluded=())
             case {"event": "requeued"}:
-                taken = event.get("step") if event.get("reason") == "preempted" else history.preempted
-                excluded = tuple(dict.fromkeys((*history.excluded, *event.get("exclude", ()))))
-                history = replace(history, preempted=taken, excluded=excluded)
-                if event.get("reason") == "preempted":
-                    first = event.get("first")
+                preempted = event.get("reason") == "preempted"
+                taken = _whole(event.get("step")) if preempted else history.preempted
+                history = replace(_without(history, event.get("exclude", ())), preempted=taken)
+                if preempted:
+                    first = _whole(event.get("first"))
                     history = replace(history, first=first, same_first=history.begun_again(first))
-    return history
+    return replace(history, failed_attempts=tuple(failures), failed_saves=tuple(saves))
+
+
+def _whole(value: object) -> int | None:
+    return value if type(value) is int else None
+
+
+def _without(history: History, hosts: object) -> History:
+    """The history with more excluded hosts."""
+    names = [host for host in hosts if isinstance(host, str)] if isinstance(hosts, list | tuple) else []
+    return replace(history, excluded=tuple(dict.fromkeys((*history.excluded, *names)))) if names else history
 
 
 class EventLog(Protocol):

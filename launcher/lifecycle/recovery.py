@@ -130,7 +130,7 @@ class Recovery:
     def after(self, relocation: Relocation, attempt: int, outcome: Outcome, *, may_restart: bool = True) -> End | Again:
         """Decide what follows from `outcome`, and record it."""
         record_unfinished_saves(self.run_dir, attempt)
-        past, step = history.read(self.run_dir.events()), outcome.step
+        past, step = history.read(self.run_dir.events(history.LINES)), outcome.step
         left = self.plan.spec.max_restarts - len(past.failed_attempts) if may_restart else 0
         action, failure = decide(outcome, left, past, relocation.movable, relocation.spare(outcome))
         match action:
@@ -163,7 +163,10 @@ class Recovery:
             return End(State.STOPPED, requeued=True)
         if fate == "preempting":
             step = step or self.run_dir.newest_step()
-            past, allowed = history.read(self.run_dir.events()), self.plan.cluster.requeues_without_progress
+            past, allowed = (
+                history.read(self.run_dir.events(history.LINES)),
+                self.plan.cluster.requeues_without_progress,
+            )
             first = self.run_dir.first_step(attempt)
             if failure := no_progress(past, step, allowed, first):
                 return End(State.STOPPED, failure, step)
@@ -251,8 +254,9 @@ def end_run(
         "world_size": plan.placement.world_size,
         "attempts": attempt,
         "seconds": round(time.monotonic() - started, 3),
+        "newest": run_dir.newest_lines(),
     }
-    if failed := history.read(run_dir.events()).saves_that_failed():
+    if failed := history.read(run_dir.events(history.LINES)).saves_that_failed():
         fields["failed_saves"] = failed
     if failure is not None:
         history.record_failed(run_dir, _failure_fields(attempt, failure, step))

@@ -10,22 +10,27 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from launcher.config.codec import from_data, to_data, to_json
-from launcher.errors import BadRequest
-from launcher.lifecycle.run_files import FileOfRun, RunFiles
+from launcher.errors import BadRequest, LaunchError
+from launcher.lifecycle.records.result import check_result
+from launcher.lifecycle.run_files import FileOfRun, RunFiles, RunPaths
 from launcher.lifecycle.trust import check_job, check_own
 from launcher.request.spec import Plan, State
-from training.files import open_plain, read_json, write_atomic
+from training.errors import nearest
+from training.files import MAX_JSON_BYTES, open_plain, read_json, write_atomic
 from training.flags.typed import brief
 
 FORMAT = 2
 """The version of what run directories hold, in ``plan.json`` and in ``submitted`` events; the first had none."""
+
+MAX_JOB_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -85,18 +90,23 @@ class RunDir(RunFiles):
             _check_format(self.plan_file, data.pop("format", None))
         return data
 
-    def check_format(self) -> None:
-        """Check that the plan and the log of events are of this version's format, and change nothing.
+    def check_format(self) -> Any:
+        """Check that the plan and the log of events are of this version's format, and return `plan_data`.
 
         Raises:
             BadRequest: one is not; the text names both versions.
         """
-        self.plan_data()
+        plan = self.plan_data()
         first: object = None
-        with suppress(OSError, ValueError, RecursionError), os.fdopen(open_plain(self.events_file), "rb") as file:
-            first = json.loads(file.readline(64 * 1024))
+        with suppress(OSError, ValueError, RecursionError):
+            handle = open_plain(self.events_file)
+            try:
+                first = json.loads(os.read(handle, 64 * 1024).partition(b"\n")[0])
+            finally:
+                os.close(handle)
         if isinstance(first, dict) and (first.get("event") == "submitted" or "format" in first):
             _check_format(self.events_file, first.get("format"))
+        return plan
 
     def write_job(self, backend: str, job_id: str) -> None:
         """Leave what any shell needs to ask the engine about the run."""
@@ -109,12 +119,12 @@ class RunDir(RunFiles):
         Raises:
             BadRequest: its engine is unknown, or its job id has not that engine's form.
         """
-        record = self._record(self.job_file)
+        record = self._record(self.job_file, MAX_JOB_BYTES)
         return None if record is None else check_job(record, self.job_file)
 
-    def _record(self, file: Path) -> dict[str, Any] | None:
+    def _record(self, file: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
         try:
-            record = read_json(file)
+            record = read_json(file, limit=limit)
         except (OSError, ValueError) as error:
             raise BadRequest(f"{file} cannot be read: {error}.") from None
         if record is not None and not isinstance(record, dict):
@@ -127,25 +137,11 @@ class RunDir(RunFiles):
         Raises:
             BadRequest: others can, it belongs to another user, or one of its files is a symbolic link.
         """
-        names = [value.name for value in vars(RunFiles).values() if isinstance(value, FileOfRun)]
+        names = [value.name for value in vars(RunPaths).values() if isinstance(value, FileOfRun)]
         check_own(
             self.path,
             [*(name for name in names if name not in ("code", "packages")), "errors", "submitit", "environment.json"],
         )
-
-    def answer(self, job_id: str, seconds: float) -> str | None:
-        """What the engine said of the job in the last `seconds`, if anybody asked."""
-        with suppress(OSError, ValueError, TypeError, KeyError):  # a damaged answer is none
-            answer = read_json(self.answer_file) or {}
-            fresh = 0 <= time.time() - answer.get("time", 0.0) < seconds
-            if fresh and answer["job_id"] == job_id:
-                return State(answer["state"]).value
-        return None
-
-    def keep_answer(self, job_id: str, state: State) -> None:
-        """Cache the state that the engine reported; nothing is cached if the run directory cannot be written."""
-        with suppress(OSError):
-            write_atomic(self.answer_file, to_json({"job_id": job_id, "state": state.value, "time": time.time()}))
 
     # ---- the end --------------------------------------------------------------------------------------------------
 
@@ -156,11 +152,17 @@ class RunDir(RunFiles):
         self.reserve_file.unlink(missing_ok=True)
 
     def result(self) -> dict[str, Any] | None:
-        return self._record(self.result_file)
+        """Read back what `write_result` left; None before.
+
+        Raises:
+            BadRequest: it cannot be read, or a value has another type than `write_result` gave it.
+        """
+        record = self._record(self.result_file)
+        return None if record is None else check_result(record, [state.value for state in State], self.result_file)
 
     def _end(self) -> tuple[Path, ...]:
         ended = (self.result_file, self.value_file, self.value_pickle)
-        return (*ended, self.stop_file, self.heartbeat_file, self.rendezvous_file, self.answer_file)
+        return (*ended, self.stop_file, self.heartbeat_file, self.rendezvous_file)
 
     def reopen(self) -> None:
         """Forget the end of the last submission so that the run can be submitted again; its history stays in events."""
@@ -173,11 +175,14 @@ class RunDir(RunFiles):
         kept = self.path / f".end-{os.urandom(8).hex()}"
         kept.mkdir(0o700)
         changed = (self.plan_file, self.job_file, self.script_file)
-        size = self.events_file.stat().st_size if self.events_file.exists() else 0
+        size = self.events_file.stat().st_size if self.events_file.exists() else None
         begun = False
         try:
             for path in (path for path in changed if path.exists()):
-                shutil.copy2(path, kept / path.name, follow_symlinks=False)
+                try:
+                    os.link(path, kept / path.name, follow_symlinks=False)  # what changes it writes a new file
+                except OSError:  # a file system without hard links
+                    shutil.copy2(path, kept / path.name, follow_symlinks=False)
             for path in self._end():
                 with suppress(FileNotFoundError):
                     os.rename(path, kept / path.name)
@@ -189,10 +194,47 @@ class RunDir(RunFiles):
             for path in kept.iterdir():
                 os.replace(path, self.path / path.name)
             with suppress(FileNotFoundError):
-                os.truncate(self.events_file, size)
+                self.events_file.unlink() if size is None else os.truncate(self.events_file, size)
             raise
         finally:
             shutil.rmtree(kept, ignore_errors=True)
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class WatchedDir(RunDir):
+    """A run directory that is looked at again and again: a file is read again once it has changed."""
+
+    _found: dict[object, tuple[object, Any]] = field(default_factory=dict, compare=False, repr=False)
+
+    def _again(self, key: object, path: Path, read: Callable[[], T]) -> T:
+        try:
+            info = path.lstat()
+            facts = (info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_nlink)
+        except FileNotFoundError:
+            facts = None
+        if key not in self._found or self._found[key][0] != facts:
+            self._found[key] = facts, read()
+        found: T = self._found[key][1]
+        return found
+
+    def job(self) -> dict[str, Any] | None:
+        """As `RunDir.job`."""
+        return self._again("job", self.job_file, super().job)
+
+    def result(self) -> dict[str, Any] | None:
+        """As `RunDir.result`."""
+        return self._again("result", self.result_file, super().result)
+
+    def newest_event(self, *kinds: str) -> dict[str, Any] | None:
+        """As `RunDir.newest_event`."""
+        return self._again(kinds, self.events_file, partial(super().newest_event, *kinds))
+
+    def last_attempt(self) -> int:
+        """As `RunDir.last_attempt`."""
+        return self._again("last_attempt", self.logs, super().last_attempt)
 
 
 def _check_format(file: Path, found: object) -> None:
@@ -217,16 +259,60 @@ def tail(path: Path, lines: int = 20) -> list[str]:
 
 
 def all_runs(folder: Path) -> Iterable[RunDir]:
-    """The runs in `folder`, newest first.
+    """The runs in `folder`, newest first; also those that this user cannot read.
 
     Raises:
         BadRequest: the folder cannot be read.
     """
     found = []
     try:
-        for path in folder.glob("*/plan.json"):
-            with suppress(OSError):  # removed just now, or not to be read by this user
-                found.append((path.lstat().st_mtime, RunDir(path.parent)))
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                try:
+                    found.append((os.lstat(f"{entry.path}/plan.json").st_mtime, RunDir(Path(entry.path))))
+                except PermissionError:
+                    found.append((0.0, RunDir(Path(entry.path))))
+                except OSError:  # no run, or removed just now
+                    continue
+    except FileNotFoundError:
+        return []
     except OSError as error:  # such as a name that is too long for a folder
         raise BadRequest(f"the runs folder {folder} cannot be read: {error.strerror or error}.") from None
     return [run for _, run in sorted(found, key=lambda each: each[0], reverse=True)]
+
+
+def find(name: str | Path, folder: Path) -> RunDir:
+    """Return the run directory `name` in `folder`, or at `name`.
+
+    Raises:
+        BadRequest: there is none (the message lists similar names), it cannot be read, or its format version is unknown.
+    """
+    for path in (folder / name, Path(name)):
+        try:
+            os.lstat(path / "plan.json")
+            found = RunDir(path.resolve())
+        except PermissionError as error:
+            raise BadRequest(f"the run {path} cannot be read: {error.strerror}.") from None
+        except (OSError, RuntimeError):  # no run, a name that is too long for a file name, or a circle of links
+            continue
+        found.check_format()
+        return found
+    known = [run.path.name for run in all_runs(folder)]
+    near = nearest(str(name), known, most=3) or known[:3]
+    hint = f" Runs there: {', '.join(near)}." if near else ""
+    raise BadRequest(f"there is no run {str(name)!r} in {folder.resolve()}.{hint} A path to a run directory works too.")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Convert errors of the block, from a damaged run directory at `path`, to BadRequest."""
+    try:
+        yield
+    except (LaunchError, BrokenPipeError):
+        raise
+    except OSError as error:
+        raise BadRequest(f"{error.filename or path} cannot be used: {error.strerror or error}.") from error
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        raise BadRequest(
+            f"{path} cannot be read: a file in it is damaged ({type(error).__name__}: {error})."
+        ) from error

@@ -14,10 +14,27 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from launcher.config.codec import to_json
-from training.files import FULL_DISK, append_line, newest_record, open_plain, read_json, read_lines, write_atomic
+from launcher.lifecycle.records.attempts import AttemptsDigest
+from launcher.lifecycle.records.index import read_digests
+from launcher.lifecycle.records.metrics import MetricsDigest
+from training.files import (
+    FULL_DISK,
+    MAX_LINES_BYTES,
+    append_line,
+    names_in,
+    newest_records,
+    open_plain,
+    read_json,
+    read_lines,
+    write_atomic,
+)
 
 RESERVE_BYTES = 256 * 1024
 """Disk space in bytes that a run reserves for its last events and its result."""
+
+
+PROGRESS = ("step", "total_steps", "epoch", "loss", "lr", "samples_per_second")
+"""Fields of a line of metrics that say how far a run is."""
 
 
 class FileOfRun:
@@ -26,12 +43,12 @@ class FileOfRun:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def __get__(self, run_dir: RunFiles, _: object = None) -> Path:
+    def __get__(self, run_dir: RunPaths, _: object = None) -> Path:
         return run_dir.path / self.name
 
 
 @dataclass(frozen=True)
-class RunFiles:
+class RunPaths:
     """The files of one run, by name."""
 
     path: Path
@@ -60,8 +77,6 @@ class RunFiles:
     result_file = FileOfRun("result.json")
     heartbeat_file = FileOfRun("heartbeat")
     rendezvous_file = FileOfRun("rendezvous.json")
-    answer_file = FileOfRun("poll.json")
-    """What the engine said when it was last asked for the job."""
     reserve_file = FileOfRun(".reserve")
     head_file = FileOfRun("ray-head.json")
     """Where the head of a Ray is that lives inside the run's job."""
@@ -88,14 +103,17 @@ class RunFiles:
     def agent_log(self, node: int) -> Path:
         return self.logs / f"agent-{node}.log"
 
-    def open_agent_log(self, node: int) -> BinaryIO:
-        """Open the log of a node's agent to append to it; only the owner can read it."""
-        return os.fdopen(open_plain(self.agent_log(node), os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
-
     def error(self, attempt: int, rank: int) -> Path:
         return self.path / "errors" / str(attempt) / f"{rank}.json"
 
-    # ---- while it runs --------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class RunFiles(RunPaths):
+    """What the processes of a run write to its files, and read back. Nothing is read through a link below the run directory."""
+
+    def open_agent_log(self, node: int) -> BinaryIO:
+        """Open the log of a node's agent to append to it; only the owner can read it."""
+        return os.fdopen(open_plain(self.agent_log(node), os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
 
     def event(self, event: str, /, **fields: Any) -> bool:
         """Add to the log of events. If that cannot be written, print the event to the supervisor's log and return False."""
@@ -122,23 +140,57 @@ class RunFiles:
             self.reserve_file.unlink(missing_ok=True)
             write()
 
-    def events(self) -> list[dict[str, Any]]:
-        return read_lines(self.events_file)
+    def events(self, only: re.Pattern[str] | None = None) -> list[dict[str, Any]]:
+        """The events, of which each has a kind; with `only`, those in whose line it is found."""
+        return [record for record in read_lines(self.events_file, only) if isinstance(record.get("event"), str)]
+
+    def newest_event(self, *kinds: str) -> dict[str, Any] | None:
+        """The newest event of one of these kinds; None if there is none. The log is read from its end."""
+        found = newest_records(self.events_file, kinds, lambda kind, event: event.get("event") == kind, one=True)
+        return next(iter(found.values()), None)
 
     def metrics(self) -> list[dict[str, Any]]:
         return read_lines(self.metrics_file)
 
-    def newest_metrics(self, key: str) -> dict[str, Any]:
-        """The newest record of metrics that has `key`; empty if there is none."""
-        return newest_record(self.metrics_file, key) or {}
+    def newest_lines(self, limit: int = MAX_LINES_BYTES) -> dict[str, Any]:
+        """The newest progress and evaluation in the last `limit` bytes of the metrics, and the size of their log.
+
+        Of the progress, the fields `PROGRESS` are kept.
+        """
+        try:
+            size = self.metrics_file.lstat().st_size
+        except FileNotFoundError:
+            return {"bytes": 0, "progress": {}, "evaluation": {}}
+        found = newest_records(self.metrics_file, ("loss", "eval"), lambda key, record: key in record, limit)
+        step, evaluation = found.get("loss", {}), found.get("eval", {}).get("eval")
+        progress = {key: step[key] for key in PROGRESS if key in step}
+        return {
+            "bytes": size,
+            "progress": progress,
+            "evaluation": evaluation if isinstance(evaluation, dict) else {},
+        }
+
+    def digests(self) -> tuple[MetricsDigest, AttemptsDigest]:
+        """What the logs of metrics and events add up to."""
+        return read_digests(self.metrics_file, self.events_file)
 
     def newest_step(self) -> int | None:
         """The newest step in the metrics; None where the target logs none."""
-        return max((int(m.get("step", 0)) for m in self.metrics()), default=None)
+        return self.digests()[0].newest
 
     def first_step(self, attempt: int) -> int | None:
         """The first step in the metrics of an attempt; None where the target logged none."""
-        return min((int(m.get("step", 0)) for m in self.metrics() if m.get("attempt") == attempt), default=None)
+        log = self.digests()[0].logs.get(attempt)
+        return None if log is None else log.least
+
+    def has_saved(self) -> bool:
+        """Whether the program has saved a checkpoint through its Context, in any attempt."""
+        checkpoints = self.path / "checkpoints"
+        with suppress(OSError):  # such as a link to another disk; then the events say it
+            for name in names_in(checkpoints, self.path):
+                if name.startswith("step-") and (checkpoints / name / "manifest.json").exists():
+                    return True
+        return self.newest_event("saved") is not None
 
     def claim_attempt(self) -> int:
         """Return the next attempt's number and make its folders; no two callers get the same one."""
@@ -157,9 +209,13 @@ class RunFiles:
 
     def last_attempt(self) -> int:
         """The number of the newest attempt; 0 before the first."""
-        if not self.logs.is_dir():
-            return 0
-        return max((int(p.name) for p in self.logs.iterdir() if re.fullmatch("[0-9]{1,9}", p.name)), default=0)
+        names = names_in(self.logs, self.path)
+        return max((int(name) for name in names if re.fullmatch("[0-9]{1,9}", name)), default=0)
+
+    def ranks_with_logs(self, attempt: int) -> list[int]:
+        """The ranks of an attempt that have a log, in ascending order."""
+        names = names_in(self.logs / str(attempt), self.path)
+        return sorted(int(name.removesuffix(".log")) for name in names if re.fullmatch(r"[0-9]{1,9}\.log", name))
 
     def beat(self) -> None:
         """Say that the run is supervised right now."""
@@ -178,7 +234,8 @@ class RunFiles:
 
     def session(self) -> str | None:
         """What the newest `claim_session` returned."""
-        return (read_json(self.session_file) or {}).get("session")
+        found = (read_json(self.session_file) or {}).get("session")
+        return found if isinstance(found, str) else None
 
     def heartbeat_age(self) -> float | None:
         """Seconds since the last beat, by this machine's clock; None when there was none."""
@@ -197,7 +254,9 @@ class RunFiles:
         """
         folder = self.path / "errors" / str(attempt)
         found = []
-        for path in folder.glob("*.json") if folder.is_dir() else ():
+        for name in names_in(folder, self.path):
             with suppress(OSError, ValueError):
-                found.append(read_json(path))
-        return sorted((e for e in found if e), key=lambda e: (e.get("kind") == "communication", e.get("time", 0.0)))
+                error = read_json(folder / name, self.path) if name.endswith(".json") else None
+                if isinstance(error, dict) and isinstance(error.get("time", 0.0), int | float):
+                    found.append(error)
+        return sorted(found, key=lambda e: (e.get("kind") == "communication", e.get("time", 0.0)))

@@ -52,14 +52,6 @@ def check_job(record: Mapping[str, Any], where: Path) -> dict[str, Any]:
     return dict(record)
 
 
-def is_own(folder: Path) -> bool:
-    """Whether `folder` belongs to this user."""
-    try:
-        return folder.stat().st_uid == os.geteuid()
-    except OSError:
-        return False
-
-
 def check_own(folder: Path, names: Iterable[str]) -> None:
     """Check that a run directory belongs to this user and that nobody else can change what is in it.
 
@@ -78,10 +70,11 @@ def check_own(folder: Path, names: Iterable[str]) -> None:
             except FileNotFoundError:
                 continue
             if stat.S_ISLNK(found.st_mode):
-                if path.resolve().is_relative_to(folder.resolve()):  # submitit names the script of a job by two names
+                # submitit names the script of a job by two names
+                if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)) and path.exists():
                     continue
                 raise BadRequest(
-                    f"{path} is a symbolic link out of the run directory, which is not followed."
+                    f"{path} is a symbolic link out of the run directory, or to nothing, which is not followed."
                     f" `rm {shlex.quote(str(path))}`."
                 )
             _check_entry(folder, path, found)
@@ -99,6 +92,8 @@ def _tree(path: Path) -> Iterable[Path]:
 
 
 def _check_entry(folder: Path, path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+        raise BadRequest(f"{path} is a pipe, a socket or a device, which no run has. `rm {shlex.quote(str(path))}`.")
     if found.st_uid != os.geteuid():
         raise BadRequest(
             f"{path} belongs to {_user(found.st_uid)}, and you are {_user(os.geteuid())}: a run is cancelled, resumed and"

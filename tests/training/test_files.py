@@ -5,6 +5,8 @@ import enum
 import json
 import math
 import os
+import random
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,18 +15,20 @@ import numpy as np
 import pytest
 import torch
 
-from training import files as module
 from training.files import (
-    BLOCK_BYTES,
     Lines,
     NotPlain,
     append_line,
+    names_in,
     newest_record,
+    newest_records,
     plain,
     read_json,
     read_lines,
     write_atomic,
 )
+from training.files import lines as module
+from training.files.access import BLOCK_BYTES
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -133,6 +137,76 @@ def test_only_plain_files_are_opened(tmp_path: Path, kind: str) -> None:
         with pytest.raises(NotPlain, match="not a plain file"):
             act(path)
     assert not target.exists() or target.read_text() == "{}"
+
+
+def test_no_folder_below_the_top_may_be_a_link(tmp_path: Path) -> None:
+    top = tmp_path / "top"
+    (top / "a" / "b").mkdir(parents=True)
+    (top / "a" / "b" / "file").write_text("{}")
+    (top / "file").write_text("[]")
+    (tmp_path / "link").symlink_to(top)
+    (top / "out").symlink_to(tmp_path)
+    (top / "in").symlink_to("a")
+    assert read_json(tmp_path / "link" / "a" / "b" / "file", tmp_path / "link") == {}
+    assert names_in(tmp_path / "link" / "a" / "b", tmp_path / "link") == ["file"]
+    assert names_in(top / "a" / "nothing", top) == []
+    assert sorted(names_in(top, top)) == ["a", "file", "in", "out"]
+    for folder in ("out/top", "in/b", "file/x"):
+        with pytest.raises(NotPlain, match="is a link or a file"):
+            read_json(top / folder / "file", top)
+        with pytest.raises(NotPlain, match="is a link or a file"):
+            names_in(top / folder, top)
+
+
+LINES = [
+    b'{"a": 1}\n', b'{"a":[1,2]}\r\n', b' {"b": 2} \n', b"\n", b'{"a":\n', b'{"a":[{}\n', b",{}\n", b"[1]\n", b'"x"\n', b"\xff\n", b"{}\n",
+    b'{"a": "\xc3\xa9"}\n', b'{"a": 1}{"b": 2}\n', b'{"a": 1}}\n', b'{"a": 1},\n', b'{"n": NaN}\n', b'{"long": "' + b"y" * 5000 + b'"}\n',
+    b'{"a": ' + b"9" * 5000 + b"}\n", b"[" * 3000 + b"\n", b'{"a":' * 3000 + b"\n", b'{"a": "\x01"}\n', b"\0\0\n", b'{"event":"x"}\n',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_lines_are_records_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    generator = random.Random(seed)
+    path, chosen = tmp_path / "log", generator.choices(LINES, k=100)
+    path.write_bytes(b"".join(chosen)[: generator.choice([None, -1, -3])])
+    expected = []
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line.decode())
+            expected += [record] if isinstance(record, dict) else []
+    for size in (1 << 16, 1):
+        monkeypatch.setattr(module, "BLOCK_BYTES", size)
+        assert repr(read_lines(path)) == repr(expected)
+        newest = newest_records(path, ["a", "b"], lambda word, record: word in record)
+        for word in ("a", "b"):
+            found = [record for record in expected if word in record]
+            assert repr(newest.get(word)) == repr(found[-1] if found else None)
+        both = [record for record in expected if "a" in record or "b" in record]
+        one = newest_records(path, ["a", "b"], lambda word, record: word in record, one=True)
+        assert [repr(each) for each in one.values()] == [repr(each) for each in both[-1:]]
+    only = re.compile("event|long")
+    assert repr(read_lines(path, only)) == repr([r for r in expected if "event" in r or "long" in r])
+
+
+def test_a_line_over_the_limit_costs_only_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_JSON_BYTES", 1000)
+    monkeypatch.setattr(module, "BLOCK_BYTES", 10)
+    path = tmp_path / "log"
+    for tail in (b"", b"\n", b'\n{"b": 2}\n', b'{"b": 2}\n{"c": 3}\n'):
+        path.write_bytes(b'{"a": 1}\n' + b"x" * 5000 + tail)
+        records = read_lines(path)
+        assert [*records[0]] == ["a"]
+        assert [key for record in records[1:] for key in record] == [
+            key for key in ("b", "c") if f'\n{{"{key}"'.encode() in tail
+        ]
+
+
+def test_a_value_of_very_many_items_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"[" + b"[]," * 2_000_000 + b"[]]")
+    with pytest.raises(ValueError, match="more than 1000000 items"):
+        read_json(path)
 
 
 def test_reading_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

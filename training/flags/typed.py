@@ -14,7 +14,7 @@ import types
 from collections.abc import Hashable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeGuard, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from training.errors import ConfigError, did_you_mean
 
@@ -22,6 +22,9 @@ T = TypeVar("T")
 
 MAX_DEPTH = 32
 """Levels of tables and lists inside each other; more raise ConfigError."""
+
+LARGEST = 2**53
+"""Limit of `is_number` and `is_count`; above it a float is no exact whole number."""
 
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
@@ -115,6 +118,16 @@ def _fields(cls: Any) -> tuple[dict[str, Any], dict[str, dataclasses.Field[Any]]
 def required(field: dataclasses.Field[Any]) -> bool:
     """Whether the field of a dataclass has no default."""
     return is_missing(field.default) and is_missing(field.default_factory)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether `value` is a finite number below 2^53, and no bool."""
+    return (type(value) is float or type(value) is int) and -LARGEST < value < LARGEST
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether `value` is a whole number from 0 to 2^53."""
+    return type(value) is int and 0 <= value < LARGEST
 
 
 def is_missing(value: Any) -> bool:

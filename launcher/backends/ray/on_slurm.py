@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -308,6 +308,14 @@ class RayOnSlurmBackend(Backend):
 
     def poll(self, job_id: str) -> State:
         return self.slurm.poll(job_id)
+
+    def poll_all(self, job_ids: Sequence[str]) -> dict[str, State]:
+        """Return the states of the jobs, and of all jobs of this user."""
+        return self.slurm.poll_all(job_ids)
+
+    def identity(self) -> str:
+        """Return the configuration, and the command, by which SLURM is asked."""
+        return self.slurm.identity()
 
     def cancel(self, job_id: str) -> None:
         self.slurm.cancel(job_id)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.backends.base import Backend, Capabilities
-from launcher.backends.slurm import limits, node_command, query, shell
+from launcher.backends.slurm import limits, node_command, query, queue, shell
 from launcher.config.check import Check
 from launcher.config.cluster import Cluster, NodeKind
 from launcher.errors import BadRequest
@@ -24,32 +24,6 @@ from launcher.lifecycle.trust import SLURM_ID, check_id
 from launcher.request import own_packages
 from launcher.request.spec import Plan, State
 from training.files import write_atomic
-
-STATES: dict[str, State] = {
-    **dict.fromkeys(
-        ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"),
-        State.QUEUED,
-    ),
-    **dict.fromkeys(
-        ("RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED"), State.RUNNING
-    ),
-    **dict.fromkeys(
-        [
-            "BOOT_FAIL",
-            "CANCELLED",
-            "COMPLETED",
-            "DEADLINE",
-            "FAILED",
-            "NODE_FAIL",
-            "OUT_OF_MEMORY",
-            "PREEMPTED",
-            "REVOKED",
-            "TIMEOUT",
-        ],
-        State.LOST,
-    ),
-}
-"""SLURM's job states. Source: "JOB STATE CODES" of squeue(1). Any other state is UNKNOWN."""
 
 
 def _completed(cluster: Cluster, found: Sequence[NodeKind]) -> Cluster:
@@ -194,23 +168,7 @@ def _check_paths(plan: Plan) -> None:
 
 
 def poll(job_id: str) -> State:
-    """Query squeue, then sacct for a job that squeue does not list; without accounting such a job is LOST."""
-    check_id(SLURM_ID, job_id)
-    try:
-        listed = query.ask("squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T")
-    except BadRequest as error:
-        if "Invalid job id" not in str(error):
-            return State.UNKNOWN  # the controller does not answer
-        listed = ""
-    if not listed.strip():
-        try:
-            listed = query.ask(
-                "sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job_id}", "--format=State"
-            )
-        except BadRequest:
-            return State.LOST
-    words = listed.split()  # "CANCELLED by 1000" is one state
-    return STATES.get(words[0].rstrip("+"), State.UNKNOWN) if words else State.LOST
+    return queue.poll_all([job_id])[job_id]
 
 
 def cancel(job_id: str) -> None:
@@ -220,7 +178,7 @@ def cancel(job_id: str) -> None:
 class SlurmBackend(Backend):
     """SLURM: each run is one job.
 
-    All commands that watch a run share an answer of slurmctld for 5 s.
+    All commands of a user on a machine that look at runs share an answer of slurmctld for 5 s.
     """
 
     name = "slurm"
@@ -296,6 +254,14 @@ class SlurmBackend(Backend):
 
     def poll(self, job_id: str) -> State:
         return poll(job_id)
+
+    def poll_all(self, job_ids: Sequence[str]) -> dict[str, State]:
+        """Return the states of the jobs, and of all jobs of this user."""
+        return queue.poll_all(job_ids)
+
+    def identity(self) -> str:
+        """Return the configuration, and the command, by which SLURM is asked."""
+        return queue.identity()
 
     def cancel(self, job_id: str) -> None:
         cancel(job_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import re
 import tracemalloc
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from launcher.client.screen import Screen
-from launcher.client.tail import LONGEST_LINE, LiveTail, Tail, safe
+from launcher.client.tail import LONGEST_LINE, LiveTail, Tail, printable, safe, safe_line, uncoloured
 from launcher.lifecycle.run_dir import tail as last_lines
+from training.files import NotPlain
 
 
 @pytest.mark.parametrize(
@@ -103,6 +105,7 @@ DROPPED = [
     ("\x9b31ma\x9d0;x\x9c", "31ma0;x"),
     ("a\x07\x00\x0e\x7f\x0c", "a"),
     ("\x1b(0a\x1b#8", "a"),
+    ("a\u202eb\u2066c\u200f", "abc"),
 ]
 
 
@@ -114,6 +117,67 @@ def test_colours_and_bars_are_kept(text: str) -> None:
 @pytest.mark.parametrize(("text", "shown"), DROPPED)
 def test_what_acts_on_the_terminal_is_dropped(text: str, shown: str) -> None:
     assert safe(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        *((text, text) for text in ["plain", "tab\tbed", "\x1b[31mred\x1b[0m", "\x1b[38;5;208mx\x1b[m", "é 漢字 🙂"]),
+        ("\x1b[31mred", "\x1b[31mred\x1b[0m"),
+        ("\x1b[0m\x1b[1;31mred\x1b[K", "\x1b[0m\x1b[1;31mred\x1b[0m"),
+        ("\x1b[A\x1b[2Cup\b\b", "up"),
+        ("a\rb\x0bc\x85d\u2028e", "abcde"),
+        *DROPPED,
+    ],
+)
+def test_a_whole_line_has_colours_and_tabs_only(text: str, shown: str) -> None:
+    assert safe_line(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("two\nlines\tand é 漢字", "two\nlines\tand é 漢字"),
+        ("\x1b[31mred\x07", "\\x1b[31mred\\x07"),
+        ("\x9b\x7f\r\b\x00", "\\x9b\\x7f\\x0d\\x08\\x00"),
+        ("a\u202eb\u2028\udcff\ufeff", "a\\u202eb\\u2028\\udcff\\ufeff"),
+    ],
+)
+def test_what_cannot_be_printed_is_shown_by_its_code(text: str, shown: str) -> None:
+    assert printable(text) == shown
+    assert (
+        printable(text.encode("utf-8", "surrogatepass").decode("utf-8", "surrogatepass") * 300, 100).count("...") == 1
+    )
+
+
+def test_quoted_lines_lose_their_colours() -> None:
+    assert uncoloured("name\n\x1b[31mError\x1b[0m: \x1b]0;x\x07") == "name\nError: \\x1b]0;x\\x07"
+
+
+@pytest.mark.parametrize("kind", [Tail, LiveTail])
+def test_a_hole_is_left_out(tmp_path: Path, kind: type[Tail]) -> None:
+    path = tmp_path / "0.log"
+    with path.open("wb") as log:
+        log.write(b"one\n")
+        log.seek(1 << 40)
+        log.write(b"two\n")
+    assert "".join(kind(path).read()).replace("\n", "").replace("\0", "") == "onetwo"
+    tail = kind(path)
+    os.truncate(path, 2 << 40)
+    assert "one" in "".join(tail.read())
+    with path.open("ab") as log:
+        log.write(b"three\n")
+    assert "three" in "".join(tail.read())
+
+
+def test_a_log_is_not_read_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "0.log").write_text("secret\n")
+    (tmp_path / "run" / "logs").mkdir(parents=True)
+    (tmp_path / "run" / "logs" / "1").symlink_to(tmp_path / "elsewhere")
+    assert list(Tail(tmp_path / "run" / "logs" / "2" / "0.log", tmp_path / "run").read()) == []
+    with pytest.raises(NotPlain, match="is a link or a file"):
+        list(Tail(tmp_path / "run" / "logs" / "1" / "0.log", tmp_path / "run").read())
 
 
 def test_text_that_comes_in_pieces_is_as_safe(tmp_path: Path) -> None:

@@ -1,0 +1,149 @@
+"""How the cost of looking at runs grows: ``python -m benchmarks.scale_looking [LARGEST]``.
+
+`launch list` of 10 to 10,000 runs that have ended; `launch status`, `launch status --json` and `launch logs -f` of one run with 10^3 to
+10^6 lines of metrics and a tenth as many events. Times are CPU seconds of the whole command, of one run each.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from launcher.config.cluster import Cluster
+from launcher.lifecycle.run_dir import FORMAT, RunDir
+from launcher.request.placement.place import Placement
+from launcher.request.spec import Plan, RunSpec, State, Target
+
+LAUNCH = (sys.executable, "-m", "launcher")
+FOLLOWED_SECONDS = 20.0
+
+
+def make_run(path: Path, lines: int, state: State | None = State.SUCCEEDED) -> RunDir:
+    """Make a run of `lines` lines of metrics and a tenth as many events; without `state` it is still running.
+
+    Every thousandth line is an evaluation, and most events are checkpoints.
+    """
+    run = RunDir(path)
+    run.create()
+    placement, target = Placement(1, 1, "cpu", why="one CPU rank"), Target("script", "x.py")
+    run.write_plan(
+        Plan(path.name, path, RunSpec("x.py"), "local", Cluster("local", "local"), placement, target, path, 60)
+    )
+    run.event("submitted", format=FORMAT, cluster="local")
+    run.claim_attempt()
+    begun = time.time() - 0.1 * lines - 60
+    run.event("started", attempt=1, world_size=1, hosts=["node1"])
+    with run.events_file.open("a") as file:
+        for number in range(1, lines // 10 + 1):
+            saved = {"time": begun + number + 0.05, "attempt": 1, "rank": 0, "event": "saved", "step": number * 10}
+            file.write(json.dumps({**saved, "blocked": 0.01}, separators=(",", ":")) + "\n")
+    with run.metrics_file.open("w") as file:
+        for step in range(1, lines + 1):
+            record: dict[str, object] = {"time": begun + 0.1 * step, "attempt": 1, "step": step}
+            if step % 1000:
+                record |= {
+                    "epoch": step / lines,
+                    "total_steps": lines,
+                    "loss": 1 / step,
+                    "lr": 1e-4,
+                    "samples_per_second": 1e3,
+                }
+            else:
+                record |= {"epoch": step / lines, "eval": {"accuracy": 1 - 1 / step}, "seconds": 0.05}
+            file.write(json.dumps(record, separators=(",", ":")) + "\n")
+    run.log(1, 0).write_text("a line of output\n" * min(lines, 1000))
+    if state is None:
+        run.write_job("local", f"{os.uname().nodename}:{os.getpid()}:{_started()}")
+    else:
+        run.write_job("local", f"{os.uname().nodename}:999999:1")
+        run.write_result(state, metrics={"accuracy": 0.5}, steps=lines, world_size=1, attempts=1, seconds=1.0)
+        run.event("finished", attempt=1, state=state.value)
+    return run
+
+
+def _started() -> str:
+    return Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+
+
+def cpu_seconds(argv: Sequence[str], cwd: Path) -> float:
+    """CPU seconds of a command that has to succeed."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([*LAUNCH, *argv], cwd=cwd, check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def followed(run: RunDir, cwd: Path) -> float:
+    """The share of a core that `launch logs -f` of a running, silent run takes, without its start."""
+    with subprocess.Popen([*LAUNCH, "logs", "-f", run.path.name], cwd=cwd, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        for _ in range(1000):
+            child.stdout.readline()
+        time.sleep(2)
+        before = _spent(child.pid)
+        time.sleep(FOLLOWED_SECONDS)
+        spent = _spent(child.pid) - before
+        child.kill()
+    return spent / FOLLOWED_SECONDS
+
+
+def _spent(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def growth(sizes: Sequence[int], seconds: Sequence[float]) -> float:
+    """The exponent between the two largest sizes: 0 is constant, 1 proportional to the size."""
+    return math.log(max(seconds[-1], 1e-9) / max(seconds[-2], 1e-9)) / math.log(sizes[-1] / sizes[-2])
+
+
+def table(title: str, unit: str, sizes: Sequence[int], measure: Callable[[int], float]) -> None:
+    """Print a row for each size, and the growth."""
+    found = []
+    for size in sizes:
+        found.append(measure(size))
+        print(f"{title:<44} {size:>9,}  {found[-1]:8.3f} {unit}", flush=True)
+    if len(sizes) > 1:
+        print(f"{title:<44}    growth  n^{growth(sizes, found):.2f}", flush=True)
+
+
+def main() -> None:
+    largest = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
+    print(
+        f"{os.cpu_count()} cores, Python {sys.version.split()[0]}; CPU seconds of the whole command, its start included"
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ |= {"XDG_CACHE_HOME": str(folder / "cache"), "XDG_RUNTIME_DIR": ""}
+
+        def listed(runs: int) -> float:
+            for number in range(runs):
+                make_run(folder / f"list{runs}" / "runs" / f"r{number}", 100)
+            return cpu_seconds(["list"], folder / f"list{runs}")
+
+        table("list, ended runs of 100 lines", "s", [n for n in (10, 100, 1000, 10_000) if n * 100 <= largest], listed)
+        sizes = [n for n in (1000, 10_000, 100_000, 1_000_000) if n <= largest]
+        home = folder / "runs"
+        for lines in sizes:
+            make_run(home / f"e{lines}", lines)
+            make_run(home / f"r{lines}", lines, None)
+        table("status, lines of an ended run", "s", sizes, lambda n: cpu_seconds(["status", f"e{n}"], folder))
+        table("status, lines of a running run", "s", sizes, lambda n: cpu_seconds(["status", f"r{n}"], folder))
+        for again in ("first", "again"):
+            title = f"status --json, running, {again}"
+            table(title, "s", sizes, lambda n: cpu_seconds(["status", "--json", f"r{n}"], folder))
+        table(
+            "logs -f, lines of a silent running run", "cores", sizes, lambda n: followed(RunDir(home / f"r{n}"), folder)
+        )
+
+
+if __name__ == "__main__":
+    main()
