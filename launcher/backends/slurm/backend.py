@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import re
-import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -14,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from launcher.backends.base import Backend, Capabilities
-from launcher.backends.slurm import limits, node_command, query, shell
+from launcher.backends.slurm import limits, node_command, query, script, shell
 from launcher.config.check import Check
 from launcher.config.cluster import Cluster, NodeKind
 from launcher.errors import BadRequest
 from launcher.lifecycle import history
 from launcher.lifecycle.run_dir import RunDir
 from launcher.lifecycle.trust import SLURM_ID, check_id
-from launcher.request import own_packages
 from launcher.request.spec import Plan, State
 from training.files import write_atomic
 
@@ -97,8 +95,8 @@ def parameters(plan: Plan) -> dict[str, Any]:
         "exclusive": slurm.exclusive or placement.on_tpu or None,  # a TPU host cannot be shared by runs
         # SLURM sends the signal up to 60 s early; at most a quarter of a short time limit is grace.
         "signal_delay_s": int(min(plan.cluster.grace, plan.time_minutes * 60 / 4)),
-        "setup": _setup(plan) or None,
-        "teardown": _teardown(plan),
+        "setup": script.before(plan),
+        "teardown": script.after(plan),
         "srun_args": node_command.srun_args(plan) or None,
         "comment": "launch",
         "additional_parameters": _without_none(
@@ -107,7 +105,8 @@ def parameters(plan: Plan) -> dict[str, Any]:
             | {key: None if value is False else value for key, value in slurm.sbatch.items()}
         ),
     }
-    return _without_none(wanted)
+    # submitit's own default is a key that sites with TrackWCKey refuse.
+    return {**_without_none(wanted), "wckey": None}
 
 
 def _excluded_hosts(plan: Plan) -> tuple[str, ...]:
@@ -115,35 +114,8 @@ def _excluded_hosts(plan: Plan) -> tuple[str, ...]:
     return history.read(RunDir(plan.run_dir).events()).excluded
 
 
-def _teardown(plan: Plan) -> list[str]:
-    """Script lines after srun: recover from a killed supervisor, exit with the status of the run.
-
-    If the slurmstepd of the script was killed, SLURM does not notice the exit of the script, so the script cancels its job.
-    """
-    python = shlex.join(node_command.python(plan))
-    submission = max(1, history.submissions(RunDir(plan.run_dir).events()))  # a plan that is only shown: the first
-    look = f"{python} -P -m launcher.backends.slurm.job {shlex.quote(str(plan.run_dir))} $status {submission}"
-    if (clean := own_packages.python_path_without_others()) is not None:
-        look = f"PYTHONPATH={shlex.quote(clean)} {look}"
-    # From this shell's own entry in /proc, since other entries may be hidden.
-    parent = "$(sed -n 's/^PPid:[[:space:]]*//p' /proc/$$/status)"
-    orphaned = f'[ "{parent}" = $PPID ] || scancel --state=RUNNING $SLURM_JOB_ID'
-    return ["status=$?", f"[ $status = 0 ] || {look} || status=$?", orphaned, "exit $status"]
-
-
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
-
-
-def _setup(plan: Plan) -> list[str]:
-    """Script lines before srun. A user signal is for the agents: a script that died of it would end the job."""
-    slurm = plan.cluster.slurm
-    return [
-        shell.script_line(),
-        "trap '' USR1 USR2",
-        *([f"module load {' '.join(map(shlex.quote, slurm.modules))}"] if slurm.modules else []),
-        *slurm.setup,
-    ]
 
 
 def _gpu_request(plan: Plan) -> str | int:
