@@ -76,13 +76,12 @@ def _completed(cluster: Cluster, found: Sequence[NodeKind]) -> Cluster:
 def parameters(plan: Plan) -> dict[str, Any]:
     """The submitit parameters of `plan`, by `submitit.SlurmExecutor`'s names."""
     placement, slurm = plan.placement, plan.cluster.slurm
-    cpus = placement.cpus_per_rank * placement.ranks_per_node
     wanted: dict[str, Any] = {
         "job_name": plan.name,
         "time": plan.time_minutes,
         "nodes": placement.nodes + plan.spec.spare_nodes,
         "ntasks_per_node": 1,
-        "cpus_per_task": cpus or None,
+        "cpus_per_task": node_command.cpus_per_node(plan) or None,
         # Per node: SLURM 24.11 and later isolate per-task GPUs, and the ranks of a task could not use each other's.
         "gpus_per_node": _gpu_request(plan) if placement.device == "cuda" else None,
         "mem": _memory(plan),

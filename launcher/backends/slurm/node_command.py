@@ -132,6 +132,9 @@ def srun_args(plan: Plan) -> list[str]:
     slurm = plan.cluster.slurm
     # The agent assigns the node's GPUs to ranks; a site's default binding could give it one GPU.
     words = ["--gpu-bind=none"] if plan.placement.device == "cuda" else []
+    # srun does not take it from the job, and a site's default binding (autobind) would give all ranks one core.
+    if cpus := cpus_per_node(plan):
+        words.append(f"--cpus-per-task={cpus}")
     # The agents handle the loss of one of them; srun must not end the others, whatever the site's default is.
     words.append("--kill-on-bad-exit=0")
     spare = bool(plan.spec.spare_nodes)
@@ -142,6 +145,11 @@ def srun_args(plan: Plan) -> list[str]:
         words += [f"--container-image={container.image}", f"--container-mounts={','.join(pairs)}"]
         words += container.options
     return [*words, *slurm.srun_args]
+
+
+def cpus_per_node(plan: Plan) -> int:
+    """The CPU cores of a node's task, which are those of its ranks; 0: not known."""
+    return plan.placement.cpus_per_rank * plan.placement.ranks_per_node
 
 
 def mounts(plan: Plan, container: Container) -> Sequence[str]:

@@ -20,11 +20,14 @@ HINT = (
     " `|| true`. The job's own output is in the folder submitit of the run directory."
 )
 
-TRAPS = (
-    # A line fails as under `set -e`, but not inside of a file that it sources, whose own status counts.
-    """trap 'launch_failed $? "$BASH_COMMAND"' EXIT""",
-    """trap 'launch_status=$?; [ ${#BASH_SOURCE[@]} -gt 1 ] || launch_failed $launch_status "$BASH_COMMAND"' ERR""",
+_ON_EXIT = """trap 'launch_failed $? "$BASH_COMMAND"' EXIT"""
+_ON_ERROR = (
+    # The command may be one inside of a function, such as `module`; LINENO is that of the script.
+    "trap 'launch_status=$?; [ ${#BASH_SOURCE[@]} -gt 1 ]"
+    """ || launch_failed $launch_status "$(sed -n "${LINENO}p" "$0" || echo "$BASH_COMMAND")"' ERR"""
 )
+TRAPS = (_ON_EXIT, _ON_ERROR)
+"""A line fails as under `set -e`, but not inside of a file that it sources, whose own status counts."""
 
 NO_TRAPS = "for trap in EXIT ERR; do [[ $(trap -p $trap) != *launch_failed* ]] || trap - $trap; done; set +eu"
 """Traps of the profile's own stay; its `set -e` would end the script at a failure of srun."""
