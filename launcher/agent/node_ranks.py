@@ -297,7 +297,8 @@ def node_environment(agent_info: AgentInfo) -> dict[str, str]:
 def process_state(pid: int | None) -> str:
     """The state letter of a process in ``/proc``, such as ``R``, ``S``, ``D`` or ``T``; empty where there is none."""
     with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        # Bytes: the name of a process is cut after 15 of them, in any encoding.
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0].decode()
     return ""
 
 

@@ -163,9 +163,21 @@ def read_text(text: str, path: Path) -> dict[str, Any]:
         BadRequest: it is not TOML.
     """
     try:
-        return tomllib.loads(text)
+        return {key: _native(value) for key, value in tomllib.loads(text).items()}
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits; lists thousands deep
         raise BadRequest(f"cluster profile {path}: not valid TOML: {error}.") from None
+
+
+def _native(value: Any) -> Any:
+    """Return `value` with strings as Python holds file names and variables, which reach programs as UTF-8 in any locale."""
+    match value:
+        case str():
+            return os.fsdecode(value.encode())
+        case dict():
+            return {_native(key): _native(item) for key, item in value.items()}
+        case list():
+            return [_native(item) for item in value]
+    return value
 
 
 def parse(data: Mapping[str, Any], path: Path, cwd: Path) -> Cluster:

@@ -259,7 +259,7 @@ class SlurmBackend(Backend):
             raise BadRequest(
                 f"sbatch refused the job: {refusal}" if answered else query.UNREACHABLE.format(refusal)
             ) from None
-        write_atomic(RunDir(plan.run_dir).script_file, job.paths.submission_file.read_text())
+        write_atomic(RunDir(plan.run_dir).script_file, job.paths.submission_file.read_bytes())
         return str(job.job_id)
 
     def check_id(self, job_id: str) -> None:

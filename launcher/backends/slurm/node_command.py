@@ -104,7 +104,9 @@ def check_setup(plan: Plan) -> None:
     texts = [("setup", "bash", "\n".join(slurm.setup))] if slurm.setup else []
     for name, shell, text in [*texts, *(("node_setup", "sh", line) for line in slurm.node_setup)]:
         with suppress(OSError):  # without the shell, the nodes report it
-            done = subprocess.run(["env", shell, "-n", "-c", text], capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                ["env", shell, "-n", "-c", text], capture_output=True, encoding="utf-8", errors="replace", check=False
+            )
             if done.returncode:
                 reason = re.sub(r"^\w+: (-c: )?(line )?\d+: ", "", done.stderr.strip().partition("\n")[0])
                 raise BadRequest(
