@@ -105,6 +105,10 @@ class Coordinator:
         """Whether a scheduler can start the job again on other nodes."""
         return self.agent_info.requeue is not None
 
+    @property
+    def stopping(self) -> bool:
+        return self.stops.first is not None
+
     def spare(self, outcome: Outcome) -> bool:
         """Return whether nodes enough are left; the ranks of this very node are always among those that are used."""
         stuck = self.agents.host(self.agent_info.node) in (*outcome.lost, *outcome.unfit)
