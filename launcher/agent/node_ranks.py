@@ -16,6 +16,7 @@ from typing import assert_never
 from launcher.agent.hangs import evidence
 from launcher.agent.hangs.detection import STOPPED_STATES, RankStatus
 from launcher.agent.health import preflight
+from launcher.agent.health.memory_kills import MemoryKills
 from launcher.agent.network.addresses import interface_of, interface_variables, source_towards
 from launcher.agent.protocol import (
     AgentInfo,
@@ -77,6 +78,7 @@ class NodeRanks:
         self.pids: dict[int, int] = {}
         self.memory = -1  # of the heartbeats; anonymous, so that nothing is left of it if this process is killed
         self.heartbeats: dict[int, Heartbeat] = {}
+        self.attempt, self.memory_kills = 0, MemoryKills()
         self.process: asyncio.subprocess.Process | None = None
         self.writer: asyncio.StreamWriter | None = None
         self.reading: asyncio.Task[None] | None = None
@@ -126,6 +128,7 @@ class NodeRanks:
         self.running.discard(rank)
         self.pids.pop(rank, None)
         self.streams.drain()
+        self.memory_kills.note(self.run_dir, self.attempt, rank, code, self.agent_info.host)
         self.emit(RankExit(rank, code, self.heartbeats[rank].read().step))
 
     def _send(self, message: ToForkServer) -> None:
@@ -152,6 +155,7 @@ class NodeRanks:
 
     def _start(self, start: Start) -> None:
         self.foreground.suspended = self.foreground.interrupted = False
+        self.attempt, self.memory_kills = start.attempt, MemoryKills()
         self.heartbeats = {world.rank: Heartbeat.of(self.memory, world.local_rank) for world in start.worlds}
         for world in start.worlds:
             self.heartbeats[world.rank].clear()

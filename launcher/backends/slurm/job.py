@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from launcher.agent.health import memory_kills
 from launcher.agent.protocol import AgentInfo
 from launcher.agent.switches import switches_of
 from launcher.backends.slurm import shell
@@ -225,8 +226,7 @@ def _outcome(run_dir: RunDir, start: JobStart, host: str) -> Outcome:
     logs = sorted((run_dir.path / "submitit").glob(f"{start.job}_*_log.err"), key=lambda path: path.stat().st_mtime)
     ends = ["\n".join(tail(log)) for log in logs]
     if any(map(OOM.search, ends)):
-        message = f"the kernel killed the supervisor of the ranks, since the job exceeded its memory ({host})"
-        record = {"kind": "out of memory", "type": "oom_kill", "message": message, "rank": None, "host": host}
+        record = {"kind": "out of memory", "type": "Killed", "message": memory_kills.TEXT, "rank": None, "host": host}
         return Outcome({0: -signal.SIGKILL}, [record], step=step)
     return Outcome({}, lost=[f"the agent on {host}"], step=step, traceback=ends[-1] if ends else "")
 
