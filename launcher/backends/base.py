@@ -136,6 +136,10 @@ class Backend(ABC):
     def poll(self, job_id: str) -> State:
         """Return the state of a job. LOST: it ended; the run directory has the result."""
 
+    def waits_for(self, job_id: str) -> str:
+        """Return why a queued job has not started; empty if unknown."""
+        return ""
+
     @abstractmethod
     def cancel(self, job_id: str) -> None:
         """End a job now, without a checkpoint. The caller requests a stop with a checkpoint before."""

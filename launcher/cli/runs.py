@@ -64,6 +64,8 @@ def run_status(argv: Sequence[str]) -> int:
     print(f"{run.name}: {status['state']}")
     print(f"  target      {status['target']}")
     print(f"  on          {status['backend']} ({status['cluster']}), job {status['job_id']}: {placement['why']}")
+    if status["waits_for"]:
+        print(f"  waits for   {status['waits_for']}")
     if commit := status["code"].get("commit"):
         print(f"  code        {commit[:12]}{' and uncommitted changes' if status['code'].get('dirty') else ''}")
     print(f"  attempt     {status['attempt']}{_failures(status['failed_attempts'])}")

@@ -265,6 +265,7 @@ def _status(directory: RunDir, state: State) -> dict[str, Any]:
         "backend": plan.backend,
         "cluster": plan.cluster.name,
         "job_id": job.get("job_id"),
+        "waits_for": backends.get(job["backend"]).waits_for(job["job_id"]) if job and state is State.QUEUED else "",
         "placement": to_data(plan.placement),
         "target": plan.target.spelled(plan.target.name),
         "code": read_json(directory.snapshot_file) or {},

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launcher.backends.slurm import script as batch_script
 from launcher.backends.slurm.backend import SlurmBackend
+from launcher.backends.slurm.batch import script as batch_script
 from launcher.config.cluster import Cluster
 from launcher.config.profiles import parse
 from launcher.errors import BadRequest

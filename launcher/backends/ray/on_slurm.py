@@ -316,6 +316,9 @@ class RayOnSlurmBackend(Backend):
     def poll(self, job_id: str) -> State:
         return self.slurm.poll(job_id)
 
+    def waits_for(self, job_id: str) -> str:
+        return self.slurm.waits_for(job_id)
+
     def cancel(self, job_id: str) -> None:
         self.slurm.cancel(job_id)
 

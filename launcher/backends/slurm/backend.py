@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.backends.base import Backend, Capabilities
-from launcher.backends.slurm import limits, node_command, query, script, shell
+from launcher.backends.slurm import limits, node_command, query, shell
+from launcher.backends.slurm.batch import script
 from launcher.config.check import Check
 from launcher.config.cluster import Cluster, NodeKind
 from launcher.errors import BadRequest
@@ -234,7 +235,8 @@ class SlurmBackend(Backend):
         _check_paths(plan)
         node_command.check_setup(plan)
         try:
-            limits.check_limits(plan, query.partitions())
+            if found := query.partitions():  # else they are hidden, and sbatch alone knows
+                limits.check_limits(plan, found)
             return query.verdict(_script(plan))
         except query.Unreachable:
             return ""  # a dry run needs no SLURM; `submit` reports the error
@@ -267,6 +269,11 @@ class SlurmBackend(Backend):
 
     def poll(self, job_id: str) -> State:
         return poll(job_id)
+
+    def waits_for(self, job_id: str) -> str:
+        """Query the reason of squeue."""
+        check_id(SLURM_ID, job_id)
+        return query.waits_for(job_id)
 
     def cancel(self, job_id: str) -> None:
         cancel(job_id)

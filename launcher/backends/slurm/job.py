@@ -20,8 +20,8 @@ from launcher.agent.health import memory_kills
 from launcher.agent.protocol import AgentInfo
 from launcher.agent.switches import switches_of
 from launcher.backends.slurm import shell
+from launcher.backends.slurm.batch.requeue import JobStart, final_job_fate, ignore_sigterm, request_file, requeue, runs
 from launcher.backends.slurm.node_command import UNFIT
-from launcher.backends.slurm.requeue import JobStart, final_job_fate, ignore_sigterm, request_file, requeue, runs
 from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle import history
 from launcher.lifecycle.history import JobFate

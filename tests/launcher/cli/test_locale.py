@@ -37,7 +37,7 @@ PROFILE = "backend = 'local'\ndescription = 'Größe, 100 €'\n[environment]\nO
 def german(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A locale of ISO 8859-1, which most machines do not have."""
     folder = tmp_path_factory.mktemp("locale")
-    command = ["localedef", "-i", "de_DE", "-f", "ISO-8859-1", folder / "de_DE.ISO-8859-1"]
+    command = ["localedef", "-i", "de_DE", "-f", "ISO-8859-1", str(folder / "de_DE.ISO-8859-1")]
     if shutil.which("localedef") is None or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("localedef cannot make a locale here (Debian package locales)")
     return {"LC_ALL": "de_DE.ISO-8859-1", "LOCPATH": str(folder)}

@@ -73,12 +73,18 @@ def test_two_jobs_share_a_node(slurm_project: Project) -> None:
     assert len(hosts) == 1, "all on one node"
 
 
-def test_a_queued_run_can_be_cancelled(slurm_project: Project) -> None:
+def test_a_queued_run_says_what_it_waits_for_and_can_be_cancelled(
+    slurm_project: Project, on_slurm: SlurmCluster
+) -> None:
     (slurm_project.folder / "waits.py").write_text("import time\ntime.sleep(600)\n")  # the GPUs have no driver
     slurm_project.launch("--detach", "--gpus", "32", "--name", "all", "waits.py")
     until(lambda: slurm_project.status("all")["state"] == "running", "the first to run")
     slurm_project.launch("--detach", "--gpus", "8", "--name", "next", "steps:main")
-    assert slurm_project.status("next")["state"] == "queued"
+    status = slurm_project.status("next")
+    assert (status["state"], status["waits_for"] in ("Resources", "Priority")) == ("queued", True)
+    on_slurm.run("scontrol", "hold", status["job_id"])
+    line = "waits for   JobHeldAdmin: SLURM holds the job; an administrator has to release it"  # root has held it
+    until(lambda: line in slurm_project.call("status", "next").stdout, "the hold to be shown")
     assert slurm_project.call("cancel", "next").stdout == "next: stopped\n"
     assert slurm_project.call("cancel", "all", "--now").stdout == "all: stopped\n"
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from launcher.backends.slurm import node_command
+from launcher.backends.slurm.batch.requeue import JobStart
 from launcher.backends.slurm.job import unfit_nodes
-from launcher.backends.slurm.requeue import JobStart
 from launcher.config.cluster import Cluster, Container, Ray, Slurm
 from launcher.errors import BadRequest
 from launcher.lifecycle.run_dir import RunDir

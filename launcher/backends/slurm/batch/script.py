@@ -43,7 +43,7 @@ def before(plan: Plan) -> list[str]:
         "trap '' USR1 USR2",
         *_record(plan),
         *([*TRAPS, *lines, NO_TRAPS] if lines else []),
-        # Agents of other nodes see by this file that the script runs (`launcher.backends.slurm.survivors`).
+        # Agents of other nodes see by this file that the script runs (`launcher.backends.slurm.job.survive`).
         '(umask 077; while kill -0 $$; do touch "$launch_files.batch"; sleep 1; done) > /dev/null 2>&1 & launch_beat=$!',
     ]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launcher.backends.slurm import script
+from launcher.backends.slurm.batch import script
 from launcher.client.run import Run
 from launcher.config.cluster import Container, Slurm
 from launcher.lifecycle.run_dir import RunDir
