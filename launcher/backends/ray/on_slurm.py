@@ -99,15 +99,20 @@ class RayNode:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _end(self) -> None:
-        """End Ray and what it has started on this node."""
-        if self.process is not None:
+        """End Ray and what it has started on this node; at once if the job is to end, since SLURM then kills this process, too."""
+        if self.process is not None and not self.asked:
             with suppress(ProcessLookupError):
                 self.process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(TIMEOUTS.ray_processes_end)
-        for pid in _started_with(f"{TOKEN}={self.folder}"):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + TIMEOUTS.ray_processes_end
+        while (left := _started_with(f"{TOKEN}={self.folder}")) and time.monotonic() < deadline:
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)  # what they write until they are gone would stay
+        if self.process is not None:
+            self.process.poll()
 
     def _note(self, number: int, *_: object) -> None:
         self.asked = True

@@ -80,9 +80,9 @@ def test_a_queued_run_says_what_it_waits_for_and_can_be_cancelled(
     slurm_project.launch("--detach", "--gpus", "32", "--name", "all", "waits.py")
     until(lambda: slurm_project.status("all")["state"] == "running", "the first to run")
     slurm_project.launch("--detach", "--gpus", "8", "--name", "next", "steps:main")
-    status = slurm_project.status("next")
-    assert (status["state"], status["waits_for"] in ("Resources", "Priority")) == ("queued", True)
-    on_slurm.run("scontrol", "hold", status["job_id"])
+    assert slurm_project.status("next")["state"] == "queued"
+    until(lambda: slurm_project.status("next")["waits_for"] in ("Resources", "Priority"), "the scheduler to look at it")
+    on_slurm.run("scontrol", "hold", slurm_project.status("next")["job_id"])
     line = "waits for   JobHeldAdmin: SLURM holds the job; an administrator has to release it"  # root has held it
     until(lambda: line in slurm_project.call("status", "next").stdout, "the hold to be shown")
     assert slurm_project.call("cancel", "next").stdout == "next: stopped\n"
