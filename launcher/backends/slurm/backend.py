@@ -250,6 +250,7 @@ class SlurmBackend(Backend):
         if shutil.which("srun") is None or shutil.which("sbatch") is None:
             raise BadRequest(query.UNREACHABLE.format("the command srun or sbatch is missing."))
         _check_paths(plan)
+        (plan.run_dir / "submitit").mkdir(0o700, exist_ok=True)  # submitit would make it by the umask
         executor = _executor(plan)
         try:
             # submitit prints the error of sbatch, which the exception holds, too.

@@ -77,7 +77,11 @@ def test_a_queued_run_says_what_it_waits_for_and_can_be_cancelled(
     slurm_project: Project, on_slurm: SlurmCluster
 ) -> None:
     (slurm_project.folder / "waits.py").write_text("import time\ntime.sleep(600)\n")  # the GPUs have no driver
-    slurm_project.launch("--detach", "--gpus", "32", "--name", "all", "waits.py")
+    before = os.umask(0o002)  # of many sites; what submitit and SLURM make may then be written by the group
+    try:
+        slurm_project.launch("--detach", "--gpus", "32", "--name", "all", "waits.py")
+    finally:
+        os.umask(before)
     until(lambda: slurm_project.status("all")["state"] == "running", "the first to run")
     slurm_project.launch("--detach", "--gpus", "8", "--name", "next", "steps:main")
     assert slurm_project.status("next")["state"] == "queued"

@@ -9,7 +9,6 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import pytest
 
 from tests.launcher.engines import Project, ranks_of, until
 from tests.testbed import keeper
-from tests.testbed.slurm import NODE, SlurmCluster
+from tests.testbed.slurm import SlurmCluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(900)]
 
@@ -91,10 +90,7 @@ class Week:
     def first_node_killed_with_its_daemons(self) -> None:
         """Of SLURM's daemons there only slurmd is left, which does not miss the others."""
         host = self.hosts()[0]
-        for pid in keeper.processes_with(f"{NODE}={self.cluster.folder}/{host}\0"):
-            with suppress(OSError):
-                if Path(f"/proc/{pid}/comm").read_bytes().startswith(b"slurmstepd"):
-                    os.kill(pid, signal.SIGKILL)
+        keeper.kill(set(self.cluster.step_daemons(host)))
         self.first_node_killed()
 
     def node_set_down(self) -> None:
