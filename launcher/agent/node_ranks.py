@@ -78,7 +78,6 @@ class NodeRanks:
         self.pids: dict[int, int] = {}
         self.memory = -1  # of the heartbeats; anonymous, so that nothing is left of it if this process is killed
         self.heartbeats: dict[int, Heartbeat] = {}
-        self.attempt, self.memory_kills = 0, MemoryKills()
         self.process: asyncio.subprocess.Process | None = None
         self.writer: asyncio.StreamWriter | None = None
         self.reading: asyncio.Task[None] | None = None
@@ -119,8 +118,7 @@ class NodeRanks:
                     pass
                 case _:
                     assert_never(message)
-        # The forkserver is gone, and by PR_SET_PDEATHSIG its ranks with it.
-        self.writer = None
+        self.writer = None  # the forkserver is gone, and by PR_SET_PDEATHSIG its ranks with it
         for rank in sorted(self.running):
             self._ended(rank, -signal.SIGKILL)
 
@@ -128,7 +126,7 @@ class NodeRanks:
         self.running.discard(rank)
         self.pids.pop(rank, None)
         self.streams.drain()
-        self.memory_kills.note(self.run_dir, self.attempt, rank, code, self.agent_info.host)
+        self.memory_kills.note(rank, code)
         self.emit(RankExit(rank, code, self.heartbeats[rank].read().step))
 
     def _send(self, message: ToForkServer) -> None:
@@ -155,7 +153,7 @@ class NodeRanks:
 
     def _start(self, start: Start) -> None:
         self.foreground.suspended = self.foreground.interrupted = False
-        self.attempt, self.memory_kills = start.attempt, MemoryKills()
+        self.memory_kills = MemoryKills(self.run_dir, start.attempt, self.agent_info.host)
         self.heartbeats = {world.rank: Heartbeat.of(self.memory, world.local_rank) for world in start.worlds}
         for world in start.worlds:
             self.heartbeats[world.rank].clear()

@@ -45,25 +45,19 @@ def count(root: Path = Path("/")) -> int:
 
 
 class MemoryKills:
-    """Distinguishes ranks that the kernel killed for memory from those that somebody else killed."""
+    """Distinguishes the ranks of an attempt on `host` that the kernel killed for memory from those that others killed."""
 
-    def __init__(self) -> None:
+    def __init__(self, run_dir: RunDir, attempt: int, host: str) -> None:
+        self.run_dir, self.attempt, self.host = run_dir, attempt, host
         self.known = count()
 
-    def note(self, run_dir: RunDir, attempt: int, rank: int, code: int, host: str) -> None:
+    def note(self, rank: int, code: int) -> None:
         """Leave the error of a rank that ended with `code`, if the kernel killed it for memory."""
         if code != -signal.SIGKILL or count() <= self.known:
             return
         self.known += 1  # one kill ends one rank; the others are then killed by their agents
-        record = {
-            "time": time.time(),
-            "rank": rank,
-            "host": host,
-            "kind": "out of memory",
-            "type": "Killed",
-            "message": TEXT,
-        }
-        path = run_dir.error(attempt, rank)
+        record = {"time": time.time(), "rank": rank, "host": self.host, "kind": "out of memory", "type": "Killed"}
+        path = self.run_dir.error(self.attempt, rank)
         with suppress(OSError):
             if not path.exists():
-                write_atomic(path, json.dumps({**record, "traceback": ""}))
+                write_atomic(path, json.dumps({**record, "message": TEXT, "traceback": ""}))

@@ -87,10 +87,6 @@ class RayNode:
             signal.signal(number, self._note)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a program's own signal, which SLURM sends to all processes
 
-    @property
-    def _temporary(self) -> Path:
-        return self.folder / TEMPORARY
-
     def __enter__(self) -> RayNode:
         return self
 
@@ -111,8 +107,6 @@ class RayNode:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.02)  # what they write until they are gone would stay
-        if self.process is not None:
-            self.process.poll()
 
     def _note(self, number: int, *_: object) -> None:
         self.asked = True
@@ -134,7 +128,7 @@ class RayNode:
             "max-worker-port": 0,
             "dashboard-agent-listen-port": 0,
             # Ray lets all users write to it; only this user can enter the folder above it.
-            "temp-dir": self._temporary,
+            "temp-dir": self.folder / TEMPORARY,
         }
         arguments = [f"--{name}={value}" for name, value in options.items()]
         ray = [sys.executable, "-P", "-c", RAY, "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
@@ -176,7 +170,7 @@ class RayNode:
     def _await_head(self) -> str:
         """Wait for the head that this node has started; returns its address, empty if it exited."""
         assert self.process is not None
-        file = self._temporary / "ray_current_cluster"
+        file = self.folder / TEMPORARY / "ray_current_cluster"
         while self.process.poll() is None and not self.asked:
             with suppress(FileNotFoundError):
                 if address := file.read_text().strip():
