@@ -26,10 +26,10 @@ _ON_ERROR = (
     "trap 'launch_status=$?; [ ${#BASH_SOURCE[@]} -gt 1 ]"
     """ || launch_failed $launch_status "$(sed -n "${LINENO}p" "$0" || echo "$BASH_COMMAND")"' ERR"""
 )
-TRAPS = (_ON_EXIT, _ON_ERROR)
+TRAPS = (_ON_EXIT, _ON_ERROR, "trap launch_ended TERM")
 """A line fails as under `set -e`, but not inside of a file that it sources, whose own status counts."""
 
-NO_TRAPS = "for trap in EXIT ERR; do [[ $(trap -p $trap) != *launch_failed* ]] || trap - $trap; done; set +eu"
+NO_TRAPS = "for trap in EXIT ERR TERM; do [[ $(trap -p $trap) != *launch_* ]] || trap - $trap; done; set +eu"
 """Traps of the profile's own stay; its `set -e` would end the script at a failure of srun."""
 
 
@@ -111,10 +111,11 @@ def _record(plan: Plan) -> list[str]:
         f"    local attempts=$(ls {logs} 2> /dev/null | grep -c '^[0-9]*$')",
         '    echo "launch: $text" >&2',
         '    text=${text//\\\\/\\\\\\\\} text=${text//\\"/\\\\\\"}',
-        f"    [ ! -e {target} ] || return 0",
+        f"    [ ! -e {target} ] && [ ! -e {shlex.quote(str(run_dir.stop_file))} ] || return 0",
         f"    (umask 077; echo {_shell(result)} > {temporary} && mv {temporary} {target}",
         f"    echo {_shell(failed)} >> {events}; echo {_shell(finished)} >> {events})",
         "}",
+        "launch_ended() { trap - EXIT ERR; exit 143; }",  # cancelled, or requeued by SLURM
         'launch_failed() { trap - EXIT ERR; launch_record "slurm.setup: $2 failed with status $1 on $SLURMD_NODENAME"; exit 1; }',
     ]
 

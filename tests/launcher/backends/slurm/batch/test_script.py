@@ -129,6 +129,20 @@ def test_a_python_in_a_container_of_pyxis_is_not_looked_for_on_the_host(run: Run
     assert run.result() is None
 
 
+def test_a_job_that_is_cancelled_during_its_setup_has_not_failed(run: RunDir) -> None:
+    """SLURM sends SIGTERM to the script and to what it runs; a preempted job starts again."""
+    assert batch(run, "echo reached", setup=("true; sh -c 'kill -TERM $PPID; exit 143'; sleep 9",)) == (143, "")
+    assert run.result() is None
+    run.request_stop("cancelled")
+    assert batch(run, "echo reached", setup=("false",)) == (1, "")
+    assert run.result() is None
+
+
+def test_after_its_setup_the_script_has_no_trap_of_ours(run: RunDir) -> None:
+    code, said = batch(run, "trap -p; (exit 0)", setup=("true",))
+    assert (code, sorted(said.splitlines())) == (0, ["trap -- '' SIGUSR1", "trap -- '' SIGUSR2"])
+
+
 def test_a_result_that_is_there_is_kept(run: RunDir) -> None:
     run.write_result(State.STOPPED, attempts=1)
     assert batch(run, "echo reached", setup=("false",)) == (1, "")
