@@ -140,6 +140,10 @@ class Backend(ABC):
         """Return why a queued job has not started; empty if unknown."""
         return ""
 
+    def ended_as(self, job_id: str) -> str:
+        """Return how the engine says that a job ended, as words for a person; empty if unknown."""
+        return ""
+
     @abstractmethod
     def cancel(self, job_id: str) -> None:
         """End a job now, without a checkpoint. The caller requests a stop with a checkpoint before."""

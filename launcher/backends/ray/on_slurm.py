@@ -318,6 +318,9 @@ class RayOnSlurmBackend(Backend):
     def waits_for(self, job_id: str) -> str:
         return self.slurm.waits_for(job_id)
 
+    def ended_as(self, job_id: str) -> str:
+        return self.slurm.ended_as(job_id)
+
     def cancel(self, job_id: str) -> None:
         self.slurm.cancel(job_id)
 

@@ -276,6 +276,11 @@ class SlurmBackend(Backend):
         check_id(SLURM_ID, job_id)
         return query.waits_for(job_id)
 
+    def ended_as(self, job_id: str) -> str:
+        """Query squeue, then sacct."""
+        check_id(SLURM_ID, job_id)
+        return query.ended_as(job_id)
+
     def cancel(self, job_id: str) -> None:
         cancel(job_id)
 

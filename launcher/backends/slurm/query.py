@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from launcher.backends.slurm import shell
@@ -230,6 +231,32 @@ def waits_for(job_id: str) -> str:
     failed = "a node failed to start it (such as by its prolog); " if "launch" in reason else ""
     who = "an administrator has to release it" if "Admin" in reason else f"`scontrol release {job_id}` lets it start"
     return f"{reason}: SLURM holds the job; {failed}{who}"
+
+
+ENDS = {
+    "OUT_OF_MEMORY": ": the job used more memory than it asked for (`memory_gb` of the nodes in the profile, or fewer ranks a node)",
+    "NODE_FAIL": ": a node of it was lost",
+    "TIMEOUT": ": its time limit was reached",
+    "DEADLINE": ": its time limit was reached",
+    "BOOT_FAIL": ": a node did not start",
+    "CANCELLED": ": somebody cancelled it",
+    "PREEMPTED": ": another job took its nodes",
+}
+"""What states of jobs that have ended mean. Source: "JOB STATE CODES" of squeue(1)."""
+
+
+def ended_as(job_id: str) -> str:
+    """Return SLURM's state of a job that has ended and what it means; empty if it does not know the job any more."""
+    questions = (
+        ("squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T"),
+        ("sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job_id}", "--format=State"),
+    )
+    for question in questions:
+        with suppress(BadRequest):
+            if words := ask(*question).split():  # "CANCELLED by 1000" is one state
+                state = words[0].rstrip("+")
+                return f"SLURM ended it as {state}{ENDS.get(state, '')}"
+    return ""
 
 
 def keeps_accounts() -> bool:

@@ -18,10 +18,12 @@ from launcher.backends.slurm.query import (
     parse_partition,
     refusal_text,
 )
+from launcher.client.run import Run
 from launcher.config.cluster import Cluster, Node, NodeKind, Slurm
 from launcher.errors import BadRequest
 from launcher.request.placement.place import Placement
 from launcher.request.spec import Plan, RunSpec, Target
+from tests.launcher.plans import planned_run
 
 
 @pytest.mark.parametrize(
@@ -296,6 +298,27 @@ def test_what_a_queued_job_waits_for(reason: str, text: str, tmp_path: Path, mon
     assert SlurmBackend().waits_for("7") == ""
     with pytest.raises(BadRequest, match="is not a job id"):
         SlurmBackend().waits_for("--me")
+
+
+@pytest.mark.parametrize(
+    ("squeue", "sacct", "words"),
+    [
+        ("OUT_OF_MEMORY", "", "SLURM ended it as OUT_OF_MEMORY: the job used more memory than it asked for"),
+        ("", "CANCELLED by 1000", "SLURM ended it as CANCELLED: somebody cancelled it"),
+        ("", "OUT_OF_ME+", "SLURM ended it as OUT_OF_ME"),
+        ("FAILED", "", "SLURM ended it as FAILED"),
+        ("", "", ""),
+    ],
+)
+def test_how_a_job_ended_that_left_no_result(
+    squeue: str, sacct: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers(tmp_path, monkeypatch, squeue=f"echo '{squeue}'", sacct=f"echo '{sacct}'")
+    run = planned_run(tmp_path / "lost", "slurm")
+    run.event("submitted", format=2)
+    run.write_job("slurm", "7")
+    assert SlurmBackend().ended_as("7").startswith(words)
+    assert f"(job 7, slurm).{' ' * bool(words)}{words}" in Run(run).explain()
 
 
 @pytest.mark.parametrize(
