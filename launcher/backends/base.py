@@ -141,7 +141,7 @@ class Backend(ABC):
         return ""
 
     def ended_as(self, job_id: str) -> str:
-        """Return how the engine says that a job ended, as words for a person; empty if unknown."""
+        """Return how the engine says that a job ended, as a sentence that follows another; empty if unknown."""
         return ""
 
     @abstractmethod

@@ -302,12 +302,10 @@ def _explanation(directory: RunDir, shown_rank: int | None) -> str:
     failure = (directory.result() or {}).get("failure")
     if not failure:
         job = _job(directory) or {}
-        said = backends.get(job["backend"]).ended_as(job["job_id"]) if job else ""
-        end = f" {said}." if said else ""
+        end = backends.get(job["backend"]).ended_as(job["job_id"]) if job else ""
         return (
             f"run {directory.path.name!r} ended without a result (job {job.get('job_id')}, {job.get('backend')}).{end} Either its"
-            f" supervisor was killed, or {directory.path} is not the same folder on the nodes. Check the logs in"
-            f" {directory.logs} and {directory.path / 'submitit'}."
+            f" supervisor was killed, or {directory.path} is not the same folder on the nodes. Check its folders logs and submitit."
         )
     rank = "" if failure["rank"] is None else f"rank {failure['rank']} "
     where = f" [{rank}on {failure['host']}]" if failure.get("host") else ""

@@ -246,7 +246,7 @@ ENDS = {
 
 
 def ended_as(job_id: str) -> str:
-    """Return SLURM's state of a job that has ended and what it means; empty if it does not know the job any more."""
+    """Return SLURM's state of a job that has ended and what it means, as a sentence after a space; empty if it is not known."""
     questions = (
         ("squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T"),
         ("sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job_id}", "--format=State"),
@@ -255,7 +255,7 @@ def ended_as(job_id: str) -> str:
         with suppress(BadRequest):
             if words := ask(*question).split():  # "CANCELLED by 1000" is one state
                 state = words[0].rstrip("+")
-                return f"SLURM ended it as {state}{ENDS.get(state, '')}"
+                return f" SLURM ended it as {state}{ENDS.get(state, '')}."
     return ""
 
 

@@ -317,7 +317,7 @@ def test_how_a_job_ended_that_left_no_result(
     run = planned_run(tmp_path / "lost", "slurm")
     run.event("submitted", format=2)
     run.write_job("slurm", "7")
-    assert SlurmBackend().ended_as("7").startswith(words)
+    assert SlurmBackend().ended_as("7").lstrip().startswith(words)
     assert f"(job 7, slurm).{' ' * bool(words)}{words}" in Run(run).explain()
 
 
