@@ -60,15 +60,16 @@ LEADS_ELSEWHERE = "$made leads to $place, which is not a folder of yours named a
 def _fail(plan: Plan) -> str:
     """The function of the shell that ends a node's start: it says what failed, and leaves that for the rest of the job.
 
-    Without the agent of node 0, for which the others would wait, the step ends.
+    Without the agent of node 0, for which the others would wait, the step ends; so does that of a Ray, which needs all nodes.
     """
+    unless = "" if plan.cluster.ray.inside else '[ "$SLURM_NODEID" != 0 ] || '
     file = (
         f"{shlex.quote(f'{plan.run_dir}/submitit/')}$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}.$SLURMD_NODENAME{UNFIT}"
     )
     return (
         'fail() { status=$?; echo "launch: on $SLURMD_NODENAME, before the ranks: $1 failed" >&2;'
         f' {{ umask 077; echo "before the ranks: $1 failed with status $status" > {file}; }} 2> /dev/null;'
-        ' [ "$SLURM_NODEID" != 0 ] || scancel --signal=KILL "$SLURM_JOB_ID.$SLURM_STEP_ID" 2> /dev/null; exit 1; }'
+        f' {unless}scancel --signal=KILL "$SLURM_JOB_ID.$SLURM_STEP_ID" 2> /dev/null; exit 1; }}'
     )
 
 

@@ -28,6 +28,7 @@ BEFORE_THE_RANKS = {
     "all": ('[slurm]\nnode_setup = ["test -d /no/disk"]', 2, "before the ranks: test -d /no/disk failed with status 1"),
     "first": ('[slurm]\nnode_setup = ["[ $SLURM_NODEID != 0 ]"]', 2, "before the ranks: [ $SLURM_NODEID != 0 ] failed"),
     "second": ('[slurm]\nnode_setup = ["[ $SLURM_NODEID = 0 ]"]', 2, "before the ranks: [ $SLURM_NODEID = 0 ] failed"),
+    "ray": ('[ray]\ninside = "slurm"\n[slurm]\nnode_setup = ["[ $SLURM_NODEID = 0 ]"]', 2, "before the ranks: [ $SLURM_NODEID"),
     "scratch": ('[slurm]\nscratch = "/proc/none/$SLURM_JOB_ID"', 1, "before the ranks: mkdir /proc/none/"),
 }  # fmt: skip
 
@@ -38,7 +39,8 @@ def test_what_fails_before_the_ranks_is_named(slurm_project: Project) -> None:
     (folder / "queue.py").write_text("raise SystemExit('the program hides the standard library')\n")
     (folder / "prints.py").write_text("open('ran', 'w')\n")
     for name, (profile, nodes, _) in BEFORE_THE_RANKS.items():
-        (folder / f"{name}.toml").write_text(f'extends = "slurm"\n{profile}\n')
+        base = 'backend = "ray"' if name == "ray" else 'extends = "slurm"'
+        (folder / f"{name}.toml").write_text(f"{base}\n{profile}\n")
         request = ("--cluster", f"{name}.toml", "--cpus", str(nodes), "--nodes", str(nodes), "--max-restarts", "0")
         slurm_project.call(*request, "--name", name, "--detach", "prints.py")
     for name, (_, _, text) in BEFORE_THE_RANKS.items():
