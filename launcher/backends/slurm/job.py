@@ -122,7 +122,7 @@ def orphaned(run_dir: RunDir, status: int, submission: int, environment: Mapping
         beat = _modified(run_dir.heartbeat_file)
         time.sleep(5 * TIMEOUTS.run_heartbeat)
         if _modified(run_dir.heartbeat_file) == beat:  # compares two times of one clock
-            after(run_dir, status, submission, environment)
+            after(run_dir, status, submission, environment, script_runs=False)
             break
     if runs(start):  # not a job that was requeued
         shell.run("scancel", "--state=RUNNING", check_id(SLURM_ID, start.job)[0])
@@ -152,7 +152,7 @@ def survive(run_dir: RunDir, status: int, submission: int, environment: Mapping[
             seen, still_since = found, time.monotonic()
         if not runs(start) or time.monotonic() - still_since > 5 * TIMEOUTS.run_heartbeat:
             hosts = next((e["hosts"] for e in reversed(run_dir.events()) if e["event"] == "started"), ["node 0"])
-            after(run_dir, status, submission, {**environment, "SLURMD_NODENAME": hosts[0]})
+            after(run_dir, status, submission, {**environment, "SLURMD_NODENAME": hosts[0]}, script_runs=False)
             return
 
 
@@ -185,11 +185,14 @@ def _claim_end(run_dir: RunDir, start: JobStart, submission: int) -> bool:
     return True
 
 
-def after(run_dir: RunDir, status: int, submission: int, environment: Mapping[str, str]) -> int:
+def after(
+    run_dir: RunDir, status: int, submission: int, environment: Mapping[str, str], script_runs: bool = True
+) -> int:
     """Handle the end of srun with `status`; returns the job's exit status.
 
     A run without a result lost its supervisor; this counts as a lost node. If no attempt had started, the run is not
     restarted. Nothing is done for a run that was sent again since `submission`, which numbers the submission of this job.
+    `script_runs`: the batch script runs, and can ask for the requeue.
     """
     start, events = JobStart.read(environment), run_dir.events()
     # A resume may come while srun still ends, and `job.json` then names this job until the next one has its number.
@@ -206,7 +209,7 @@ def after(run_dir: RunDir, status: int, submission: int, environment: Mapping[st
     if run_dir.stop_file.exists():
         return recovery.finish(End(State.STOPPED)).exit_status
     outcome = _outcome(run_dir, start, environment.get("SLURMD_NODENAME", "node 0"))
-    script = BatchScript(lambda hosts: requeue(run_dir, start, hosts))
+    script = BatchScript(lambda hosts: requeue(run_dir, start, hosts, script_runs))
     end = recovery.after(script, attempt, outcome, may_restart=newest_event == "started")
     assert isinstance(end, End), "the batch script starts no attempt"
     return status if end.requeued else recovery.finish(end).exit_status

@@ -42,12 +42,13 @@ class JobStart:
         return f"{self.job}.{self.restarts}"
 
 
-def requeue(run_dir: RunDir, start: JobStart, exclude: Sequence[str] = ()) -> bool:
+def requeue(run_dir: RunDir, start: JobStart, exclude: Sequence[str] = (), script_runs: bool = True) -> bool:
     """Requeue the job with the hosts `exclude` excluded; returns whether it will start again.
 
-    If the site or the profile does not allow a requeue, submit the same script as a job that depends on this one.
+    If the site or the profile does not allow a requeue, submit the same script as a job that depends on this one. Without
+    scontrol, as in a container, the batch script is asked for the requeue, if it runs.
     """
-    if shutil.which("scontrol") is None:  # as in a container
+    if script_runs and shutil.which("scontrol") is None:
         write_atomic(request_file(run_dir, start), _excluded_hosts(run_dir, exclude))
         return True
     # SLURM ends this job after the requeue; nothing that takes time may follow.
