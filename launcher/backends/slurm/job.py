@@ -141,12 +141,13 @@ def survive(run_dir: RunDir, status: int, submission: int, environment: Mapping[
     start = JobStart.read(environment)
     signs = (run_dir.path / "submitit" / f"{start}.batch", run_dir.heartbeat_file)
     ignore_sigterm()  # SLURM sends it when the job ends
-    time.sleep(TIMEOUTS.batch_heartbeat)  # the processes of a node do not all end at the same moment
-    seen, still_since = [_modified(path) for path in signs], time.monotonic()
+    seen: list[int] = []
+    still_since = 0.0
     while run_dir.result() is None and _newest(run_dir, "started", "requeued", "finished") == "started":
-        time.sleep(TIMEOUTS.batch_heartbeat / 2)
+        # The first time also because the processes of a node do not all end at the same moment.
+        time.sleep(TIMEOUTS.batch_heartbeat)
         found = [_modified(path) for path in signs]
-        if found[0] != seen[0]:
+        if seen and found[0] != seen[0]:
             return
         if found != seen:
             seen, still_since = found, time.monotonic()
