@@ -2,7 +2,7 @@
 # builds the documentation.
 SYSTEM_PACKAGES = slurm-wlm slurm-wlm-basic-plugins munge slurmdbd mariadb-server-core
 
-.PHONY: run test soak check docs format setup
+.PHONY: run test test-slurm soak check docs format setup
 .DEFAULT_GOAL := check
 
 run: setup
@@ -12,6 +12,10 @@ run: setup
 test: setup
 	scripts/apt-install $(SYSTEM_PACKAGES) || true
 	scripts/test $(ARGS)
+
+# The tests on SLURM with another version of it, of a newer Debian in a chroot: make test-slurm VERSION=24.11 or 26.05.
+test-slurm: setup
+	scripts/slurm-chroot $(VERSION) .venv/bin/python -m pytest -m 'slurm and not soak and not ray' $(ARGS)
 
 # Minutes of faults, for which the time of `make test` does not last.
 soak: setup

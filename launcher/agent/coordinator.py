@@ -66,10 +66,13 @@ class Coordinator:
         return state.exit_status
 
     async def _wait_for_peers(self) -> None:
-        """Wait until every node has joined or a stop is requested, `Timeouts.connect` at most."""
+        """Wait until every node has joined or will not, or a stop is requested, `Timeouts.connect` at most."""
         with suppress(TimeoutError):
             async with asyncio.timeout(TIMEOUTS.connect):
-                while len(self.peers.connected()) < self.agent_info.nodes and not self.stops.first:
+                while (
+                    len(self.peers.connected()) + len(self.agents.unfit) < self.agent_info.nodes
+                    and not self.stops.first
+                ):
                     _, message = await self.inbox.get()
                     self.stops.note(message)
 
@@ -92,6 +95,8 @@ class Coordinator:
                 print("launch: this run has been taken over by another job; leaving", file=sys.stderr)
                 os._exit(State.FAILED.exit_status)  # the forkserver sees the agent go and kills the ranks
             self.run_dir.beat()
+            if len(self.peers.connected()) < self.agent_info.nodes:
+                self.agents.unfit = dict(self.agent_info.unfit())
             return self.run_dir.stop_file.exists()
         return False
 
@@ -101,6 +106,10 @@ class Coordinator:
     def movable(self) -> bool:
         """Whether a scheduler can start the job again on other nodes."""
         return self.agent_info.requeue is not None
+
+    @property
+    def stopping(self) -> bool:
+        return self.stops.first is not None
 
     def spare(self, outcome: Outcome) -> bool:
         """Return whether nodes enough are left; the ranks of this very node are always among those that are used."""

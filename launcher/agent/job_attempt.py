@@ -35,11 +35,13 @@ class Agents:
     Attributes:
         store: of the ranks' process groups; rank 0 is always on this node.
         excluded: agents of unfit nodes. They stay connected, since they share the job's exit status.
+        unfit: what failed on hosts that could not start an agent.
     """
 
     def __init__(self, agent_info: AgentInfo, local: NodeRanks, peers: Peers, store: Store) -> None:
         self.agent_info, self.local, self.peers, self.store = agent_info, local, peers, store
         self.excluded: set[int] = set()
+        self.unfit: dict[str, str] = {}
 
     def available(self) -> list[int]:
         """Return the connected agents that ranks may be started on."""
@@ -127,7 +129,8 @@ class JobAttempt:
         placement = self.plan.placement
         used = self.agents.available()[: placement.nodes]  # those after them are spare
         if len(used) < placement.nodes:
-            return Outcome({}, lost=self.agents.absent())
+            unfit = self.agents.unfit
+            return Outcome({}, unfit=unfit) if unfit else Outcome({}, lost=self.agents.absent())
         if not placement.on_tpu:  # whose order is that of the slice
             used = by_switches(used, self.agents.peers.switches)
         if self.plan.cluster.preflight and (outcome := await self.preflight(used)):

@@ -16,6 +16,7 @@ from typing import assert_never
 from launcher.agent.hangs import evidence
 from launcher.agent.hangs.detection import STOPPED_STATES, RankStatus
 from launcher.agent.health import preflight
+from launcher.agent.health.memory_kills import MemoryKills
 from launcher.agent.network.addresses import interface_of, interface_variables, source_towards
 from launcher.agent.protocol import (
     AgentInfo,
@@ -117,8 +118,7 @@ class NodeRanks:
                     pass
                 case _:
                     assert_never(message)
-        # The forkserver is gone, and by PR_SET_PDEATHSIG its ranks with it.
-        self.writer = None
+        self.writer = None  # the forkserver is gone, and by PR_SET_PDEATHSIG its ranks with it
         for rank in sorted(self.running):
             self._ended(rank, -signal.SIGKILL)
 
@@ -126,6 +126,7 @@ class NodeRanks:
         self.running.discard(rank)
         self.pids.pop(rank, None)
         self.streams.drain()
+        self.memory_kills.note(rank, code)
         self.emit(RankExit(rank, code, self.heartbeats[rank].read().step))
 
     def _send(self, message: ToForkServer) -> None:
@@ -152,6 +153,7 @@ class NodeRanks:
 
     def _start(self, start: Start) -> None:
         self.foreground.suspended = self.foreground.interrupted = False
+        self.memory_kills = MemoryKills(self.run_dir, start.attempt, self.agent_info.host)
         self.heartbeats = {world.rank: Heartbeat.of(self.memory, world.local_rank) for world in start.worlds}
         for world in start.worlds:
             self.heartbeats[world.rank].clear()
@@ -298,7 +300,8 @@ def node_environment(agent_info: AgentInfo) -> dict[str, str]:
 def process_state(pid: int | None) -> str:
     """The state letter of a process in ``/proc``, such as ``R``, ``S``, ``D`` or ``T``; empty where there is none."""
     with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        # Bytes: the name of a process is cut after 15 of them, in any encoding.
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0].decode()
     return ""
 
 

@@ -52,6 +52,7 @@ class AgentInfo:
         requeue: asks the scheduler to start the job again later, away from the given hosts; returns whether it will.
             None if there is no scheduler.
         fate: asks the scheduler what it does with the job.
+        unfit: returns what failed, before the ranks, on each host of the job whose agent will not come.
     """
 
     node: int = 0
@@ -62,6 +63,7 @@ class AgentInfo:
     session: str = ""
     requeue: Callable[[Sequence[str]], bool] | None = None
     fate: Callable[[], JobFate] = lambda: ""
+    unfit: Callable[[], Mapping[str, str]] = dict
 
 
 # ---- to an agent ----------------------------------------------------------------------------------------------------

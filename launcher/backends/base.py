@@ -144,6 +144,14 @@ class Backend(ABC):
         """Return what distinguishes the cluster that `poll_all` asks from others of this engine."""
         return ""
 
+    def waits_for(self, job_id: str) -> str:
+        """Return why a queued job has not started; empty if unknown."""
+        return ""
+
+    def ended_as(self, job_id: str) -> str:
+        """Return how the engine says that a job ended, as a sentence that follows another; empty if unknown."""
+        return ""
+
     @abstractmethod
     def cancel(self, job_id: str) -> None:
         """End a job now, without a checkpoint. The caller requests a stop with a checkpoint before."""

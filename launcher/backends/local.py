@@ -31,7 +31,13 @@ def try_gpus(gpu: FreeGpu | None = None) -> tuple[bool, str]:
     own = {"CUDA_VISIBLE_DEVICES": gpu.name} if gpu else {}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=TIMEOUTS.gpu_trial, env={**os.environ, **own}
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+            timeout=TIMEOUTS.gpu_trial,
+            env={**os.environ, **own},
         )
     except subprocess.TimeoutExpired:
         return False, f"{gpu.name if gpu else 'the first GPU'} does not answer within {TIMEOUTS.gpu_trial:g} s"

@@ -88,6 +88,8 @@ def _status_lines(status: Mapping[str, Any]) -> Iterator[str]:
     yield f"  target      {status['target']}"
     where = f"{status['backend']} ({status['cluster']}), job {status['job_id']}"
     yield f"  on          {where}: {status['placement']['why']}"
+    if status["waits_for"]:
+        yield f"  waits for   {status['waits_for']}"
     if commit := status["code"].get("commit"):
         yield f"  code        {str(commit)[:12]}{' and uncommitted changes' if status['code'].get('dirty') else ''}"
     yield f"  attempt     {status['attempt']}{_failures(status['failed_attempts'])}"

@@ -292,6 +292,8 @@ def _check_target(plan: Plan) -> None:
     if plan.target.kind != "function" or not (backends.of(plan.cluster).capabilities.precheck or unchecked):
         return
     command = own_packages.command("launcher.client.preimport")
-    done = subprocess.run(command, input=to_json(to_data(plan)), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, input=to_json(to_data(plan)), capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
     if done.returncode:
         raise BadRequest(done.stderr.strip())

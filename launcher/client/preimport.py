@@ -5,6 +5,7 @@ The target's imports stay out of the command, and a target that exits or crashes
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -19,6 +20,8 @@ from training.errors import ConfigError
 
 def main() -> None:
     """Exit with the text for the user where something is wrong, silently where nothing is."""
+    if isinstance(sys.stderr, io.TextIOWrapper):  # in the encoding that the command reads, whatever the locale's is
+        sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")
     plan = from_data(Plan, json.load(sys.stdin), "the plan")
     os.environ.update(plan.environment)
     try:

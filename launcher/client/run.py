@@ -266,6 +266,7 @@ def _overview(directory: RunDir, state: State) -> dict[str, Any]:
         "backend": plan.backend,
         "cluster": plan.cluster.name,
         "job_id": job.get("job_id"),
+        "waits_for": backends.get(job["backend"]).waits_for(job["job_id"]) if job and state is State.QUEUED else "",
         "placement": to_data(plan.placement),
         "target": plan.target.spelled(plan.target.name),
         "code": code if isinstance(code, dict) else {},
@@ -312,10 +313,10 @@ def _explanation(directory: RunDir, shown_rank: int | None) -> str:
     failure = (directory.result() or {}).get("failure")
     if not failure:
         job = _job(directory) or {}
+        end = backends.get(job["backend"]).ended_as(job["job_id"]) if job else ""
         return (
-            f"run {directory.path.name!r} ended without a result (job {job.get('job_id')}, {job.get('backend')}). Either its"
-            f" supervisor was killed, or {directory.path} is not the same folder on the nodes. Check the logs in"
-            f" {directory.logs} and {directory.path / 'submitit'}."
+            f"run {directory.path.name!r} ended without a result (job {job.get('job_id')}, {job.get('backend')}).{end} Either its"
+            f" supervisor was killed, or {directory.path} is not the same folder on the nodes. Check its folders logs and submitit."
         )
     return explain(failure, shown_rank)
 

@@ -91,10 +91,11 @@ class Slurm:
         exclusive: share nodes with nobody.
         mem: memory of each node, as in ``64G``, or ``0`` for all; left out, the ranks' share of it.
         modules: environment modules, loaded on the first node and inherited by all.
-        setup: shell lines that run on the first node before anything else; what they export reaches all nodes.
+        setup: shell lines that run on the first node before anything else; what they export reaches all nodes. One that
+            fails ends the run, as do the modules; one that may fail ends in ``|| true``.
         node_setup: shell lines that run on every node before its ranks; where one fails the node does not start.
         scratch: a folder on each node's own disk, made before its ranks, their ``TMPDIR``, and removed after them. Variables
-            are those of the node, as in ``/local/$SLURM_JOB_ID``.
+            are those of the node, as in ``/local/$SLURM_JOB_ID``, which has to be part of it; ``..`` is refused.
         container: the container to run in.
         srun_args: extra arguments of srun, such as Pyxis' ``--container-image=...``.
         sbatch: any further sbatch options, as ``name = value``.

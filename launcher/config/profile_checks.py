@@ -126,8 +126,8 @@ def _check_slurm(slurm: Slurm, where: str) -> None:
             f"{where}: slurm.scratch = {slurm.scratch!r}: write an absolute path of letters, digits and the node's variables,"
             " such as /local/$SLURM_JOB_ID."
         )
-    if slurm.scratch is not None and "$SLURM_JOB_ID" not in slurm.scratch.replace("{", "").replace("}", ""):
-        raise BadRequest(f"{where}: slurm.scratch is removed after the job, so it needs $SLURM_JOB_ID in its name.")
+    if slurm.scratch is not None:
+        _check_scratch(slurm.scratch, where)
     container = slurm.container
     if container is None:
         return
@@ -139,6 +139,21 @@ def _check_slurm(slurm: Slurm, where: str) -> None:
     clash = [a for a in slurm.srun_args if a.startswith("--container-image")]
     if clash:
         raise BadRequest(f"{where}: slurm.srun_args: {clash[0]!r} beside slurm.container: write it in one place.")
+
+
+JOB_ID = re.compile(r"\$(?:SLURM_JOB_ID(?!\w)|\{SLURM_JOB_ID\})")
+"""The id of the job in a path of the node."""
+
+
+def _check_scratch(scratch: str, where: str) -> None:
+    parts = scratch.split("/")
+    if ".." in parts:
+        raise BadRequest(
+            f"{where}: slurm.scratch = {scratch!r} is removed after the job, so `..` is not allowed in it. Write the path that"
+            " is meant, such as /local/$SLURM_JOB_ID."
+        )
+    if not any(map(JOB_ID.search, parts)):
+        raise BadRequest(f"{where}: slurm.scratch is removed after the job, so it needs $SLURM_JOB_ID in its name.")
 
 
 def check_texts(data: Mapping[str, Any], where: str) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import re
+import shlex
+import stat
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,10 +31,15 @@ class Profile:
     where: str
 
 
+PROJECT = "project"
+
+
 def folders(cwd: Path) -> list[tuple[str, Path]]:
     """The folders in which profiles are looked up, first match wins."""
-    config_home = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
-    found = [("project", cwd / "cluster_configs"), ("user", Path(config_home) / "launch" / "cluster_configs")]
+    config_home = Path(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"))
+    found = [(PROJECT, cwd / "cluster_configs")]
+    if config_home.is_absolute():  # else this user has no home
+        found.append(("user", config_home / "launch" / "cluster_configs"))
     shipped = find_spec("cluster_configs")
     if shipped and shipped.submodule_search_locations:
         found += [("shipped", Path(p)) for p in shipped.submodule_search_locations]
@@ -133,18 +142,70 @@ def _find(name: str, cwd: Path) -> Path:
     """The file of the profile called `name`, or at that path."""
     if Path(name).suffix == ".toml":
         return cwd / name
-    found = {p.name: p.path for p in profiles(cwd)}
+    found = {p.name: p for p in profiles(cwd)}
     if name not in found:
         raise BadRequest(
             f"--cluster {name!r}: no such profile{nearest(name, found)}. Known: {', '.join(sorted(found))}."
             " A path to a .toml file works too."
         )
-    return found[name]
+    _check_trusted(found[name], cwd)
+    return found[name].path
+
+
+def _check_trusted(profile: Profile, cwd: Path) -> None:
+    """Check that nobody but this user, and root, has written a profile of the working directory or can change it.
+
+    Commands come from a profile, and one is read because it is there. One that is named by its path, and those of the
+    user's own folder and of this installation, are not checked.
+
+    Raises:
+        BadRequest: another user has, or can; the owner, or the command that ends it, is named.
+    """
+    own = cwd / "cluster_configs"
+    shipped = [folder for where, folder in folders(cwd) if where not in (PROJECT, "user")]
+    if profile.where != PROJECT or any(folder.exists() and own.samefile(folder) for folder in shipped):
+        return
+    use = f"Read it, then name it by its path: --cluster {shlex.quote(os.path.relpath(profile.path, cwd))}."
+    for path in dict.fromkeys((own, profile.path.parent, profile.path)):
+        try:
+            found = path.stat()
+        except OSError:  # which reading it reports
+            return
+        if found.st_uid not in (os.geteuid(), 0):
+            raise BadRequest(
+                f"cluster profile {profile.path}: {path} belongs to {_user(found.st_uid)}, and you are {_user(os.geteuid())}: a"
+                f" profile says which commands are run, so it is not used just because it is in this folder. {use}"
+            )
+        if _others_can_write(found):
+            raise BadRequest(
+                f"cluster profile {profile.path}: other users can change {path} (mode {stat.S_IMODE(found.st_mode):04o}), and a"
+                f" profile says which commands are run. Type `chmod go-w {shlex.quote(str(path))}`. {use}"
+            )
+
+
+def _others_can_write(found: os.stat_result) -> bool:
+    """Whether users of the group or all users can; a group of the user's own name without other members has none."""
+    if found.st_mode & stat.S_IWGRP:
+        try:
+            group, user = grp.getgrgid(found.st_gid), pwd.getpwuid(os.geteuid()).pw_name
+        except KeyError:
+            return True
+        if group.gr_name != user or set(group.gr_mem) - {user}:
+            return True
+    sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX  # there, users remove only files of their own
+    return bool(found.st_mode & stat.S_IWOTH) and not sticky
+
+
+def _user(uid: int) -> str:
+    try:
+        return f"{pwd.getpwuid(uid).pw_name} (uid {uid})"
+    except KeyError:
+        return f"uid {uid}"
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return read_text(path.read_text(), path)
+        return read_text(path.read_text(encoding="utf-8"), path)
     except OSError as error:
         raise BadRequest(f"cluster profile {path}: {error.strerror or error}.") from None
     except UnicodeDecodeError as error:
@@ -158,9 +219,21 @@ def read_text(text: str, path: Path) -> dict[str, Any]:
         BadRequest: it is not TOML.
     """
     try:
-        return tomllib.loads(text)
+        return {key: _native(value) for key, value in tomllib.loads(text).items()}
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits; lists thousands deep
         raise BadRequest(f"cluster profile {path}: not valid TOML: {error}.") from None
+
+
+def _native(value: Any) -> Any:
+    """Return `value` with strings as Python holds file names and variables, which reach programs as UTF-8 in any locale."""
+    match value:
+        case str():
+            return os.fsdecode(value.encode())
+        case dict():
+            return {_native(key): _native(item) for key, item in value.items()}
+        case list():
+            return [_native(item) for item in value]
+    return value
 
 
 def parse(data: Mapping[str, Any], path: Path, cwd: Path, where: str = "") -> Cluster:
@@ -191,12 +264,13 @@ def parse(data: Mapping[str, Any], path: Path, cwd: Path, where: str = "") -> Cl
 
 def _base(name: str, path: Path, cwd: Path, where: str) -> Path:
     """The profile `name`, looked up like any other; one that bears its own base's name builds on the one it hides."""
-    found = {p.name: p.path for p in reversed(_all_profiles(cwd)) if not (p.path.exists() and p.path.samefile(path))}
+    found = {p.name: p for p in reversed(_all_profiles(cwd)) if not (p.path.exists() and p.path.samefile(path))}
     if name not in found:
         raise BadRequest(
             f"{where}: extends {name!r}: no such profile{nearest(name, found)}. Known: {', '.join(found)}."
         )
-    return found[name]
+    _check_trusted(found[name], cwd)
+    return found[name].path
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,6 +53,7 @@ class Timeouts:
     Attributes of SLURM:
         slurm_command: one command; slurmctld is slow for minutes when thousands of jobs start.
         slurm_controller: repeat a command while slurmctld does not answer; it restarts for upgrades.
+        batch_heartbeat: a batch script touches its file every second; without a change within this time it has ended.
         srun_wait: srun waits for the other agents once one has ended, if no spare node can replace it.
 
     Attributes of Ray:
@@ -108,6 +109,7 @@ class Timeouts:
 
     slurm_command: float = 60.0
     slurm_controller: float = 60.0
+    batch_heartbeat: float = 1.0
     srun_wait: int = 120
 
     ray_head: float = 5.0

@@ -9,6 +9,7 @@ from launcher.backends import Backend
 from launcher.config import profiles
 from launcher.errors import BadRequest
 from launcher.request.spec import check_name
+from training.files import write_atomic
 
 
 def create(name: str, backend: str | None, cwd: Path) -> Path:
@@ -23,8 +24,8 @@ def create(name: str, backend: str | None, cwd: Path) -> Path:
         raise BadRequest(f"{path} exists already. Another name writes another profile: launch clusters new NAME.")
     text = _choose(backend).new_profile()
     profiles.parse(profiles.read_text(text, path), path, cwd)  # what is written can be read
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
+    path.parent.mkdir(0o755, exist_ok=True)
+    write_atomic(path, text, 0o644)  # a profile that others can change is not used
     return path
 
 

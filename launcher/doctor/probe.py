@@ -90,7 +90,7 @@ def _without_peers(count: int) -> list[str]:
 
 def hub() -> dict[str, Any]:
     """Whether models and data sets can be had: the cache's folder, and the Hub itself unless that is not wanted."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    default = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "huggingface"
     cache = Path(os.environ.get("HF_HOME") or default)
     offline = os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "TRUE", "on")
     reached = None

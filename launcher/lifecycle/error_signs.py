@@ -106,6 +106,7 @@ SIGNS = (
     ),
     _sign(
         "out of memory",
+        "the kernel killed the process for memory",
         "DefaultCPUAllocator: (can't allocate|not enough) memory",
         "DefaultCPUAllocator: .* Cannot allocate memory",
         r"unable to \w+ shared memory",

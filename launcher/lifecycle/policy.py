@@ -85,8 +85,8 @@ RULES: dict[str, Rule] = {
     ),
     "unfit node": Rule(
         Retry.ELSEWHERE,
-        "A node did not pass the profile's preflight; see to it (`launch doctor --on-nodes` looks closer), then"
-        " `launch resume`.",
+        "A node did not pass the profile's preflight, or a line of its node_setup failed there; see to it"
+        " (`launch doctor --on-nodes` looks closer), then `launch resume`.",
     ),
     "node lost": Rule(Retry.ELSEWHERE, "A node stopped answering; check it, then `launch resume`."),
     "no progress": Rule(

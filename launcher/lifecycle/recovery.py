@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import re
 import sys
@@ -82,6 +83,10 @@ class Engine(Relocation, Protocol):
     async def pause(self, seconds: float) -> None:
         """Wait before the next attempt, unless a stop is requested."""
 
+    @property
+    def stopping(self) -> bool:
+        """Whether a stop has been requested."""
+
 
 @dataclass(frozen=True)
 class End:
@@ -118,7 +123,7 @@ class Recovery:
             done = await engine.attempt()
             if isinstance(done, End):
                 return done
-            await wait_until_writable(self.run_dir)
+            await wait_until_writable(self.run_dir, engine)
             match self.after(engine, *done):
                 case End() as end:
                     return end
@@ -189,14 +194,24 @@ class Recovery:
         return end_run(self.run_dir, plan or self.plan, end.state, attempt, self.started, end.failure, end.step)
 
 
-async def wait_until_writable(run_dir: RunDir) -> None:
-    """Wait, at most `Timeouts.mount`, while the run directory cannot be written."""
+async def wait_until_writable(run_dir: RunDir, engine: Engine) -> None:
+    """Wait, at most `Timeouts.mount`, while the run directory cannot be written.
+
+    A request to stop ends the wait if the directory is not there: it may have been removed.
+    """
     deadline = asyncio.get_running_loop().time() + TIMEOUTS.mount
     while asyncio.get_running_loop().time() < deadline:
-        with suppress(OSError):
+        missing = False
+        try:
             await asyncio.to_thread(run_dir.beat)  # a shared disk may take long to answer
             return
-        await asyncio.sleep(1.0)
+        except OSError as error:
+            missing = error.errno == errno.ENOENT
+        looked = asyncio.get_running_loop().time()
+        await engine.pause(1.0)
+        if missing and engine.stopping:
+            return
+        await asyncio.sleep(looked + 1.0 - asyncio.get_running_loop().time())
 
 
 def record_failure(

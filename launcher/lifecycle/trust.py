@@ -55,7 +55,9 @@ def check_job(record: Mapping[str, Any], where: Path) -> dict[str, Any]:
 def check_own(folder: Path, names: Iterable[str]) -> None:
     """Check that a run directory belongs to this user and that nobody else can change what is in it.
 
-    Of the files `names`, and of those below them, a symbolic link out of the directory is refused. Only numeric user ids are compared.
+    Of the files `names`, and of those below them, a symbolic link out of the directory is refused. Only numeric user ids are
+    compared. In a directory that only this user can enter, the modes of the files do not matter: under umask 002, those of a
+    scheduler's logs let the group write.
 
     Raises:
         BadRequest: it belongs to another user (the owner is named), others can write to it (the command that ends that is
@@ -63,6 +65,7 @@ def check_own(folder: Path, names: Iterable[str]) -> None:
     """
     top = folder.stat()
     _check_entry(folder, folder, top)
+    closed = not top.st_mode & 0o011
     for name in names:
         for path in _tree(folder / name):
             try:
@@ -77,8 +80,8 @@ def check_own(folder: Path, names: Iterable[str]) -> None:
                     f"{path} is a symbolic link out of the run directory, or to nothing, which is not followed."
                     f" `rm {shlex.quote(str(path))}`."
                 )
-            _check_entry(folder, path, found)
-    if top.st_mode & 0o011:  # others can reach what is below
+            _check_entry(folder, path, found, closed)
+    if not closed:
         for path in _tree(folder):
             found = path.lstat()
             if not stat.S_ISLNK(found.st_mode):
@@ -91,7 +94,7 @@ def _tree(path: Path) -> Iterable[Path]:
         yield from (Path(above, name) for name in (*folders, *files))
 
 
-def _check_entry(folder: Path, path: Path, found: os.stat_result) -> None:
+def _check_entry(folder: Path, path: Path, found: os.stat_result, closed: bool = False) -> None:
     if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
         raise BadRequest(f"{path} is a pipe, a socket or a device, which no run has. `rm {shlex.quote(str(path))}`.")
     if found.st_uid != os.geteuid():
@@ -99,7 +102,7 @@ def _check_entry(folder: Path, path: Path, found: os.stat_result) -> None:
             f"{path} belongs to {_user(found.st_uid)}, and you are {_user(os.geteuid())}: a run is cancelled, resumed and"
             " unpickled by its owner alone. `launch status` and `launch logs` show it."
         )
-    if found.st_mode & 0o022:
+    if found.st_mode & 0o022 and not closed:
         raise BadRequest(
             f"{path} can be changed by other users (mode {stat.S_IMODE(found.st_mode):04o}). If you trust what is in it,"
             f" type `chmod -R go-w {shlex.quote(str(folder))}` and try again."

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launcher.backends.slurm.backend import SlurmBackend
-from launcher.backends.slurm.shell import script_line
+from launcher.backends.slurm.batch import script as batch_script
 from launcher.config.cluster import Cluster
 from launcher.config.profiles import parse
 from launcher.errors import BadRequest
@@ -81,13 +81,16 @@ def test_no_value_of_a_profile_adds_a_line_to_the_script(values: dict[str, Any],
     base = {"backend": "slurm", "nodes": 4, "node": {"gpus": 8, "cpus": 96}}
     more = {"slurm": values, "environment": {"A": text}, "description": text} | ({"python": python} if python else {})
     plain = make_plan(parse(base, Path("x.toml"), Path.cwd()), folder)
+    without = batch_script.before(plain)
     try:
         site = parse(base | more, Path("x.toml"), Path.cwd())
         lines = script(replace(plain, cluster=site))
     except BadRequest:
         return
     end = lines.index("# command")
-    setup = [script_line(), "trap '' USR1 USR2", *site.slurm.setup]
+    setup = batch_script.before(replace(plain, cluster=site))
+    own = [*batch_script.TRAPS, *site.slurm.setup, batch_script.NO_TRAPS] if site.slurm.setup else []
+    assert setup == [*without[:-1], *own, without[-1]]
     head = lines[: end - len(setup) - 3]
     assert lines[len(head) :] == ["", "# setup", *setup, "", *lines[end:]]
     assert head[:3] == ["#!/bin/bash", "", "# Parameters"]
@@ -99,6 +102,6 @@ def test_no_value_of_a_profile_adds_a_line_to_the_script(values: dict[str, Any],
     assert lines[end + 3 :] == [line.replace(sys.executable, python_words(python)) for line in after]
     words = shlex.split(lines[end + 2])
     assert words[:6:2] == ["srun", "--output", "--error"]
-    ours = ["--gpu-bind=none", "--kill-on-bad-exit=0", "--wait=120"]
-    assert words[6 : 9 + len(site.slurm.srun_args)] == [*ours, *site.slurm.srun_args]
+    ours = ["--gpu-bind=none", "--cpus-per-task=96", "--kill-on-bad-exit=0", "--wait=120"]
+    assert words[6 : 10 + len(site.slurm.srun_args)] == [*ours, *site.slurm.srun_args]
     assert words[-4:] == ["-u", "-m", "submitit.core._submit", f"{folder}/submitit"]

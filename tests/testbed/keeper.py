@@ -62,6 +62,11 @@ class Keeper:
             start_new_session=True,  # Ctrl-C in the terminal must only reach the owner
         )
 
+    @property
+    def pid(self) -> int:
+        """The process id of the keeper, of which all daemons descend."""
+        return self._process.pid
+
     def start(self, name: str, argv: Sequence[str], env: Mapping[str, str]) -> int:
         """Start a daemon in the foreground, with its output in ``<folder>/<name>.out``; returns its pid."""
         binary = shutil.which(argv[0], path=env.get("PATH", os.defpath))

@@ -220,9 +220,24 @@ class SlurmCluster:
 
     def kill_step_daemon(self, name: str) -> None:
         """Kill the slurmstepd of the newest task on a node; the task continues, and SLURM does not notice its exit."""
-        found = processes_with(f"{NODE}={self.folder}/{name}\0")
-        (*_, victim) = [pid for pid, command in found.items() if "slurmstepd" in command and ".batch" not in command]
-        os.kill(victim, signal.SIGKILL)
+        steps = {pid: step for pid, step in self.step_daemons(name).items() if step < FIRST_SPECIAL_STEP}
+        os.kill(max(steps, key=lambda pid: steps[pid]), signal.SIGKILL)
+
+    def step_daemons(self, name: str) -> dict[int, int]:
+        """The slurmstepds of a node: pid -> number of the step; those of batch scripts have numbers above all others.
+
+        They are found by the sockets on which they listen, since from SLURM 24.11 on their titles hide their environment.
+        """
+        lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
+        spool = f"{self.folder}/{name}/spool/{name}_"
+        inodes = {f"socket:[{line[6]}]": line[7] for line in lines if len(line) > 7 and line[7].startswith(spool)}
+        found = {}
+        for pid in descendants(os.getpid()) | descendants(self._keeper.pid):
+            with contextlib.suppress(OSError):
+                for handle in os.scandir(f"/proc/{pid}/fd"):
+                    if path := inodes.get(os.readlink(handle.path)):
+                        found[pid] = int(path.rpartition(".")[2])
+        return found
 
     def restart_slurmd(self, name: str) -> None:
         """Start a node's slurmd again after `kill_slurmd`."""
@@ -258,6 +273,7 @@ class SlurmCluster:
     def _write_files(self, dbd_port: int, ctld_port: int) -> None:
         for name in ("munge", "db", "state", "gpu", *self._ports):
             (self.folder / name).mkdir(mode=0o700 if name == "db" else 0o755)
+        (self.folder / "db/slurm").mkdir()  # newer clients refuse a database that slurmdbd has just created
         for i in range(max(node.gpus for node in self.nodes)):
             os.mknod(self.folder / "gpu" / f"gpu{i}", 0o20666, os.makedev(1, 3))
         files = config_files(
@@ -274,6 +290,7 @@ class SlurmCluster:
 
 
 OPTIONS = ("SLURM", "SBATCH_", "SALLOC_", "SRUN_", "SQUEUE_", "SACCT_", "SINFO_", "SCONTROL_", "SCANCEL_")
+FIRST_SPECIAL_STEP = 0xFFFFFFF0  # slurm.h: SLURM_BATCH_SCRIPT and the like
 NODE = "LAUNCH_TESTBED_NODE"  # in the environment of a slurmd and of its slurmstepds
 
 

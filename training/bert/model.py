@@ -52,7 +52,7 @@ def check_model(name: str) -> None:
             f"--model {name}: the folder has no config.json, so it holds no model saved by save_pretrained"
         )
     try:
-        json.loads((folder / "config.json").read_text())
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"--model {name}: its config.json cannot be read ({error})") from None
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -150,11 +151,15 @@ def encode(
     entry = folder / key
     loaded = _load(entry)
     if loaded is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=folder, prefix=".staging-"))
+        loaded = _encode(data or read(source), source, tokenizer, max_length, num_labels)
         try:
-            made = _encode(data or read(source), source, tokenizer, max_length, num_labels)
-            made.save_to_disk(str(staging / "entry"))
+            folder.mkdir(parents=True, exist_ok=True)
+            staging = Path(tempfile.mkdtemp(dir=folder, prefix=".staging-"))
+        except OSError as error:  # such as a home that cannot be written; the next run tokenises again
+            print(f"launch: {folder} cannot be written, so the tokens are not kept: {error.strerror}", file=sys.stderr)
+            return Encoded(loaded, fingerprint)
+        try:
+            loaded.save_to_disk(str(staging / "entry"))
             _publish(staging / "entry", entry)
         finally:
             shutil.rmtree(staging, ignore_errors=True)

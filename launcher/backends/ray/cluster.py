@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import os
 import secrets
+import shutil
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +29,15 @@ SHOWN = ("CPU", "GPU", "TPU")
 _TOKEN_HINT = ". If the cluster needs a token (there was one in ~/.ray when `ray start` ran), set RAY_AUTH_MODE=token."
 
 SLICE, WORKER, TOPOLOGY = "ray.io/tpu-slice-name", "ray.io/tpu-worker-id", "ray.io/tpu-topology"
+
+LONGEST_SOCKET = 107
+"""Bytes of the path of a socket; see unix(7)."""
+
+TEMPORARY = "r"
+"""Name of Ray's folder in one that only this user can enter: Ray lets all users write to its own."""
+
+BELOW = "/session_2026-11-26_10-57-47_123456_4194304/sockets/plasma_store.999"
+"""What Ray adds to its temporary folder, at most."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +182,7 @@ def connect(plan: Plan) -> None:
         cpus = max(cpus, os.cpu_count() or 1)
         os.environ.setdefault("RAY_worker_niceness", "0")  # the default is 15; this Ray serves one run
         with chdir(ROOT):  # as below
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **common)
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **_temporary(), **common)
         return
     _reach(address)
     try:
@@ -180,6 +192,22 @@ def connect(plan: Plan) -> None:
     except (ConnectionError, ValueError, RuntimeError) as error:
         hint = "" if "RAY_AUTH_MODE" in os.environ else _TOKEN_HINT
         raise BadRequest(f"Ray at {address} cannot be reached: {error}{hint}") from None
+
+
+def short_folder() -> str:
+    """Return the folder for temporary files, or ``/tmp`` if the sockets of a Ray in it would have too long paths."""
+    base = tempfile.gettempdir()
+    return base if len(os.fsencode(f"{base}/ray-12345678/{TEMPORARY}{BELOW}")) <= LONGEST_SOCKET else "/tmp"
+
+
+def _temporary() -> dict[str, str]:
+    """The option of ``ray.init`` for a temporary folder; none where Ray's own choice is short enough."""
+    own = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    if len(os.fsencode(f"{own}/ray{BELOW}")) <= LONGEST_SOCKET:
+        return {}
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return {"_temp_dir": f"{folder}/{TEMPORARY}"}
 
 
 async def join(plan: Plan) -> None:

@@ -294,6 +294,10 @@ class Driver:
             self.exclude(attempt, hosts)
         return Elsewhere.NOW
 
+    @property
+    def stopping(self) -> bool:
+        return bool(self.requests.stop)
+
     async def pause(self, seconds: float) -> None:
         """Wait, unless the worker group is replaced, which takes longer."""
         if not self.groups.unusable:

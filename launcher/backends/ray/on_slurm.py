@@ -28,6 +28,7 @@ from launcher.agent.network.addresses import source_towards
 from launcher.agent.protocol import AgentInfo
 from launcher.backends.base import Backend
 from launcher.backends.ray.backend import RayBackend, trainer
+from launcher.backends.ray.cluster import TEMPORARY, short_folder
 from launcher.backends.slurm.backend import SlurmBackend
 from launcher.backends.slurm.job import BatchScript, as_task
 from launcher.config.check import Check
@@ -44,8 +45,11 @@ from training.files import read_json, write_atomic
 STORE_BYTES = 128 * 2**20
 """Size of Ray's object store, which ranks hardly use; the default is 30 % of the node's memory."""
 
-LONGEST_FOLDER = 40
-"""Longest path of a temporary folder: the paths of Ray's sockets in it have a limit of 107 characters."""
+RAY = (
+    "import sys, ray.scripts.scripts as scripts; sys.argv.pop(0);"
+    " scripts.get_ray_client_dependency_error = lambda: ImportError('not used'); scripts.main()"
+)
+"""The command ``ray``, without the server for Ray clients: its port would be fixed, and nobody uses it."""
 
 STARTS = 3
 """How often Ray is started on a node. Ray itself gives up after 30 s, which may be too short on a busy machine."""
@@ -75,8 +79,7 @@ class RayNode:
 
     def __init__(self, run_dir: RunDir, where: AgentInfo) -> None:
         self.run_dir, self.plan, self.where = run_dir, run_dir.plan(), where
-        base = tempfile.gettempdir()
-        self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir=base if len(base) <= LONGEST_FOLDER else "/tmp"))
+        self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir=short_folder()))
         self.asked = False  # a signal asked the job to end
         self.preempted = False  # SLURM announced by SIGUSR2 that it takes the nodes
         self.process: subprocess.Popen[bytes] | None = None
@@ -92,15 +95,18 @@ class RayNode:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _end(self) -> None:
-        """End Ray and what it has started on this node."""
-        if self.process is not None:
+        """End Ray and what it has started on this node; at once if the job is to end, since SLURM then kills this process, too."""
+        if self.process is not None and not self.asked:
             with suppress(ProcessLookupError):
                 self.process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(TIMEOUTS.ray_processes_end)
-        for pid in _started_with(f"{TOKEN}={self.folder}"):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + TIMEOUTS.ray_processes_end
+        while (left := _started_with(f"{TOKEN}={self.folder}")) and time.monotonic() < deadline:
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)  # what they write until they are gone would stay
 
     def _note(self, number: int, *_: object) -> None:
         self.asked = True
@@ -121,9 +127,11 @@ class RayNode:
             "min-worker-port": 0,
             "max-worker-port": 0,
             "dashboard-agent-listen-port": 0,
+            # Ray lets all users write to it; only this user can enter the folder above it.
+            "temp-dir": self.folder / TEMPORARY,
         }
         arguments = [f"--{name}={value}" for name, value in options.items()]
-        ray = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+        ray = [sys.executable, "-P", "-c", RAY, "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
         environment = self._environment() | {"RAY_worker_niceness": "0"}
         environment.pop("RAY_ADDRESS", None)
         with self.run_dir.open_agent_log(self.where.node) as log:
@@ -154,9 +162,7 @@ class RayNode:
     def _start_head(self) -> str:
         """Start the head; returns its address, empty if it exited."""
         for _ in range(STARTS):
-            self._start(
-                self.where.address, "--head", "--port=0", f"--temp-dir={self.folder}", "--include-dashboard=false"
-            )
+            self._start(self.where.address, "--head", "--port=0", "--include-dashboard=false")
             if (address := self._await_head()) or not self._started_again():
                 return address
         return ""
@@ -164,7 +170,7 @@ class RayNode:
     def _await_head(self) -> str:
         """Wait for the head that this node has started; returns its address, empty if it exited."""
         assert self.process is not None
-        file = self.folder / "ray_current_cluster"
+        file = self.folder / TEMPORARY / "ray_current_cluster"
         while self.process.poll() is None and not self.asked:
             with suppress(FileNotFoundError):
                 if address := file.read_text().strip():
@@ -316,6 +322,12 @@ class RayOnSlurmBackend(Backend):
     def identity(self) -> str:
         """Return the configuration, and the command, by which SLURM is asked."""
         return self.slurm.identity()
+
+    def waits_for(self, job_id: str) -> str:
+        return self.slurm.waits_for(job_id)
+
+    def ended_as(self, job_id: str) -> str:
+        return self.slurm.ended_as(job_id)
 
     def cancel(self, job_id: str) -> None:
         self.slurm.cancel(job_id)

@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import re
-import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,13 +14,13 @@ from typing import Any
 
 from launcher.backends.base import Backend, Capabilities
 from launcher.backends.slurm import limits, node_command, query, queue, shell
+from launcher.backends.slurm.batch import script
 from launcher.config.check import Check
 from launcher.config.cluster import Cluster, NodeKind
 from launcher.errors import BadRequest
 from launcher.lifecycle import history
 from launcher.lifecycle.run_dir import RunDir
 from launcher.lifecycle.trust import SLURM_ID, check_id
-from launcher.request import own_packages
 from launcher.request.spec import Plan, State
 from training.files import write_atomic
 
@@ -52,13 +51,12 @@ def _completed(cluster: Cluster, found: Sequence[NodeKind]) -> Cluster:
 def parameters(plan: Plan) -> dict[str, Any]:
     """The submitit parameters of `plan`, by `submitit.SlurmExecutor`'s names."""
     placement, slurm = plan.placement, plan.cluster.slurm
-    cpus = placement.cpus_per_rank * placement.ranks_per_node
     wanted: dict[str, Any] = {
         "job_name": plan.name,
         "time": plan.time_minutes,
         "nodes": placement.nodes + plan.spec.spare_nodes,
         "ntasks_per_node": 1,
-        "cpus_per_task": cpus or None,
+        "cpus_per_task": node_command.cpus_per_node(plan) or None,
         # Per node: SLURM 24.11 and later isolate per-task GPUs, and the ranks of a task could not use each other's.
         "gpus_per_node": _gpu_request(plan) if placement.device == "cuda" else None,
         "mem": slurm.mem or _memory(plan),
@@ -71,8 +69,8 @@ def parameters(plan: Plan) -> dict[str, Any]:
         "exclusive": slurm.exclusive or placement.on_tpu or None,  # a TPU host cannot be shared by runs
         # SLURM sends the signal up to 60 s early; at most a quarter of a short time limit is grace.
         "signal_delay_s": int(min(plan.cluster.grace, plan.time_minutes * 60 / 4)),
-        "setup": _setup(plan) or None,
-        "teardown": _teardown(plan),
+        "setup": script.before(plan),
+        "teardown": script.after(plan),
         "srun_args": node_command.srun_args(plan) or None,
         "comment": "launch",
         "additional_parameters": _without_none(
@@ -81,7 +79,8 @@ def parameters(plan: Plan) -> dict[str, Any]:
             | {key: None if value is False else value for key, value in slurm.sbatch.items()}
         ),
     }
-    return _without_none(wanted)
+    # submitit's own default is a key that sites with TrackWCKey refuse.
+    return {**_without_none(wanted), "wckey": None}
 
 
 def _excluded_hosts(plan: Plan) -> tuple[str, ...]:
@@ -89,35 +88,8 @@ def _excluded_hosts(plan: Plan) -> tuple[str, ...]:
     return history.read(RunDir(plan.run_dir).events()).excluded
 
 
-def _teardown(plan: Plan) -> list[str]:
-    """Script lines after srun: recover from a killed supervisor, exit with the status of the run.
-
-    If the slurmstepd of the script was killed, SLURM does not notice the exit of the script, so the script cancels its job.
-    """
-    python = shlex.join(node_command.python(plan))
-    submission = max(1, history.submissions(RunDir(plan.run_dir).events()))  # a plan that is only shown: the first
-    look = f"{python} -P -m launcher.backends.slurm.job {shlex.quote(str(plan.run_dir))} $status {submission}"
-    if (clean := own_packages.python_path_without_others()) is not None:
-        look = f"PYTHONPATH={shlex.quote(clean)} {look}"
-    # From this shell's own entry in /proc, since other entries may be hidden.
-    parent = "$(sed -n 's/^PPid:[[:space:]]*//p' /proc/$$/status)"
-    orphaned = f'[ "{parent}" = $PPID ] || scancel --state=RUNNING $SLURM_JOB_ID'
-    return ["status=$?", f"[ $status = 0 ] || {look} || status=$?", orphaned, "exit $status"]
-
-
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
-
-
-def _setup(plan: Plan) -> list[str]:
-    """Script lines before srun. A user signal is for the agents: a script that died of it would end the job."""
-    slurm = plan.cluster.slurm
-    return [
-        shell.script_line(),
-        "trap '' USR1 USR2",
-        *([f"module load {' '.join(map(shlex.quote, slurm.modules))}"] if slurm.modules else []),
-        *slurm.setup,
-    ]
 
 
 def _gpu_request(plan: Plan) -> str | int:
@@ -221,7 +193,8 @@ class SlurmBackend(Backend):
         _check_paths(plan)
         node_command.check_setup(plan)
         try:
-            limits.check_limits(plan, query.partitions())
+            if found := query.partitions():  # else they are hidden, and sbatch alone knows
+                limits.check_limits(plan, found)
             return query.verdict(_script(plan))
         except query.Unreachable:
             return ""  # a dry run needs no SLURM; `submit` reports the error
@@ -235,6 +208,7 @@ class SlurmBackend(Backend):
         if shutil.which("srun") is None or shutil.which("sbatch") is None:
             raise BadRequest(query.UNREACHABLE.format("the command srun or sbatch is missing."))
         _check_paths(plan)
+        (plan.run_dir / "submitit").mkdir(0o700, exist_ok=True)  # submitit would make it by the umask
         executor = _executor(plan)
         try:
             # submitit prints the error of sbatch, which the exception holds, too.
@@ -246,7 +220,7 @@ class SlurmBackend(Backend):
             raise BadRequest(
                 f"sbatch refused the job: {refusal}" if answered else query.UNREACHABLE.format(refusal)
             ) from None
-        write_atomic(RunDir(plan.run_dir).script_file, job.paths.submission_file.read_text())
+        write_atomic(RunDir(plan.run_dir).script_file, job.paths.submission_file.read_bytes())
         return str(job.job_id)
 
     def check_id(self, job_id: str) -> None:
@@ -262,6 +236,16 @@ class SlurmBackend(Backend):
     def identity(self) -> str:
         """Return the configuration, and the command, by which SLURM is asked."""
         return queue.identity()
+
+    def waits_for(self, job_id: str) -> str:
+        """Query the reason of squeue."""
+        check_id(SLURM_ID, job_id)
+        return query.waits_for(job_id)
+
+    def ended_as(self, job_id: str) -> str:
+        """Query squeue, then sacct."""
+        check_id(SLURM_ID, job_id)
+        return query.ended_as(job_id)
 
     def cancel(self, job_id: str) -> None:
         cancel(job_id)

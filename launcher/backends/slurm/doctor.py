@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 from launcher.backends.slurm import query, shell
 from launcher.backends.slurm.query import Partition
@@ -27,7 +28,8 @@ def diagnose(site: Cluster) -> Iterator[Check]:
         yield Check("slurm", False, str(error), "is slurmctld up, and is this host part of the cluster?")
         return
     limits = {name: "no limit" if p.max_minutes is None else f"{p.max_minutes} min" for name, p in found.items()}
-    yield Check("slurm", True, ", ".join(f"partition {name} {p.state} ({limits[name]})" for name, p in found.items()))
+    shown = ", ".join(f"partition {name} {p.state} ({limits[name]})" for name, p in found.items())
+    yield Check("slurm", True, shown or "answers; its partitions are hidden from you (PrivateData)")
     yield from (Check("shell", True, line) for line in lines)
     for kind in kinds:
         what = f"{kind.count} nodes of {kind.cpus} cores, {kind.gpus or 'no'} {kind.accelerator or ''} GPUs".replace(
@@ -35,13 +37,25 @@ def diagnose(site: Cluster) -> Iterator[Check]:
         )
         remedy = "`sinfo -R` shows the reason; the nodes take no job until an administrator resumes them"
         yield Check("nodes", kind.count > 0, what + (f", {kind.down} down or drained" if kind.down else ""), remedy)
+    if not kinds and not (site.kinds or site.node.cpus):
+        remedy = (
+            "describe them in the profile: nodes = 4, [node] gpus = 8, cpus = 96; else SLURM alone checks a request"
+        )
+        yield Check("nodes", True, "none that you can see (PrivateData)", remedy, note=True)
     wanted = site.slurm.partition
-    if wanted is not None:
+    if wanted is not None and found:
         yield Check("partition", wanted in found, wanted, f"set slurm.partition to one of {', '.join(found)}")
-    accounting = shutil.which("sacct") is not None
-    yield Check(
-        "accounting", True, "sacct is installed" if accounting else "sacct is not installed; it is not required"
-    )
+    yield _accounting()
+
+
+def _accounting() -> Check:
+    """Whether a job that has ended is found; the end of a run is read from its directory in any case."""
+    with suppress(BadRequest):
+        if not query.keeps_accounts():
+            return Check("accounting", True, "accounting is off (AccountingStorageType); it is not required")
+    if shutil.which("sacct") is None:
+        return Check("accounting", True, "sacct is not installed; it is not required")
+    return Check("accounting", True, "sacct is installed")
 
 
 def profile_text(found: Sequence[Partition], kinds: Sequence[NodeKind]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from launcher.backends.slurm import shell
@@ -21,11 +22,16 @@ class Unreachable(BadRequest):
     """SLURM does not answer on this machine."""
 
 
+class Hidden(BadRequest):
+    """SLURM keeps the answer from this user (PrivateData)."""
+
+
 def ask(*command: str, stdin: str | None = None, stderr: bool = False) -> str:
     """Run a command of SLURM and return its output: stdout, or with `stderr` its stderr.
 
     Raises:
         Unreachable: the command is missing, or the controller does not answer.
+        Hidden: this user may not ask that.
         BadRequest: the command failed.
     """
     try:
@@ -38,6 +44,8 @@ def ask(*command: str, stdin: str | None = None, stderr: bool = False) -> str:
         message = done.stderr.strip()
         if re.search("Unable to contact|Unable to process conf|Could not establish a configuration", message):
             raise Unreachable(UNREACHABLE.format(refusal_text(message)))
+        if "Access/permission denied" in message:
+            raise Hidden(f"{command[0]}: {message}")
         raise BadRequest(f"{command[0]}: {message}")
     return done.stderr if stderr else done.stdout
 
@@ -49,12 +57,15 @@ UNREACHABLE = "SLURM cannot be reached from here: {} Log in to a submission host
 
 
 def kinds(cluster: Cluster) -> tuple[NodeKind, ...]:
-    """The kinds of nodes that jobs of the profile `cluster` can use, the largest first.
+    """The kinds of nodes that jobs of the profile `cluster` can use, the largest first; none if they are hidden.
 
     Raises:
         BadRequest: SLURM cannot be reached.
     """
-    listed = ask("scontrol", "show", "node", "--oneliner")
+    try:
+        listed = ask("scontrol", "show", "node", "--oneliner")
+    except Hidden:
+        return ()
     name = cluster.slurm.partition or default_partition(partitions())
     return node_kinds(listed, name, cluster.slurm.constraint)
 
@@ -155,12 +166,16 @@ class Partition:
 
 
 def partitions() -> list[Partition]:
-    """All partitions, from ``scontrol show partition``.
+    """All partitions, from ``scontrol show partition``; none if they are hidden from this user.
 
     Raises:
         BadRequest: SLURM cannot be reached.
     """
-    return [parse_partition(line) for line in ask("scontrol", "show", "partition", "--oneliner").splitlines() if line]
+    try:
+        listed = ask("scontrol", "show", "partition", "--all", "--oneliner")  # also those with Hidden=YES
+    except Hidden:
+        return []
+    return [parse_partition(line) for line in listed.splitlines() if line.startswith("PartitionName=")]
 
 
 def parse_partition(line: str) -> Partition:
@@ -198,6 +213,60 @@ def minutes(limit: str) -> int | None:
 def default_partition(found: Sequence[Partition]) -> str | None:
     """The name of the default partition; None if there is none."""
     return next((partition.name for partition in found if partition.default), None)
+
+
+# ---- what a job waits for, and the accounting -------------------------------------------------------------------
+
+
+def waits_for(job_id: str) -> str:
+    """Return why SLURM does not start a queued job, and what ends that for a held one; empty if it does not say."""
+    try:
+        reason = ask("squeue", "--noheader", f"--jobs={job_id}", "--format=%r").strip()
+    except BadRequest:
+        return ""
+    if reason in ("", "None"):
+        return ""
+    if "held" not in reason.replace("_", " ").casefold():
+        return reason
+    failed = "a node failed to start it (such as by its prolog); " if "launch" in reason else ""
+    who = "an administrator has to release it" if "Admin" in reason else f"`scontrol release {job_id}` lets it start"
+    return f"{reason}: SLURM holds the job; {failed}{who}"
+
+
+ENDS = {
+    "OUT_OF_MEMORY": ": the job used more memory than it asked for (`memory_gb` of the nodes in the profile, or fewer ranks a node)",
+    "NODE_FAIL": ": a node of it was lost",
+    "TIMEOUT": ": its time limit was reached",
+    "DEADLINE": ": its time limit was reached",
+    "BOOT_FAIL": ": a node did not start",
+    "CANCELLED": ": somebody cancelled it",
+    "PREEMPTED": ": another job took its nodes",
+}
+"""What states of jobs that have ended mean. Source: "JOB STATE CODES" of squeue(1)."""
+
+
+def ended_as(job_id: str) -> str:
+    """Return SLURM's state of a job that has ended and what it means, as a sentence after a space; empty if it is not known."""
+    questions = (
+        ("squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T"),
+        ("sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job_id}", "--format=State"),
+    )
+    for question in questions:
+        with suppress(BadRequest):
+            if words := ask(*question).split():  # "CANCELLED by 1000" is one state
+                state = words[0].rstrip("+")
+                return f" SLURM ended it as {state}{ENDS.get(state, '')}."
+    return ""
+
+
+def keeps_accounts() -> bool:
+    """Return whether SLURM keeps a record of jobs that have ended.
+
+    Raises:
+        BadRequest: SLURM cannot be reached, or hides its settings.
+    """
+    found = re.search(r"^AccountingStorageType\s*=\s*(\S+)", ask("scontrol", "show", "config"), re.MULTILINE)
+    return found is not None and found[1] not in ("accounting_storage/none", "(null)")
 
 
 # ---- test of a job ----------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import re
+import select
+import shutil
 import signal
 import subprocess
 import time
@@ -269,3 +271,46 @@ def test_the_environment_of_a_run_is_on_record_without_its_secrets(
     assert record["packages"]["torch"]
     assert record["variables"]["NCCL_DEBUG"] == "WARN"
     assert "hf_secret" not in json.dumps(record)
+
+
+def test_after_its_run_directory_was_removed_the_supervisor_still_ends_on_sigterm(local_project: Project) -> None:
+    (local_project.folder / "waits.py").write_text("import time\nprint('up', flush=True)\ntime.sleep(600)\n")
+    local_project.launch("--cpus", "2", "--name", "gone", "--detach", "waits.py")
+    until(lambda: local_project.logs("gone") == ["[0] up", "[1] up"], "the ranks to run")
+    pid = int(local_project.status("gone")["job_id"].split(":")[1])
+    supervisor = os.pidfd_open(pid)
+    try:
+        shutil.rmtree(local_project.folder / "runs/gone")
+        signal.pidfd_send_signal(supervisor, signal.SIGTERM)
+        until(lambda: select.select([supervisor], [], [], 0)[0], "the end of the supervisor", 20)
+    finally:
+        os.close(supervisor)
+    assert processes("gone") == []
+    assert not (local_project.folder / "runs/gone").exists()
+
+
+def test_a_removed_run_directory_does_not_hold_a_supervisor_whose_ranks_have_ended(local_project: Project) -> None:
+    """It waits for a mount that may come back; SIGTERM ends the wait."""
+    (local_project.folder / "waits.py").write_text("import time\nprint('up', flush=True)\ntime.sleep(600)\n")
+    local_project.launch("--cpus", "1", "--name", "gone", "--max-restarts", "0", "--detach", "waits.py")
+    until(lambda: local_project.logs("gone") == ["up"], "the rank to run")
+    pid = int(local_project.status("gone")["job_id"].split(":")[1])
+    rank = ranks_of(local_project.folder / "runs/gone/logs/1")[0]
+    supervisor = os.pidfd_open(pid)
+    try:
+        shutil.rmtree(local_project.folder / "runs/gone")
+        os.kill(rank, signal.SIGKILL)
+        until(lambda: not Path(f"/proc/{rank}").exists(), "the end of the rank")
+        signal.pidfd_send_signal(supervisor, signal.SIGTERM)
+        until(lambda: select.select([supervisor], [], [], 0)[0], "the end of the supervisor", 20)
+    finally:
+        os.close(supervisor)
+
+
+def test_a_home_that_cannot_be_written(local_project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", "/proc/none")
+    local_project.launch("--cpus", "1", "--name", "h", "--", "--max-steps", "2", "--log-with=")
+    assert local_project.status("h")["state"] == "succeeded"
+    assert "cannot be written, so the tokens are not kept" in "\n".join(local_project.logs("h"))

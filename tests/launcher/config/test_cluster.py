@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from launcher.backends.fake import FakeBackend
 from launcher.backends.ray import backend as ray_doctor
 from launcher.backends.slurm import doctor as slurm_doctor
 from launcher.backends.slurm.query import Partition
+from launcher.cli.clusters import run_clusters
 from launcher.config import profile_reference, profiles
 from launcher.config.cluster import BACKENDS, NodeKind
 from launcher.config.profiles import load, parse
@@ -294,3 +300,140 @@ def test_a_first_profile_of_the_ray_at_hand(tmp_path: Path, on_ray: object, monk
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     with pytest.raises(BadRequest, match=r"Ray at 127\.0\.0\.1:9 cannot be reached"):
         create("other", "ray", tmp_path)
+
+
+# ---- profiles of others -----------------------------------------------------------------------------------------
+
+OTHER = 54321
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to make files of a second user")
+
+
+@as_root
+@pytest.mark.parametrize("whose", [".", "mine.toml", "examples", "examples/mine.toml"])
+def test_a_profile_of_another_user_is_named_and_not_used(whose: str, tmp_path: Path, user: Path) -> None:
+    name = "examples/mine" if "examples" in whose else "mine"
+    path = profile(tmp_path, "backend = 'local'\n[slurm]\nsetup = ['touch owned']\n", name)
+    assert load(name, tmp_path).backend == "local"
+    os.chown(tmp_path / "cluster_configs" / whose, OTHER, -1)
+    with pytest.raises(
+        BadRequest, match=rf"{whose if whose != '.' else 'cluster_configs'} belongs to uid {OTHER}, and"
+    ) as refused:
+        load(name, tmp_path)
+    assert str(refused.value).endswith(f"name it by its path: --cluster cluster_configs/{name}.toml.")
+    assert load(f"cluster_configs/{name}.toml", tmp_path).backend == "local"
+    assert profiles.parse({"backend": "local"}, path, tmp_path).backend == "local"
+
+
+@as_root
+@pytest.mark.parametrize("named", [None, "slurm"])
+def test_neither_is_one_that_nobody_asked_for_or_that_another_builds_on(
+    named: str | None, tmp_path: Path, user: Path
+) -> None:
+    os.chown(profile(tmp_path, "backend = 'local'", "local"), OTHER, -1)
+    os.chown(profile(tmp_path, "backend = 'slurm'", "slurm"), OTHER, -1)
+    with pytest.raises(BadRequest, match="belongs to uid"):
+        profiles.choose(None, named, tmp_path)
+    profile(tmp_path, "extends = 'slurm'", "mine")
+    with pytest.raises(BadRequest, match="belongs to uid"):
+        load("mine", tmp_path)
+
+
+@as_root
+def test_a_link_to_a_profile_of_another_user_is_not_followed(tmp_path: Path, user: Path) -> None:
+    os.chown(write(tmp_path / "theirs.toml", "backend = 'local'"), OTHER, -1)
+    (tmp_path / "cluster_configs").mkdir()
+    (tmp_path / "cluster_configs/mine.toml").symlink_to(tmp_path / "theirs.toml")
+    with pytest.raises(BadRequest, match="belongs to uid"):
+        load("mine", tmp_path)
+
+
+def test_the_list_shows_why_a_profile_is_not_used(
+    tmp_path: Path, user: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile(tmp_path, "backend = 'local'").chmod(0o646)
+    with contextlib.chdir(tmp_path):
+        assert run_clusters([]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("mine "))
+    assert "unusable: cluster profile" in line
+    assert "other users can change" in line
+
+
+@pytest.mark.parametrize(("mode", "folder", "used"), [
+    (0o644, 0o755, True), (0o600, 0o700, True), (0o646, 0o755, False), (0o666, 0o755, False), (0o644, 0o757, False),
+    (0o644, 0o1777, True),
+])  # fmt: skip
+def test_a_profile_that_all_users_can_change_is_not_used(
+    mode: int, folder: int, used: bool, tmp_path: Path, user: Path
+) -> None:
+    profile(tmp_path, "backend = 'local'").chmod(mode)
+    (tmp_path / "cluster_configs").chmod(folder)
+    if used:
+        assert load("mine", tmp_path).backend == "local"
+    else:
+        with pytest.raises(BadRequest, match=r"other users can change .*Type `chmod go-w "):
+            load("mine", tmp_path)
+
+
+@as_root
+@pytest.mark.parametrize(("group", "used"), [("root", True), ("daemon", False), (54321, False)])
+def test_a_group_may_change_a_profile_if_it_is_the_users_alone(
+    group: str | int, used: bool, tmp_path: Path, user: Path
+) -> None:
+    path = profile(tmp_path, "backend = 'local'")
+    path.chmod(0o664)
+    shutil.chown(path, group=group)
+    if used:
+        assert load("mine", tmp_path).backend == "local"
+    else:
+        with pytest.raises(BadRequest, match="other users can change"):
+            load("mine", tmp_path)
+
+
+def test_a_new_profile_can_be_used_whatever_the_umask(
+    tmp_path: Path, user: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.doctor.new_profile._choose", lambda _: FakeBackend())
+    monkeypatch.setattr(FakeBackend, "new_profile", lambda _: "backend = 'local'")
+    before = os.umask(0)
+    try:
+        create("mine", None, tmp_path)
+    finally:
+        os.umask(before)
+    assert load("mine", tmp_path).backend == "local"
+
+
+def test_a_user_without_a_home_has_profiles(tmp_path: Path) -> None:
+    """As in a container with a user id that has no entry in /etc/passwd."""
+    profile(tmp_path, "backend = 'local'")
+    program = (
+        "import os; from pathlib import Path; from launcher.config import profiles\n"
+        "os.setuid(54321) if os.geteuid() == 0 else None\n"
+        "print([where for where, _ in profiles.folders(Path.cwd())])"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CONFIG_HOME")}
+    environment["PYTHONPATH"] = str(SHIPPED.parent)
+    done = subprocess.run([sys.executable, "-c", program], cwd="/", env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "'project'" in done.stdout
+
+
+# ---- the scratch folder -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scratch", [
+    "/tmp/$SLURM_JOB_ID/../../home", "/tmp/../home/$SLURM_JOB_ID", "/tmp/${SLURM_JOB_ID}/..", "/$SLURM_JOB_ID/x/../../etc",
+    "/local/$SLURM_JOB_IDS", "/local/$SLURM_JOB_ID_", "/local/${SLURM_JOB_IDX}", "/local/SLURM_JOB_ID", "/home/me",
+    "local/$SLURM_JOB_ID", "/tmp/$(id)/$SLURM_JOB_ID", "/tmp/$SLURM_JOB_ID; rm x", "/tmp/${SLURM_JOB_ID:-x}", "~/$SLURM_JOB_ID",
+])  # fmt: skip
+def test_a_scratch_folder_that_is_not_the_jobs_own_is_refused(scratch: str) -> None:
+    with pytest.raises(BadRequest, match=r"slurm\.scratch"):
+        parse({"backend": "slurm", "slurm": {"scratch": scratch}}, Path("x.toml"), Path.cwd())
+
+
+@pytest.mark.parametrize("scratch", [
+    "/tmp/$SLURM_JOB_ID", "/local/job-${SLURM_JOB_ID}/tmp", "/local/$USER/$SLURM_JOB_ID.$SLURM_RESTART_COUNT", "/$SLURM_JOB_ID/",
+    "/local/..data/$SLURM_JOB_ID", "/local/$SLURM_JOB_ID/...",
+])  # fmt: skip
+def test_a_scratch_folder_of_the_job(scratch: str) -> None:
+    cluster = parse({"backend": "slurm", "slurm": {"scratch": scratch}}, Path("x.toml"), Path.cwd())
+    assert cluster.slurm.scratch == scratch

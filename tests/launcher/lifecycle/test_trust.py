@@ -162,6 +162,20 @@ def test_a_run_that_others_can_change_is_refused_with_what_to_type(tmp_path: Pat
     assert Run(run).cancel() is State.STOPPED
 
 
+def test_in_a_closed_directory_the_modes_of_files_do_not_matter(tmp_path: Path) -> None:
+    """Under umask 002 a scheduler makes logs that the group could write, were it able to enter the run directory."""
+    run = make_run(tmp_path / "run", state=State.STOPPED)
+    (run.path / "submitit").mkdir()
+    (run.path / "submitit").chmod(0o775)
+    (run.path / "submitit/7_0_log.out").touch()
+    (run.path / "submitit/7_0_log.out").chmod(0o664)
+    run.check_own()
+    for mode in (0o710, 0o701, 0o750, 0o755):
+        run.path.chmod(mode)
+        with pytest.raises(BadRequest, match="can be changed by other users"):
+            run.check_own()
+
+
 @pytest.mark.parametrize(
     "name", ["events.jsonl", "metrics.jsonl", "heartbeat", "result.json", "job.json", "logs", "stop"]
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -63,8 +62,12 @@ def test_nobody_listens_at_the_address(tmp_path: Path, monkeypatch: pytest.Monke
 def test_without_a_cluster_a_ray_is_started_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More CPU ranks than cores are allowed, for debugging; a fixture checks that no process of Ray remains."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("RAY_TMPDIR", str(Path("/tmp") / f"r{os.getpid()}"))  # its sockets need short paths
+    long = tmp_path / ("temporary" * 8)  # in which the paths of Ray's sockets would be too long
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    folders = set(Path("/tmp").glob("ray-*"))
     project = make_project(tmp_path, "ray")
     project.launch("--cpus", "3", "--name", "s", "torchrun_style.py", "--value", "1")
     assert not (Path.home() / ".ray/auth_token").exists(), "its token is its own"
+    assert set(Path("/tmp").glob("ray-*")) <= folders
     assert [line.split(" master")[0] for line in project.logs("s")][2] == "[2] rank=2 local=2 world=3 sum=6"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -42,6 +43,9 @@ def test_two_at_once_share_their_nodes(tmp_path: Path, on_slurm: SlurmCluster, m
     (tmp_path / "home/.ray").mkdir(parents=True)
     (tmp_path / "home/.ray/auth_token").write_text("0" * 64)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    long = tmp_path / ("temporary" * 8)  # in which the paths of Ray's sockets would be too long
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
     project = make_project(tmp_path, "ray")
     (tmp_path / "cluster_configs").mkdir()
     (tmp_path / "cluster_configs/both.toml").write_text(PROFILE)
@@ -53,6 +57,10 @@ def test_two_at_once_share_their_nodes(tmp_path: Path, on_slurm: SlurmCluster, m
     tokens = [run / ".ray-token" for run in runs.values()]
     assert {token.stat().st_mode & 0o777 for token in tokens} == {0o600}
     assert len({token.read_text() for token in tokens}) == 2
+    folders = folders_of_ray()
+    assert len(folders) == 4, "two nodes of two jobs"
+    assert {folder.stat().st_mode & 0o777 for folder in folders} == {0o700}
+    assert not [c for c in keeper.processes_with(f"{TOKEN}=").values() if "ray.util.client.server" in c]
     job = json.loads((runs["first"] / "job.json").read_text())["job_id"]
     until(lambda: (runs["first"] / "metrics.jsonl").exists(), "a step")
     on_slurm.run("scancel", "--signal=USR2", job)
@@ -66,6 +74,7 @@ def test_two_at_once_share_their_nodes(tmp_path: Path, on_slurm: SlurmCluster, m
     assert [len(each) for each in hosts] == [2], "a rank on each raylet"
     until(lambda: not keeper.processes_with(f"{TOKEN}="), "the end of all that they started", 20)
     assert not [token for token in tokens if token.exists()]
+    assert not [folder for folder in folders if folder.exists()]
 
 
 @pytest.mark.soak
@@ -108,6 +117,12 @@ def test_a_ray_that_exits_on_a_node_is_started_again(tmp_path: Path, on_slurm: S
         if "ray.scripts.scripts start" in command:
             os.kill(pid, signal.SIGKILL)
     until(lambda: project.status("g")["state"] == "succeeded", "the end", 200)
+
+
+def folders_of_ray() -> set[Path]:
+    """The temporary folders of the Rays inside jobs."""
+    found = [Path(f"/proc/{pid}/environ").read_bytes() for pid in keeper.processes_with(f"{TOKEN}=")]
+    return {Path(m[1].decode()) for text in found if (m := re.search(rf"{TOKEN}=([^\0]+)".encode(), text))}
 
 
 def node2() -> dict[int, str]:

@@ -73,12 +73,22 @@ def test_two_jobs_share_a_node(slurm_project: Project) -> None:
     assert len(hosts) == 1, "all on one node"
 
 
-def test_a_queued_run_can_be_cancelled(slurm_project: Project) -> None:
+def test_a_queued_run_says_what_it_waits_for_and_can_be_cancelled(
+    slurm_project: Project, on_slurm: SlurmCluster
+) -> None:
     (slurm_project.folder / "waits.py").write_text("import time\ntime.sleep(600)\n")  # the GPUs have no driver
-    slurm_project.launch("--detach", "--gpus", "32", "--name", "all", "waits.py")
+    before = os.umask(0o002)  # of many sites; what submitit and SLURM make may then be written by the group
+    try:
+        slurm_project.launch("--detach", "--gpus", "32", "--name", "all", "waits.py")
+    finally:
+        os.umask(before)
     until(lambda: slurm_project.status("all")["state"] == "running", "the first to run")
     slurm_project.launch("--detach", "--gpus", "8", "--name", "next", "steps:main")
     assert slurm_project.status("next")["state"] == "queued"
+    until(lambda: slurm_project.status("next")["waits_for"] in ("Resources", "Priority"), "the scheduler to look at it")
+    on_slurm.run("scontrol", "hold", slurm_project.status("next")["job_id"])
+    line = "waits for   JobHeldAdmin: SLURM holds the job; an administrator has to release it"  # root has held it
+    until(lambda: line in slurm_project.call("status", "next").stdout, "the hold to be shown")
     assert slurm_project.call("cancel", "next").stdout == "next: stopped\n"
     assert slurm_project.call("cancel", "all", "--now").stdout == "all: stopped\n"
 

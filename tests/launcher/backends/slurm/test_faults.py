@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.launcher.engines import Project, ranks_of, until
+from tests.testbed import keeper
 from tests.testbed.slurm import SlurmCluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(900)]
@@ -76,6 +78,21 @@ class Week:
     def coordinating_agent_killed(self) -> None:
         os.kill(self.agent(self.hosts()[0]), signal.SIGKILL)
 
+    def first_node_killed(self) -> None:
+        """As the OOM killer or a site's clean-up does: agent, ranks, srun and batch script, but no daemon of SLURM."""
+        host = self.hosts()[0]
+        victims = keeper.processes_with(f"SLURMD_NODENAME={host}\0", f"SLURM_JOB_ID={self.job}\0")
+        found = [pid for pid, command in victims.items() if not command.startswith("slurmstepd")]
+        script = [pid for pid in found if "slurm_script" in victims[pid]]
+        assert script, victims
+        keeper.kill(found)
+
+    def first_node_killed_with_its_daemons(self) -> None:
+        """Of SLURM's daemons there only slurmd is left, which does not miss the others."""
+        host = self.hosts()[0]
+        keeper.kill(set(self.cluster.step_daemons(host)))
+        self.first_node_killed()
+
     def node_set_down(self) -> None:
         self.cluster.set_node(self.hosts()[1], "down")
 
@@ -123,6 +140,29 @@ def test_a_killed_step_daemon_does_not_hold_up_what_follows(
     reasons = [e["reason"] for e in slurm_project.events("d") if e["event"] == "requeued"]
     # The earlier srun may outlive its batch script by seconds and then end the next start's step of that number.
     assert reasons in (["node lost"], ["node lost"] * 2)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("how", ["first_node_killed", "first_node_killed_with_its_daemons"])
+def test_the_other_nodes_see_to_a_run_whose_first_node_lost_all_processes(
+    how: str, slurm_project: Project, on_slurm: SlurmCluster
+) -> None:
+    """Nobody is left there to ask for the requeue; of the others, one does, well before SLURM itself (92 s)."""
+    arguments = ("--cpus", "3", "--nodes", "3", "--name", "o", "--detach")
+    slurm_project.launch(*arguments, "steps:main", "--steps", "100", "--seconds", "0.1")
+    week = Week(slurm_project, on_slurm, "o")
+    until(lambda: len(week.metrics()) > 10, "ten steps")
+    began, first = time.monotonic(), week.hosts()[0]
+    getattr(week, how)()
+    until(lambda: slurm_project.events("o")[-1]["event"] == "requeued", "the requeue", 60)
+    print(f"{how}: requeued after {time.monotonic() - began:.1f} s")
+    until(lambda: slurm_project.status("o")["state"] == "succeeded", "the end", 300)
+    events = slurm_project.events("o")
+    assert [e["reason"] for e in events if e["event"] == "requeued"] == ["node lost"]
+    assert [(e["kind"], e["host"]) for e in events if e["event"] == "failed"] == [
+        ("node lost", f"the agent on {first}")
+    ]
+    assert sorted({m["step"] for m in week.metrics()}) == list(range(1, 101))
 
 
 def test_a_run_leaves_the_node_of_a_sick_gpu(slurm_project: Project) -> None:

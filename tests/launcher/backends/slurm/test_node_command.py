@@ -15,8 +15,11 @@ from typing import Any
 import pytest
 
 from launcher.backends.slurm import node_command
+from launcher.backends.slurm.batch.requeue import JobStart
+from launcher.backends.slurm.job import unfit_nodes
 from launcher.config.cluster import Cluster, Container, Ray, Slurm
 from launcher.errors import BadRequest
+from launcher.lifecycle.run_dir import RunDir
 from launcher.request.placement.place import Placement
 from launcher.request.spec import Plan, RunSpec, Target
 
@@ -76,6 +79,12 @@ ALONE = ["--kill-on-bad-exit=0", "--wait=120"]
 )
 def test_the_arguments_of_srun(wanted: Plan, words: list[str]) -> None:
     assert node_command.srun_args(wanted) == words
+
+
+def test_srun_is_given_the_cores_of_a_node() -> None:
+    wanted = plan("cpu")
+    wanted = replace(wanted, placement=replace(wanted.placement, cpus_per_rank=6))
+    assert node_command.srun_args(wanted) == ["--cpus-per-task=12", *ALONE]
 
 
 def test_where_others_may_go_on_without_a_node_srun_waits_for_them_for_ever() -> None:
@@ -140,3 +149,90 @@ def test_a_scratch_folder_lives_as_long_as_the_ranks(tmp_path: Path) -> None:
         assert process.wait() == 3
     assert (tmp_path / "told").read_text() == str(scratch)
     assert not scratch.exists()
+
+
+def in_run(folder: Path, nodes: int = 1, **slurm: Any) -> Plan:
+    """A plan whose run directory is there."""
+    (folder / "it's a run/submitit").mkdir(parents=True)
+    wanted = plan(**slurm)
+    return replace(wanted, run_dir=folder / "it's a run", placement=replace(wanted.placement, nodes=nodes))
+
+
+@pytest.mark.parametrize(("node_setup", "python", "text"), [
+    (("test -d /no/such/disk",), None, "test -d /no/such/disk failed with status 1"),
+    (("true", "(exit 7)", "true"), None, "(exit 7) failed with status 7"),
+    (("nosuch-command 'a b'",), None, "nosuch-command 'a b' failed with status 127"),
+    ((), "/no/such/python", "starting /no/such/python failed with status 127"),
+    (("true",), "nosuch-python", "starting nosuch-python failed with status 127"),
+])  # fmt: skip
+def test_what_fails_before_the_ranks_is_left_for_the_other_nodes(
+    node_setup: tuple[str, ...], python: str | None, text: str, tmp_path: Path
+) -> None:
+    wanted = in_run(tmp_path, nodes=2, python=python, node_setup=node_setup)
+    with run(wanted, "-c", "print('not reached')", SLURM_RESTART_COUNT="2") as process:
+        assert process.communicate()[0] == ""
+    assert process.returncode == 1
+    found = unfit_nodes(RunDir(wanted.run_dir), JobStart("7", 2))
+    assert found == {"n1": f"before the ranks: {text}"}
+    assert unfit_nodes(RunDir(wanted.run_dir), JobStart("7", 1)) == {}
+    (file,) = (wanted.run_dir / "submitit").iterdir()
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def scratched(folder: Path, scratch: str, program: str = "pass", **environment: str) -> tuple[int, str]:
+    """Run `program` with a scratch folder; returns the exit status and what was said."""
+    with run(in_run(folder, scratch=scratch), "-c", program, **environment) as process:
+        said = "".join(process.communicate())
+    return process.returncode, said
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A folder with a file in it that no job may remove."""
+    (tmp_path / "home/x").mkdir(parents=True)
+    (tmp_path / "home/x/thesis").touch()
+    return tmp_path / "home"
+
+
+@pytest.mark.parametrize("sub", ["../../home/x", "../../home", "..", "a/../../home/x"])
+def test_a_variable_of_the_node_leads_no_scratch_out_of_the_jobs_folder(sub: str, tmp_path: Path, home: Path) -> None:
+    for scratch in (f"{tmp_path}/$SLURM_JOB_ID/$SUB", f"{tmp_path}/$SLURM_JOB_ID$SEPARATOR$SUB"):
+        status, said = scratched(tmp_path / str(len(scratch)), scratch, SUB=sub, SEPARATOR="/")
+        assert (status, "a path without .. failed" in said) == (1, True), said
+        assert (home / "x/thesis").exists()
+
+
+@pytest.mark.parametrize("below", ["", "/x", "/x/new"])
+def test_a_link_leads_no_scratch_out_of_the_jobs_folder(below: str, tmp_path: Path, home: Path) -> None:
+    (tmp_path / "7").symlink_to(home)
+    status, said = scratched(tmp_path, f"{tmp_path}/$SLURM_JOB_ID{below}")
+    assert (status, "which is not a folder of yours named after job 7" in said) == (1, True), said
+    assert (home / "x/thesis").exists()
+
+
+def test_a_rank_that_puts_a_link_in_its_place_removes_nothing_else(tmp_path: Path, home: Path) -> None:
+    program = f"import os; os.rmdir('{tmp_path}/7/x'); os.rmdir('{tmp_path}/7'); os.symlink('{home}', '{tmp_path}/7')"
+    status, said = scratched(tmp_path, f"{tmp_path}/$SLURM_JOB_ID/x", program)
+    assert (status, "scratch is not removed" in said) == (0, True), said
+    assert (home / "x/thesis").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to make a folder of a second user")
+def test_a_folder_of_another_user_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "7").mkdir()
+    os.chown(tmp_path / "7", 54321, -1)
+    assert scratched(tmp_path, f"{tmp_path}/$SLURM_JOB_ID")[0] == 1
+    assert (tmp_path / "7").exists()
+
+
+def test_a_scratch_folder_below_a_link_or_made_by_the_site(tmp_path: Path) -> None:
+    (tmp_path / "disk/7/tmp").mkdir(parents=True)
+    (tmp_path / "disk/7/tmp/old").touch()
+    (tmp_path / "local").symlink_to("disk")
+    scratch = f"{tmp_path}/local/$SLURM_JOB_ID//tmp/./"
+    said = scratched(
+        tmp_path, scratch, "import os; print(os.environ['TMPDIR']); open(os.environ['TMPDIR'] + '/f', 'w')"
+    )
+    assert said == (0, f"{tmp_path}/local/7//tmp/./\n")
+    assert (tmp_path / "disk/7").exists()
+    assert not (tmp_path / "disk/7/tmp").exists()

@@ -18,10 +18,12 @@ from launcher.backends.slurm.query import (
     parse_partition,
     refusal_text,
 )
+from launcher.client.run import Run
 from launcher.config.cluster import Cluster, Node, NodeKind, Slurm
 from launcher.errors import BadRequest
 from launcher.request.placement.place import Placement
 from launcher.request.spec import Plan, RunSpec, Target
+from tests.launcher.plans import planned_run
 
 
 @pytest.mark.parametrize(
@@ -247,3 +249,88 @@ def test_a_profile_that_says_all_is_not_asked_about(monkeypatch: pytest.MonkeyPa
     assert SlurmBackend().survey(some) is some, "enough for a dry run"
     with pytest.raises(BadRequest, match=r"the command scontrol is missing.*plan with --dry-run"):
         SlurmBackend().survey(Cluster("x", "slurm"))
+
+
+def answers(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
+    """Put commands on the path that answer as those of SLURM do."""
+    for name, text in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+def test_what_is_hidden_from_this_user_is_left_to_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With PrivateData=nodes,partitions, which `tests/launcher/backends/slurm/test_sites.py` sets in a real SLURM."""
+    hidden = "echo 'slurm_load_node error: Access/permission denied' >&2; exit 1"
+    tested = "echo 'sbatch: Job 7 to start at 2026-11-27T10:00:00 using 8 processors on nodes n1 in partition gpu' >&2"
+    answers(tmp_path, monkeypatch, scontrol=hidden, sbatch=tested)
+    site = Cluster("site", "slurm", slurm=Slurm(partition="gpu"))
+    assert SlurmBackend().survey(site) == site
+    assert query.partitions() == []
+    assert SlurmBackend().check(plan(partition="gpu")) == "2026-11-27 10:00:00 on n1, if submitted now"
+    answers(tmp_path, monkeypatch, sbatch="echo 'sbatch: error: invalid partition specified: gpu' >&2; exit 1")
+    with pytest.raises(BadRequest, match="sbatch refused the job: invalid partition specified: gpu"):
+        SlurmBackend().check(plan(partition="gpu"))
+
+
+HELD_BY_A_PROLOG = (
+    "SLURM holds the job; a node failed to start it (such as by its prolog); `scontrol release 7` lets it start"
+)
+
+
+@pytest.mark.parametrize(
+    ("reason", "text"),
+    [
+        ("Resources", "Resources"),
+        ("None", ""),
+        ("", ""),
+        ("ReqNodeNotAvail, UnavailableNodes:n[1-2]", "ReqNodeNotAvail, UnavailableNodes:n[1-2]"),
+        ("JobHeldUser", "JobHeldUser: SLURM holds the job; `scontrol release 7` lets it start"),
+        ("JobHeldAdmin", "JobHeldAdmin: SLURM holds the job; an administrator has to release it"),
+        ("launch failed requeued held", f"launch failed requeued held: {HELD_BY_A_PROLOG}"),
+        ("job_requeued_in_held_state", "job_requeued_in_held_state: SLURM holds the job; `scontrol release 7` lets it start"),
+    ],
+)  # fmt: skip
+def test_what_a_queued_job_waits_for(reason: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(tmp_path, monkeypatch, squeue=f"echo '{reason}'")
+    assert SlurmBackend().waits_for("7") == text
+    answers(tmp_path, monkeypatch, squeue="echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    assert SlurmBackend().waits_for("7") == ""
+    with pytest.raises(BadRequest, match="is not a job id"):
+        SlurmBackend().waits_for("--me")
+
+
+@pytest.mark.parametrize(
+    ("squeue", "sacct", "words"),
+    [
+        ("OUT_OF_MEMORY", "", "SLURM ended it as OUT_OF_MEMORY: the job used more memory than it asked for"),
+        ("", "CANCELLED by 1000", "SLURM ended it as CANCELLED: somebody cancelled it"),
+        ("", "OUT_OF_ME+", "SLURM ended it as OUT_OF_ME"),
+        ("FAILED", "", "SLURM ended it as FAILED"),
+        ("", "", ""),
+    ],
+)
+def test_how_a_job_ended_that_left_no_result(
+    squeue: str, sacct: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers(tmp_path, monkeypatch, squeue=f"echo '{squeue}'", sacct=f"echo '{sacct}'")
+    run = planned_run(tmp_path / "lost", "slurm")
+    run.event("submitted", format=2)
+    run.write_job("slurm", "7")
+    assert SlurmBackend().ended_as("7").lstrip().startswith(words)
+    assert f"(job 7, slurm).{' ' * bool(words)}{words}" in Run(run).explain()
+
+
+@pytest.mark.parametrize(
+    ("setting", "kept"),
+    [("accounting_storage/slurmdbd", True), ("accounting_storage/none", False), ("(null)", False)],
+)
+def test_whether_slurm_keeps_accounts(
+    setting: str, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers(
+        tmp_path,
+        monkeypatch,
+        scontrol=f"echo 'AccountingStorageTRES   = cpu'; echo 'AccountingStorageType   = {setting}'",
+    )
+    assert query.keeps_accounts() is kept

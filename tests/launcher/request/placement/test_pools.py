@@ -83,7 +83,7 @@ def test_a_plan_says_which_nodes_and_when() -> None:
         ("[slurm]\npartition = 'closed'", {"gpus": 8}, "partition 'closed' is DOWN: nothing starts there."),
         ("[slurm]\npartition = 'shrot'", {"gpus": 8}, "no such partition (did you mean 'short'?). It has debug,"),
         ("[slurm]\nconstraint = 'infiniband'", {"cpus": 1}, "sbatch refused the job: Invalid feature specification."),
-        ("[slurm]\nnodelist = 'big1,small1'", {"cpus": 2}, "sbatch refused the job: "),
+        ("[slurm]\nnodelist = 'nosuch1'", {"cpus": 2}, "sbatch refused the job: "),
         ("[slurm]\nreservation = 'course'", {"cpus": 1}, "sbatch refused the job: Requested reservation is invalid."),
     ],
 )  # fmt: skip

@@ -1,0 +1,1 @@
+"""What a job does around its agents: the lines of its script, and its requeue from inside."""
