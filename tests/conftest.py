@@ -57,6 +57,12 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
+@pytest.fixture(autouse=True)
+def own_registry(request: pytest.FixtureRequest) -> None:
+    """Each test has a registry of runs of its own; the folder is made only if a run is sent."""
+    os.environ["XDG_STATE_HOME"] = str(request.config.stash[home][0] / "state" / secrets.token_hex(8))
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     folder, lock = config.stash[home]
     shutil.rmtree(folder, ignore_errors=True)

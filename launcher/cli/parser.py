@@ -16,7 +16,7 @@ from launcher.errors import BadRequest, nearest
 from launcher.request.spec import flag_of, options, refuse_empty
 
 COMMANDS = {
-    "list": "the runs of this folder",
+    "list": "your runs, in this folder and in others",
     "status": "one run: state, progress, metrics, failure",
     "logs": "what a run's ranks printed",
     "cancel": "ask a run to stop, and kill it after its grace",

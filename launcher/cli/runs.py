@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 
 def run_list(argv: Sequence[str]) -> int:
     """``launch list``."""
-    options = command("list", run=False).parse_args(list(argv))
-    from launcher.client.run import ask_at_once, runs
+    parser = command("list", run=False)
+    parser.add_argument("--here", dest="this_folder", action="store_true", help="only those in the folder of runs, not in other folders")
+    options = parser.parse_args(list(argv))
+    from launcher.client.run import all_runs, ask_at_once, runs
     from launcher.client.tail import printable
+    from launcher.lifecycle.run_dir import DEFAULT_FOLDER
 
-    found = runs(options.runs)
+    this_folder = options.this_folder or Path(options.runs) != DEFAULT_FOLDER
+    found = runs(options.runs) if this_folder else all_runs()
     ask_at_once(found)
     if options.json:
         print(json.dumps([_listed(run, run.status) for run in found]))
@@ -38,7 +42,8 @@ def run_list(argv: Sequence[str]) -> int:
             continue
         line = f"{run.name:<32} {status['state']:<10} {status['backend']:<6} {_started(run)}  {_step(status):<12}"
         shown = "  ".join(f"{k} {v:.4f}" for k, v in status["evaluation"].items() if isinstance(v, float))
-        print(printable(f"{line} {shown}".rstrip(), 1000))
+        folder = "" if run.path.parent == DEFAULT_FOLDER.resolve() else f"  in {run.path.parent}"
+        print(printable(f"{line} {shown}".rstrip() + folder * (not this_folder), 1000))
     return 0
 
 

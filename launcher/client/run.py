@@ -321,12 +321,14 @@ def _explanation(directory: RunDir, shown_rank: int | None) -> str:
     return explain(failure, shown_rank)
 
 
-# ---- runs of a folder -------------------------------------------------------------------------------------------
-
-
-def runs(folder: str | Path = "runs") -> list[Run]:
+def runs(folder: str | Path = run_dir.DEFAULT_FOLDER) -> list[Run]:
     """The runs in `folder`, newest first."""
     return [Run(r) for r in run_dir.all_runs(as_path("folder", folder))]
+
+
+def all_runs() -> list[Run]:
+    """The runs in the default folder, and the user's in all others, newest first."""
+    return [Run(r) for r in run_dir.everywhere()]
 
 
 def ask_at_once(found: Iterable[Run]) -> None:
@@ -342,10 +344,6 @@ def ask_at_once(found: Iterable[Run]) -> None:
 
 
 def find(name: str | Path, folder: str | Path) -> Run:
-    """Return the run `name` in `folder`, or the run in the directory `name`.
-
-    Raises:
-        BadRequest: there is none (the message lists similar names), or its format version is unknown.
-    """
+    """Return the run `name`; see `launcher.lifecycle.run_dir.find`. Raises as that does."""
     folder, _ = as_path("runs folder", folder), as_path("run", name)
     return Run(run_dir.find(name, folder))

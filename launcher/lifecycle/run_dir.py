@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from launcher.config.codec import from_data, to_data, to_json
 from launcher.errors import BadRequest, LaunchError
+from launcher.lifecycle.records import registry
 from launcher.lifecycle.records.result import check_result
 from launcher.lifecycle.run_files import FileOfRun, RunFiles, RunPaths
 from launcher.lifecycle.trust import check_job, check_own
@@ -281,11 +282,29 @@ def all_runs(folder: Path) -> Iterable[RunDir]:
     return [run for _, run in sorted(found, key=lambda each: each[0], reverse=True)]
 
 
+DEFAULT_FOLDER = Path("runs")
+
+
+def everywhere() -> list[RunDir]:
+    """The runs in the default folder, and the user's in all others, newest first."""
+    own = list(all_runs(DEFAULT_FOLDER))
+    known = {os.path.realpath(run.path) for run in own}
+    others = [RunDir(path) for path in registry.known() if os.path.realpath(path) not in known]
+
+    def sent_at(run: RunDir) -> float:
+        with suppress(OSError):
+            return run.plan_file.lstat().st_mtime
+        return 0.0
+
+    return sorted((*own, *others), key=sent_at, reverse=True) if others else own
+
+
 def find(name: str | Path, folder: Path) -> RunDir:
-    """Return the run directory `name` in `folder`, or at `name`.
+    """Return the run directory `name` in `folder`, or at `name`; in the default folder's place, any of the user's.
 
     Raises:
-        BadRequest: there is none (the message lists similar names), it cannot be read, or its format version is unknown.
+        BadRequest: there is none (the message lists similar names), it cannot be read, or its format version is unknown;
+            several of the user's runs in other folders have this name.
     """
     for path in (folder / name, Path(name)):
         try:
@@ -297,6 +316,12 @@ def find(name: str | Path, folder: Path) -> RunDir:
             continue
         found.check_format()
         return found
+    elsewhere = registry.named(str(name)) if folder == DEFAULT_FOLDER else []
+    if len(elsewhere) == 1:
+        return find(elsewhere[0], elsewhere[0].parent)
+    if elsewhere:
+        shown = ", ".join(map(str, elsewhere[:5]))
+        raise BadRequest(f"{len(elsewhere)} runs are called {str(name)!r}: {shown}. Write the path of one of them.")
     known = [run.path.name for run in all_runs(folder)]
     near = nearest(str(name), known, most=3) or known[:3]
     hint = f" Runs there: {', '.join(near)}." if near else ""
