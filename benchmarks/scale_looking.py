@@ -23,7 +23,7 @@ from launcher.request.placement.place import Placement
 from launcher.request.spec import Plan, RunSpec, State, Target
 
 LAUNCH = (sys.executable, "-m", "launcher")
-FOLLOWED_SECONDS = 20.0
+FOLLOWED_SECONDS = 10.0
 
 
 def make_run(path: Path, lines: int, state: State | None = State.SUCCEEDED) -> RunDir:
