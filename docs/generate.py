@@ -1,10 +1,12 @@
-"""The parts of the reference that are written from the code: options of every command, exit statuses, kinds of failure."""
+"""The parts of the reference that are written from the code: options, exit statuses, kinds of failure."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
+from launcher.cli.foreign.options import ACCELERATE, CONFIG_FILE, SBATCH, TORCHRUN, Meaning
 from launcher.cli.main import parsers
 from launcher.cli.parser import COMMANDS
 from launcher.lifecycle.policy import RULES, Retry
@@ -22,9 +24,40 @@ RETRIED = {
 def write_pages(folder: Path) -> None:
     """Write all generated pages into `folder`."""
     folder.mkdir(exist_ok=True)
-    pages = {"commands": commands(), "failures": failures(), "statuses": statuses(), "reference-job": reference_job()}
+    pages = {
+        "foreign": foreign(),
+        "commands": commands(),
+        "failures": failures(),
+        "statuses": statuses(),
+        "reference-job": reference_job(),
+    }
     for name, text in pages.items():
         (folder / f"{name}.md").write_text(text)
+
+
+def foreign() -> str:
+    """Return what each option of other programs means to `launch`, as Markdown tables."""
+    tables = {"torchrun": TORCHRUN, "accelerate launch": ACCELERATE, "sbatch and srun": SBATCH}
+    return "\n".join(
+        f"### {name}\n\n| option | here |\n|---|---|\n{_meanings(table)}" for name, table in tables.items()
+    )
+
+
+def _meanings(table: Mapping[str, Meaning]) -> str:
+    names: dict[int, list[str]] = {}
+    for name, meaning in table.items():
+        names.setdefault(id(meaning), []).append(f"`{name}`")
+    found = {id(meaning): meaning for meaning in table.values()}
+    return "".join(f"| {', '.join(spelled)} | {_here(found[key], spelled[0])} |\n" for key, spelled in names.items())
+
+
+def _here(meaning: Meaning, name: str) -> str:
+    if meaning.options is None:
+        return f"{'refused' if meaning.refused else 'not used'}: {meaning.why}"
+    example = "gpu:8" if name == "`--gres`" else "8"
+    if name.strip("`") in CONFIG_FILE:
+        return "read by accelerate itself; so are all options behind `accelerate launch`"
+    return f"`{' '.join(meaning.options(example)).replace('8', 'VALUE')}`"
 
 
 def commands() -> str:

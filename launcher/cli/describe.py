@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.client.tail import safe, uncoloured
+from launcher.config.durations import in_words
 from launcher.request.spec import RunSpec, State
 from training.files import read_json
 
@@ -15,7 +16,7 @@ from training.files import read_json
 def describe(plan: Any) -> str:
     """The plan in a few lines for a person."""
     from launcher import backends
-    from launcher.config import accelerate_config
+    from launcher.cli.foreign import accelerate_config
 
     limited = backends.of(plan.cluster).capabilities.time_limit
     note = accelerate_config.note() if plan.target.name != RunSpec.target else ""
@@ -23,20 +24,41 @@ def describe(plan: Any) -> str:
     return (
         f"launch: {plan.target.spelled(plan.spec.target)}"
         f"\n  on     {where}: {plan.placement.why}"
+        + _profile(plan)
         + (f"\n  gpu    {plan.gpu}" if plan.gpu else "")
         + f"\n  run    {_short(plan.run_dir)}"
-        + (f"\n  limit  {plan.time_minutes} min" if limited else "")
+        + (f"\n  limit  {in_words(plan.time_minutes)}{_source_of_limit(plan)}" if limited else "")
         + "".join(f"\n  shell  {safe(line)}" for line in plan.shell)
         + (f"\n  start  {plan.start}" if plan.start else "")
         + (f"\n  note   {safe(note)}" if note else "")
     )
 
 
+def _source_of_limit(plan: Any) -> str:
+    """Where a time limit comes from that was not typed."""
+    if plan.spec.time:
+        return ""
+    if any("SBATCH_TIMELIMIT" in line for line in plan.shell):
+        return ", from SBATCH_TIMELIMIT"
+    return ", from the profile" if plan.cluster.time else ", the default"
+
+
+def _profile(plan: Any) -> str:
+    """A line with the file of the profile, unless it is one that came with `launch`."""
+    from launcher.config import profiles
+
+    asked = plan.spec.cluster or plan.spec.backend or plan.backend
+    if asked.endswith(".toml"):
+        return f"\n  from   {safe(asked)}"
+    found = next((each for each in profiles.profiles(plan.cwd) if each.name == asked), None)
+    return f"\n  from   {safe(_short(found.path))}" if found is not None and found.where != "shipped" else ""
+
+
 def describe_ranks(plan: Any) -> str:
     """What every rank gets besides: the part of a plan that only a dry run shows."""
     code = f"\n  code   {plan.target.path[0]}, a copy of the project as it is" if plan.target.path else ""
     code += "".join(f"\n  {line}" for line in what_travels(plan))
-    return code + "".join(f"\n  env    {name}={value}" for name, value in plan.environment.items())
+    return code + "".join(f"\n  env    {name}={safe(value)}" for name, value in plan.masked().environment.items())
 
 
 def what_travels(plan: Any) -> list[str]:

@@ -4,34 +4,33 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from launcher.cli.foreign.misplaced import refuse_misplaced
 from launcher.cli.parser import add_options, command, given, launch_parser, split
 from launcher.errors import OURS, BadRequest
 from launcher.request.spec import NOT_RESUMED, RunSpec, State
 
 
 def parse_request(argv: Sequence[str]) -> tuple[RunSpec, argparse.Namespace]:
-    """Split argv into our options, the target, and the target's arguments.
+    """Return what is asked, and our options; their `notes` are lines on options of other programs that are not used,
+    and `words` what was typed of them.
 
     Raises:
         BadRequest: an unknown option, an option given twice, or a value of the wrong kind.
     """
     parser = launch_parser()
-    options, rest, separated = split(parser, argv)
-    parsed = parser.parse_args(options)
-    if parsed.module is not None:
-        target = f"-m {parsed.module}"
-    elif rest and not separated:
-        target, rest = rest[0], rest[1:]
-        if rest[:1] == ["--"]:
-            rest = rest[1:]
-    else:
-        target = RunSpec.target
-    return RunSpec(target, tuple(rest), **given(parsed)), parsed
+    words = split(parser, argv)
+    parsed = parser.parse_args(words.options)
+    if not words.separated and words.target is not None:
+        refuse_misplaced(words.target, words.args, Path.cwd(), parser)
+    parsed.notes, parsed.words = words.notes, words.options
+    spec = RunSpec(RunSpec.target if words.target is None else words.target, tuple(words.args), **given(parsed))
+    return spec, parsed
 
 
 def run_launch(argv: Sequence[str]) -> int:
@@ -40,6 +39,14 @@ def run_launch(argv: Sequence[str]) -> int:
         launch_parser().print_help()
         return 0
     spec, options = parse_request(argv)
+    for note in options.notes:
+        print(f"launch: {note}", file=sys.stderr)
+    if ":" not in spec.target and not spec.target.endswith(".py") and os.path.isfile(spec.target):
+        from launcher.cli.foreign.batch_script import meaning
+
+        text = meaning(spec.target, spec.args, options.words, Path.cwd())
+        print(json.dumps({"meaning": text}) if options.json else text)
+        return 0
     if spec.args and spec.args[0] in ("-h", "--help") and ":" in spec.target:
         return target_help(spec)
     from launcher import backends
@@ -51,6 +58,7 @@ def run_launch(argv: Sequence[str]) -> int:
 
     plan = make_plan(spec, Path.cwd())
     if options.dry_run:
+        plan = plan.masked()
         sent = backends.of(plan.cluster).render(plan)
         if options.json:
             print(json.dumps({"plan": to_data(plan), "code": what_travels(plan), "sent": sent}, indent=2))

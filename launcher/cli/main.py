@@ -16,7 +16,23 @@ from launcher.cli.doctor import run_doctor
 from launcher.cli.launch import run_launch, run_resume
 from launcher.cli.parser import COMMANDS, SHOW_PARSER, Parser, ShownParser, add_json, launch_parser, split
 from launcher.client.tail import printable
-from launcher.errors import OURS, BadRequest, exit_status, shortened
+from launcher.errors import OURS, BadRequest, exit_status, nearest, shortened
+
+SYNONYMS: dict[str, list[str]] = {
+    "ls": ["list"],
+    "ps": ["list"],
+    "squeue": ["list"],
+    "stop": ["cancel"],
+    "kill": ["cancel"],
+    "scancel": ["cancel"],
+    "log": ["logs"],
+    "run": [],
+    "submit": ["--detach"],
+    "sbatch": ["--detach"],
+    "help": ["--help"],
+    "version": ["--version"],
+}
+"""Other names of commands, as other tools have them."""
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -25,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr; a terminal need not have every character
     try:
+        argv = _named(argv)
         status = _COMMANDS[argv[0]](argv[1:]) if argv and argv[0] in COMMANDS else run_launch(argv)
     except OURS as error:
         status = _complain(error, exit_status(error), argv)
@@ -35,11 +52,29 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     sys.exit(status)
 
 
+def _named(argv: list[str]) -> list[str]:
+    """`argv` with the command that its first word is another name of; a file of that name is a target.
+
+    Raises:
+        BadRequest: the first word is nearly a command.
+    """
+    if not argv or argv[0] in COMMANDS or argv[0].startswith("-") or os.path.exists(argv[0]):
+        return argv
+    word, rest = argv[0], argv[1:]
+    if word in SYNONYMS:
+        return [*SYNONYMS[word], *rest]
+    if (near := nearest(word, (*COMMANDS, *SYNONYMS))) and not any(sign in word for sign in ".:/"):
+        raise BadRequest(
+            f"there is no command {word!r}{near}, and no file of that name. `launch --help` lists the commands."
+        )
+    return argv
+
+
 def _complain(error: Exception, status: int, argv: Sequence[str]) -> int:
     kind = {1: "failed", 2: "bad request", 3: "stopped"}[status]
     if argv[:1] and argv[0] not in COMMANDS:
         with suppress(BadRequest):  # --json after the target is the target's own
-            argv, _, _ = split(launch_parser(), argv)
+            argv = split(launch_parser(), argv).options
     # An argument may hold bytes that are no UTF-8, and a file of a run anything.
     text = shortened(str(error)).encode(errors="backslashreplace").decode()
     if "--json" in argv:

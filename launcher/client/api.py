@@ -20,10 +20,11 @@ from launcher.client.plan import NOTHING_GIVEN, Given, check_shared, chosen_agai
 from launcher.client.run import Run, find
 from launcher.config.codec import to_data, to_json
 from launcher.errors import BadRequest
+from launcher.lifecycle.records import registry
 from launcher.lifecycle.run_dir import FORMAT, RunDir, acting, reading
 from launcher.request import own_packages, snapshot
 from launcher.request.binding import values_of
-from launcher.request.spec import NOT_RESUMED, Plan, RunSpec, State, check_name, check_options, options
+from launcher.request.spec import DEVICES, NOT_RESUMED, Plan, RunSpec, State, check_name, check_options, options
 from launcher.request.values import check_given, write
 from training.files import write_atomic
 
@@ -132,6 +133,7 @@ def drop_refused(run: Run) -> None:
             if not run.path.exists():
                 break
             time.sleep(0.05)  # its supervisor is still ending, and has written to it meanwhile
+        registry.forget(run.path)
         raise BadRequest(failure["message"])
 
 
@@ -182,12 +184,21 @@ def resubmit(run: Run, attach: Callable[[Plan], Attachment | None] = lambda _: N
         plan = _relocated(run.dir.plan(), run.dir)
     changes = {key: value for key, value in changes.items() if value is not None}
     if changes:
-        kinds = ("gpus", "tpus", "cpus")
+        kinds = (*DEVICES, "ranks", "ranks_per_node")
         if any(kind in changes for kind in kinds):
             changes = dict.fromkeys((*kinds, "nodes")) | changes
+        changes["settings"] = (*plan.spec.settings, *changes.get("settings", ()))
         spec = replace(plan.spec, name=plan.name, **changes)
         # Placed afresh as a run of another name; the code, the name and the directory stay.
         fresh = make_plan(replace(spec, target=RunSpec.target, args=(), name=None), plan.cwd)
+        kept = {name: plan.environment[name] for name in plan.variables}
+        fresh = replace(
+            fresh,
+            environment=fresh.environment | {k: v for k, v in kept.items() if k not in fresh.variables},
+            variables=tuple(dict.fromkeys((*plan.variables, *fresh.variables))),
+            secrets=tuple(dict.fromkeys((*plan.secrets, *fresh.secrets))),
+        )
+        spec = replace(spec, env=(), env_file=())
         plan = replace(fresh, name=plan.name, run_dir=plan.run_dir, spec=spec, target=plan.target, project=plan.project)
     else:
         plan = chosen_again(plan)
@@ -240,6 +251,7 @@ def _send(plan: Plan, run_dir: RunDir, attachment: Attachment | None = None) -> 
         job = backend.attach(plan, attachment.kind, attachment.passed)
         attachment.sent()
     run_dir.write_job(backend.name, job)
+    registry.register(run_dir.path)
     return Run(run_dir)
 
 

@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from launcher import backends
 from launcher.backends.base import FreeGpu
-from launcher.config import profiles
+from launcher.config import profiles, variables
 from launcher.config.cluster import Cluster
 from launcher.config.durations import parse_minutes
 from launcher.errors import BadRequest
@@ -20,7 +20,8 @@ from launcher.lifecycle.run_dir import RunDir
 from launcher.request import snapshot
 from launcher.request.binding import checked_values
 from launcher.request.code.roots import is_shared
-from launcher.request.placement.place import Devices, Placement, place
+from launcher.request.placement.devices import Devices, many
+from launcher.request.placement.place import Placement, place
 from launcher.request.ray_train import refuse_train_object
 from launcher.request.resolve import check_shadowing, python_path, resolve
 from launcher.request.spec import Plan, RunSpec, Target, Values, check_name
@@ -45,19 +46,14 @@ def make_plan(
     Raises:
         BadRequest: the request cannot be met.
     """
-    site = profiles.choose(spec.cluster, spec.backend, cwd)
+    site = profiles.choose(spec.cluster, spec.backend, cwd, spec.settings)
     backend = backends.of(site)
     _check_spare_nodes(spec, site)
     site, lines = backend.from_shell(site, spec.time)
     site = backend.survey(site)
     gpu = _free_gpu(spec, site)
     site, without = _without_unusable_gpus(spec, site, gpu)
-    placement = place(spec.devices() or _default_devices(spec, site), site)
-    if spec.devices() is None and placement.device == "cpu":
-        # Nothing was asked for: one rank with the whole machine, the quickest way to see something.
-        placement = replace(
-            placement, cpus_per_rank=site.node.cpus, threads=site.node.cpus, why=f"one CPU rank, all cores{without}"
-        )
+    placement = _place(spec, site, without)
     folder = Path(os.path.abspath(cwd / site.runs))
     run_dir = RunDir(folder / (spec.name or _new_name(spec, folder)))
     _check_folder(run_dir.path, site)
@@ -65,23 +61,40 @@ def make_plan(
     if project is not None:
         check_shadowing(found, project)
         found = _in_snapshot(found, project, cwd, run_dir)
-    text = spec.time or site.time
+    given_variables = variables.read(spec.env, spec.env_file, cwd)
     plan = Plan(
         name=run_dir.path.name,
         run_dir=run_dir.path,
-        spec=spec,
+        spec=replace(spec, env=(), env_file=()),  # their values may be secret
         backend=site.backend,
         cluster=site,
         placement=placement,
         target=found,
         cwd=cwd,
-        time_minutes=parse_minutes(text) if text else DEFAULT_MINUTES,
-        environment=_environment(placement, site) | site.variables(),
+        time_minutes=_minutes(spec, site),
+        environment=_environment(placement, site) | site.variables() | given_variables,
         project=project,
         shell=lines,
+        variables=tuple(given_variables),
+        secrets=tuple(name for name, value in given_variables.items() if variables.is_secret(name, value)),
     )
     plan = on_gpu(plan, gpu)
     return replace(plan, start=backend.check(plan))
+
+
+def _place(spec: RunSpec, site: Cluster, without: str) -> Placement:
+    placement = place(_devices(spec, site), site)
+    if not spec.counts_ranks() and placement.device == "cpu":
+        # Nothing was asked for: one rank with the whole machine, the quickest way to see something.
+        placement = replace(
+            placement, cpus_per_rank=site.node.cpus, threads=site.node.cpus, why=f"one CPU rank, all cores{without}"
+        )
+    return placement if spec.cpus_per_rank is None else _with_cores(placement, spec.cpus_per_rank, site)
+
+
+def _minutes(spec: RunSpec, site: Cluster) -> int:
+    text = spec.time or site.time
+    return parse_minutes(text) if text else DEFAULT_MINUTES
 
 
 def _check_spare_nodes(spec: RunSpec, site: Cluster) -> None:
@@ -111,7 +124,7 @@ def chosen_again(plan: Plan) -> Plan:
 
 def _free_gpu(spec: RunSpec, site: Cluster) -> FreeGpu | None:
     """Choose the GPU of a run that asks for no device and no nodes."""
-    return backends.of(site).free_gpu(site) if spec.devices() is None and spec.nodes is None else None
+    return backends.of(site).free_gpu(site) if not spec.counts_ranks() and spec.nodes is None else None
 
 
 def _environment(placement: Placement, site: Cluster) -> dict[str, str]:
@@ -129,7 +142,7 @@ def _environment(placement: Placement, site: Cluster) -> dict[str, str]:
 
 def _without_unusable_gpus(spec: RunSpec, site: Cluster, gpu: FreeGpu | None) -> tuple[Cluster, str]:
     """Return the site without its GPUs, and the reason, if no device was asked for and torch cannot use them."""
-    if spec.devices() is not None or spec.accelerator is not None or not site.node.gpus:
+    if spec.devices() is not None or spec.accelerator is not None or spec.ranks_per_node == "gpu" or not site.node.gpus:
         return site, ""
     reason = backends.of(site).unusable_gpus(gpu)
     if not reason:
@@ -137,15 +150,77 @@ def _without_unusable_gpus(spec: RunSpec, site: Cluster, gpu: FreeGpu | None) ->
     return replace(site, node=replace(site.node, gpus=0)), f"; no GPU is used: {reason}"
 
 
-def _default_devices(spec: RunSpec, site: Cluster) -> Devices:
-    """One device, or all of the nodes that were asked for."""
-    if site.node.gpus == 0 and spec.accelerator is not None:
+def _devices(spec: RunSpec, site: Cluster) -> Devices:
+    """The devices that were asked for, by their number or by that of the ranks; else one, or all of the nodes asked for.
+
+    Raises:
+        BadRequest: the numbers contradict each other, or follow from something that is not known.
+    """
+    asked = spec.devices()
+    each = _ranks_of_node(spec, site)
+    if asked is None:
+        if site.node.gpus == 0 and spec.accelerator is not None:
+            raise BadRequest(
+                f"--accelerator {spec.accelerator}: cluster {site.name!r} has no GPUs. Leave it out, or add --tpus or --cpus."
+            )
+        kind, number = _default_kind(spec, site)
+        count = spec.ranks or (each or (number or 1 if spec.nodes else 1)) * (spec.nodes or 1)
+        asked = Devices(kind, count, spec.nodes, spec.accelerator, spec.topology)
+    if spec.ranks is not None and spec.ranks != asked.count:
         raise BadRequest(
-            f"--accelerator {spec.accelerator}: cluster {site.name!r} has no GPUs. Leave it out, or add --tpus or --cpus."
+            f"--ranks {spec.ranks} --{asked.kind}s {asked.count}: each device has one rank. Give one of the two."
         )
-    kind, each = ("gpu", site.node.gpus) if site.node.gpus else ("cpu", site.node.cpus)
-    count = spec.nodes * (each or 1) if spec.nodes else 1
-    return Devices("gpu" if kind == "gpu" else "cpu", count, spec.nodes, spec.accelerator, spec.topology)
+    if each is None:
+        return asked
+    nodes = asked.nodes or asked.count // each
+    if nodes * each != asked.count:
+        raise BadRequest(
+            f"--ranks-per-node {spec.ranks_per_node}: {each} ranks on each of {many(max(nodes, 1), 'node')} are"
+            f" {each * max(nodes, 1)}, and {asked.count} were asked for. Leave one of the numbers out."
+        )
+    return replace(asked, nodes=nodes)
+
+
+def _ranks_of_node(spec: RunSpec, site: Cluster) -> int | None:
+    """The number that ``--ranks-per-node`` stands for; None without it."""
+    text = spec.ranks_per_node
+    if text is None or text.isdigit():
+        return None if text is None else int(text)
+    kind = _default_kind(spec, site)[0] if text == "auto" else text
+    number = site.node.gpus if kind == "gpu" else site.node.cpus
+    if not number:
+        what = "GPUs" if kind == "gpu" else "CPU cores"
+        known = (
+            f"cluster {site.name!r} has no {what}"
+            if number == 0 and kind == "gpu"
+            else f"it is not known how many {what} a node has"
+        )
+        raise BadRequest(f"--ranks-per-node {text}: {known}. Write a number.")
+    return number
+
+
+def _default_kind(spec: RunSpec, site: Cluster) -> tuple[Literal["gpu", "cpu"], int | None]:
+    """The kind of device of ranks that are only counted, and how many a node has."""
+    if spec.ranks_per_node in ("gpu", "cpu"):
+        return ("gpu", site.node.gpus) if spec.ranks_per_node == "gpu" else ("cpu", site.node.cpus)
+    return ("gpu", site.node.gpus) if site.node.gpus else ("cpu", site.node.cpus)
+
+
+def _with_cores(placement: Placement, cores: int, site: Cluster) -> Placement:
+    """Return `placement` with so many cores for each rank.
+
+    Raises:
+        BadRequest: no node has as many.
+    """
+    needed = cores * placement.ranks_per_node
+    most = max((kind.cpus for kind in site.node_kinds()), default=0)
+    if most and (cores > most or (needed > most and not site.oversubscribe)):
+        raise BadRequest(
+            f"--cpus-per-rank {cores}: the ranks of a node would take {needed} cores, and it has {most}. At most"
+            f" {max(most // placement.ranks_per_node, 1)} is possible."
+        )
+    why = f"{placement.why}, {many(cores, 'core')} for each rank"
+    return replace(placement, cpus_per_rank=cores, threads=cores, why=why)
 
 
 def _new_name(spec: RunSpec, folder: Path) -> str:

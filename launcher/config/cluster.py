@@ -89,6 +89,7 @@ class Slurm:
         exclude: nodes never to use.
         nodelist: nodes to use.
         exclusive: share nodes with nobody.
+        mem: memory of each node, as in ``64G``, or ``0`` for all; left out, the ranks' share of it.
         modules: environment modules, loaded on the first node and inherited by all.
         setup: shell lines that run on the first node before anything else; what they export reaches all nodes.
         node_setup: shell lines that run on every node before its ranks; where one fails the node does not start.
@@ -107,6 +108,7 @@ class Slurm:
     exclude: str | None = None
     nodelist: str | None = None
     exclusive: bool = False
+    mem: str | None = None
     modules: tuple[str, ...] = ()
     setup: tuple[str, ...] = ()
     node_setup: tuple[str, ...] = ()

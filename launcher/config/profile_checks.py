@@ -50,13 +50,22 @@ def check_cluster(cluster: Cluster, where: str) -> None:
             " out; `launch doctor --on-nodes` looks at the nodes."
         )
     for name in cluster.environment:
-        if not name or "=" in name:
-            raise BadRequest(f"{where}: environment: {name!r} cannot be the name of a variable.")
-        if name in OWN_VARIABLES or name.startswith("TORCHELASTIC_"):
-            raise BadRequest(f"{where}: environment: {name} is set by launch for each rank. Remove it.")
+        check_variable(name, f"{where}: environment")
     if cluster.proxy is not None and not re.fullmatch(r"(https?|socks5h?)://[^\s/]+", cluster.proxy):
         raise BadRequest(f"{where}: proxy = {cluster.proxy!r}: write http://host:port.")
     _check_slurm(cluster.slurm, where)
+
+
+def check_variable(name: str, where: str) -> None:
+    """Check the name of a variable for the ranks.
+
+    Raises:
+        BadRequest: it cannot be the name of a variable, or `launch` sets the variable itself.
+    """
+    if not name or "=" in name or "\0" in name:
+        raise BadRequest(f"{where}: {brief(name, 80)} cannot be the name of a variable.")
+    if name in OWN_VARIABLES or name.startswith("TORCHELASTIC_"):
+        raise BadRequest(f"{where}: {name} is set by launch for each rank. Remove it.")
 
 
 OWN_VARIABLES = frozenset(
@@ -76,7 +85,7 @@ TAKEN = {
     "gpus-per-task": "--gpus; a job has one task a node, which needs all GPUs of the node",
     "cpus-per-task": "node.cpus: a rank gets its share of the node's cores",
     "cpus-per-gpu": "node.cpus: a rank gets its share of the node's cores",
-    "mem": "node.memory_gb: a job gets its share of the node's memory",
+    "mem": "slurm.mem",
     "time": "--time, or `time` in the profile",
     **dict.fromkeys(
         ("ntasks-per-core", "ntasks-per-gpu", "ntasks-per-socket"),
@@ -110,6 +119,8 @@ def _check_slurm(slurm: Slurm, where: str) -> None:
         taken = [option for option in TAKEN if option.startswith(name.replace("_", "-"))]
         if taken:
             raise BadRequest(f"{where}: slurm.sbatch: {name!r} is decided elsewhere; use {TAKEN[taken[0]]}.")
+    if slurm.mem is not None and not re.fullmatch(r"[0-9]{1,12}[KMGT]?B?", slurm.mem, re.IGNORECASE):
+        raise BadRequest(f"{where}: slurm.mem = {brief(slurm.mem, 40)}: write the memory of a node, such as 64G.")
     if slurm.scratch is not None and not re.fullmatch(r"/([\w./-]|\$\w+|\$\{\w+\})+", slurm.scratch):
         raise BadRequest(
             f"{where}: slurm.scratch = {slurm.scratch!r}: write an absolute path of letters, digits and the node's variables,"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,7 @@ from launcher.config.cluster import BACKENDS, Cluster, no_such_backend
 from launcher.config.codec import from_data
 from launcher.config.profile_checks import check_cluster, check_texts
 from launcher.errors import BadRequest, nearest
+from training.flags.typed import brief
 
 
 @dataclass(frozen=True)
@@ -51,21 +53,70 @@ def _all_profiles(cwd: Path) -> list[Profile]:
     ]
 
 
-def choose(cluster: str | None, backend: str | None, cwd: Path) -> Cluster:
+def choose(cluster: str | None, backend: str | None, cwd: Path, settings: Sequence[str] = ()) -> Cluster:
     """Return the cluster that ``--cluster`` and ``--backend`` ask for; without either, this machine.
 
+    Args:
+        settings: ``KEY=VALUE`` each, a key of the profile with dots, and its value as in TOML or a bare text.
+
     Raises:
-        BadRequest: there is no such backend or profile, or the two contradict each other.
+        BadRequest: there is no such backend or profile, the two contradict each other, or a setting is wrong.
     """
     if backend is not None and backend not in BACKENDS:
         raise no_such_backend(backend)
     name = cluster or backend or BACKENDS[0]
-    if cluster is None and name not in {profile.name for profile in profiles(cwd)}:
-        return Cluster(name, name)  # a registered backend comes without a profile
-    site = load(name, cwd)
+    path: Path | None = None
+    data: dict[str, Any] = {"backend": name}  # a registered backend comes without a profile
+    if cluster is not None or name in {profile.name for profile in profiles(cwd)}:
+        path = _find(name, cwd)
+        data = _read(path)
+    site = Cluster(name, name) if path is None else parse(data, path, cwd)
     if backend is not None and backend != site.backend:
         raise BadRequest(f"--backend {backend} --cluster {cluster}: that cluster's backend is {site.backend}.")
+    for setting in settings:
+        data, site = _with_setting(setting, data, path or cwd / f"{name}.toml", cwd, site)
     return site
+
+
+def _with_setting(
+    setting: str, data: dict[str, Any], path: Path, cwd: Path, site: Cluster
+) -> tuple[dict[str, Any], Cluster]:
+    """The content of a profile, and the cluster that it describes, with one more ``KEY=VALUE``."""
+    key, equals, text = setting.partition("=")
+    where = f"--set {brief(setting, 80)}"
+    if not equals or not re.fullmatch(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)*", key):
+        raise BadRequest(f"{where}: write KEY=VALUE with a key of the profile, such as slurm.partition=gpu.")
+    first = key.partition(".")[0]
+    if first in ("name", "backend", "extends", "kinds"):
+        instead = {"backend": "use --backend or --cluster", "name": "--name is the run's name"}
+        raise BadRequest(f"{where}: {first} is not set for one run; {instead.get(first, 'write a profile')}.")
+    if first in BACKENDS and first not in (site.backend, site.engine.rpartition("_")[2]):
+        raise BadRequest(
+            f"{where}: {key} is a setting of the backend {first}, and this run goes to {site.backend}. Add --backend {first},"
+            f" or --cluster with a profile of it."
+        )
+    refused: BadRequest | None = None
+    for value in [text] if first == "environment" else _values(text):
+        nested: Any = value
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        changed = _merge(data, nested)
+        try:
+            return changed, parse(changed, path, cwd, where)
+        except BadRequest as error:
+            refused = refused or error
+    assert refused is not None, "there is at least one value"
+    raise refused
+
+
+def _values(text: str) -> list[Any]:
+    """What `text` may stand for: the value that it is in TOML, and itself."""
+    try:
+        read = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return [text]
+    value = read.get("value")
+    return [value, text] if len(read) == 1 and isinstance(value, bool | int | float | str | list) else [text]
 
 
 def load(name: str, cwd: Path) -> Cluster:
@@ -74,16 +125,21 @@ def load(name: str, cwd: Path) -> Cluster:
     Raises:
         BadRequest: no such profile, not TOML, an unknown key or an unusable value.
     """
-    path = cwd / name
-    if path.suffix != ".toml":
-        found = {p.name: p.path for p in profiles(cwd)}
-        if name not in found:
-            raise BadRequest(
-                f"--cluster {name!r}: no such profile{nearest(name, found)}. Known: {', '.join(sorted(found))}."
-                " A path to a .toml file works too."
-            )
-        path = found[name]
+    path = _find(name, cwd)
     return parse(_read(path), path, cwd)
+
+
+def _find(name: str, cwd: Path) -> Path:
+    """The file of the profile called `name`, or at that path."""
+    if Path(name).suffix == ".toml":
+        return cwd / name
+    found = {p.name: p.path for p in profiles(cwd)}
+    if name not in found:
+        raise BadRequest(
+            f"--cluster {name!r}: no such profile{nearest(name, found)}. Known: {', '.join(sorted(found))}."
+            " A path to a .toml file works too."
+        )
+    return found[name]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -107,10 +163,13 @@ def read_text(text: str, path: Path) -> dict[str, Any]:
         raise BadRequest(f"cluster profile {path}: not valid TOML: {error}.") from None
 
 
-def parse(data: Mapping[str, Any], path: Path, cwd: Path) -> Cluster:
-    """Turn the content of the profile at `path` into a `Cluster`; ``extends`` names the profile it builds on."""
+def parse(data: Mapping[str, Any], path: Path, cwd: Path, where: str = "") -> Cluster:
+    """Turn the content of the profile at `path` into a `Cluster`; ``extends`` names the profile it builds on.
+
+    Errors begin with `where`, by default the path.
+    """
     data = dict(data)
-    where = f"cluster profile {path}"
+    where = where or f"cluster profile {path}"
     if "extends" in data:
         base = str(data.pop("extends"))
         parent = _read(_base(base, path, cwd, where))

@@ -43,6 +43,7 @@ class Timeouts:
         node_answer: all checks of a node.
         clock_skew: clocks further apart make the times of events of different nodes misleading, and break certificates.
         gpu_driver: the driver's answer; without its persistence mode it first wakes every GPU, 1 s each.
+        gpu_diagnosis: the quick level of dcgmi diag.
         gpu_trial: import torch and compute once on a GPU.
         slow_pair: two nodes that take longer for 1 MiB are measured no further.
         bandwidth_rounds: no further round of measurements begins after this time.
@@ -96,6 +97,7 @@ class Timeouts:
     node_answer: float = 40.0
     clock_skew: float = 1.0
     gpu_driver: float = 12.0
+    gpu_diagnosis: float = 60.0
     gpu_trial: float = 120.0
     slow_pair: float = 0.2
     bandwidth_rounds: float = 30.0

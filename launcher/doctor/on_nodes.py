@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import backends
+from launcher.agent.health import fabric
 from launcher.agent.health.node_facts import differences
 from launcher.client.api import submit
 from launcher.client.plan import make_plan
@@ -107,6 +108,7 @@ def verdicts(found: Facts) -> Iterator[Check]:
     yield _versions(nodes)
     yield from _devices(nodes)
     yield from _limits(nodes)
+    yield from _networks(nodes)
     late = [f"{node['host']} does not see it" for node in nodes if node["seen"] < 0]
     slowest = max(nodes, key=lambda node: node["renames"])
     yield Check(
@@ -137,12 +139,21 @@ def verdicts(found: Facts) -> Iterator[Check]:
     )
     yield _hub(nodes)
     if "latency" in found:
-        rate = found["bytes_per_second"] / 2**20
-        yield Check(
-            "all-reduce", True, f"{rate:.0f} MiB/s through each rank, {found['latency'] * 1e3:.2f} ms for 4 bytes"
-        )
+        yield _all_reduce(found)
     if found.get("pairs"):
         yield of_pairs(found)
+
+
+def _all_reduce(found: Facts) -> Check:
+    """How fast all ranks together are; a note if NCCL stays far below the rate of the network between the nodes."""
+    nodes, rate = found["nodes"], found["bytes_per_second"]
+    over_network = len(nodes) > 1 and all(node["device"] == "cuda" for node in nodes)
+    slow = fabric.below_rate([node["network"] for node in nodes], rate) if over_network else ""
+    text = f"{rate / 2**20:.0f} MiB/s through each rank, {found['latency'] * 1e3:.2f} ms for 4 bytes"
+    remedy = (
+        "run with NCCL_DEBUG=INFO: its lines on NET name the network that it uses; see the profiles examples/network-*"
+    )
+    return Check("all-reduce", True, f"{text}: {slow}" if slow else text, remedy, note=bool(slow))
 
 
 def of_pairs(found: Facts) -> Check:
@@ -231,6 +242,22 @@ def _limits(nodes: Sequence[Facts]) -> Iterator[Check]:
             hosts.setdefault(text, []).append(node["host"])
     for text, names in hosts.items():
         yield Check("limits", True, f"{', '.join(names)}: {text}", "raise the limit before a long run", note=True)
+
+
+def _networks(nodes: Sequence[Facts]) -> Iterator[Check]:
+    """The network of the nodes, if they have the same one, and a note on each thing that keeps NCCL from using it."""
+    kinds: dict[str, list[str]] = {}
+    hindrances: dict[str, list[str]] = {}
+    for node in nodes:
+        network = node.get("network") or {}
+        kinds.setdefault(fabric.describe(network), []).append(node["host"])
+        for text in fabric.warnings(network) if node["device"] == "cuda" else ():
+            hindrances.setdefault(text, []).append(node["host"])
+    each = [f"{', '.join(hosts)}: {kind}" for kind, hosts in kinds.items()]
+    remedy = "have the administrators look at the nodes with fewer or slower adapters; slurm.exclude in the profile avoids a node"
+    yield Check("network", True, "; ".join(each) if len(each) > 1 else next(iter(kinds)), remedy, note=len(each) > 1)
+    for text, hosts in hindrances.items():
+        yield Check("network", True, f"{', '.join(hosts)}: {text}", "mend it before a long run", note=True)
 
 
 def _enough_gpus(seen: Facts, ranks: int) -> tuple[bool, str]:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.agent.health import environment_record, gpus, limits
+from launcher.agent.health import environment_record, fabric, gpus, limits
 from launcher.agent.health.kernel_log import xid_errors
+from launcher.agent.health.links import dcgm_faults, nvlink_faults
 from launcher.agent.health.node_facts import _until, appears, renames, versions, within
 from launcher.agent.network.addresses import source_towards
 from launcher.config.codec import to_json
@@ -53,6 +54,7 @@ def alone(ctx: Context) -> dict[str, Any]:
         "limits": limits.warnings(limits.look(), world.local_world_size, world.world_size),
         "device": world.device,
         "devices": devices() if world.device == "cuda" else {},
+        "network": fabric.look(),
         "scratch": shutil.disk_usage(os.environ.get("TMPDIR", "/tmp")).free,
         "hub": hub(),
     }
@@ -70,9 +72,20 @@ def devices() -> dict[str, Any]:
         "count": count,
         "names": names,
         "driver": environment_record.driver(),
-        "faults": (gpus.report(visible) or {}).get("faults", []),
-        "warnings": [*gpus.slowed(visible), *xid_errors()],
+        "faults": [*(gpus.report(visible) or {}).get("faults", []), *dcgm_faults()],
+        "warnings": [*gpus.slowed(visible), *xid_errors(), *nvlink_faults(), *_without_peers(count)],
     }
+
+
+def _without_peers(count: int) -> list[str]:
+    """A sentence if pairs of the GPUs that this process sees cannot read each other's memory."""
+    import torch
+
+    pairs = [(a, b) for a in range(count) for b in range(a) if not torch.cuda.can_device_access_peer(a, b)]
+    if not pairs:
+        return []
+    text = f"{len(pairs)} of {count * (count - 1) // 2} pairs of GPUs cannot read each other's memory"
+    return [f"{text} (GPU {pairs[0][1]} and {pairs[0][0]}), so NCCL copies through the host"]
 
 
 def hub() -> dict[str, Any]:

@@ -12,7 +12,7 @@ import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,7 +61,10 @@ class RunDir(RunFiles):
             raise BadRequest(f"the run directory {self.path} cannot be made: {error.strerror or error}.") from None
 
     def write_plan(self, plan: Plan) -> None:
-        write_atomic(self.plan_file, to_json({"format": FORMAT, **to_data(plan)}))
+        """Write the plan; the values of its secret variables go into a file of their own."""
+        if plan.secrets:
+            write_atomic(self.secrets_file, to_json({name: plan.environment[name] for name in plan.secrets}))
+        write_atomic(self.plan_file, to_json({"format": FORMAT, **to_data(plan.public())}))
 
     def plan(self) -> Plan:
         """Read the plan back.
@@ -69,7 +72,11 @@ class RunDir(RunFiles):
         Raises:
             BadRequest: there is none, so this is not a run directory; or its format is not `FORMAT`.
         """
-        return from_data(Plan, self.plan_data(), str(self.plan_file))
+        plan = from_data(Plan, self.plan_data(), str(self.plan_file))
+        if not plan.secrets:
+            return plan
+        values = self._record(self.secrets_file) or {}
+        return replace(plan, environment=plan.environment | {name: str(values.get(name, "")) for name in plan.secrets})
 
     def plan_data(self) -> Any:
         """Read the plan as plain data, of which only the format is checked. Raises as `plan` does."""

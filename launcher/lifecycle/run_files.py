@@ -54,6 +54,7 @@ class RunPaths:
     path: Path
 
     plan_file = FileOfRun("plan.json")
+    secrets_file = FileOfRun("secrets.json")
     job_file = FileOfRun("job.json")
     script_file = FileOfRun("script.sh")
     code = FileOfRun("code")

@@ -34,6 +34,10 @@ def resolve(name: str, args: Sequence[str], cwd: Path) -> tuple[Target, Path | N
         if origin.suffix == ".py":
             _parse(origin)
         return Target("module", module, tuple(args), source=(str(origin),)), _project_folder(origin, module)
+    if name.startswith("-- "):
+        program = name[3:]
+        found = str((cwd / program).resolve()) if os.sep in program else program
+        return Target("command", found, tuple(args)), None
     if name.endswith(".py") and ":" not in name:
         script = (cwd / name).resolve()
         if not os.path.isfile(script):

@@ -6,7 +6,7 @@ import enum
 import json
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +48,8 @@ class Option:
         metavar: the placeholder of the value.
         group: the heading in ``launch --help``.
         least, most: the bounds of a whole number; an option without them is text.
+        flag: its name on the command line; by default that of the field.
+        many: may be given more than once, each a text; in Python a list of them.
     """
 
     help: str
@@ -55,6 +57,8 @@ class Option:
     group: str = "where"
     least: int | None = None
     most: int = 1_000_000
+    flag: str = ""
+    many: bool = False
 
 
 def _option(text: str, metavar: str, **more: Any) -> dict[str, Option]:
@@ -82,11 +86,46 @@ class RunSpec:
         kw_only=True,
         metadata=_option("N nodes more (SLURM), to take the place of lost ones", "N", least=0, most=100_000),
     )
+    gpus_per_node: int | None = field(
+        default=None, kw_only=True, metadata=_option("GPUs of each node, one rank each", "N", least=1, most=1_000)
+    )
+    ranks: int | None = field(
+        default=None,
+        kw_only=True,
+        metadata=_option("ranks in all: on GPUs if there are any, else on cores", "N", least=1),
+    )
+    ranks_per_node: str | None = field(
+        default=None,
+        kw_only=True,
+        metadata=_option("ranks of each node; gpu, cpu: one on each", "N|gpu|cpu|auto"),
+    )
+    cpus_per_rank: int | None = field(
+        default=None,
+        kw_only=True,
+        metadata=_option("CPU cores of each rank (default: its share)", "N", least=1, most=100_000),
+    )
     accelerator: str | None = field(
         default=None, metadata=_option("h100, a100, ..., or a TPU generation: v5e, v5p, ...", "TYPE")
     )
     topology: str | None = field(default=None, metadata=_option("the shape of a TPU slice", "4x4"))
-    time: str | None = field(default=None, kw_only=True, metadata=_option("time limit", "2h", group="the run"))
+    settings: tuple[str, ...] = field(
+        default=(),
+        kw_only=True,
+        metadata=_option("set a key of the profile, as slurm.partition=gpu", "KEY=VALUE", flag="--set", many=True),
+    )
+    env: tuple[str, ...] = field(
+        default=(),
+        kw_only=True,
+        metadata=_option("a variable of all ranks; NAME: of this shell", "NAME=VALUE", many=True, group="the run"),
+    )
+    env_file: tuple[str, ...] = field(
+        default=(), kw_only=True, metadata=_option("a file of NAME=VALUE lines", "FILE", many=True, group="the run")
+    )
+    time: str | None = field(
+        default=None,
+        kw_only=True,
+        metadata=_option("time limit: 2h, 90m, 1-12:00:00 (a number: minutes)", "2h", group="the run"),
+    )
     max_restarts: int = field(
         default=3, kw_only=True, metadata=_option("restarts after crashes (default 3)", "N", group="the run", least=0)
     )
@@ -100,10 +139,17 @@ class RunSpec:
         defaults = {f.name: f.default for f in fields(self)}
         for name, option in options().items():
             if (value := getattr(self, name)) is not None or defaults[name] is not None:
-                _check_option(f"--{name.replace('_', '-')}", value, option)
-        asked = [f"--{k}" for k in ("gpus", "tpus", "cpus") if getattr(self, k) is not None]
+                _check_option(flag_of(name), value, option)
+        for name in ("settings", "env", "env_file"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # from Python it may be a list
+        asked = [flag_of(k) for k in DEVICES if getattr(self, k) is not None]
         if len(asked) > 1:
             raise BadRequest(f"{' and '.join(asked)} together: a run uses one kind of device. Give one of them.")
+        if self.ranks_per_node is not None and not re.fullmatch(r"[1-9][0-9]{0,6}|gpu|cpu|auto", self.ranks_per_node):
+            raise BadRequest(
+                f"--ranks-per-node {brief(self.ranks_per_node, 40)}: write a number, or gpu, cpu or auto for one rank on each"
+                " GPU, core, or whichever a node has."
+            )
         if self.name is not None:
             check_name(self.name)
 
@@ -112,12 +158,22 @@ class RunSpec:
         shape = (self.nodes, self.accelerator, self.topology)
         if self.gpus is not None:
             return Devices("gpu", self.gpus, *shape)
+        if self.gpus_per_node is not None:
+            nodes = self.nodes or 1
+            return Devices("gpu", self.gpus_per_node * nodes, nodes, self.accelerator, self.topology)
         if self.tpus is not None:
             return Devices("tpu", self.tpus, *shape)
         if self.cpus is not None:
             return Devices("cpu", self.cpus, *shape)
         return None
 
+    def counts_ranks(self) -> bool:
+        """Whether a number of devices or ranks is asked for, in all or on each node."""
+        return self.devices() is not None or self.ranks is not None or self.ranks_per_node is not None
+
+
+DEVICES = ("gpus", "gpus_per_node", "tpus", "cpus")
+"""Fields of which one says the devices of a run."""
 
 NOT_RESUMED = ("name",)
 """Options that `resume` does not take: a resumed run keeps them."""
@@ -128,6 +184,12 @@ def options(without: Collection[str] = ()) -> dict[str, Option]:
     return {f.name: f.metadata["option"] for f in fields(RunSpec) if "option" in f.metadata and f.name not in without}
 
 
+def flag_of(name: str) -> str:
+    """The option of the command line that is the field `name`."""
+    option = options().get(name)
+    return (option and option.flag) or f"--{name.replace('_', '-')}"
+
+
 def refuse_empty(given: Mapping[str, Any]) -> None:
     """Refuse an option that is given without a value, which would count as left out.
 
@@ -136,7 +198,7 @@ def refuse_empty(given: Mapping[str, Any]) -> None:
     """
     for name, value in given.items():
         if value == "" and name != "name":
-            raise BadRequest(f"--{name.replace('_', '-')} '': a value is needed, or leave the option out.")
+            raise BadRequest(f"{flag_of(name)} '': a value is needed, or leave the option out.")
 
 
 def check_options(call: str, given: Mapping[str, Any], known: Collection[str], more: str) -> None:
@@ -165,6 +227,10 @@ def as_path(what: str, value: object) -> Path:
 
 
 def _check_option(flag: str, value: Any, option: Option) -> None:
+    if option.many:
+        if not isinstance(value, list | tuple) or not all(isinstance(each, str) and "\0" not in each for each in value):
+            raise BadRequest(f"{flag} {brief(value, 80)}: a list of texts is needed, such as [{option.metavar!r}].")
+        return
     if option.least is None:
         if not isinstance(value, str) or "\0" in value:
             raise BadRequest(f"{flag} {brief(value, 80)}: a string is needed, such as {option.metavar!r}.")
@@ -197,7 +263,7 @@ class Values:
     context: str | None = None
 
 
-TargetKind = Literal["function", "script", "module", "value"]
+TargetKind = Literal["function", "script", "module", "value", "command"]
 
 
 @dataclass(frozen=True)
@@ -206,7 +272,8 @@ class Target:
 
     Attributes:
         kind: ``function`` (``name`` is ``module:function``), ``script`` (a path below ``code/`` or absolute),
-            ``module`` (run as ``-m name``) or ``value`` (a function that travels pickled in ``target.pkl``).
+            ``module`` (run as ``-m name``), ``value`` (a function that travels pickled in ``target.pkl``) or ``command``
+            (any program, as it stands).
         path: entries that come first on ``sys.path`` of every rank; they point into the snapshot.
         moved: folders of code and their copies, which take their place on ``sys.path``, or come last.
         source: files whose import statements the forkserver preloads.
@@ -247,7 +314,17 @@ class Plan:
     project: Path | None = None  # the folder on the submitting machine whose code is copied; None: nothing is
     shell: tuple[str, ...] = ()  # lines about the scheduler's variables of the shell, used and not
     start: str = ""  # when and where the scheduler would start it, as it said when the plan was made
+    variables: tuple[str, ...] = ()  # names in `environment` that were given for this run alone
+    secrets: tuple[str, ...] = ()  # those of them whose values are neither shown nor in plan.json
     gpu: str = ""  # the GPU that was chosen for a run that asked for none, and why; `environment` names it
+
+    def masked(self) -> Plan:
+        """The plan to be shown: the values of secret variables are hidden."""
+        return replace(self, environment=self.environment | dict.fromkeys(self.secrets, "(secret)"))
+
+    def public(self) -> Plan:
+        """The plan without the values of secret variables."""
+        return replace(self, environment={k: v for k, v in self.environment.items() if k not in self.secrets})
 
 
 def check_name(name: str) -> None:

@@ -6,7 +6,11 @@ import builtins
 import importlib
 import importlib.util
 import linecache
+import os
 import runpy
+import signal
+import socket
+import subprocess
 import sys
 import traceback
 import types
@@ -14,7 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from launcher.errors import BadRequest, nearest
 from launcher.request import own_packages
@@ -42,6 +46,8 @@ def call(target: Target, pickle: Path, context: Callable[[], Context], values: P
             own_packages.give_way(target.path)
             run_module(target.name, target.args, target.path)
             return None
+        case "command":
+            run_command(target.name, target.args)
     with own_packages.on_path(target.path):
         match target.kind:
             case "value":
@@ -52,6 +58,25 @@ def call(target: Target, pickle: Path, context: Callable[[], Context], values: P
             case "function":
                 function = load(target.name)
         return call_of(target, function, values).run(function, context)
+
+
+def run_command(program: str, args: Sequence[str]) -> NoReturn:
+    """Run a program in place of this process: it gets the SIGTERM of the rank, and its end is that of the rank.
+
+    Raises:
+        BadRequest: this machine has no such program.
+    """
+    try:
+        process = subprocess.Popen([program, *args])
+    except OSError as error:
+        raise BadRequest(f"{program}: {error.strerror or error} on {socket.gethostname()}.") from None
+    signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGTERM))
+    status = process.wait()
+    if status < 0:
+        with suppress(OSError):  # SIGKILL has no handler
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    raise SystemExit(status)
 
 
 def show_sources(file: Path) -> None:

@@ -47,11 +47,11 @@ def step_of(name: str) -> int | None:
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether `name` is a file name without a path: printable, no separator, no leading dot."""
+    """Whether `name` is a file name without a path: printable, no separator. Libraries write hidden files, too."""
     return (
         isinstance(name, str)
         and name.isprintable()
-        and not name.startswith(".")
+        and name not in (".", "..")
         and not set(name) & {"/", "\\"}
         and 0 < len(name.encode()) <= 255
         and name != MANIFEST

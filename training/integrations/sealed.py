@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from training.context import Context
 
 PREFIX = "checkpoint-"
+
+REMAINS = re.compile(rf"\.{re.escape(MANIFEST)}\..*\.tmp|\.tmp[A-Za-z0-9]{{6}}")
+"""Files that a process leaves if it is killed while it writes: a manifest, or a file of safetensors."""
 
 
 class Schedule:
@@ -98,9 +102,10 @@ def seal(folder: Path, step: int) -> None:
     """Flush the files in `folder` and its subfolders to disk, and write their sizes and hashes. Raises OSError."""
     kind, new = HASHES[FORMAT]
     files, folders = {}, {}
-    for remains in folder.glob(f".{MANIFEST}.*.tmp"):  # of a process that was killed while it sealed the folder
-        remains.unlink()
     for path in sorted(folder.iterdir()):
+        if REMAINS.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            path.unlink()
+            continue
         if path.is_symlink() or path.name == MANIFEST:
             continue
         if path.is_dir():

@@ -55,7 +55,9 @@ def slowed(visible: str | None, limit: float = TIMEOUTS.gpu_driver) -> list[str]
     """Return a sentence for each GPU of `visible` that the hardware slows down; empty if nvidia-smi does not say."""
     if shutil.which("nvidia-smi") is None:
         return []
-    answer = _answer(_ask(f"--query-gpu={SLOWED}", "--format=csv,noheader,nounits"), time.monotonic() + limit)
+    answer = _answer(
+        _start("nvidia-smi", f"--query-gpu={SLOWED}", "--format=csv,noheader,nounits"), time.monotonic() + limit
+    )
     status, listed = answer or (1, "")
     gpus = [found for line in listed.splitlines() if len(found := _fields(line)) == 4] if status == 0 else []
     why = ("because it is too hot", "by the power brake of its node")
@@ -77,7 +79,10 @@ def report(visible: str | None, limit: float = TIMEOUTS.gpu_driver) -> dict[str,
         return None
     deadline = time.monotonic() + limit
     form = "--format=csv,noheader,nounits"
-    both = [_ask(f"--query-gpu={STATE}", form), _ask(f"--query-remapped-rows={ROWS}", form)]
+    both = [
+        _start("nvidia-smi", f"--query-gpu={STATE}", form),
+        _start("nvidia-smi", f"--query-remapped-rows={ROWS}", form),
+    ]
     answers = [_answer(process, deadline) for process in both]
     if None in answers:
         return {"count": 0, "faults": [f"its GPU driver does not answer within {limit:g} s"]}
@@ -125,7 +130,7 @@ def freest(limit: float = TIMEOUTS.gpu_driver) -> Gpu | None:
     None if nvidia-smi is missing, fails, or does not answer within `limit` seconds, if no GPU reports its memory, or if one
     is divided into MIG instances, of which CUDA shows a process the first.
     """
-    status, listed = _run(f"--query-gpu={MEMORY}", "--format=csv,noheader,nounits", limit=limit) or (1, "")
+    status, listed = ask("nvidia-smi", f"--query-gpu={MEMORY}", "--format=csv,noheader,nounits", limit=limit) or (1, "")
     rows = [fields for line in listed.splitlines() if len(fields := _fields(line)) == 6] if status == 0 else []
     if any(mig == "Enabled" for *_, mig, _ in rows):
         return None
@@ -175,7 +180,7 @@ def _yes(text: str) -> bool:
 
 def _list_cards(limit: float) -> dict[str, list[str]] | None:
     """The GPUs that ``nvidia-smi -L`` names, each with its MIG instances; None if it does not answer in `limit` seconds."""
-    answer = _run("-L", limit=limit)
+    answer = ask("nvidia-smi", "-L", limit=limit)
     cards: dict[str, list[str]] = {}
     for line in answer[1].splitlines() if answer else ():
         uuid = re.search(r"UUID: ([^)\s]+)", line)
@@ -186,16 +191,16 @@ def _list_cards(limit: float) -> dict[str, list[str]] | None:
     return None if answer is None else cards
 
 
-def _run(*words: str, limit: float) -> tuple[int, str] | None:
-    """The exit status and output of nvidia-smi; None after `limit` seconds. If it is missing, 127 and nothing."""
-    if shutil.which("nvidia-smi") is None:
+def ask(program: str, *words: str, limit: float) -> tuple[int, str] | None:
+    """Return the exit status and output of a program; None after `limit` seconds. If it is missing, 127 and nothing."""
+    if shutil.which(program) is None:
         return 127, ""
-    return _answer(_ask(*words), time.monotonic() + limit)
+    return _answer(_start(program, *words), time.monotonic() + limit)
 
 
-def _ask(*words: str) -> subprocess.Popen[str]:
+def _start(*words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        ["nvidia-smi", *words],
+        words,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

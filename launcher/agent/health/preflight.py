@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import cache, partial
 from typing import Any, TypeVar
 
-from launcher.agent.health import gpus, limits, node_facts
+from launcher.agent.health import fabric, gpus, limits, node_facts
 from launcher.agent.health.node_facts import Facts
 from launcher.agent.protocol import NodeChecked
 from launcher.config.timeouts import TIMEOUTS
@@ -46,7 +46,7 @@ async def look(run_dir: RunDir, attempt: int, node: int, device: str, visible: s
         "limits": limits.look,
     }
     if device == "cuda":
-        parts["gpus"] = lambda: gpus.report(visible) or {}
+        parts |= {"gpus": lambda: gpus.report(visible) or {}, "network": fabric.look}
     waits = (
         asyncio.to_thread(node_facts.within, TIMEOUTS.node_check, partial(_checked, part)) for part in parts.values()
     )
@@ -161,8 +161,9 @@ def warnings(answers: Mapping[str, Facts], ranks: Mapping[str, int]) -> dict[str
     """Return what may break ranks later, and the hosts for which that holds; the arguments are those of `judge`."""
     found: dict[str, list[str]] = {}
     for host, facts in answers.items():
-        own = facts.get("limits") or {"fault": ""}
-        for text in limits.warnings(own, ranks[host], sum(ranks.values())) if "fault" not in own else ():
+        own, network = (facts.get(part) or {"fault": ""} for part in ("limits", "network"))
+        texts = limits.warnings(own, ranks[host], sum(ranks.values())) if "fault" not in own else []
+        for text in [*texts, *(fabric.warnings(network) if "fault" not in network else ())]:
             found.setdefault(text, []).append(host)
     return found
 

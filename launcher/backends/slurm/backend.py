@@ -61,7 +61,7 @@ def parameters(plan: Plan) -> dict[str, Any]:
         "cpus_per_task": cpus or None,
         # Per node: SLURM 24.11 and later isolate per-task GPUs, and the ranks of a task could not use each other's.
         "gpus_per_node": _gpu_request(plan) if placement.device == "cuda" else None,
-        "mem": _memory(plan),
+        "mem": slurm.mem or _memory(plan),
         "partition": slurm.partition,
         "account": slurm.account,
         "qos": slurm.qos,

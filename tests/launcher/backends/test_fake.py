@@ -307,7 +307,7 @@ def test_a_target_is_imported_before_it_waits(fake: FakeBackend, launch: Launch,
 def test_spare_nodes_and_a_time_limit(fake: FakeBackend, launch: Launch) -> None:
     fake.capabilities = Capabilities(spare_nodes=True, time_limit=True)
     code, out, _ = launch("--backend", "fake", "--gpus", "8", "--spare-nodes", "1", "--dry-run", "script.py")
-    assert (code, "\n  limit  60 min\n" in out) == (0, True)
+    assert (code, "\n  limit  60 min (1h), the default\n" in out) == (0, True)
     other = FakeBackend("other")
     backends.register(other)
     try:

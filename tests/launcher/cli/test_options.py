@@ -15,7 +15,7 @@ from launcher.cli.launch import parse_request
 from launcher.cli.main import main
 from launcher.cli.parser import launch_parser
 from launcher.errors import BadRequest
-from launcher.request.spec import NOT_RESUMED, RunSpec, options
+from launcher.request.spec import NOT_RESUMED, RunSpec, flag_of, options
 
 FIELDS = {f.name: f for f in fields(RunSpec) if f.name not in ("target", "args")}
 
@@ -34,7 +34,7 @@ def test_help_documentation_and_signatures_have_each_option() -> None:
         assert keywords == {name: FIELDS[name].default for name in known}
         for name, option in known.items():
             assert re.search(rf"^    {name}: {re.escape(option.help.rstrip('.'))}\.$", function.__doc__ or "", re.M)
-            assert f"--{name.replace('_', '-')} {option.metavar}" in text
+            assert f"{flag_of(name)} {option.metavar}" in text
             assert option.help in text
         assert "{options}" not in (function.__doc__ or "")
 

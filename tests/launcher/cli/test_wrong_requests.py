@@ -41,7 +41,7 @@ FILES = {
 
 WRONG: list[list[str]] = [
     # options
-    ["--nosuch"], ["--" + LONG], ["-x"], ["--="], ["-mm"], ["--json=1"], ["--no-json"], ["--max_restarts", "1"],
+    ["--nosuch"], ["--" + LONG], ["-x"], ["--="], ["-mm"], ["--json=1"], ["--no-json"], ["--max_restart", "1"],
     ["--cpus", ""], ["--cpus", "٣"], ["--cpus", HUGE], ["--cpus", MANY], ["--cpus", "-" + MANY], ["--cpus", "1e3"],
     ["--cpus", "nan"], ["--gpus", HUGE], ["--gpus", "-1"], ["--gpus=" + LONG], ["--nodes", HUGE], ["--nodes", "0"],
     ["--tpus", HUGE, "--accelerator", "v5e"], ["--spare-nodes", HUGE], ["--max-restarts", "9" * 30],

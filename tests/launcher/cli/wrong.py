@@ -13,7 +13,7 @@ from launcher.cli.main import parsers
 from launcher.cli.parser import COMMANDS
 from launcher.config.cluster import Cluster, Container, Node, NodeKind, Ray, Slurm
 from launcher.config.profile_checks import OWN_VARIABLES, TAKEN
-from launcher.request.spec import options
+from launcher.request.spec import flag_of, options
 
 LONG, MANY, HUGE = "x" * 5000, "9" * 5000, "9" * 20
 
@@ -42,6 +42,67 @@ NO_NUMBERS = (
     *(HUGE, f"-{HUGE}", MANY, f"-{MANY}", "1 ", " 1", "1\n", "\u200b1", "\u06611", "1\u0085", "\udcff", LONG),
 )
 NO_TEXTS = {
+    "ranks_per_node": (
+        "",
+        " ",
+        "0",
+        "-1",
+        "1.5",
+        "many",
+        "GPU",
+        "gpus",
+        "1 ",
+        " 1",
+        "٣",
+        HUGE,
+        MANY,
+        LONG,
+        "1\n",
+        "\udcff",
+        "--",
+    ),
+    "env": (
+        *("", " ", "=", "=1", "NOT_SET_HERE", "a b", "RANK=1", "WORLD_SIZE", "MASTER_ADDR=n1", "TORCHELASTIC_RUN_ID=1"),
+        *("\x1b[2J", "\udcff", LONG, "--", "LOCAL_RANK="),
+    ),
+    "env_file": ("", " ", "nosuch", ".", "/dev/null/x", "~nosuch", LONG, "\udcff", "--"),
+    "settings": (
+        *(
+            "",
+            " ",
+            "=",
+            "=1",
+            "grace",
+            "grace=",
+            "grace=nan",
+            "grace=-1",
+            "grace=inf",
+            "nosuch=1",
+            "node=1",
+            "node.nosuch=1",
+        ),
+        *(
+            "slurm=1",
+            "slurm.partition=gpu",
+            "ray.wait=5",
+            "name=x",
+            "backend=slurm",
+            "extends=local",
+            "kinds=[]",
+            "runs=",
+        ),
+        *(
+            "environment.RANK=1",
+            "environment.=1",
+            ".=1",
+            "a..b=1",
+            "node.gpus=many",
+            "preflight=maybe",
+            "time=soon",
+            LONG,
+        ),
+        *(f"grace={MANY}", f"grace={LONG}", "nodes=1.5", "node.cpus=-1", "\x1b[2J=1", "\udcff=1", "--"),
+    ),
     "time": (
         *(
             "",
@@ -74,7 +135,10 @@ NO_TEXTS = {
             "1H",
             "--",
             "UNLIMITED",
-            "1:00",
+            "1:60",
+            "1-24:60",
+            "1-",
+            "-1:00",
             "00:00:00",
         ),
     ),
@@ -232,7 +296,7 @@ def requests() -> Iterator[list[str]]:
 
 def _of_options() -> Iterator[list[str]]:
     for name, option in options().items():
-        flag = f"--{name.replace('_', '-')}"
+        flag = flag_of(name)
         more = {"accelerator": ["--gpus", "1"], "topology": []}.get(name, [])
         for text in NO_NUMBERS if option.least is not None else NO_TEXTS[name]:
             yield [f"{flag}={text}", *more, "--dry-run", "empty.py"]
@@ -368,8 +432,9 @@ OBJECTS: tuple[Any, ...] = (
 def calls() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     """Calls of `launch` and `resume` with a value of a wrong type: function, arguments, keywords."""
     for name in options():
-        yield from (("launch", ("empty.py",), {"wait": False, name: value}) for value in OBJECTS)
-        yield from (("resume", ("nosuch",), {"wait": False, name: value}) for value in OBJECTS if name != "name")
+        objects = [each for each in OBJECTS if each not in ([], ()) or not options()[name].many]
+        yield from (("launch", ("empty.py",), {"wait": False, name: value}) for value in objects)
+        yield from (("resume", ("nosuch",), {"wait": False, name: value}) for value in objects if name != "name")
         yield "launch", ("empty.py",), {"wait": False, f"{name}x": 1}
     for name in ("max_restarts", "spare_nodes"):
         yield "launch", ("empty.py",), {"wait": False, name: None}

@@ -27,6 +27,7 @@ def node(number: int, **more: Any) -> dict[str, Any]:
         "ranks": 8,
         "device": "cpu",
         "devices": {},
+        "network": {},
         "hub": {"cache": "/hub", "chosen": True, "there": True, "reached": None},
         "seen": 0.01,
         "renames": 0.002,
@@ -105,6 +106,49 @@ def test_what_is_worth_knowing_is_a_note() -> None:
     assert all(check.ok for check in found.values())
     assert found["names"].found == "n0 cannot be looked up on the nodes"
     assert "huggingface.co cannot be reached from n0, n1" in found["hub"].found
+
+
+NDR: dict[str, Any] = {
+    "kind": "infiniband",
+    "adapters": {"mlx5_0": 400.0},
+    "down": [],
+    "plugin": False,
+    "gpudirect": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("network", "device", "rate", "notes"),
+    [
+        (NDR, "cuda", 45e9, {}),
+        (NDR, "cuda", 5e9, {"all-reduce": "10% of what 1 x InfiniBand 400 Gbit/s can give"}),
+        (NDR, "cpu", 5e9, {}),
+        (
+            NDR | {"adapters": {"mlx5_0": 100.0}},
+            "cuda",
+            12e9,
+            {"network": "n0: 1 x InfiniBand 400 Gbit/s; n1: 1 x InfiniBand 100"},
+        ),
+        ({}, "cuda", 5e9, {"network": "n0: 1 x InfiniBand 400 Gbit/s; n1: no network card"}),
+    ],
+)
+def test_an_all_reduce_is_held_against_the_network(
+    network: dict[str, Any], device: str, rate: float, notes: dict[str, str]
+) -> None:
+    gpus: dict[str, Any] = {"device": device, "devices": CARDS}
+    nodes = [node(0, network=NDR, **gpus), node(1, network=network, **gpus)]
+    found = {c.name: c for c in verdicts({"nodes": nodes, "latency": 1e-4, "bytes_per_second": rate})}
+    assert all(check.ok for check in found.values())
+    assert {name: check.found for name, check in found.items() if check.note}.keys() == notes.keys()
+    assert all(words in found[name].found for name, words in notes.items())
+
+
+def test_what_keeps_nccl_from_the_network_is_a_note_with_its_nodes() -> None:
+    nodes = [node(n, device="cuda", devices=CARDS, network=NDR | {"gpudirect": n == 2}) for n in range(3)]
+    first, second = (check for check in verdicts({"nodes": nodes}) if check.name == "network")
+    assert (first.found, first.note) == ("1 x InfiniBand 400 Gbit/s", False)
+    assert (second.ok, second.note) == (True, True)
+    assert second.found.startswith("n0, n1: InfiniBand cannot read the memory of GPUs")
 
 
 def meetings(**rates: float) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from training.errors import CheckpointError
 from training.files import MAX_JSON_BYTES
 
 NAMES = [
-    "../../outside/sentinel", "/{root}/outside/sentinel", "", ".", "..", "a/b", "a\\b", "a\0b", "x\n", "\ud800", ".hidden",
+    "../../outside/sentinel", "/{root}/outside/sentinel", "", ".", "..", "a/b", "a\\b", "a\0b", "x\n", "\ud800",
     "x" * 300, "manifest.json", "é" * 200,
 ]  # fmt: skip
 FIELDS: list[dict[str, Any]] = [
@@ -173,7 +173,7 @@ def test_what_could_not_be_read_is_not_saved(tmp_path: Path) -> None:
     store.close()
     assert len(failed) == 1
     with pytest.raises(CheckpointError, match="not a plain file name"):
-        write_file(tmp_path / ".hidden", b"")
+        write_file(tmp_path / "a\nb", b"")
     (tmp_path / "link").symlink_to(tmp_path / "outside")
     with pytest.raises(OSError, match="is a link"):
         write_file(tmp_path / "link", b"")

@@ -172,8 +172,12 @@ def test_a_full_disk_costs_checkpoints_and_nothing_else(disk: Path, capfd: pytes
 def test_subfolders_are_sealed(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-3" / "shards").mkdir(parents=True)
     (tmp_path / "checkpoint-3" / "shards" / "0.bin").write_bytes(b"0")
-    (tmp_path / "checkpoint-3" / ".manifest.json.0123456789abcdef.tmp").write_text("a killed process left it")
+    (tmp_path / "checkpoint-3" / "shards" / ".metadata").write_bytes(b"of torch.distributed.checkpoint")
+    remains = [tmp_path / "checkpoint-3" / name for name in (".manifest.json.0123456789abcdef.tmp", ".tmpSyVCRK")]
+    for each in remains:
+        each.write_text("a killed process left it")
     sealed.seal(tmp_path / "checkpoint-3", 3)
+    assert not any(each.exists() for each in remains)
     with Context(tmp_path, ONE) as ctx:
         assert sealed.newest(ctx, tmp_path) == tmp_path / "checkpoint-3"
         (tmp_path / "checkpoint-3" / "shards" / "0.bin").write_bytes(b"1")

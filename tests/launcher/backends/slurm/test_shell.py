@@ -184,7 +184,12 @@ def test_the_plan_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         "  shell  --time 90m, from SBATCH_TIMELIMIT",
         "  shell  SBATCH_WAIT is not used: `slurm.sbatch` of a profile has such options",
     ]
-    for line in ("  limit  90 min", "#SBATCH --partition=gpu", "#SBATCH --qos=low", "#SBATCH --time=90"):
+    for line in (
+        "  limit  90 min (1h30m), from SBATCH_TIMELIMIT",
+        "#SBATCH --partition=gpu",
+        "#SBATCH --qos=low",
+        "#SBATCH --time=90",
+    ):
         assert line in shown.splitlines()
 
 

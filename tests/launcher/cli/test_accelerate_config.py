@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher.config.accelerate_config import settings_without_effect
+from launcher.cli.foreign.accelerate_config import settings_without_effect
 from tests.launcher.engines import Project
 
 

@@ -32,9 +32,7 @@ def settings_without_effect(environment: Mapping[str, str] = os.environ) -> tupl
     They are those that differ from accelerate's defaults and are not about the launcher; empty for a file that is absent
     or cannot be read. The location is that of ``accelerate.commands.config``.
     """
-    cache = environment.get("XDG_CACHE_HOME", "~/.cache")
-    home = os.path.expanduser(environment.get("HF_HOME", os.path.join(cache, "huggingface")))
-    file = Path(home, "accelerate", "default_config.yaml")
+    file = default_file(environment)
     if not file.is_file():
         return file, {}
     import yaml
@@ -46,6 +44,13 @@ def settings_without_effect(environment: Mapping[str, str] = os.environ) -> tupl
     if not isinstance(read, dict):
         return file, {}
     return file, {str(key): value for key, value in read.items() if _matters(str(key), value)}
+
+
+def default_file(environment: Mapping[str, str] = os.environ) -> Path:
+    """Return the path of accelerate's default configuration file, which need not exist."""
+    cache = environment.get("XDG_CACHE_HOME", "~/.cache")
+    home = os.path.expanduser(environment.get("HF_HOME", os.path.join(cache, "huggingface")))
+    return Path(home, "accelerate", "default_config.yaml")
 
 
 def _matters(key: str, value: Any) -> bool:

@@ -1,0 +1,1 @@
+"""Lines for other programs: torchrun, accelerate, sbatch, srun, and batch scripts."""

@@ -1,0 +1,69 @@
+"""The user's runs, wherever they are: one link a run in the user's state folder, made when it is sent.
+
+The registry only says where to look. Nothing depends on it: a link whose run is gone is passed over, and a registry that cannot
+be written is none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+SEPARATOR = "~"
+"""Between the name of a run and the digest of its path; no run's name has it."""
+
+
+def folder() -> Path:
+    """The folder of the links: ``launch/runs`` in XDG_STATE_HOME, by default ``~/.local/state``."""
+    state = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
+    return Path(state) / "launch" / "runs"
+
+
+def register(run: Path) -> None:
+    """Remember the run in the directory `run`; does nothing if the state folder cannot be written."""
+    links = folder()
+    link = links / _link_name(run)
+    with suppress(OSError):
+        links.mkdir(mode=0o700, parents=True, exist_ok=True)
+        temporary = links / f".{link.name}.{os.getpid()}"
+        temporary.symlink_to(run)
+        temporary.replace(link)  # the newest link of a name counts, also of one that is used again
+
+
+def forget(run: Path) -> None:
+    """Remove the link of the run that was in the directory `run`."""
+    with suppress(OSError):
+        (folder() / _link_name(run)).unlink()
+
+
+def named(name: str) -> list[Path]:
+    """The directories of the runs called `name` that are there, newest first."""
+    return [run for run in known() if run.name == name]
+
+
+def known() -> list[Path]:
+    """The directories of all registered runs that are there, newest first."""
+    links = sorted(_links(), reverse=True)
+    return [run for _, run in links if os.path.lexists(run / "plan.json")]
+
+
+def _links() -> Iterator[tuple[float, Path]]:
+    """When each link was made, and where it leads; links to anything that no run could be are passed over."""
+    try:
+        with os.scandir(folder()) as entries:
+            for entry in entries:
+                name, separator, _ = entry.name.partition(SEPARATOR)
+                with suppress(OSError):
+                    target = Path(os.readlink(entry.path))
+                    if separator and target.is_absolute() and target.name == name:
+                        yield entry.stat(follow_symlinks=False).st_mtime, target
+    except OSError:
+        return
+
+
+def _link_name(run: Path) -> str:
+    digest = hashlib.sha256(os.fsencode(run)).hexdigest()[:16]
+    return f"{run.name}{SEPARATOR}{digest}"
