@@ -23,7 +23,7 @@ from launcher.request.placement.place import Placement
 from launcher.request.spec import Plan, RunSpec, State, Target
 
 LAUNCH = (sys.executable, "-m", "launcher")
-FOLLOWED_SECONDS = 20.0
+FOLLOWED_SECONDS = 10.0
 
 
 def make_run(path: Path, lines: int, state: State | None = State.SUCCEEDED) -> RunDir:
@@ -64,7 +64,8 @@ def make_run(path: Path, lines: int, state: State | None = State.SUCCEEDED) -> R
         run.write_job("local", f"{os.uname().nodename}:{os.getpid()}:{_started()}")
     else:
         run.write_job("local", f"{os.uname().nodename}:999999:1")
-        run.write_result(state, metrics={"accuracy": 0.5}, steps=lines, world_size=1, attempts=1, seconds=1.0)
+        fields = {"steps": lines, "world_size": 1, "attempts": 1, "seconds": 1.0, "newest": run.newest_lines()}
+        run.write_result(state, metrics={"accuracy": 0.5}, **fields)
         run.event("finished", attempt=1, state=state.value)
     return run
 

@@ -85,7 +85,6 @@ def run_resume(argv: Sequence[str]) -> int:
     from launcher.client.api import resubmit
     from launcher.client.run import find
     from launcher.client.terminal import attach
-    from launcher.lifecycle.run_dir import reading
 
     attachments: list[Any] = [None]
 
@@ -93,9 +92,7 @@ def run_resume(argv: Sequence[str]) -> int:
         attachments.append(None if options.detach else attach(plan, _shown_on(options)))
         return attachments[-1]
 
-    found = find(options.run, Path(options.runs))
-    with reading(found.path):
-        run = resubmit(found, attached, **given(options))
+    run = resubmit(find(options.run, Path(options.runs)), attached, **given(options))
     return _attend(run, options, attachments[-1])
 
 

@@ -21,7 +21,7 @@ from launcher.client.run import Run, find
 from launcher.config.codec import to_data, to_json
 from launcher.errors import BadRequest
 from launcher.lifecycle.records import registry
-from launcher.lifecycle.run_dir import FORMAT, RunDir
+from launcher.lifecycle.run_dir import FORMAT, RunDir, acting, reading
 from launcher.request import own_packages, snapshot
 from launcher.request.binding import values_of
 from launcher.request.spec import DEVICES, NOT_RESUMED, Plan, RunSpec, State, check_name, check_options, options
@@ -172,15 +172,16 @@ def resubmit(run: Run, attach: Callable[[Plan], Attachment | None] = lambda _: N
 
     `attach` returns streams of this process for the rank of the plan that is sent.
     """
-    run.dir.check_own()
-    state = run.state()
-    if state is State.SUCCEEDED:
-        raise BadRequest(
-            f"run {run.name!r} has succeeded; there is nothing to resume. Another --name starts a new one."
-        )
-    if not state.done:
-        raise BadRequest(f"run {run.name!r} is {state.value}; `launch cancel {run.name}` stops it first.")
-    plan = _relocated(run.dir.plan(), run.dir)
+    with reading(run.path):
+        run.dir.check_own()
+        state = run.state()
+        if state is State.SUCCEEDED:
+            raise BadRequest(
+                f"run {run.name!r} has succeeded; there is nothing to resume. Another --name starts a new one."
+            )
+        if not state.done:
+            raise BadRequest(f"run {run.name!r} is {state.value}; `launch cancel {run.name}` stops it first.")
+        plan = _relocated(run.dir.plan(), run.dir)
     changes = {key: value for key, value in changes.items() if value is not None}
     if changes:
         kinds = (*DEVICES, "ranks", "ranks_per_node")
@@ -204,7 +205,7 @@ def resubmit(run: Run, attach: Callable[[Plan], Attachment | None] = lambda _: N
         backends.of(plan.cluster).check(plan)
     check_shared(plan.run_dir, plan.cluster)
     _check_target(plan)
-    with run.dir.reopened():
+    with acting(run.path), run.dir.reopened():
         run.dir.write_plan(plan)
         return _send(plan, run.dir, attach(plan))
 

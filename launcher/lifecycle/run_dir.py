@@ -329,14 +329,24 @@ def find(name: str | Path, folder: Path) -> RunDir:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Convert errors of the block, from a damaged run directory at `path`, to BadRequest."""
+def acting(path: Path) -> Iterator[None]:
+    """Convert errors of the file system in the block, which uses the run directory `path`, to BadRequest."""
     try:
         yield
-    except (LaunchError, BrokenPipeError):
+    except BrokenPipeError:
         raise
     except OSError as error:
         raise BadRequest(f"{error.filename or path} cannot be used: {error.strerror or error}.") from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Convert errors in the block, which reads a run directory at `path` that may be damaged, to BadRequest."""
+    try:
+        with acting(path):
+            yield
+    except (LaunchError, OSError):
+        raise
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         raise BadRequest(
             f"{path} cannot be read: a file in it is damaged ({type(error).__name__}: {error})."

@@ -202,6 +202,12 @@ def test_a_line_over_the_limit_costs_only_itself(tmp_path: Path, monkeypatch: py
         ]
 
 
+def test_a_gap_between_lines_costs_none(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b'{"a": 1}\n' + bytes(5000) + b'{"b": 2}\n' + bytes(3) + b"\n" + b'{"c": 3}\n')
+    assert read_lines(path) == [{"a": 1}, {"b": 2}, {"c": 3}]
+
+
 def test_a_value_of_very_many_items_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"[" + b"[]," * 2_000_000 + b"[]]")

@@ -112,7 +112,8 @@ def line_blocks(file: BinaryIO, limit: int) -> Iterator[tuple[bytes, bool]]:
         yield rest, True
 
 
-_decode = make_scanner(json.JSONDecoder())
+_decoder: Any = json.JSONDecoder()
+_decode = make_scanner(_decoder)
 
 
 def records_in(block: bytes, only: re.Pattern[str] | None = None) -> Iterator[dict[str, Any]]:
@@ -138,13 +139,14 @@ def records_in(block: bytes, only: re.Pattern[str] | None = None) -> Iterator[di
                 if last == stop:
                     yield record
             else:
-                yield from _records_one_by_one(text[start:stop].strip().encode(), None)
+                yield from _records_one_by_one(text[start:stop].encode(), None)
         start = stop + 1
 
 
 def _records_one_by_one(block: bytes, only: re.Pattern[str] | None) -> Iterator[dict[str, Any]]:
     for line in block.split(b"\n"):
-        if line.lstrip()[:1] == b"{" and (only is None or only.search(line.decode(errors="replace"))):
+        line = line.strip(b"\0 \t\r")  # zeros: a gap that two clients of a network file system left
+        if line[:1] == b"{" and (only is None or only.search(line.decode(errors="replace"))):
             with contextlib.suppress(ValueError):
                 record = parse_json(line)
                 if isinstance(record, dict):

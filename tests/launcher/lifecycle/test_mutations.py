@@ -33,7 +33,9 @@ COUNT = int(os.environ.get("MUTATIONS", "170"))
 
 COMMANDS = [("list",), ("status", "it"), ("logs", "it"), ("logs", "-f", "it"), ("cancel", "it"), ("resume", "it")]
 AS_DATA = [("list", "--json"), ("status", "--json", "it"), ("logs", "--json", "it")]
-HANG_SECONDS = 30
+HANG_SECONDS = {signal.ITIMER_PROF: 20, signal.ITIMER_REAL: 200}
+"""Limits of a command: of its CPU, and of the time in which it may be waiting for a busy machine."""
+
 MEMORY = 200 << 20
 """Bytes that a command may take more than before it."""
 
@@ -188,7 +190,7 @@ def _without_times(state: dict[str, tuple[int, int, int]]) -> dict[str, tuple[in
 
 @contextmanager
 def limits() -> Iterator[None]:
-    """Raise Hang after `HANG_SECONDS`, and MemoryError for more than `MEMORY`."""
+    """Raise Hang after one of `HANG_SECONDS`, and MemoryError for more than `MEMORY`."""
 
     def alarm(*_: object) -> None:
         raise Hang
@@ -196,13 +198,16 @@ def limits() -> Iterator[None]:
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, hard))
-    handler = signal.signal(signal.SIGALRM, alarm)
-    signal.setitimer(signal.ITIMER_REAL, HANG_SECONDS)
+    handlers = {number: signal.signal(number, alarm) for number in (signal.SIGALRM, signal.SIGPROF)}
+    for timer, seconds in HANG_SECONDS.items():
+        signal.setitimer(timer, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
+        for timer in HANG_SECONDS:
+            signal.setitimer(timer, 0)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
