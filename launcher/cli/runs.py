@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 def run_list(argv: Sequence[str]) -> int:
     """``launch list``."""
     parser = command("list", run=False)
-    parser.add_argument("--here", dest="this_folder", action="store_true", help="only those in the folder of runs, not in other folders")
+    parser.add_argument(
+        "--here", dest="this_folder", action="store_true", help="only those in the folder of runs, not in other folders"
+    )
     options = parser.parse_args(list(argv))
     from launcher.client.run import all_runs, ask_at_once, runs
     from launcher.client.tail import printable

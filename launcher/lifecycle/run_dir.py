@@ -290,13 +290,7 @@ def everywhere() -> list[RunDir]:
     own = list(all_runs(DEFAULT_FOLDER))
     known = {os.path.realpath(run.path) for run in own}
     others = [RunDir(path) for path in registry.known() if os.path.realpath(path) not in known]
-
-    def sent_at(run: RunDir) -> float:
-        with suppress(OSError):
-            return run.plan_file.lstat().st_mtime
-        return 0.0
-
-    return sorted((*own, *others), key=sent_at, reverse=True) if others else own
+    return sorted((*own, *others), key=lambda run: registry.sent_at(run.path), reverse=True) if others else own
 
 
 def find(name: str | Path, folder: Path) -> RunDir:

@@ -50,6 +50,13 @@ def known() -> list[Path]:
     return [run for _, run in links if os.path.lexists(run / "plan.json")]
 
 
+def sent_at(run: Path) -> float:
+    """When the run in the directory `run` was sent, in seconds since 1970; 0 if it is gone."""
+    with suppress(OSError):
+        return (run / "plan.json").lstat().st_mtime
+    return 0.0
+
+
 def _links() -> Iterator[tuple[float, Path]]:
     """When each link was made, and where it leads; links to anything that no run could be are passed over."""
     try:
