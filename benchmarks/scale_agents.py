@@ -26,7 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-from benchmarks.scale_torchrun import rendezvous_of_torchrun
+from benchmarks.scale_torchrun import LARGEST, LIMIT, rendezvous_of_torchrun
 from launcher.agent.coordinator import Coordinator
 from launcher.agent.hangs.detection import RankStatus
 from launcher.agent.network.addresses import raise_file_limit
@@ -247,7 +247,7 @@ def main() -> None:
             values = [getattr(each, name) for each in found]
             row += f"{values[-1]:>17.3f} {growth(sizes[:number], values):>7}"
         peer = rendezvous_of_torchrun(nodes)
-        print(row + (f"{peer:>14.3f}" if peer is not None else f"{'not run':>14}"), flush=True)
+        print(row + (f"{peer:>14.3f}" if peer is not None else f"{'-':>14}"), flush=True)
     print(
         "\nn^1 is linear. torchrun s: its c10d rendezvous of as many clients, in threads of the same number of processes."
     )
