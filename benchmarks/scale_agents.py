@@ -248,9 +248,8 @@ def main() -> None:
             row += f"{values[-1]:>17.3f} {growth(sizes[:number], values):>7}"
         peer = rendezvous_of_torchrun(nodes)
         print(row + (f"{peer:>14.3f}" if peer is not None else f"{'-':>14}"), flush=True)
-    print(
-        "\nn^1 is linear. torchrun s: its c10d rendezvous of as many clients, in threads of the same number of processes."
-    )
+    print("\nn^1 is linear. torchrun s: its c10d rendezvous of as many clients, in threads of as many processes;")
+    print(f"- stands for more than {LARGEST} nodes, or more than {LIMIT:g} s.")
 
 
 if __name__ == "__main__":
