@@ -26,7 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-from benchmarks.scale_torchrun import rendezvous_of_torchrun
+from benchmarks.scale_torchrun import LARGEST, LIMIT, rendezvous_of_torchrun
 from launcher.agent.coordinator import Coordinator
 from launcher.agent.hangs.detection import RankStatus
 from launcher.agent.network.addresses import raise_file_limit
@@ -225,35 +225,31 @@ def measure(nodes: int) -> Measured:
         )
 
 
-def growth(sizes: Sequence[int], values: Sequence[float]) -> list[str]:
-    """The exponent of growth from each size to the next: 1 is linear; empty for the first."""
-    found = [""]
-    for small, large in pairwise(range(len(sizes))):
-        ratio = max(values[large], 1e-6) / max(values[small], 1e-6)
-        found.append(f"n^{math.log(ratio) / math.log(sizes[large] / sizes[small]):.1f}")
-    return found
+def growth(sizes: Sequence[int], values: Sequence[float]) -> str:
+    """The exponent of growth from the last size but one to the last: 1 is linear; empty for the first."""
+    if len(sizes) < 2:
+        return ""
+    ratio = max(values[-1], 1e-6) / max(values[-2], 1e-6)
+    return f"n^{math.log(ratio) / math.log(sizes[-1] / sizes[-2]):.1f}"
 
 
 def main() -> None:
     sizes = [int(word) for word in sys.argv[1:]] or [*SIZES]
     versions = f"Python {platform.python_version()}, {os.cpu_count()} cores for all processes, {date.today()}"
-    print(f"\nAgents: {RANKS} ranks a node; {versions}\n")
-    found = [measure(nodes) for nodes in sizes]
-    torchrun = [rendezvous_of_torchrun(nodes) for nodes in sizes]
-    columns = {
-        "rendezvous s": [each.rendezvous for each in found],
-        "start s": [each.start for each in found],
-        "share of a core": [each.share for each in found],
-        "stop s": [each.stop for each in found],
-    }
-    print(f"{'nodes':>7}" + "".join(f"{name:>17} {'growth':>7}" for name in columns) + f"{'torchrun s':>14}")
-    for row, nodes in enumerate(sizes):
-        cells = "".join(f"{values[row]:>17.3f} {growth(sizes, values)[row]:>7}" for values in columns.values())
-        peer = torchrun[row]
-        print(f"{nodes:>7}{cells}" + (f"{peer:>14.3f}" if peer is not None else f"{'not run':>14}"))
-    print(
-        "\nn^1 is linear. torchrun s: its c10d rendezvous of as many clients, in threads of the same number of processes."
-    )
+    print(f"\nAgents: {RANKS} ranks a node; {versions}, load {os.getloadavg()[0]:.1f}\n")
+    names = {"rendezvous": "rendezvous s", "start": "start s", "share": "share of a core", "stop": "stop s"}
+    print(f"{'nodes':>7}" + "".join(f"{name:>17} {'growth':>7}" for name in names.values()) + f"{'torchrun s':>14}")
+    found: list[Measured] = []
+    for number, nodes in enumerate(sizes, 1):
+        found.append(measure(nodes))
+        row = f"{nodes:>7}"
+        for name in names:
+            values = [getattr(each, name) for each in found]
+            row += f"{values[-1]:>17.3f} {growth(sizes[:number], values):>7}"
+        peer = rendezvous_of_torchrun(nodes)
+        print(row + (f"{peer:>14.3f}" if peer is not None else f"{'-':>14}"), flush=True)
+    print("\nn^1 is linear. torchrun s: its c10d rendezvous of as many clients, in threads of as many processes;")
+    print(f"- stands for more than {LARGEST} nodes, or more than {LIMIT:g} s.")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ class Timeouts:
         connect: the agents of a run wait for each other at the start; nodes of one allocation can boot minutes apart.
         heartbeat: between two reports of an agent that it is alive, with the status of its ranks.
         silence: a connected agent that is silent for longer is lost; a machine without power closes no connection.
-        hello: a new connection has to say who it is.
+        hello: a new connection has to send its first message.
         reconnect: an agent whose connection has ended is lost unless it connects again; it tries at once.
         disconnect: the coordinator waits, after the end, for the other agents to disconnect.
         suspended: agents report every `heartbeat`; after a longer gap the machine or this process was suspended.

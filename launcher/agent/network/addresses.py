@@ -6,6 +6,7 @@ import fcntl
 import resource
 import socket
 import struct
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,8 @@ def _speed(interface: Path) -> int:
 
 def file_limit() -> int:
     """Return how many files this process can have open."""
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft if soft != resource.RLIM_INFINITY else sys.maxsize
 
 
 def raise_file_limit() -> None:

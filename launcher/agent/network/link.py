@@ -65,14 +65,14 @@ class Link:
         self._rendezvous = rendezvous
         try:
             async with asyncio.timeout(TIMEOUTS.silence / SLICES):
-                welcome = await self._say_hello(rendezvous)
+                welcome = await self._send_hello(rendezvous)
             assert self._writer is not None
             self._channel.attach(self._writer.write, welcome.received)
         except BaseException:
             self._disconnect()
             raise
 
-    async def _say_hello(self, rendezvous: Rendezvous) -> Welcome:
+    async def _send_hello(self, rendezvous: Rendezvous) -> Welcome:
         self._reader, self._writer = await asyncio.open_connection(
             rendezvous.address, rendezvous.port, limit=FRAME_BYTES
         )

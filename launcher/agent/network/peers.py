@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from launcher.agent.network.addresses import peer_of
+from launcher.agent.network.admission import Admission, same
 from launcher.agent.network.channel import FRAME_BYTES, Channel
-from launcher.agent.network.door import Door, same
 from launcher.agent.network.lines import Lines
 from launcher.agent.protocol import (
     AgentInfo,
@@ -113,19 +113,19 @@ class Peers:
         self.addresses = {agent_info.node: agent_info.address}  # as this node reaches the others
         self._peers: dict[int, Peer] = {}
         self._joined = [agent_info.node]  # sorted
-        self._door = Door(agent_info.nodes, self._on_hello)
+        self._admission = Admission(agent_info.nodes, self._on_hello)
         self._broken: list[str] = []  # hosts whose connections have ended and which have not been logged
         self._ending = False
         self._beating: asyncio.Task[None] | None = None
 
     async def listen(self) -> None:
         """Listen, and write the address to the rendezvous file."""
-        port = await self._door.open(self.agent_info.address)
+        port = await self._admission.open(self.agent_info.address)
         # The token keeps other users of the node away; the run directory's own permissions guard the file.
         record = {
             "address": self.agent_info.address,
             "port": port,
-            "token": self._door.token,
+            "token": self._admission.token,
             "session": self.agent_info.session,
         }
         write_atomic(self.run_dir.rendezvous_file, json.dumps(record))
@@ -212,7 +212,7 @@ class Peers:
                     peer.channel.report()
                 if peer.line is not None and now - peer.received_at > TIMEOUTS.silence:
                     self._give_up(node, peer)
-            self._door.drop_late(now)
+            self._admission.drop_late(now)
             self._log_broken()
             await asyncio.sleep(TIMEOUTS.heartbeat)
 
@@ -269,7 +269,7 @@ class Peers:
         deadline = time.monotonic() + TIMEOUTS.disconnect
         while any(peer.expected for peer in self._peers.values()) and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
-        self._door.close()
+        self._admission.close()
         self._log_broken()
         for node, peer in self._peers.items():
             self._remove(node, peer)

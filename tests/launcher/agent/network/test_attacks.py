@@ -16,9 +16,9 @@ from launcher.agent.attempt import Attempt
 from launcher.agent.coordinator import Coordinator
 from launcher.agent.hangs.detection import RankStatus, StackLocation
 from launcher.agent.job_attempt import JobAttempt
-from launcher.agent.network import door, peers
+from launcher.agent.network import admission, peers
+from launcher.agent.network.admission import MOST_PENDING
 from launcher.agent.network.channel import FRAME_BYTES
-from launcher.agent.network.door import STRANGERS
 from launcher.agent.protocol import (
     AgentInfo,
     Collectives,
@@ -80,7 +80,7 @@ def test_idle_connections_are_bounded_and_agents_still_join(tmp_path: Path) -> N
             await until(lambda: stage.peers.connected() == [0, 1])
             assert [await ends(reader) for reader, _ in idle[:1000]] == [b""] * 1000, "the oldest are closed"
             held = len(os.listdir("/proc/self/fd")) - open_before - len(idle)
-            assert held <= STRANGERS + 3 + 4  # one for each node; the agent's own, and those of the proxy
+            assert held <= MOST_PENDING + 3 + 4  # one for each node; the agent's own, and those of the proxy
             assert not idle[-1][0].at_eof()
             link.close()
         finally:
@@ -92,10 +92,10 @@ def test_idle_connections_are_bounded_and_agents_still_join(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("drip", [b"", b"{"])
-def test_a_connection_that_does_not_say_who_it_is_is_closed(
+def test_a_connection_that_sends_no_hello_in_time_is_closed(
     drip: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (peers, door):
+    for module in (peers, admission):
         monkeypatch.setattr(module, "TIMEOUTS", Timeouts(hello=0.2, heartbeat=0.05))
 
     async def scenario(stage: Stage) -> None:

@@ -137,7 +137,7 @@ def test_an_agent_that_was_dropped_does_not_return(tmp_path: Path) -> None:
 def test_a_coordinator_that_has_exited_is_gone_at_once(tmp_path: Path) -> None:
     async def scenario(stage: Stage) -> None:
         link = await stage.join(1)
-        stage.peers._door.close()
+        stage.peers._admission.close()
         stage.proxy.server.close()
         stage.proxy.reset()
         with pytest.raises(CoordinatorGone, match="is gone"):
@@ -156,7 +156,7 @@ def test_a_silent_coordinator_is_gone_after_the_silence(tmp_path: Path, monkeypa
         stage.proxy.freeze()
 
         # It accepts connections, as the kernel does for a stopped process.
-        monkeypatch.setattr(stage.peers._door, "_on_hello", lambda *_: None)
+        monkeypatch.setattr(stage.peers._admission, "_on_hello", lambda *_: None)
         with pytest.raises(CoordinatorGone, match="is gone"):
             await link.receive()
         stage.peers.drop(1)
@@ -169,14 +169,14 @@ def test_a_coordinator_that_is_busy_answers_later(tmp_path: Path, monkeypatch: p
 
     async def scenario(stage: Stage) -> None:
         agent, unanswered = Agent(await stage.join(1)), list[Hello]()
-        admit = stage.peers._door._on_hello
+        admit = stage.peers._admission._on_hello
 
         def on_hello(line: Lines, hello: Hello) -> None:
             unanswered.append(hello)
             if len(unanswered) > 2:
                 admit(line, hello)
 
-        monkeypatch.setattr(stage.peers._door, "_on_hello", on_hello)
+        monkeypatch.setattr(stage.peers._admission, "_on_hello", on_hello)
         stage.proxy.reset()
         stage.peers.send(1, Signal(10))
         await until(lambda: agent.messages == [Signal(10)])
