@@ -109,14 +109,14 @@ def test_faults_on_this_machine(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_faults_on_slurm(tmp_path: Path, on_slurm: SlurmCluster) -> None:
-    names = ("kill agent of node 1", "loader never returns", "kill forkserver", "scancel --signal=USR2")
+    names = ("kill agent of node 1", "loader never returns", "kill forkserver")
     all_heal(tmp_path, "slurm", on_slurm, *names)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_faults_on_ray(tmp_path: Path, on_ray: RayCluster) -> None:
-    all_heal(tmp_path, "ray", on_ray, "segfault in a rank", "kill worker of Ray Train", "kill steward")
+    all_heal(tmp_path, "ray", on_ray, "kill worker of Ray Train", "kill steward")
 
 
 def all_heal(folder: Path, engine: str, cluster: SlurmCluster | RayCluster | None, *names: str) -> None:

@@ -27,11 +27,11 @@ EVERYWHERE = (
     "variables of the shell",
     "pool spawn",
     "gather",
-    *("lightning", "jax", "hydra"),
+    *("jax", "hydra"),
 )
 
 LOCAL_FRAMEWORKS = ("torch fsdp2 and dcp", "hydra unknown override")
-SOAK_FRAMEWORKS = ("accelerate test_ops", "transformers trainer", "torch spawn", "hydra module")
+SOAK_FRAMEWORKS = ("accelerate test_ops", "lightning", "transformers trainer", "torch spawn", "hydra module")
 """The first has a race of its own: a rank may end while another one still connects to it, also under torchrun."""
 
 ALL = {**PROGRAMS, **FRAMEWORKS}
@@ -49,6 +49,12 @@ def test_a_program_observes_the_same_on_each_engine(
     name: str, project: Project, tmp_path: Path, torchrun: Torchrun
 ) -> None:
     compare(ALL[name], project, tmp_path, torchrun)
+
+
+@slow
+def test_lightning_observes_the_same_on_two_nodes(slurm_project: Project, tmp_path: Path, torchrun: Torchrun) -> None:
+    """Its Trainer takes minutes on the other engines, where ``python -m tests.differential`` runs it."""
+    compare(ALL["lightning"], slurm_project, tmp_path, torchrun)
 
 
 @slow
