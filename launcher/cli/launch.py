@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from launcher.cli.foreign.misplaced import refuse_misplaced
-from launcher.cli.parser import add_options, command, given, launch_parser, split
+from launcher.cli.parser import add_options, command, given, launch_parser
 from launcher.errors import OURS, BadRequest
 from launcher.request.spec import NOT_RESUMED, RunSpec, State
 
@@ -23,6 +22,9 @@ def parse_request(argv: Sequence[str]) -> tuple[RunSpec, argparse.Namespace]:
     Raises:
         BadRequest: an unknown option, an option given twice, or a value of the wrong kind.
     """
+    from launcher.cli.foreign.command_line import split
+    from launcher.cli.foreign.misplaced import refuse_misplaced
+
     parser = launch_parser()
     words = split(parser, argv)
     parsed = parser.parse_args(words.options)

@@ -14,7 +14,7 @@ from launcher.cli import runs
 from launcher.cli.clusters import run_clusters
 from launcher.cli.doctor import run_doctor
 from launcher.cli.launch import run_launch, run_resume
-from launcher.cli.parser import COMMANDS, SHOW_PARSER, Parser, ShownParser, add_json, launch_parser, split
+from launcher.cli.parser import COMMANDS, SHOW_PARSER, Parser, ShownParser, add_json, launch_parser
 from launcher.client.tail import printable
 from launcher.errors import OURS, BadRequest, exit_status, nearest, shortened
 
@@ -73,6 +73,8 @@ def _named(argv: list[str]) -> list[str]:
 def _complain(error: Exception, status: int, argv: Sequence[str]) -> int:
     kind = {1: "failed", 2: "bad request", 3: "stopped"}[status]
     if argv[:1] and argv[0] not in COMMANDS:
+        from launcher.cli.foreign.command_line import split
+
         with suppress(BadRequest):  # --json after the target is the target's own
             argv = split(launch_parser(), argv).options
     # An argument may hold bytes that are no UTF-8, and a file of a run anything.
