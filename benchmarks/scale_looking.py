@@ -1,4 +1,4 @@
-"""How the cost of looking at runs grows: ``python -m benchmarks.scale_looking [LARGEST]``.
+"""How the cost of looking at runs grows: ``python -m benchmarks.scale_looking [LARGEST [list] [status] [follow]]``.
 
 `launch list` of 10 to 10,000 runs that have ended; `launch status`, `launch status --json` and `launch logs -f` of one run with 10^3 to
 10^6 lines of metrics and a tenth as many events. Times are CPU seconds of the whole command, of one run each.
@@ -24,6 +24,7 @@ from launcher.request.spec import Plan, RunSpec, State, Target
 
 LAUNCH = (sys.executable, "-m", "launcher")
 FOLLOWED_SECONDS = 10.0
+SIZES = (1000, 10_000, 100_000, 1_000_000)
 
 
 def make_run(path: Path, lines: int, state: State | None = State.SUCCEEDED) -> RunDir:
@@ -116,34 +117,50 @@ def table(title: str, unit: str, sizes: Sequence[int], measure: Callable[[int], 
         print(f"{title:<44}    growth  n^{growth(sizes, found):.2f}", flush=True)
 
 
+def lists(folder: Path, largest: int) -> None:
+    """Measure ``launch list``; a run has 100 lines of metrics."""
+
+    def listed(runs: int) -> float:
+        for number in range(runs):
+            make_run(folder / f"list{runs}" / "runs" / f"r{number}", 100)
+        return cpu_seconds(["list"], folder / f"list{runs}")
+
+    table("list, ended runs of 100 lines", "s", [n for n in (10, 100, 1000, 10_000) if n * 100 <= largest], listed)
+
+
+def statuses(folder: Path, largest: int) -> None:
+    """Measure ``launch status`` of an ended and a running run, and of the running one ``--json``, which has the ledger."""
+    sizes = [n for n in SIZES if n <= largest]
+    for lines in sizes:
+        make_run(folder / "runs" / f"e{lines}", lines)
+        make_run(folder / "runs" / f"r{lines}", lines, None)
+    table("status, lines of an ended run", "s", sizes, lambda n: cpu_seconds(["status", f"e{n}"], folder))
+    table("status, lines of a running run", "s", sizes, lambda n: cpu_seconds(["status", f"r{n}"], folder))
+    for again in ("first", "again"):
+        title = f"status --json, running run, {again}"
+        table(title, "s", sizes, lambda n: cpu_seconds(["status", "--json", f"r{n}"], folder))
+
+
+def follows(folder: Path, largest: int) -> None:
+    """Measure ``launch logs -f`` of a running run that writes nothing."""
+    sizes = [n for n in SIZES if n <= largest]
+    runs = {lines: make_run(folder / "runs" / f"f{lines}", lines, None) for lines in sizes}
+    table("logs -f, lines of a silent running run", "cores", sizes, lambda n: followed(runs[n], folder))
+
+
+PARTS = {"list": lists, "status": statuses, "follow": follows}
+
+
 def main() -> None:
     largest = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
+    parts = sys.argv[2:] or list(PARTS)
     print(
         f"{os.cpu_count()} cores, Python {sys.version.split()[0]}; CPU seconds of the whole command, its start included"
     )
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        os.environ |= {"XDG_CACHE_HOME": str(folder / "cache"), "XDG_RUNTIME_DIR": ""}
-
-        def listed(runs: int) -> float:
-            for number in range(runs):
-                make_run(folder / f"list{runs}" / "runs" / f"r{number}", 100)
-            return cpu_seconds(["list"], folder / f"list{runs}")
-
-        table("list, ended runs of 100 lines", "s", [n for n in (10, 100, 1000, 10_000) if n * 100 <= largest], listed)
-        sizes = [n for n in (1000, 10_000, 100_000, 1_000_000) if n <= largest]
-        home = folder / "runs"
-        for lines in sizes:
-            make_run(home / f"e{lines}", lines)
-            make_run(home / f"r{lines}", lines, None)
-        table("status, lines of an ended run", "s", sizes, lambda n: cpu_seconds(["status", f"e{n}"], folder))
-        table("status, lines of a running run", "s", sizes, lambda n: cpu_seconds(["status", f"r{n}"], folder))
-        for again in ("first", "again"):
-            title = f"status --json, running, {again}"
-            table(title, "s", sizes, lambda n: cpu_seconds(["status", "--json", f"r{n}"], folder))
-        table(
-            "logs -f, lines of a silent running run", "cores", sizes, lambda n: followed(RunDir(home / f"r{n}"), folder)
-        )
+    for part in parts:
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ |= {"XDG_CACHE_HOME": f"{folder}/cache", "XDG_RUNTIME_DIR": ""}
+            PARTS[part](Path(folder), largest)
 
 
 if __name__ == "__main__":
