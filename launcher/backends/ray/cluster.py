@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import logging
 import os
 import secrets
@@ -15,6 +14,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import chdir, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from launcher.backends.ray.backend import settings
@@ -205,9 +205,13 @@ def _temporary() -> dict[str, str]:
     own = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
     if len(os.fsencode(f"{own}/ray{BELOW}")) <= LONGEST_SOCKET:
         return {}
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    _own_folders.append(folder)
     return {"_temp_dir": f"{folder}/{TEMPORARY}"}
+
+
+_own_folders: list[Path] = []
+"""Temporary folders of a Ray that this process has started; `leave` removes them."""
 
 
 async def join(plan: Plan) -> None:
@@ -239,6 +243,10 @@ async def leave() -> None:
     with suppress(TimeoutError):
         async with asyncio.timeout(TIMEOUTS.ray_leave):
             await left.wait()
+            while any(folder.exists() for folder in _own_folders):  # Ray's processes write while they end
+                for folder in _own_folders:
+                    shutil.rmtree(folder, ignore_errors=True)
+                await asyncio.sleep(0.05)
 
 
 def _reach(address: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launcher.agent.network.addresses import reserve_port
-from tests.launcher.engines import Project, make_project
+from tests.launcher.engines import Project, make_project, until
 from tests.testbed.ray import RayCluster, RayNode
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
@@ -69,5 +69,5 @@ def test_without_a_cluster_a_ray_is_started_here(tmp_path: Path, monkeypatch: py
     project = make_project(tmp_path, "ray")
     project.launch("--cpus", "3", "--name", "s", "torchrun_style.py", "--value", "1")
     assert not (Path.home() / ".ray/auth_token").exists(), "its token is its own"
-    assert set(Path("/tmp").glob("ray-*")) <= folders
+    until(lambda: set(Path("/tmp").glob("ray-*")) <= folders, "the end of Ray's temporary folder", 30)
     assert [line.split(" master")[0] for line in project.logs("s")][2] == "[2] rank=2 local=2 world=3 sum=6"
