@@ -39,7 +39,7 @@ def test_stops_on_this_machine(tmp_path: Path) -> None:
 @pytest.mark.slurm
 def test_stops_of_a_scheduler(tmp_path: Path, on_slurm: SlurmCluster) -> None:
     plan = {
-        "scancel USR2": ("one ended, no handler", "function, saves nothing", "function, silent"),
+        "scancel USR2": ("one ended, no handler", "function, silent"),
         "scancel TERM": ("143", "function, saves"),
         "scancel": ("0",),
         "scancel USR2 batch": ("0",),
@@ -51,5 +51,5 @@ def test_stops_of_a_scheduler(tmp_path: Path, on_slurm: SlurmCluster) -> None:
 
 @pytest.mark.slurm
 def test_a_job_of_higher_priority(tmp_path: Path, on_slurm: SlurmCluster) -> None:
-    programs = ("1", "raises", "one ended", "no handler", "finished", "function, saves")
+    programs = ("1", "raises", "no handler", "finished", "function, saves")
     play(Table(tmp_path, "slurm", on_slurm), "slurm", {"preemption": programs})
