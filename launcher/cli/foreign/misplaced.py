@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from launcher.errors import BadRequest
@@ -17,6 +17,7 @@ MOST_FOLDERS, MOST_FILES, MOST_BYTES = 200, 500, 1 << 20
 
 PARSERS_ELSEWHERE = re.compile(
     r"HfArgumentParser|TrainingArguments|jsonargparse|LightningCLI|hydra|absl|simple_parsing|tyro|deepspeed|add_config_arguments"
+    r"|fire\.Fire|from_cli|ml_collections|draccus|pydantic_settings"
 )
 """A program that uses one of these has options that its text does not spell."""
 
@@ -74,10 +75,11 @@ def _texts(target: str, cwd: Path) -> Iterable[str]:
         candidates = [module.with_suffix(".py"), module / "__main__.py"]
     else:
         candidates = [cwd / target]
-    main = next((path for path in candidates if path.is_file()), None)
+    main = next((path for path in candidates if os.path.isfile(path)), None)
     if main is None:
         return
-    walk = islice(os.walk(main.parent), MOST_FOLDERS)
+    roots = dict.fromkeys((main.parent, cwd)) if main.is_relative_to(cwd) else (main.parent,)
+    walk = islice(chain.from_iterable(map(os.walk, roots)), MOST_FOLDERS)
     others = (Path(folder, name) for folder, _, names in walk for name in names if name.endswith(".py"))
     for path in (main, *islice(others, MOST_FILES)):
         try:

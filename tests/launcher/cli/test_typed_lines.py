@@ -216,6 +216,16 @@ def test_an_option_that_the_program_may_know_goes_to_it(folder: Path, text: str)
     assert (spec.gpus, spec.args) == (None, ("--gpus", "8"))
 
 
+def test_a_script_in_a_folder_may_have_its_options_from_the_project_above(folder: Path) -> None:
+    (folder / "scripts").mkdir()
+    (folder / "scripts/run.py").write_text("from library.options import parser\n")
+    with pytest.raises(BadRequest, match=r"--gpus stands after scripts/run\.py"):
+        parse_request(["scripts/run.py", "--gpus", "8"])
+    (folder / "library").mkdir()
+    (folder / "library/options.py").write_text("parser.add_argument('--gpus')\n")
+    assert parse_request(["scripts/run.py", "--gpus", "8"])[0].args == ("--gpus", "8")
+
+
 @pytest.mark.usefixtures("folder")
 def test_after_two_dashes_everything_goes_to_the_program() -> None:
     spec, _ = parse_request(["train.py", "--", "--gpus", "8"])
@@ -229,6 +239,7 @@ def test_after_two_dashes_everything_goes_to_the_program() -> None:
         ("statsu r", "there is no command 'statsu' (did you mean 'status'?)"),
         ("cancle r", "there is no command 'cancle' (did you mean 'cancel'?)"),
         ("kill", "the following arguments are required: RUN"),
+        (f"{'x' * 5000}.py --gpus 1", "no such script"),
         ("stop nosuch", "there is no run 'nosuch'"),
         ("submit nosuch.py", "no such script: nosuch.py"),
         ("run nosuch.py", "no such script: nosuch.py"),
