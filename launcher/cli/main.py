@@ -15,7 +15,6 @@ from launcher.cli.clusters import run_clusters
 from launcher.cli.doctor import run_doctor
 from launcher.cli.launch import run_launch, run_resume
 from launcher.cli.parser import COMMANDS, SHOW_PARSER, Parser, ShownParser, add_json, launch_parser
-from launcher.client.tail import printable
 from launcher.errors import OURS, BadRequest, exit_status, nearest, shortened
 
 SYNONYMS: dict[str, list[str]] = {
@@ -82,6 +81,8 @@ def _complain(error: Exception, status: int, argv: Sequence[str]) -> int:
     if "--json" in argv:
         print(json.dumps({"error": text, "kind": kind}))
     else:
+        from launcher.client.tail import printable
+
         print(f"launch: {printable(text)}", file=sys.stderr)
     return status
 

@@ -25,12 +25,12 @@ def run_list(argv: Sequence[str]) -> int:
         "--here", dest="this_folder", action="store_true", help="only those in the folder of runs, not in other folders"
     )
     options = parser.parse_args(list(argv))
-    from launcher.client.run import all_runs, ask_at_once, runs
+    from launcher.client.run import Run, ask_at_once, runs
     from launcher.client.tail import printable
-    from launcher.lifecycle.run_dir import DEFAULT_FOLDER
+    from launcher.lifecycle.run_dir import DEFAULT_FOLDER, everywhere
 
     this_folder = options.this_folder or Path(options.runs) != DEFAULT_FOLDER
-    found = runs(options.runs) if this_folder else all_runs()
+    found = runs(options.runs) if this_folder else list(map(Run, everywhere()))
     ask_at_once(found)
     if options.json:
         print(json.dumps([_listed(run, run.status) for run in found]))

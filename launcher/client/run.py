@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher import backends
-from launcher.backends import answers
 from launcher.client.tail import Tail
 from launcher.config.codec import to_data
 from launcher.config.timeouts import TIMEOUTS
 from launcher.errors import BadRequest, RunFailed, RunStopped
-from launcher.lifecycle import accounting, history, run_dir
+from launcher.lifecycle import history, run_dir
 from launcher.lifecycle.records.result import explain
 from launcher.lifecycle.run_dir import RunDir, reading
 from launcher.request.spec import State, as_path
@@ -72,9 +71,7 @@ class Run:
         """Everything that ``launch status --json`` shows, as plain data. Raises BadRequest if the files are damaged."""
         found = self.overview()
         with reading(self.path):
-            attempts, metrics = self.dir.digests()[::-1]
-            now = None if State(found["state"]).done else time.time()
-            return found | {"ledger": to_data(accounting.ledger(attempts, metrics, now))}
+            return found | {"ledger": _ledger(self.dir, State(found["state"]))}
 
     def overview(self) -> dict[str, Any]:
         """What ``launch status`` shows: `status` without the ledger, which takes the whole logs."""
@@ -224,7 +221,7 @@ def _state(directory: RunDir) -> State:
     alive = age is not None and abs(age) < TIMEOUTS.run_heartbeat_age
     if alive and backends.get(job["backend"]).capabilities.poll_seconds:
         return _supervised_state(directory)  # without a query
-    polled = _polled_state(job)
+    polled = _states(job["backend"], {job["job_id"]: _submitted(job)})[job["job_id"]]
     if polled is State.LOST and (result := directory.result()):
         return State(result["state"])  # it ended after the result was read
     return _supervised_state(directory) if alive and not polled.done else polled
@@ -240,9 +237,11 @@ def _job(directory: RunDir) -> dict[str, Any] | None:
     return job
 
 
-def _polled_state(job: Mapping[str, Any]) -> State:
-    """The state that the engine reports, in an answer that all commands of this user share."""
-    return answers.states(backends.get(job["backend"]), {job["job_id"]: _submitted(job)})[job["job_id"]]
+def _states(backend: str, jobs: Mapping[str, float]) -> dict[str, State]:
+    """The states that the engine reports, in an answer that all commands of this user share."""
+    from launcher.backends import answers
+
+    return answers.states(backends.get(backend), jobs)
 
 
 def _submitted(job: Mapping[str, Any]) -> float:
@@ -254,6 +253,13 @@ def _supervised_state(directory: RunDir) -> State:
     """RUNNING if the supervisor of the run has started ranks, else QUEUED."""
     newest = directory.newest_event("started", "submitted", "requeued")
     return State.RUNNING if newest is not None and newest["event"] == "started" else State.QUEUED
+
+
+def _ledger(directory: RunDir, state: State) -> Any:
+    from launcher.lifecycle import accounting
+
+    metrics, attempts = directory.digests()
+    return to_data(accounting.ledger(attempts, metrics, None if state.done else time.time()))
 
 
 def _overview(directory: RunDir, state: State) -> dict[str, Any]:
@@ -326,11 +332,6 @@ def runs(folder: str | Path = run_dir.DEFAULT_FOLDER) -> list[Run]:
     return [Run(r) for r in run_dir.all_runs(as_path("folder", folder))]
 
 
-def all_runs() -> list[Run]:
-    """The runs in the default folder, and the user's in all others, newest first."""
-    return [Run(r) for r in run_dir.everywhere()]
-
-
 def ask_at_once(found: Iterable[Run]) -> None:
     """Ask each scheduler once for the jobs of all runs without a result, so that their `state` needs no question."""
     jobs: dict[str, dict[str, float]] = {}
@@ -340,7 +341,7 @@ def ask_at_once(found: Iterable[Run]) -> None:
                 jobs.setdefault(job["backend"], {})[job["job_id"]] = _submitted(job)
     for backend, ids in jobs.items():
         if backends.get(backend).capabilities.poll_seconds:
-            answers.states(backends.get(backend), ids)
+            _states(backend, ids)
 
 
 def find(name: str | Path, folder: str | Path) -> Run:

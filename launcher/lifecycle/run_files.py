@@ -11,12 +11,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from launcher.config.codec import to_json
-from launcher.lifecycle.records.attempts import AttemptsDigest
-from launcher.lifecycle.records.index import read_digests
-from launcher.lifecycle.records.metrics import MetricsDigest
 from training.files import (
     FULL_DISK,
     MAX_LINES_BYTES,
@@ -28,6 +25,10 @@ from training.files import (
     read_lines,
     write_atomic,
 )
+
+if TYPE_CHECKING:
+    from launcher.lifecycle.records.attempts import AttemptsDigest
+    from launcher.lifecycle.records.metrics import MetricsDigest
 
 RESERVE_BYTES = 256 * 1024
 """Disk space in bytes that a run reserves for its last events and its result."""
@@ -172,6 +173,8 @@ class RunFiles(RunPaths):
 
     def digests(self) -> tuple[MetricsDigest, AttemptsDigest]:
         """What the logs of metrics and events add up to."""
+        from launcher.lifecycle.records.index import read_digests
+
         return read_digests(self.metrics_file, self.events_file)
 
     def newest_step(self) -> int | None:

@@ -6,7 +6,6 @@ times as then. So it never changes a result.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -112,7 +111,7 @@ class Index:
             self._loaded = {}
             folder = user_folder("logs")
             if folder is not None:
-                self._path = folder / f"{hashlib.sha256(os.fsencode(self.run)).hexdigest()[:32]}.json"
+                self._path = folder / f"{_sha256(os.fsencode(self.run))[:32]}.json"
                 with suppress(OSError, ValueError, KeyError, TypeError):
                     checksum, _, text = read_plain(self._path).partition(b"\n")
                     data = json.loads(text) if checksum == _checksum(text) else {}
@@ -131,7 +130,13 @@ class Index:
 
 
 def _checksum(text: bytes) -> bytes:
-    return hashlib.sha256(text).hexdigest().encode()
+    return _sha256(text).encode()
+
+
+def _sha256(text: bytes) -> str:
+    import hashlib  # takes 3 ms, and few commands meet a log that is long enough for an index
+
+    return hashlib.sha256(text).hexdigest()
 
 
 def _hashed(file: BinaryIO, entry: Mapping[str, Any], size: int) -> tuple[int, Any]:

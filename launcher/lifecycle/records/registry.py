@@ -6,7 +6,6 @@ be written is none.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -72,5 +71,7 @@ def _links() -> Iterator[tuple[float, Path]]:
 
 
 def _link_name(run: Path) -> str:
+    import hashlib  # its library takes 3 ms to load, and most commands ask for no name
+
     digest = hashlib.sha256(os.fsencode(run)).hexdigest()[:16]
     return f"{run.name}{SEPARATOR}{digest}"

@@ -17,7 +17,7 @@ from launcher.cli.main import main
 from launcher.client.follow import Follower, follow
 from launcher.client.run import Run
 from launcher.config.timeouts import TIMEOUTS
-from launcher.lifecycle import run_files
+from launcher.lifecycle.records import index
 from launcher.lifecycle.run_dir import RunDir
 from launcher.request.spec import State
 from tests.launcher.plans import planned_run
@@ -56,7 +56,7 @@ def test_the_whole_logs_are_read_for_the_ledger_only(
 ) -> None:
     run.write_result(State.FAILED, failure={"kind": "killed", "message": "rank 0 was killed"})
     assert json.loads(launch("status", "--json", "it", capsys=capsys))["ledger"]["total"]["attempt"] == 0
-    monkeypatch.setattr(run_files, "read_digests", lambda *_: pytest.fail("whole logs are read"))
+    monkeypatch.setattr(index, "read_digests", lambda *_: pytest.fail("whole logs are read"))
     status = launch("status", "it", capsys=capsys)
     assert "step 10  total_steps 20" in status
     assert "f1 0.5" in status
