@@ -62,6 +62,7 @@ class Server:
         self.local, remote = socket.socketpair()
         self.local.settimeout(60)
         self.buffer = b""
+        self.earlier: list[FromForkServer] = []  # ends of ranks that were read before they were asked for
         heartbeats = os.memfd_create("pulses")
         os.ftruncate(heartbeats, 16 * SLOT)
         with remote, log.open("wb") as output:
@@ -76,6 +77,9 @@ class Server:
         self.local.sendall(encode(message))
 
     def receive_message(self) -> FromForkServer:
+        return self.earlier.pop(0) if self.earlier else self._read()
+
+    def _read(self) -> FromForkServer:
         while b"\n" not in self.buffer:
             data = self.local.recv(4096)
             assert data, "the forkserver is gone"
@@ -92,7 +96,8 @@ class Server:
         world = World(rank, rank, 0, world_size, world_size, 1, master_port=1)
         environment = rank_environment(os.environ, self.run.plan(), world, {})
         self.send(StartRank(world, str(self.run.path / f"{rank}.log"), environment))
-        started = self.receive_message()
+        while isinstance(started := self._read(), RankEnded):  # an earlier rank may have ended meanwhile
+            self.earlier.append(started)
         assert isinstance(started, RankStarted)
         assert started.rank == rank
         return started.pid
