@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launcher.engines import Project, make_project
+from tests.launcher.engines import Launch, Project, make_project
 
 ENGINES = ["local", pytest.param("slurm", marks=pytest.mark.slurm), pytest.param("ray", marks=pytest.mark.ray)]
 
@@ -32,3 +32,17 @@ def slurm_project(tmp_path: Path, on_slurm: object) -> Project:
 @pytest.fixture
 def ray_project(tmp_path: Path, on_ray: object) -> Project:
     return make_project(tmp_path, "ray")
+
+
+@pytest.fixture
+def launch(capsys: pytest.CaptureFixture[str]) -> Launch:
+    """Run the command in this process; returns exit status, stdout and stderr."""
+    from launcher.cli.main import main
+
+    def call(*argv: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exited:
+            main(argv)
+        out, err = capsys.readouterr()
+        return int(exited.value.code or 0), out, err
+
+    return call

@@ -17,6 +17,9 @@ from typing import Any
 PROGRAMS = Path(__file__).parent / "programs"
 COMMAND = [sys.executable, "-P", "-m", "launcher"]
 
+Launch = Callable[..., tuple[int, str, str]]
+"""The fixture `launch`: the command with its arguments -> exit status, stdout and stderr."""
+
 
 @dataclass(frozen=True)
 class Project:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,6 @@ import launcher
 from launcher import backends
 from launcher.backends import Backend, Capabilities
 from launcher.backends.fake import FakeBackend
-from launcher.cli.main import main
 from launcher.client.run import find
 from launcher.config.cluster import BACKENDS, Cluster, Node, Ray
 from launcher.config.profiles import choose, load
@@ -21,8 +20,8 @@ from launcher.errors import BadRequest, RunFailed, RunStopped
 from launcher.lifecycle.policy import Failure
 from launcher.request.placement.place import Placement
 from launcher.request.spec import Plan, RunSpec, State, Target
+from tests.launcher.engines import Launch
 
-Launch = Callable[..., tuple[int, str, str]]
 FAILURE = Failure("user error", "LookupError: no sample", 1, "node2", "correct the target", "Traceback\n  in main\n")
 
 
@@ -40,19 +39,6 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeBacken
     backends.register(backend)
     yield backend
     backends.unregister(backend)
-
-
-@pytest.fixture
-def launch(capsys: pytest.CaptureFixture[str]) -> Launch:
-    """Run the command in this process; returns exit status, stdout and stderr."""
-
-    def call(*argv: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exited:
-            main(argv)
-        out, err = capsys.readouterr()
-        return int(exited.value.code or 0), out, err
-
-    return call
 
 
 def send(launch: Launch, name: str, *argv: str) -> None:

@@ -10,12 +10,12 @@ import pytest
 
 from launcher.cli.foreign.batch_script import read
 from launcher.cli.launch import parse_request
-from launcher.cli.main import main
 from launcher.client.plan import _devices
 from launcher.config import profiles
 from launcher.config.cluster import Cluster, Node
 from launcher.errors import BadRequest
 from tests.launcher.cli.batch_scripts import JOBS
+from tests.launcher.engines import Launch
 from tests.testbed.slurm import SlurmCluster
 
 HEAD = "#!/bin/bash\n#SBATCH --job-name=mine\n#SBATCH -p gpu -A ml\n#SBATCH --time=12:00:00\n"
@@ -96,27 +96,17 @@ def test_the_command_is_one_that_launch_takes(name: str, tmp_path: Path, monkeyp
     assert spec.target in ("train.py", "-m pkg.train")
 
 
-def called(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main(argv)
-    captured = capsys.readouterr()
-    assert isinstance(ended.value.code, int)
-    return ended.value.code, captured.out, captured.err
-
-
-def test_it_is_shown_and_nothing_is_sent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_is_shown_and_nothing_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launch: Launch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "job.sh").write_text(f"{HEAD}cd /data\npython train.py --lr $1\n")
-    status, out, _ = called(["--time", "1h", "job.sh", "3e-5"], capsys)
+    status, out, _ = launch("--time", "1h", "job.sh", "3e-5")
     assert status == 0
     assert out == (
         "launch: job.sh means\n\n"
         f"  launch --time 1h --backend slurm {OURS} python train.py --lr 3e-5\n\n"
         "not translated:\n  line 5: cd /data (start the command there)\n\nNothing was sent.\n"
     )
-    status, out, _ = called(["--json", "job.sh", "3e-5"], capsys)
+    status, out, _ = launch("--json", "job.sh", "3e-5")
     assert json.loads(out)["meaning"].startswith("launch: job.sh means")
     assert [path.name for path in tmp_path.iterdir()] == ["job.sh"]
 
@@ -138,21 +128,19 @@ def test_it_is_shown_and_nothing_is_sent(
     ],
 )
 def test_what_has_no_meaning_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str, words: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launch: Launch, text: str, words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "job.sh").write_text(text)
-    status, out, err = called(["job.sh"], capsys)
+    status, out, err = launch("job.sh")
     assert (status, out if words else "") == (2 if words else 0, "")
     assert words in err
 
 
-def test_another_file_is_no_target(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_file_is_no_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launch: Launch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("python train.py\n")
-    status, _, err = called(["notes.txt"], capsys)
+    status, _, err = launch("notes.txt")
     assert (status, "target 'notes.txt': write package.module:function" in err) == (2, True)
 
 
@@ -175,7 +163,7 @@ def test_scripts_as_people_write_them(number: int, tmp_path: Path, monkeypatch: 
 
 
 def test_sbatch_takes_each_script_and_its_translation(
-    on_slurm: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    on_slurm: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launch: Launch
 ) -> None:
     """SLURM judges both with --test-only, which `launch --dry-run` asks for in its plan."""
     monkeypatch.chdir(tmp_path)
@@ -185,10 +173,10 @@ def test_sbatch_takes_each_script_and_its_translation(
     for job in JOBS:
         (tmp_path / "job.sh").write_text(job.text)
         on_slurm.run("sbatch", "--test-only", str(tmp_path / "job.sh"))
-        status, out, _ = called(["job.sh"], capsys)
+        status, out, _ = launch("job.sh")
         assert status == 0
         command = next(line for line in out.splitlines() if line.startswith("  launch "))
-        status, out, err = called(["--dry-run", *shlex.split(command)[1:]], capsys)
+        status, out, err = launch("--dry-run", *shlex.split(command)[1:])
         assert status == 0, f"{command}\n{err}"
         assert f"#SBATCH --nodes={job.nodes}\n" in out, command
         assert (f"#SBATCH --gpus-per-node={job.gpus}\n" in out) == bool(job.gpus), command

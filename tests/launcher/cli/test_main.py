@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher.cli.launch import parse_request
-from launcher.cli.main import main
 from launcher.cli.parser import COMMANDS
 from launcher.config.cluster import Cluster
 from launcher.lifecycle.run_dir import RunDir
 from launcher.request.placement.place import Placement
 from launcher.request.spec import Plan, RunSpec, State, Target
-from tests.launcher.engines import COMMAND
+from tests.launcher.engines import COMMAND, Launch
 
 HOSTILE = [
     "a b",
@@ -46,22 +45,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.chdir(made)
     return made
-
-
-@pytest.fixture
-def launch(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run the command in this process; returns exit status, stdout and stderr."""
-
-    def call(*argv: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exited:
-            main(argv)
-        out, err = capsys.readouterr()
-        return int(exited.value.code or 0), out, err
-
-    return call
-
-
-Launch = Callable[..., tuple[int, str, str]]
 
 
 def leave_run(folder: Path, name: str, state: State | None = None) -> RunDir:

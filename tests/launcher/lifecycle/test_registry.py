@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cli.main import main
 from launcher.lifecycle.records import registry
+from tests.launcher.engines import Launch
 from tests.launcher.plans import planned_run
 
 
@@ -69,31 +69,21 @@ def test_a_state_folder_that_cannot_be_used_is_none(tmp_path: Path, state: Path)
     assert registry.known() == []
 
 
-def called(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main(argv)
-    captured = capsys.readouterr()
-    assert isinstance(ended.value.code, int)
-    return ended.value.code, captured.out, captured.err
-
-
-def test_commands_find_a_run_from_any_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_commands_find_a_run_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launch: Launch) -> None:
     for place in ("a", "b"):
         (tmp_path / place).mkdir()
         for name in ("both", f"only-{place}"):
             registry.register(planned_run(tmp_path / place / "kept" / name, "local").path)
     monkeypatch.chdir(tmp_path / "a")
     planned_run(tmp_path / "a" / "runs" / "both", "local")
-    assert f"run dir     {tmp_path}/b/kept/only-b" in called(["status", "only-b"], capsys)[1]
-    assert f"run dir     {tmp_path}/a/runs/both" in called(["status", "both"], capsys)[1], "the folder comes first"
-    listed = called(["list"], capsys)[1].splitlines()
+    assert f"run dir     {tmp_path}/b/kept/only-b" in launch("status", "only-b")[1]
+    assert f"run dir     {tmp_path}/a/runs/both" in launch("status", "both")[1], "the folder comes first"
+    listed = launch("list")[1].splitlines()
     assert len(listed) == 5
     assert sum(f"in {tmp_path}/b/kept" in line for line in listed) == 2
-    assert [line.split()[0] for line in called(["list", "--here"], capsys)[1].splitlines()] == ["both"]
-    status, _, err = called(["status", "only-b", "--runs", "kept"], capsys)
+    assert [line.split()[0] for line in launch("list", "--here")[1].splitlines()] == ["both"]
+    status, _, err = launch("status", "only-b", "--runs", "kept")
     assert (status, "there is no run 'only-b'" in err) == (2, True), "another folder was asked for"
     monkeypatch.chdir(tmp_path)
-    status, _, err = called(["status", "both"], capsys)
+    status, _, err = launch("status", "both")
     assert (status, "2 runs are called 'both'" in err, "Write the path of one of them." in err) == (2, True, True)
