@@ -80,7 +80,8 @@ def _texts(target: str, cwd: Path) -> Iterable[str]:
         return
     roots = dict.fromkeys((main.parent, cwd)) if main.is_relative_to(cwd) else (main.parent,)
     walk = islice(chain.from_iterable(map(os.walk, roots)), MOST_FOLDERS)
-    others = (Path(folder, name) for folder, _, names in walk for name in names if name.endswith(".py"))
+    paths = (Path(folder, name) for folder, _, names in walk for name in names if name.endswith(".py"))
+    others = filter(os.path.isfile, paths)  # to open a pipe of that name would wait for its writer
     for path in (main, *islice(others, MOST_FILES)):
         try:
             with open(path, errors="replace") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import fields
 from pathlib import Path
@@ -224,6 +225,12 @@ def test_a_script_in_a_folder_may_have_its_options_from_the_project_above(folder
     (folder / "library").mkdir()
     (folder / "library/options.py").write_text("parser.add_argument('--gpus')\n")
     assert parse_request(["scripts/run.py", "--gpus", "8"])[0].args == ("--gpus", "8")
+
+
+def test_a_pipe_beside_the_script_is_not_opened(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.py")
+    with pytest.raises(BadRequest, match=r"--gpus stands after train\.py"):
+        parse_request(["train.py", "--gpus", "8"])
 
 
 @pytest.mark.usefixtures("folder")
