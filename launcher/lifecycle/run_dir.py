@@ -260,14 +260,14 @@ def tail(path: Path, lines: int = 20) -> list[str]:
 
 
 def all_runs(folder: Path) -> Iterable[RunDir]:
-    """The runs in `folder`, newest first; also those that this user cannot read.
+    """The runs in `folder`, newest first, with absolute paths; also those that this user cannot read.
 
     Raises:
         BadRequest: the folder cannot be read.
     """
     found = []
     try:
-        with os.scandir(folder) as entries:
+        with os.scandir(os.path.realpath(folder)) as entries:
             for entry in entries:
                 try:
                     found.append((os.lstat(f"{entry.path}/plan.json").st_mtime, RunDir(Path(entry.path))))

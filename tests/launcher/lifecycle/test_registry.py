@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -81,6 +82,8 @@ def test_commands_find_a_run_from_any_folder(tmp_path: Path, monkeypatch: pytest
     listed = launch("list")[1].splitlines()
     assert len(listed) == 5
     assert sum(f"in {tmp_path}/b/kept" in line for line in listed) == 2
+    assert sum(" in " in line for line in listed) == 4  # not the one in this folder's runs
+    assert all(Path(run["run_dir"]).is_absolute() for run in json.loads(launch("list", "--json")[1]))
     assert [line.split()[0] for line in launch("list", "--here")[1].splitlines()] == ["both"]
     status, _, err = launch("status", "only-b", "--runs", "kept")
     assert (status, "there is no run 'only-b'" in err) == (2, True), "another folder was asked for"
