@@ -17,6 +17,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Set
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -49,7 +50,8 @@ from launcher.request.spec import Plan, State
 
 @dataclass
 class Requests:
-    """What the driver was asked for beside the run: a stop (its reason, else empty), and drained nodes with their times."""
+    """What the driver was asked for beside the run: a stop (its reason, else empty), and all nodes that Ray has announced to
+    drain, with the time at which each goes."""
 
     stop: str = ""
     drained: dict[str, float] = field(default_factory=dict)
@@ -91,6 +93,7 @@ class WorkerGroups:
             return ranks
         self._number += 1
         group = WorkerGroup(self.plan, self._number, ranks, lost_before=len(self.capacity.lost))
+        at_first = {node.id for node in self.capacity.nodes()}
         group.start(self.capacity.request(self._number, ranks))
         self.ranks = ranks
         if await self._wait_for_workers(group):
@@ -99,7 +102,7 @@ class WorkerGroups:
         if self.requests.stop:
             return End(State.STOPPED)  # the workers that start end with the connection to Ray
         await self.finish(group, "the workers did not start")
-        return self._not_started(group)
+        return self._not_started(group, at_first)
 
     async def _wait_for_capacity(self) -> int | End:
         """Wait until the cluster can hold the run, for a limited time; return the number of ranks, or the end."""
@@ -154,14 +157,19 @@ class WorkerGroups:
                 group.broken = True
             case Lost():
                 self._lost_at[node] = time.monotonic()
-                self.capacity.lost.append(str(self.node_actors.nodes[node]))
+                if node not in self.requests.drained:
+                    self.capacity.lost.append(str(self.node_actors.nodes[node]))
                 if group and any(member.node.id == node for member in group.members):
                     group.broken = True
             case _:
                 pass  # of an attempt
 
-    def _not_started(self, group: WorkerGroup) -> tuple[int, Outcome] | End | None:
-        """Return what follows if workers did not start: wait for what the cluster lacks, else a failed attempt."""
+    def _not_started(self, group: WorkerGroup, nodes: Set[str]) -> tuple[int, Outcome] | End | None:
+        """Return what follows if workers did not start: wait for what the cluster lacks, else a failed attempt.
+
+        `nodes` are those that there were when the group was requested. If Ray takes one of them away meanwhile, other workers
+        are requested: no rank had started, and nothing has failed.
+        """
         if type(group.cause).__name__ == "WorkerGroupStartupTimeoutError":
             if not self.plan.cluster.ray.autoscales:
                 return None
@@ -169,6 +177,8 @@ class WorkerGroups:
             return End(State.FAILED, failure) if failure else None
         if gone := self.capacity.lost[group.lost_before :]:
             return self.run_dir.claim_attempt(), Outcome({}, lost=gone)
+        if nodes & (self.requests.drained.keys() | draining().keys()):
+            return None
         if type(group.cause).__name__ == "ActorUnschedulableError":  # Ray had chosen a node that has left since
             return self.run_dir.claim_attempt(), Outcome({}, lost=["a node on which workers were to start"])
         cause = str(group.cause or "one of them ended").strip().splitlines()[-1]
@@ -248,7 +258,7 @@ class Driver:
             with suppress(Exception):  # Ray's control store may not answer; the next look may succeed
                 going = draining()
             if new := going.keys() - requests.drained.keys():
-                requests.drained = going
+                requests.drained.update(going)
                 self.inbox.put_nowait((DRIVER, Drained({node: going[node] for node in new})))
             await asyncio.sleep(TIMEOUTS.ray_look)
 
