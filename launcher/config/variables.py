@@ -15,7 +15,7 @@ from training.flags.typed import brief
 MOST_BYTES = 1 << 20
 
 SECRET = re.compile(
-    r"TOKEN|SECRET|PASS(?!IVE)|CREDENTIAL|PRIVATE|API_?KEY|ACCESS_?KEY|AUTH(?!OR)|(^|_)(PW|PWD|KEY|PAT|DSN|SAS|JWT|COOKIE)(_|$)",
+    r"TOKEN(?!IZ|S)|SECRET|PASS(?!IVE)|CREDENTIAL|PRIVATE|API_?KEY|ACCESS_?KEY|AUTH(?!OR)|(^|_)(PW|PWD|KEY|PAT|DSN|SAS|JWT|COOKIE)(_|$)",
     re.IGNORECASE,
 )
 """Names of variables that hold secrets."""

@@ -65,4 +65,4 @@ def note() -> str:
     if not settings:
         return ""
     shown = ", ".join(key if isinstance(value, dict) else f"{key} {value}" for key, value in sorted(settings.items()))
-    return f"{file} has no effect here ({shown}); set it in the program, as in Accelerator(mixed_precision=...)"
+    return f"{file} has no effect here ({shown}); `launch accelerate launch PROGRAM` uses it"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.cli.foreign.launchers import PYTHON
 from launcher.cli.foreign.options import SBATCH, Translation, meaning_of, take
 from launcher.config.profile_checks import OWN_VARIABLES
+from launcher.config.variables import is_secret
 from launcher.errors import BadRequest
 
 SUFFIXES = (".sh", ".bash", ".sbatch", ".slurm", ".job")
@@ -19,6 +20,9 @@ MOST_BYTES = 1 << 20
 
 MEETING = re.compile(r"MASTER_(ADDR|PORT)|.*(HEAD|RDZV|MASTER|NODES_ARRAY|NODELIST|HOSTNAMES).*", re.IGNORECASE)
 """Variables in which scripts compute where the ranks meet."""
+
+COUNTS = ("--ranks", "--ranks-per-node", "--cpus-per-rank")
+"""Options that divide a node among ranks."""
 
 VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|(\w+))")
 ASSIGNMENT = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)", re.DOTALL)
@@ -64,10 +68,14 @@ def meaning(target: str, args: Sequence[str], typed: Sequence[str], cwd: Path) -
     if not script.program:
         raise BadRequest(
             f"{target}: no line of it starts a Python program (python, torchrun, accelerate launch or srun)."
-            " Write: launch [OPTIONS] train.py [ARGS]..."
+            f" Write: launch [OPTIONS] train.py [ARGS]... Or run it as it stands: launch --ranks-per-node 1 -- bash {target}"
         )
     typed = list(typed) if "--backend" in typed or "--cluster" in typed else [*typed, "--backend", "slurm"]
     lines = [f"launch: {target} means", "", f"  launch {shlex.join([*typed, *script.options, *script.program])}", ""]
+    if not any(os.path.basename(word) == "srun" for word in script.program):  # which starts a process on each node
+        once = _without(script.options, COUNTS)
+        as_it_stands = shlex.join([*typed, *once, "--ranks-per-node", "1", "--", "bash", target, *args])
+        lines += ["and, as it stands, with one process on each node", "", f"  launch {as_it_stands}", ""]
     if script.left:
         lines += ["not translated:", *(f"  {text}" for text in script.left), ""]
     if script.notes:
@@ -142,7 +150,7 @@ def _read_body(body: Sequence[tuple[int, str]], script: Script, args: Sequence[s
             _assign(number, line, assigned[1], assigned[2], values, script, setup)
         elif HARMLESS.match(line):
             continue
-        elif (words := _program(line, values, args)) is not None:
+        elif (words := _program(line, values, args, script)) is not None:
             if script.program:
                 script.left.append(f"line {number}: {line} (another program: write another command)")
             else:
@@ -180,7 +188,7 @@ def _assign(
     elif computed or "$" in values[name]:
         setup.append(line)
     else:
-        script.options += ["--set", f"environment.{name}={values[name]}"]
+        script.options += _variable(name, values[name], script)
 
 
 def _command_after(line: str) -> bool:
@@ -193,7 +201,15 @@ def _command_after(line: str) -> bool:
     return not line.startswith("export") and not value.startswith(("(", "$(", "`", '"$(')) and len(words) > 1
 
 
-def _program(line: str, values: dict[str, str], args: Sequence[str]) -> list[str] | None:
+def _variable(name: str, value: str, script: Script) -> list[str]:
+    """The option for a variable that the script sets; the value of a secret is not shown."""
+    if not is_secret(name, value):
+        return ["--env", f"{name}={value}"]
+    script.notes.append(f"the value of {name}, a secret: export it first, and --env takes it from the shell")
+    return ["--env", name]
+
+
+def _program(line: str, values: dict[str, str], args: Sequence[str], script: Script) -> list[str] | None:
     """The words of a line that starts Python programs, with the variables filled in; None for another line."""
     line = re.sub(r"\s*(\d?>&?\d?|&>|\|\s*tee)\s*(\S+)?.*$|\s*&$", "", line)
     line = line.replace('"$@"', shlex.join(args)).replace("$@", shlex.join(args)).replace("$*", shlex.join(args))
@@ -203,7 +219,7 @@ def _program(line: str, values: dict[str, str], args: Sequence[str]) -> list[str
         return None
     settings: list[str] = []
     while words and (set_here := ASSIGNMENT.fullmatch(words[0])) is not None:
-        settings += ["--set", f"environment.{set_here[1]}={set_here[2]}"]
+        settings += _variable(set_here[1], set_here[2], script)
         words = words[1:]
     if words[:1] == ["exec"] or words[:1] == ["time"]:
         words = words[1:]
@@ -245,10 +261,15 @@ def _settle_tasks(script: Script) -> None:
     if not starts and not several:
         return
     dropped = ["--ranks", "--ranks-per-node"] + (["--cpus-per-rank"] if starts else [])
-    pairs = zip(script.options[::2], script.options[1::2], strict=False)
-    script.options = [word for pair in pairs if pair[0] not in dropped for word in pair]
+    script.options = _without(script.options, dropped)
     if several and not starts:
         script.notes.append(f"--ntasks-per-node {tasks}: launch starts one rank for each GPU")
+
+
+def _without(options: Sequence[str], names: Collection[str]) -> list[str]:
+    """`options`, each with its value, without those of `names`."""
+    pairs = zip(options[::2], options[1::2], strict=False)
+    return [word for pair in pairs if pair[0] not in names for word in pair]
 
 
 def _toml(values: Sequence[str]) -> str:

@@ -101,6 +101,16 @@ def _gres(value: str) -> Words:
     return _gpus_of_node(":".join(filter(None, (match[1], match[2] or "1"))))
 
 
+def _export(value: str) -> Words:
+    """``ALL,A=1,B`` of sbatch; the ranks have the shell's variables in any case."""
+    names = [entry for entry in value.split(",") if entry != "ALL"]
+    if "NONE" in names or "NIL" in names:
+        raise BadRequest(
+            f"--export {value}: the ranks get the variables of this shell. Write env -i PATH=$PATH HOME=$HOME launch ..."
+        )
+    return [word for entry in names for word in ("--env", entry)]
+
+
 CONFIG_FILE = ("--config_file", "--config-file")
 """accelerate's configuration file, which `launcher.cli.parser.split` has accelerate read."""
 
@@ -217,7 +227,7 @@ SBATCH: Mapping[str, Meaning] = {
     **dict.fromkeys(("-a", "--array"), _refused("write one command for each run")),
     **dict.fromkeys(("-D", "--chdir"), _refused("a run starts in the folder of the command: cd there first")),
     "--wrap": _refused("write the program after the options"),
-    "--export": _refused("write the variables into [environment] of the profile, or --set environment.NAME=VALUE"),
+    "--export": Meaning(_export),
     **dict.fromkeys(("-M", "--clusters"), _refused("SLURM_CONF chooses the cluster that sbatch uses")),
     **dict.fromkeys(("-W", "--wait"), _dropped("launch ends the ranks of a failed run by itself")),
     "--mpi": _dropped("ranks are started by launch", takes=True),

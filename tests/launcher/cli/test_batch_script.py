@@ -38,7 +38,7 @@ SCRIPTS: dict[str, tuple[str, str, int, int]] = {
         'echo "Node IP: $MASTER_ADDR"\nexport NCCL_DEBUG=INFO\n'
         "srun torchrun --nnodes $SLURM_NNODES --nproc_per_node $SLURM_GPUS_ON_NODE --rdzv_id $RANDOM --rdzv_backend c10d \\\n"
         "  --rdzv_endpoint $MASTER_ADDR:$MASTER_PORT train.py --epochs 3\n"),
-        (f"{OURS} --nodes 4 --gpus-per-node 8 --accelerator h100 --set environment.NCCL_DEBUG=INFO srun torchrun --nnodes 4"
+        (f"{OURS} --nodes 4 --gpus-per-node 8 --accelerator h100 --env NCCL_DEBUG=INFO srun torchrun --nnodes 4"
         " --nproc_per_node 8 --rdzv_id '$RANDOM' --rdzv_backend c10d --rdzv_endpoint '$MASTER_ADDR:29500' train.py --epochs 3"),
         0, 2,
     ),
@@ -62,8 +62,13 @@ SCRIPTS: dict[str, tuple[str, str, int, int]] = {
     ),
     "variables before the program": (
         f"{HEAD}OMP_NUM_THREADS=4 TOKENIZERS_PARALLELISM=false python -m pkg.train > out.log 2>&1\n",
-        f"{OURS} --set environment.OMP_NUM_THREADS=4 --set environment.TOKENIZERS_PARALLELISM=false python -m pkg.train",
+        f"{OURS} --env OMP_NUM_THREADS=4 --env TOKENIZERS_PARALLELISM=false python -m pkg.train",
         0, 0,
+    ),
+    "variables of sbatch": (
+        f"{HEAD}#SBATCH --export=ALL,SEED=3,HOME\nexport WANDB_API_KEY=0123\npython train.py\n",
+        f"{OURS} --env SEED=3 --env HOME --env WANDB_API_KEY python train.py",
+        0, 1,
     ),
     "arguments": (f'{HEAD}python train.py --seed $1 "$@"\n', f"{OURS} python train.py --seed 7 7 --fast", 0, 0),
     "what only a shell can do": (
@@ -104,6 +109,8 @@ def test_it_is_shown_and_nothing_is_sent(tmp_path: Path, monkeypatch: pytest.Mon
     assert out == (
         "launch: job.sh means\n\n"
         f"  launch --time 1h --backend slurm {OURS} python train.py --lr 3e-5\n\n"
+        "and, as it stands, with one process on each node\n\n"
+        f"  launch --time 1h --backend slurm {OURS} --ranks-per-node 1 -- bash job.sh 3e-5\n\n"
         "not translated:\n  line 5: cd /data (start the command there)\n\nNothing was sent.\n"
     )
     status, out, _ = launch("--json", "job.sh", "3e-5")

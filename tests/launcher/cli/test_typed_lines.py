@@ -124,6 +124,8 @@ LINES: dict[str, dict[str, Any]] = {
     ),
     "launch --begin=now+1hour --nice=100 train.py": key("slurm.sbatch.begin=now+1hour", "slurm.sbatch.nice=100"),
     "launch -o out.txt -e err.txt train.py": {"notes": 2},
+    "launch --export=ALL train.py": {},
+    "launch --export ALL,SEED=3,HOME train.py": {"env": ("SEED=3", "HOME")},
     "launch --no-requeue train.py": key("slurm.sbatch.requeue=false"),
     "launch srun train.py": {},
     "launch srun -N 2 --gpus-per-node 8 python train.py --lr 1": {
@@ -181,7 +183,7 @@ REFUSED: dict[str, str] = {
     "launch --gpus-per-task 1 train.py": "each rank has one GPU; write --gpus and --cpus-per-rank",
     "launch -D /data train.py": "-D /data: `launch` does not take it; a run starts in the folder of the command",
     "launch --wrap 'python train.py'": "write the program after the options",
-    "launch --export=ALL train.py": "write the variables into [environment] of the profile, or --set environment.NAME",
+    "launch --export=NONE train.py": "--export NONE: the ranks get the variables of this shell. Write env -i",
     "launch --gres=craynetwork:1 train.py": "--gres craynetwork:1: only GPUs can be asked for",
     "launch -M other train.py": "SLURM_CONF chooses the cluster that sbatch uses",
     "launch accelerate config": "accelerate config: only `accelerate launch` starts a program.",
