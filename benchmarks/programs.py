@@ -20,7 +20,7 @@ import torch.distributed as dist
 from transformers import BertConfig, BertForSequenceClassification
 
 
-def main(folder):
+def main(folder, last=10**6, every=0.0):  # for ever, until somebody kills a rank
     if not dist.is_initialized():  # Ray has made it
         dist.init_process_group("gloo")
     rank, checkpoint = dist.get_rank(), os.path.join(folder, "checkpoint.pt")
@@ -35,8 +35,6 @@ def main(folder):
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
     ids = torch.randint(1000, (8, 32))
-    last = int(sys.argv[2]) if len(sys.argv) > 2 else 10**6  # for ever, until somebody kills a rank
-    every = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
     saved_at = time.monotonic()
     with open(os.path.join(folder, f"{rank}-{os.getpid()}.steps"), "w", buffering=1) as log:
         for step in range(first + 1, last + 1):
@@ -53,7 +51,7 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], *map(int, sys.argv[2:]))
     dist.destroy_process_group()
 """
 

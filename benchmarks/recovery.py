@@ -125,7 +125,7 @@ def killed(name: str, case: Killed, folder: Path, hung: Counter[str]) -> Case:
                 start_new_session=True,
             )
             try:
-                seconds = _recover(Path(job), case, victim, step)
+                seconds = _recover(Path(job), case, victim, step, started)
                 print(f"{name}: rank {victim} killed at step {step}, {seconds:.2f} s", file=sys.stderr)
                 return seconds
             except TimeoutError as error:
@@ -140,24 +140,30 @@ def killed(name: str, case: Killed, folder: Path, hung: Counter[str]) -> Case:
     return run
 
 
-def _recover(job: Path, case: Killed, victim: int, step: int) -> float:
+def _recover(job: Path, case: Killed, victim: int, step: int, command: subprocess.Popen[bytes]) -> float:
     """Kill rank `victim` after all ranks have done `step`; return the seconds to the next step of all."""
-    first = _wait(job, case, step, START)
+    first = _wait(job, case, command, step, START)
     time.sleep(case.age)
     killed_at = time.time()
     os.kill(next(pid for rank, pid in first if rank == victim), signal.SIGKILL)
-    second = _wait(job, case, 1, LIMIT, set(first))
+    second = _wait(job, case, command, 1, LIMIT, set(first))
     return max(second.values()) - killed_at
 
 
 def _wait(
-    job: Path, case: Killed, count: int, seconds: float, before: Collection[tuple[int, int]] = ()
+    job: Path,
+    case: Killed,
+    command: subprocess.Popen[bytes],
+    count: int,
+    seconds: float,
+    before: Collection[tuple[int, int]] = (),
 ) -> dict[tuple[int, int], float]:
     """Wait until every rank has done `count` steps in a process that is not one of `before`.
 
     Returns the time at which each, as (rank, pid), did the first of its steps.
 
     Raises:
+        RuntimeError: `command` has ended before a rank was killed.
         TimeoutError: they have not within `seconds`.
     """
     deadline = time.monotonic() + seconds
@@ -166,6 +172,8 @@ def _wait(
         found = {process: times[0] for process, times in steps if process not in before and len(times) >= count}
         if {rank for rank, _ in found} == set(range(case.ranks)):
             return found
+        if not before and command.poll() is not None:
+            raise RuntimeError(f"it ended before a rank was killed:\n{(job / 'output').read_text(errors='replace')}")
         time.sleep(0.01)
     raise TimeoutError(f"not {count} steps within {seconds:.0f} s {'after the kill' if before else 'of the start'}")
 
