@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from launcher.backends.ray.backend import trainer, whole_host
-from launcher.backends.ray.cluster import RayNode, capacity, fitting, look, shortage
+from launcher.backends.ray.cluster import RayNode, capacity, draining, fitting, look, shortage
 from launcher.backends.ray.node_actor import NodeActors
 from launcher.errors import BadRequest
 from launcher.lifecycle import history
@@ -84,6 +84,8 @@ class ClusterCapacity:
     def request(self, number: int, ranks: int) -> dict[str, Any]:
         """The run's `number`-th request to Ray Train; see `launcher.backends.ray.backend.trainer`."""
         excluded = [node.id for node in look() if str(node) in self.excluded]
+        if self.steerable:
+            excluded += draining()  # Ray reserves room on them, and then refuses to start workers there
         return trainer(self.plan, number, ranks, excluded, self._marked())
 
     def scaling(self) -> dict[str, Any]:
