@@ -99,13 +99,19 @@ def started(engine: str) -> Iterator[Any]:
     if engine == "local":
         yield None
         return
-    if engine == "slurm":
-        from tests.testbed.slurm import SlurmCluster as Cluster
-    else:
-        from tests.testbed.ray import RayCluster as Cluster  # type: ignore[assignment]
-    with Cluster() as cluster:
+    with _cluster(engine) as cluster:
         os.environ.update(cluster.environment())
         yield cluster
+
+
+def _cluster(engine: str) -> Any:
+    if engine == "slurm":
+        from tests.testbed.slurm import SlurmCluster
+
+        return SlurmCluster()
+    from tests.testbed.ray import THREE_NODES, RayCluster, RayNode
+
+    return RayCluster((RayNode(num_cpus=0), *THREE_NODES))  # the drivers are on the first node, which is not drained
 
 
 def rows_of(

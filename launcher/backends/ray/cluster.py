@@ -77,6 +77,13 @@ def draining() -> dict[str, float]:
     return {node: deadline / 1000 for node, deadline in (state.get_draining_nodes() or {}).items()}
 
 
+def own_node() -> str:
+    """The id of the node through which this process is connected; Ray Train keeps its controller on it."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
+
+
 def reservations() -> dict[str, tuple[str, ...]]:
     """The created placement groups: id -> the node of each bundle."""
     from ray.util import placement_group_table

@@ -34,7 +34,7 @@ from launcher.agent.protocol import (
 )
 from launcher.backends.ray.attempt import BY_FILE, DRIVER, RayAttempt
 from launcher.backends.ray.capacity import ClusterCapacity
-from launcher.backends.ray.cluster import draining, join, leave, reservations, shortage
+from launcher.backends.ray.cluster import draining, join, leave, own_node, reservations, shortage
 from launcher.backends.ray.node_actor import NodeActors
 from launcher.backends.ray.worker_group import Inbox, Member, WorkerGroup
 from launcher.config.timeouts import TIMEOUTS
@@ -91,6 +91,9 @@ class WorkerGroups:
         ranks = await self._wait_for_capacity()
         if isinstance(ranks, End):
             return ranks
+        if own_node() in draining():
+            text = "Ray takes away the node of the run's driver, without which it starts no workers"
+            return End(State.FAILED, Failure("node lost", text, advice="`launch resume` sends the run anew."))
         self._number += 1
         group = WorkerGroup(self.plan, self._number, ranks, lost_before=len(self.capacity.lost))
         at_first = {node.id for node in self.capacity.nodes()}
