@@ -54,7 +54,7 @@ from launcher.rank.messages import (
 from launcher.rank.terminal.relay import Streams
 from launcher.request import own_packages
 from launcher.request.spec import Plan, RunSpec
-from training.distributed.heartbeat import SLOT, STARTING, Heartbeat
+from training.distributed.heartbeat import DEBUGGING, SLOT, Heartbeat
 
 Emit = Callable[[FromAgent], None]
 
@@ -190,7 +190,7 @@ class NodeRanks:
         for rank in sorted(self.running):
             beat = self.heartbeats[rank].read()
             if self.heartbeats[rank].interactive:
-                beat = replace(beat, phase=STARTING)  # a phase without a time limit
+                beat = replace(beat, phase=DEBUGGING)
             found[rank] = RankStatus(beat.step, beat.phase, beat.age, process_state(self.pids.get(rank)))
         return Heartbeats(found)
 

@@ -69,7 +69,7 @@ class Vote:
 class TorchGroup(Group):
     """The group of all ranks, over torch.distributed. Control messages use gloo, and so do not wait for a GPU."""
 
-    def __init__(self, world: World, timeout: timedelta = TIMEOUT) -> None:
+    def __init__(self, world: World) -> None:
         import torch.distributed as dist
 
         self.rank, self.size = world.rank, world.world_size
@@ -81,14 +81,14 @@ class TorchGroup(Group):
                 init_method=runtime.init_method(world),
                 rank=world.rank,
                 world_size=world.world_size,
-                timeout=timeout,
+                timeout=TIMEOUT,
             )
             if dist.get_rank() != world.rank:  # torch_xla numbers ranks by the order of the chips
                 raise ConfigError(
                     f"rank {world.rank} of the run has number {dist.get_rank()} in its TPU runtime; "
                     "have the nodes in the order of the slice's hosts (TPU_WORKER_ID)"
                 )
-        self._control = dist.new_group(backend="gloo", timeout=timeout)
+        self._control = dist.new_group(backend="gloo", timeout=TIMEOUT)
         RUNTIMES[world.device].connect()
 
     def barrier(self) -> None:

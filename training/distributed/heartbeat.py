@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,6 +15,9 @@ SLOT = 64
 """Bytes of the heartbeat of one rank: a cache line, which no other rank writes to."""
 
 STARTING, CONNECTING, TRAINING, IDLE = "starting", "connecting", "training", "idle"
+DEBUGGING = "debugging"
+"""The phase that a launcher gives a rank while it is `Heartbeat.interactive`: the others wait for a person."""
+
 _INTERACTIVE = _LAYOUT.size  # offset of one byte
 _DUMP = _LAYOUT.size + 1  # offset of one byte: `_ANSWERS` or `_REQUESTED`, else the rank answers no requests
 _ANSWERS, _REQUESTED = 1, 2
@@ -44,15 +47,18 @@ class Heartbeat:
 
     Attributes:
         of_process: the one that the launcher of this process reads; a Context that a script makes reports to it.
+        after_step: called after each step that `beat` reports, while a profile runs.
+        beats: whether this rank reports its steps by `beat`.
     """
 
     of_process: ClassVar[Heartbeat | None] = None
+    after_step: ClassVar[Callable[[], None] | None] = None
 
     def __init__(self, memory: mmap.mmap | bytearray | None = None, slot: int = 0) -> None:
         self._memory = bytearray(SLOT) if memory is None else memory
         self._offset = 0 if memory is None else slot * SLOT
         self._step, self._phase = 0, STARTING
-        self._beats = False  # whether this rank reports its steps by `beat`
+        self.beats = False
 
     @classmethod
     def of(cls, descriptor: int, slot: int) -> Heartbeat:
@@ -62,14 +68,16 @@ class Heartbeat:
     def beat(self, step: int | None = None) -> None:
         """Report progress of this rank; with `step`, that this step is done and the rank is training."""
         if step is not None:
-            self._step, self._beats = step, True
+            self._step, self.beats = step, True
             if self._phase in (STARTING, IDLE):
                 self._phase = TRAINING
         _LAYOUT.pack_into(self._memory, self._offset, self._step, time.monotonic(), self._phase.encode()[:16])
+        if step is not None and Heartbeat.after_step is not None:
+            Heartbeat.after_step()
 
     def note(self, step: int) -> None:
         """Report that `step` is done, unless the rank reports its steps by `beat`; then report progress only."""
-        if not self._beats:
+        if not self.beats:
             self._step = max(self._step, step)
         self.beat()
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from launcher.agent.hangs.collectives import GroupRecord, find_absent
 from launcher.config.timeouts import TIMEOUTS
-from training.distributed.heartbeat import CONNECTING, IDLE, STARTING, TRAINING
+from training.distributed.heartbeat import CONNECTING, DEBUGGING, IDLE, STARTING, TRAINING
 
 MOST_STEPS = 1 << 63
 """Steps have 64 bits, with a sign, in the memory that a rank writes them to."""
@@ -76,7 +76,7 @@ class HangDetector:
     phases.
 
     While one rank evaluates or saves, other ranks may wait for it. This does not excuse a rank that is behind in steps,
-    since ranks finish a step together.
+    since ranks finish a step together. While a person holds a rank in a debugger, no time passes.
     """
 
     def __init__(self, hang_after: float) -> None:
@@ -93,6 +93,9 @@ class HangDetector:
         if self._looked is not None and now - self._looked > TIMEOUTS.suspended:
             self._woke = now  # this process was suspended, too: earlier heartbeats say nothing about hangs
         self._looked = now
+        if any(beat.phase == DEBUGGING for beat in beats.values()):
+            self._woke, self._newest = now, None
+            return False
         groups = _grouped(beats, now - self._woke)
         self._learn(groups, now)
         patience = max(self.hang_after, 3 * max(self._gaps, default=0.0))

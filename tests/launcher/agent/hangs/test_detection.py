@@ -12,7 +12,7 @@ from launcher.agent.hangs.detection import HangDetector, RankStatus, StackLocati
 from launcher.agent.protocol import Heartbeats
 from launcher.lifecycle.exit_status import advice
 from launcher.rank.messages import decode, encode
-from training.distributed.heartbeat import CONNECTING, STARTING
+from training.distributed.heartbeat import CONNECTING, DEBUGGING, STARTING, TRAINING
 
 WAITS, ELSEWHERE = StackLocation("train.py:9 in step", True), StackLocation("train.py:5 in load", False)
 
@@ -130,6 +130,19 @@ def rank_by_rank(beats: dict[int, RankStatus], patience: float) -> bool:
     busy = [beat.step for rank, beat in beats.items() if patience < limits[rank] >= beat.age]
     stopped = any(beat.state == "T" and beat.age > patience for beat in beats.values())
     return stopped or any(not any(other <= step for other in busy) for step in late)
+
+
+def test_no_time_passes_while_a_rank_is_in_a_debugger() -> None:
+    detector = HangDetector(10.0)
+    held = {0: RankStatus(5, DEBUGGING, 0.0), 1: RankStatus(5, TRAINING, 0.0)}
+    assert not detector.see({0: RankStatus(5, TRAINING, 0.0), 1: RankStatus(5, TRAINING, 0.0)}, 0.0)
+    for now in range(1, 500):
+        assert not detector.see({0: held[0], 1: RankStatus(5, TRAINING, float(now))}, float(now))
+    assert not detector.see({0: RankStatus(5, TRAINING, 0.5), 1: RankStatus(5, TRAINING, 499.5)}, 499.5)
+    assert not detector.see({rank: RankStatus(6, TRAINING, 0.0) for rank in (0, 1)}, 500.0), "no step took so long"
+    for now in range(501, 510):
+        assert not detector.see({rank: RankStatus(6, TRAINING, now - 500.0) for rank in (0, 1)}, float(now))
+    assert detector.see({rank: RankStatus(6, TRAINING, 11.0) for rank in (0, 1)}, 511.0)
 
 
 def test_ranks_in_groups_are_judged_as_each_by_itself() -> None:
