@@ -9,6 +9,7 @@ import sys
 from contextlib import suppress
 
 from launcher.agent.health import environment_record
+from launcher.agent.inside.visits import VisitRequests
 from launcher.agent.job_attempt import Agents, Inbox, JobAttempt, StopRequests
 from launcher.agent.network.peers import Peers
 from launcher.agent.network.store import Store
@@ -35,6 +36,7 @@ class Coordinator:
         self.store = Store(run_dir, plan, agent_info.node)
         self.agents = Agents(agent_info, self.local, self.peers, self.store)
         self.stops = StopRequests(run_dir, plan)
+        self.visits = VisitRequests(run_dir)
         self.recovery = Recovery(run_dir, plan)
 
     def _emit(self, message: AgentMessage) -> None:
@@ -47,7 +49,8 @@ class Coordinator:
         session = self.run_dir.claim_session(self.agent_info.host)
         self.run_dir.reserve()
         self.run_dir.beat()
-        beating = asyncio.create_task(self._beat(session))
+        self.visits.prepare()
+        background = [asyncio.create_task(self._beat(session)), asyncio.create_task(self._receive_visits())]
         await self.local.open()
         self.store.prepare()
         if self.agent_info.nodes > 1:
@@ -62,7 +65,8 @@ class Coordinator:
             await self.local.close()
             self.store.close()
             await self.peers.close(state.exit_status)
-            beating.cancel()
+            for task in background:
+                task.cancel()
         return state.exit_status
 
     async def _wait_for_peers(self) -> None:
@@ -99,6 +103,13 @@ class Coordinator:
                 self.agents.unfit = dict(self.agent_info.unfit())
             return self.run_dir.stop_file.exists()
         return False
+
+    async def _receive_visits(self) -> None:
+        """Send the requests of clients to the agents."""
+        while True:
+            for visit in await asyncio.to_thread(self.visits.new):
+                self.agents.send_all(visit)
+            await asyncio.sleep(TIMEOUTS.visit_look)
 
     # ---- the engine of the recovery loop ----------------------------------------------------------------------------
 

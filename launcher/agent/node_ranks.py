@@ -17,7 +17,9 @@ from launcher.agent.hangs import evidence
 from launcher.agent.hangs.detection import STOPPED_STATES, RankStatus
 from launcher.agent.health import preflight
 from launcher.agent.health.memory_kills import MemoryKills
+from launcher.agent.inside.visits import Sessions
 from launcher.agent.network.addresses import interface_of, interface_variables, source_towards
+from launcher.agent.processes import process_state
 from launcher.agent.protocol import (
     AgentInfo,
     Alive,
@@ -34,11 +36,12 @@ from launcher.agent.protocol import (
     Start,
     StopRequest,
     ToAgent,
+    Visit,
 )
 from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle.exit_status import ERROR_NOT_WRITTEN
 from launcher.lifecycle.run_dir import RunDir
-from launcher.rank.environment import finished_variable, rank_environment, recorder_variables, shared_environment
+from launcher.rank.environment import complete_environment, shared_environment
 from launcher.rank.messages import (
     FromForkServer,
     Preload,
@@ -74,6 +77,7 @@ class NodeRanks:
     ) -> None:
         self.streams, self.foreground = streams or Streams(), Foreground(self)
         self.run_dir, self.plan, self.agent_info, self.emit = run_dir, plan, agent_info, emit
+        self.sessions = Sessions(run_dir, plan, agent_info)
         self.running: set[int] = set()
         self.pids: dict[int, int] = {}
         self.memory = -1  # of the heartbeats; anonymous, so that nothing is left of it if this process is killed
@@ -144,8 +148,10 @@ class NodeRanks:
                 self._signal(number, self.running if ranks is None else self.running & {*ranks}, after)
             case DumpStacks(attempt):
                 self.task = asyncio.create_task(self._stacks(attempt))
-            case CheckNode(attempt, visible):
-                self.task = asyncio.create_task(self._look(attempt, visible))
+            case CheckNode():
+                self.task = asyncio.create_task(check_node(self, message))
+            case Visit():
+                self.sessions.visit(message, self.pids)
             case Alive() | End():
                 pass
             case _:
@@ -155,12 +161,13 @@ class NodeRanks:
         self.foreground.suspended = self.foreground.interrupted = False
         self.memory_kills = MemoryKills(self.run_dir, start.attempt, self.agent_info.host)
         self.heartbeats = {world.rank: Heartbeat.of(self.memory, world.local_rank) for world in start.worlds}
+        inherited = node_environment(self.agent_info)
+        self.sessions.begin(start.worlds, shared_environment(inherited, self.plan))
         for world in start.worlds:
             self.heartbeats[world.rank].clear()
             self.running.add(world.rank)
-            own = start.environments.get(world.rank, {}) | finished_variable(self.run_dir, world)
-            environment = rank_environment(node_environment(self.agent_info), self.plan, world, own)
-            environment |= recorder_variables(environment, self.run_dir, world)
+            environment = complete_environment(inherited, self.plan, self.run_dir, world, start.environments)
+            self.sessions.environments[world.rank] = environment
             log = self.run_dir.log(start.attempt, world.rank)
             self.streams.start(log)
             self._send(StartRank(world, str(log), environment))
@@ -194,12 +201,6 @@ class NodeRanks:
             found[rank] = RankStatus(beat.step, beat.phase, beat.age, process_state(self.pids.get(rank)))
         return Heartbeats(found)
 
-    async def _look(self, attempt: int, visible: str | None) -> None:
-        if visible is None:
-            visible = self.plan.environment.get("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES"))
-        facts = await preflight.look(self.run_dir, attempt, self.agent_info.node, self.plan.placement.device, visible)
-        self.emit(NodeChecked(attempt, facts))
-
     async def _stacks(self, attempt: int) -> None:
         """Have every rank write the stacks of its threads into its log and its collectives, and report both."""
         asked = {rank for rank in self.running if self.heartbeats[rank].request_dump()}
@@ -216,7 +217,8 @@ class NodeRanks:
             self._send(SignalRanks(signal.SIGQUIT, ranks))
 
     async def close(self) -> None:
-        """Kill what still runs and wait until the forkserver and every rank are gone."""
+        """Kill what still runs and wait until the forkserver, every rank and every session are gone."""
+        ending = asyncio.create_task(self.sessions.close())
         if self.writer is not None:
             self.writer.close()
         if self.process is not None:
@@ -225,10 +227,21 @@ class NodeRanks:
         if self.reading is not None:
             self.running.clear()
             await self.reading
+        await ending
         self.streams.close()
         if self.memory >= 0:
             os.close(self.memory)
             self.memory = -1
+
+
+async def check_node(ranks: NodeRanks, message: CheckNode) -> None:
+    """Run the preflight checks of the node and report what they found."""
+    plan, visible = ranks.plan, message.visible
+    if visible is None:
+        visible = plan.environment.get("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES"))
+    node, device = ranks.agent_info.node, plan.placement.device
+    facts = await preflight.look(ranks.run_dir, message.attempt, node, device, visible)
+    ranks.emit(NodeChecked(message.attempt, facts))
 
 
 class Foreground:
@@ -295,14 +308,6 @@ def node_environment(agent_info: AgentInfo) -> dict[str, str]:
         interface = interface_of(source_towards(agent_info.address))
         environment = interface_variables(interface) | environment
     return environment
-
-
-def process_state(pid: int | None) -> str:
-    """The state letter of a process in ``/proc``, such as ``R``, ``S``, ``D`` or ``T``; empty where there is none."""
-    with suppress(OSError):
-        # Bytes: the name of a process is cut after 15 of them, in any encoding.
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0].decode()
-    return ""
 
 
 def on_signals(send: Callable[[int], None]) -> None:

@@ -10,6 +10,7 @@ to an agent           its answer
 `Signal`              none
 `DumpStacks`          `Stacks`, and `Collectives` for each rank
 `CheckNode`           `NodeChecked`
+`Visit`               none; a session connects to the client that asked
 `Alive`, every four   `Heartbeats`, without being asked: once a second, or every
 seconds               two seconds in a large run (`seconds_between_reports`)
 `End`                 none; the agent ends its ranks and exits
@@ -153,6 +154,20 @@ class CheckNode:
 
 
 @dataclass(frozen=True)
+class Visit:
+    """Start a session for the client that left the request `id` (`launcher.lifecycle.records.visits`).
+
+    Attributes:
+        ranks: for the nodes of these ranks.
+        nodes: for these nodes, by their numbers in the placement; with no ranks and no nodes, for every node.
+    """
+
+    id: str
+    ranks: list[int] = field(default_factory=list)
+    nodes: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Alive:
     """The coordinator is alive."""
 
@@ -290,59 +305,8 @@ class Lost:
     """The connection of an agent has ended, or it has been silent for too long."""
 
 
-# ---- workers of Ray Train -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class WorkerReady:
-    """A worker of Ray Train, number `worker` of the worker group `group`, has started with `environment`."""
-
-    worker: int
-    group: int
-    environment: dict[str, str]
-
-
-@dataclass(frozen=True)
-class WorkerGone:
-    """The process of a worker of Ray Train has ended."""
-
-    worker: int
-    group: int
-
-
-@dataclass(frozen=True)
-class GroupEnded:
-    """Ray Train has ended the worker group `group`."""
-
-    group: int
-
-
-@dataclass(frozen=True)
-class Drained:
-    """Ray takes nodes away: the time at which each goes, in seconds since the epoch, by node id; 0: not known."""
-
-    nodes: dict[str, float]
-
-
-@dataclass(frozen=True)
-class EndWorker:
-    """A worker of Ray Train has to return; `error` is the run's failure, empty if there is none."""
-
-    worker: int
-    error: str
-
-
-@dataclass(frozen=True)
-class KillWorker:
-    """The process of a worker of Ray Train has to be killed."""
-
-    worker: int
-
-
-ToAgent = Start | Signal | DumpStacks | CheckNode | Alive | End
+ToAgent = Start | Signal | DumpStacks | CheckNode | Visit | Alive | End
 FromAgent = RankExit | Heartbeats | Stacks | Collectives | NodeChecked | StopRequest
 OverTcp = Welcome | Refused | Received | ToAgent
 FromTcp = Received | FromAgent
 AgentMessage = FromAgent | Joined | Lost
-ToNodeActor = ToAgent | EndWorker | KillWorker
-RayMessage = AgentMessage | WorkerReady | WorkerGone | GroupEnded | Drained

@@ -104,6 +104,10 @@ class Backend(ABC):
         """
         return ""
 
+    def way_in(self, job_id: str, host: str) -> str:
+        """Return the engine's own command for a shell in the job on `host`; empty if it has none. Asks nothing."""
+        return ""
+
     @abstractmethod
     def submit(self, plan: Plan) -> str:
         """Submit the request that `render` shows; return the job id.

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from launcher.agent.processes import start_time
 from launcher.errors import BadRequest, LaunchError
 from launcher.lifecycle.trust import PROCESS_ID, check_id
 from launcher.request import own_packages
@@ -43,7 +44,7 @@ def start(module: str, run_dir: Path, log: Path, *words: str, passed: Sequence[t
             setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],  # Python ignores them, and children inherit that
         )
     _children.add(pid)
-    return f"{socket.gethostname()}:{pid}:{_start_time(pid) or 0}"
+    return f"{socket.gethostname()}:{pid}:{start_time(pid) or 0}"
 
 
 _children: set[int] = set()
@@ -62,7 +63,7 @@ def poll(job_id: str) -> State:
             gone = child
         if gone:
             _children.discard(child)
-    return State.RUNNING if _start_time(int(pid)) == started else State.LOST
+    return State.RUNNING if start_time(int(pid)) == started else State.LOST
 
 
 def kill(job_id: str) -> None:
@@ -90,7 +91,7 @@ def _kill(pid: int, started: str) -> None:
             raise
         handle = -1  # Linux before 5.3
     try:
-        if _start_time(pid) != started:
+        if start_time(pid) != started:
             return
         if (owner := _users(pid)) != {os.geteuid()}:
             raise BadRequest(f"process {pid} belongs to uid {', '.join(map(str, sorted(owner)))}; it was not killed.")
@@ -110,13 +111,3 @@ def _users(pid: int) -> set[int]:
     except FileNotFoundError:
         raise ProcessLookupError(pid) from None
     return {int(uid) for line in status.splitlines() if line.startswith("Uid:") for uid in line.split()[1:]}
-
-
-def _start_time(pid: int) -> str:
-    """Start of the process in clock ticks since boot; empty if it has exited (a zombie included)."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-    fields = stat.rpartition(")")[2].split()  # the command name may contain spaces and brackets
-    return "" if fields[0] in "ZX" else fields[19]

@@ -60,15 +60,13 @@ class LocalBackend(Backend):
     def render(self, plan: Plan) -> str:
         """The processes that would start, and their environments."""
         from launcher.agent.protocol import AgentInfo, Start
-        from launcher.rank.environment import finished_variable, rank_environment, recorder_variables
+        from launcher.rank.environment import complete_environment
 
         run_dir = RunDir(plan.run_dir)
         lines = [f"agent: python -m launcher.agent.main {plan.run_dir}"]
         start = Start.of(plan, attempt=1, node=0, hosts=[AgentInfo().address], port=1)
         for world in start.worlds:
-            own = start.environments.get(world.rank, {}) | finished_variable(run_dir, world)
-            environment = rank_environment({}, plan, world, own)
-            environment |= recorder_variables(environment, run_dir, world)
+            environment = complete_environment({}, plan, run_dir, world, start.environments)
             environment["MASTER_PORT"] = "<a free port>"
             lines.append(f"rank {world.rank}: {plan.target.kind} {plan.target.name} {plan.target.listed()}")
             lines += [f"    {key}={value}" for key, value in sorted(environment.items())]

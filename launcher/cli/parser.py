@@ -16,6 +16,7 @@ COMMANDS = {
     "status": "one run: state, progress, metrics, failure",
     "logs": "what a run's ranks printed",
     "cancel": "ask a run to stop, and kill it after its grace",
+    "stacks": "where a run's ranks stand: their Python stacks",
     "resume": "take a run up again, from its newest checkpoint if it has one",
     "clusters": "the cluster profiles that were found; `clusters new` writes one",
     "doctor": "whether this machine and its engines are in order",

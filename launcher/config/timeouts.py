@@ -38,6 +38,14 @@ class Timeouts:
         standby: the imports of a rank have to be unchanged for so long before its standby interpreter starts.
         same_stop: a SIGTERM from the agent within this time after one from outside is the same stop, sent twice.
 
+    Attributes of visits (`launch stacks`, `exec`, `shell`):
+        visit_look: between two looks of a supervisor for requests of clients.
+        visit: a client waits for the sessions on the nodes.
+        visit_connect: a session tries to connect to one address of a client.
+        visit_next: after this time it also tries the next address.
+        py_spy: py-spy shows the stacks of a process.
+        session_end: a session ends its processes before it is killed.
+
     Attributes of checks:
         probe: one name, one connection, or one file to appear on another node.
         probe_ranks: the ranks of a node start this far apart at most.
@@ -95,6 +103,13 @@ class Timeouts:
     collectives: float = 5.0
     standby: float = 2.0
     same_stop: float = 5.0
+
+    visit_look: float = 0.5
+    visit: float = 15.0
+    visit_connect: float = 8.0
+    visit_next: float = 0.3
+    py_spy: float = 20.0
+    session_end: float = 5.0
 
     probe: float = 5.0
     probe_ranks: float = 30.0

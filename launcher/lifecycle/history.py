@@ -194,6 +194,11 @@ def record_waiting(log: EventLog, message: str, **fields: Any) -> None:
     log.event("waiting", message=message, **fields)
 
 
+def record_visited(log: EventLog, kind: str, ranks: Sequence[int], nodes: Sequence[int]) -> None:
+    """Record that a client looks inside: at the nodes of `ranks`, at `nodes`, or without both at every node."""
+    log.event("visited", kind=kind, ranks=list(ranks), nodes=list(nodes))
+
+
 def record_excluded(log: EventLog, attempt: int, hosts: Sequence[str]) -> None:
     """Record that the next attempts run on none of `hosts`."""
     log.event("excluded", attempt=attempt, exclude=list(hosts))

@@ -84,6 +84,8 @@ class RunPaths:
     token_file = FileOfRun(".ray-token")
     """The authentication token of a Ray cluster inside the run's job; readable by this user."""
     session_file = FileOfRun("session.json")
+    visits = FileOfRun("visits")
+    """Requests of clients to look inside (`launcher.lifecycle.records.visits`)."""
     logs = FileOfRun("logs")
 
     def log(self, attempt: int, rank: int) -> Path:

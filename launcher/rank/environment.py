@@ -134,6 +134,14 @@ def rank_environment(inherited: Mapping[str, str], plan: Plan, world: World, own
     return environment
 
 
+def complete_environment(
+    inherited: Mapping[str, str], plan: Plan, run_dir: RunDir, world: World, own: Mapping[int, dict[str, str]]
+) -> dict[str, str]:
+    """Return `rank_environment` with what depends on the run directory; `own` are further variables of each rank."""
+    environment = rank_environment(inherited, plan, world, own.get(world.rank, {}) | finished_variable(run_dir, world))
+    return environment | recorder_variables(environment, run_dir, world)
+
+
 def agent_holds_store(placement: Placement) -> bool:
     """Return whether the agent of rank 0's node holds the store of the process groups, as under torchrun; else rank 0 does.
 

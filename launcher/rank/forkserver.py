@@ -59,7 +59,7 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
 
-def _prctl(option: int, value: int) -> None:
+def prctl(option: int, value: int) -> None:
     ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
@@ -238,7 +238,7 @@ def leave_server(server: int, stdin: int, terminal: int) -> None:
     If that is the pseudo-terminal of the rank, it becomes the controlling terminal of the session.
     SIGUSR2 stays ignored, also across exec: SLURM sends it to every process of a step, and it is for the agent.
     """
-    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != server:
         os._exit(1)  # the server died between the fork and the line above
     os.setsid()
@@ -298,7 +298,7 @@ def main() -> None:
     STDIN and TERMINAL are the descriptors of a rank's standard input and pseudo-terminal; -1: none.
     """
     drop_output_on_full_disk()  # the ranks inherit this
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
     streams = [int(word) for word in sys.argv[3:]]
     for descriptor in streams:
         if descriptor >= 0:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
+import fcntl
 import io
 import os
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -65,3 +69,22 @@ def redirect_output(log: str, rank: int, terminal: int = -1) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(output)
+
+
+STACK_SIGNAL = signal.SIGRTMAX - 5
+"""Asks a rank for its stacks (`launch stacks`). The C libraries and frameworks that ranks use leave it alone."""
+
+STACK_FILE = "launch-stacks"
+
+
+def write_stacks_on_signal() -> None:
+    """From here on this process writes the stacks of its threads into an anonymous file at `STACK_SIGNAL`.
+
+    The handler is in C, so that it works while no Python code can run. The first line of the file is the number of its
+    descriptor: a program may close that, and open something else under the same number.
+    """
+    with suppress(OSError):  # a kernel or a sandbox without memfd
+        descriptor = os.memfd_create(STACK_FILE)
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_APPEND)
+        os.write(descriptor, f"{descriptor}\n".encode())
+        faulthandler.register(STACK_SIGNAL, descriptor)

@@ -28,7 +28,7 @@ from launcher.lifecycle.exit_status import (
 )
 from launcher.lifecycle.run_dir import RunDir
 from launcher.rank.affinity import settle
-from launcher.rank.output import drop_output_on_full_disk
+from launcher.rank.output import drop_output_on_full_disk, write_stacks_on_signal
 from launcher.request import own_packages
 from launcher.request.spec import Plan
 from launcher.request.target import call, short_traceback
@@ -183,6 +183,7 @@ def main(run_dir: Path, world: World, heartbeats: int, *, prepared: bool = False
     """Run a rank in this process; return its exit status."""
     faulthandler.enable(2)  # a crash in native code leaves the Python stack in the log
     faulthandler.register(signal.SIGQUIT, 2)  # and the agent asks a rank that hangs for it
+    write_stacks_on_signal()
     heartbeat = Heartbeat.of(heartbeats, world.local_rank)
     if os.isatty(0):
         from launcher.rank.terminal.prompts import report_prompts

@@ -152,7 +152,8 @@ FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<functi
 WAITING = re.compile(r"/torch/(distributed/|autograd/graph)|/training/group\.py|/torch/nn/parallel/distributed")
 """Files of frames in which a rank waits, or may wait, for others. Gradients are reduced inside of autograd."""
 
-_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+"""Folders of installed libraries."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def stack_location_of(dump: str) -> StackLocation:
     frames = [match for line in threads[-1].splitlines() if (match := FRAME.match(line))]
     if not frames:
         return StackLocation()
-    own = next((f for f in frames if not f["file"].startswith((*_LIBRARIES, "<"))), frames[0])
+    own = next((f for f in frames if not f["file"].startswith((*LIBRARIES, "<"))), frames[0])
     above = frames[: frames.index(own) + 1]
     return StackLocation(
         f"{own['file']}:{own['line']} in {own['function']}", any(WAITING.search(f["file"]) for f in above)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import ipaddress
 import resource
 import socket
 import struct
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -58,25 +60,42 @@ def interface_of(ip: str) -> str | None:
     """Return the name of the network interface that has the IP address `ip`, or None."""
     if ":" in ip:
         return _interface_of_ipv6(ip)
+    return next((name for name, address in _ipv4_addresses() if address == ip), None)
+
+
+def _ipv4_addresses() -> Iterator[tuple[str, str]]:
+    """The interfaces of this machine that have an IPv4 address, with it."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
-            try:
+            with suppress(OSError):  # an interface without an IPv4 address
                 packed = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name[:15].encode()))
-            except OSError:
-                continue  # an interface without an IPv4 address
-            if socket.inet_ntoa(packed[20:24]) == ip:
-                return name
-    return None
+                yield name, socket.inet_ntoa(packed[20:24])
 
 
 def _interface_of_ipv6(ip: str) -> str | None:
-    wanted = socket.inet_pton(socket.AF_INET6, ip.partition("%")[0]).hex()
+    wanted = socket.inet_pton(socket.AF_INET6, ip.partition("%")[0])
+    return next((name for name, packed in _ipv6_addresses() if packed == wanted), None)
+
+
+def _ipv6_addresses() -> Iterator[tuple[str, bytes]]:
+    """The interfaces of this machine that have an IPv6 address, with it."""
     with suppress(OSError):
         for line in Path("/proc/net/if_inet6").read_text().splitlines():
-            words = line.split()
-            if words and words[0] == wanted:
-                return words[-1]
-    return None
+            if words := line.split():
+                yield words[-1], bytes.fromhex(words[0])
+
+
+def own_addresses() -> list[str]:
+    """Return the IP addresses of this machine by which others may reach it; those of the machine alone come last.
+
+    Without IPv6 addresses of a single link, which no other machine can name.
+    """
+    found = [address for _, address in _ipv4_addresses()]
+    for _, packed in _ipv6_addresses():
+        address = ipaddress.IPv6Address(packed)
+        if not address.is_link_local:
+            found.append(str(address))
+    return sorted(dict.fromkeys(found), key=lambda address: ipaddress.ip_address(address).is_loopback)
 
 
 def interface_variables(interface: str | None, root: Path = Path("/")) -> dict[str, str]:

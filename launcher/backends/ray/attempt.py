@@ -15,20 +15,16 @@ from launcher.agent.health import preflight
 from launcher.agent.protocol import (
     CheckNode,
     Collectives,
-    Drained,
-    GroupEnded,
     Heartbeats,
     Joined,
     Lost,
     NodeChecked,
     RankExit,
-    RayMessage,
     Signal,
     Stacks,
     StopRequest,
-    WorkerGone,
-    WorkerReady,
 )
+from launcher.agent.worker_messages import Drained, GroupEnded, RayMessage, WorkerGone, WorkerReady
 from launcher.backends.ray.node_actor import NodeActors
 from launcher.backends.ray.worker_group import Inbox, WorkerGroup
 from launcher.config.timeouts import TIMEOUTS

@@ -22,16 +22,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from launcher.agent.protocol import (
-    Drained,
-    EndWorker,
-    KillWorker,
-    Lost,
-    RayMessage,
-    StopRequest,
-    WorkerGone,
-    WorkerReady,
-)
+from launcher.agent.inside.visits import VisitRequests
+from launcher.agent.protocol import Lost, StopRequest
+from launcher.agent.worker_messages import Drained, EndWorker, KillWorker, RayMessage, WorkerGone, WorkerReady
 from launcher.backends.ray.attempt import BY_FILE, DRIVER, RayAttempt
 from launcher.backends.ray.capacity import ClusterCapacity
 from launcher.backends.ray.cluster import draining, join, leave, own_node, reservations, shortage
@@ -226,9 +219,10 @@ class Driver:
             end = End(State.FAILED, Failure("bad request", str(error), advice=ADVICE["bad request"]))
         else:
             self.run_dir.event("accepted")
-            looking = asyncio.create_task(self._look())
+            looking = [asyncio.create_task(self._look()), asyncio.create_task(self._receive_visits())]
             end = End(State.STOPPED) if stopped else await self.recovery.run(self)
-            looking.cancel()
+            for task in looking:
+                task.cancel()
         if self.groups.current is not None:
             text = f"{end.failure.kind}: {end.failure.message}" if end.failure else ""
             await self.groups.finish(self.groups.current, text)
@@ -264,6 +258,15 @@ class Driver:
                 requests.drained.update(going)
                 self.inbox.put_nowait((DRIVER, Drained({node: going[node] for node in new})))
             await asyncio.sleep(TIMEOUTS.ray_look)
+
+    async def _receive_visits(self) -> None:
+        """Send the requests of clients to the node actors."""
+        visits = VisitRequests(self.run_dir)
+        visits.prepare()
+        while True:
+            for visit in await asyncio.to_thread(visits.new):
+                self.node_actors.send_all(visit)
+            await asyncio.sleep(TIMEOUTS.visit_look)
 
     # ---- the engine of the recovery loop ----------------------------------------------------------------------------
 

@@ -17,16 +17,8 @@ from typing import Any
 
 from launcher.agent.network.store import Store
 from launcher.agent.node_ranks import NodeRanks
-from launcher.agent.protocol import (
-    AgentInfo,
-    EndWorker,
-    KillWorker,
-    Lost,
-    RayMessage,
-    ToNodeActor,
-    WorkerGone,
-    WorkerReady,
-)
+from launcher.agent.protocol import AgentInfo, Lost
+from launcher.agent.worker_messages import EndWorker, KillWorker, RayMessage, ToNodeActor, WorkerGone, WorkerReady
 from launcher.backends.ray.cluster import RayNode
 from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle.run_dir import RunDir

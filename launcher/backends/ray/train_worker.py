@@ -12,7 +12,7 @@ import ray.train
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from launcher.agent.protocol import EndWorker
+from launcher.agent.worker_messages import EndWorker
 from launcher.config.timeouts import TIMEOUTS
 
 

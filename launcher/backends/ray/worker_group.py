@@ -8,7 +8,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.agent.protocol import RayMessage, Start
+from launcher.agent.protocol import Start
+from launcher.agent.worker_messages import RayMessage
 from launcher.backends.ray.cluster import SLICE, TOPOLOGY, WORKER, RayNode
 from launcher.request.placement.tpu import Topology, rank_environment
 from launcher.request.spec import Plan

@@ -107,7 +107,7 @@ def test_a_function_in_any_locale(local_project: Project, locale: dict[str, str]
 
 def test_a_process_with_a_name_that_is_no_text_is_watched() -> None:
     """The kernel cuts the name of a process after 15 bytes, which may be within a character."""
-    from launcher.agent.node_ranks import process_state
+    from launcher.agent.processes import process_state
 
     name = b"gr\xc3"
     program = f"import ctypes, sys; ctypes.CDLL(None).prctl(15, {name!r}); print(flush=True); sys.stdin.read()"

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from launcher.agent.processes import start_time
 from launcher.backends import detached
 from launcher.backends.slurm import backend as slurm
 from launcher.client.api import resubmit
@@ -62,7 +63,7 @@ def victim() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def id_of(pid: int) -> str:
-    return f"{HOST}:{pid}:{detached._start_time(pid)}"
+    return f"{HOST}:{pid}:{start_time(pid)}"
 
 
 # ---- ids -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Sessions: processes of an agent in which a client looks inside a running run."""
