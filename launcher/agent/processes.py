@@ -22,3 +22,16 @@ def start_time(pid: int) -> str:
         return ""
     fields = stat.rpartition(")")[2].split()  # the command name may contain spaces and brackets
     return "" if fields[0] in "ZX" else fields[19]
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether the process has a handler for the signal `number`. Raises OSError if it has ended."""
+    return has_signal(f"/proc/{pid}/status", "SigCgt", number)
+
+
+def has_signal(path: str, name: str, number: int) -> bool:
+    """Whether the set of signals `name` in a status file of ``/proc`` has `number`; see proc_pid_status(5). Raises OSError."""
+    for line in Path(path).read_text(errors="replace").splitlines():
+        if line.startswith(f"{name}:"):
+            return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return False

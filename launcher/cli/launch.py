@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from launcher.cli.parser import add_options, command, given, launch_parser
+from launcher.cli.parser import add_debug, add_options, command, given, launch_parser
 from launcher.errors import OURS, BadRequest
 from launcher.request.spec import NOT_RESUMED, RunSpec, State
+
+if TYPE_CHECKING:
+    from launcher.rank.debugger import DebugRequest
 
 
 def parse_request(argv: Sequence[str]) -> tuple[RunSpec, argparse.Namespace]:
@@ -59,6 +63,7 @@ def run_launch(argv: Sequence[str]) -> int:
     from launcher.config.codec import to_data
 
     plan = make_plan(spec, Path.cwd())
+    debug = debug_request(options.debug, options.debug_port, plan.placement.world_size)
     if options.dry_run:
         plan = plan.masked()
         sent = backends.of(plan.cluster).render(plan)
@@ -70,10 +75,10 @@ def run_launch(argv: Sequence[str]) -> int:
     if not (options.json or options.detach):
         print(describe(plan), flush=True)
     attachment = None if options.detach else attach(plan, _shown_on(options))
-    run = submit(plan, attachment=attachment)
+    run = submit(plan, attachment=attachment, debug=_needed(debug, attachment))
     if not options.json:
         print("".join(f"launch: {line}\n" for line in not_copied(run)), end="", flush=True)
-    return _attend(run, options, attachment)
+    return _attend(run, options, attachment, debug)
 
 
 def run_resume(argv: Sequence[str]) -> int:
@@ -83,6 +88,7 @@ def run_resume(argv: Sequence[str]) -> int:
     )
     add_options(parser, NOT_RESUMED)
     parser.add_argument("--detach", action="store_true", help="return once it is submitted")
+    add_debug(parser)
     options = parser.parse_args(list(argv))
     from launcher.client.api import resubmit
     from launcher.client.run import find
@@ -94,15 +100,43 @@ def run_resume(argv: Sequence[str]) -> int:
         attachments.append(None if options.detach else attach(plan, _shown_on(options)))
         return attachments[-1]
 
-    run = resubmit(find(options.run, Path(options.runs)), attached, **given(options))
-    return _attend(run, options, attachments[-1])
+    found = find(options.run, Path(options.runs))
+    debug = debug_request(options.debug, options.debug_port, None)
+    run = resubmit(found, attached, debug, **given(options))
+    return _attend(run, options, attachments[-1], debug)
 
 
 def _shown_on(options: argparse.Namespace) -> TextIO:
     return sys.stderr if options.json else sys.stdout
 
 
-def _attend(run: Any, options: argparse.Namespace, attachment: Any = None) -> int:
+def debug_request(ranks: str | None, port: int | None, world_size: int | None) -> DebugRequest | None:
+    """Return what ``--debug`` and ``--debug-port`` ask of a run of `world_size` ranks (None: not known); None without them.
+
+    Raises:
+        BadRequest: there is no such rank or port, or debugpy is not installed.
+    """
+    if ranks is None and port is None:
+        return None
+    from launcher.cli.inside.debug import ranks_of
+    from launcher.rank.debugger import DebugRequest
+
+    if port is not None and not 1024 <= port <= 65000:
+        raise BadRequest(f"--debug-port {port}: a port from 1024 to 65000 is needed, such as 5678.")
+    if port is not None and importlib.util.find_spec("debugpy") is None:
+        raise BadRequest(f"--debug-port {port}: debugpy is not installed. Write: pip install debugpy")
+    found = ranks_of(ranks or "0", "--debug")
+    if found is not None and world_size is not None and found[-1] >= world_size:
+        raise BadRequest(f"--debug {ranks}: the ranks of this run are 0 to {world_size - 1}.")
+    return DebugRequest(found, port)
+
+
+def _needed(debug: DebugRequest | None, attachment: Any) -> DebugRequest | None:
+    """`debug`, unless the only rank has this terminal itself."""
+    return None if debug is not None and debug.port is None and attachment is not None else debug
+
+
+def _attend(run: Any, options: argparse.Namespace, attachment: Any = None, debug: DebugRequest | None = None) -> int:
     """Follow a run to its end, unless asked not to; report it; return the exit status."""
     from launcher.client.api import drop_refused
 
@@ -111,7 +145,17 @@ def _attend(run: Any, options: argparse.Namespace, attachment: Any = None) -> in
         return 0
     from launcher.client.follow import attend
 
-    state = attend(run, _shown_on(options), attachment.terminal if attachment is not None else None)
+    at_breakpoints = None
+    if debug is not None and debug.port is None and run.dir.debug_file.exists():
+        from launcher.client.inside.debug import AtBreakpoints
+
+        at_breakpoints = AtBreakpoints(run, debug.ranks)
+    terminal = attachment.terminal if attachment is not None else None
+    try:
+        state = attend(run, _shown_on(options), terminal, at_breakpoints and at_breakpoints.wait)
+    finally:
+        if at_breakpoints is not None:
+            at_breakpoints.close()
     if state is None:
         return State.STOPPED.exit_status
     drop_refused(run)

@@ -17,6 +17,8 @@ COMMANDS = {
     "logs": "what a run's ranks printed",
     "cancel": "ask a run to stop, and kill it after its grace",
     "stacks": "where a run's ranks stand: their Python stacks",
+    "debug": "stop a rank of a run in a debugger, at this terminal",
+    "profile": "profile some steps of a run's ranks",
     "resume": "take a run up again, from its newest checkpoint if it has one",
     "clusters": "the cluster profiles that were found; `clusters new` writes one",
     "doctor": "whether this machine and its engines are in order",
@@ -115,6 +117,14 @@ def add_json(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
 
 
+def add_debug(parser: argparse._ActionsContainer) -> None:
+    """Add the options of debuggers in ranks that are sent now."""
+    text = "breakpoint() in these ranks opens a debugger here: 0, 0,3, 0-7 or all; other ranks pass over it"
+    parser.add_argument("--debug", action=Once, metavar="RANKS", help=text)
+    text = "for --debug: an editor that speaks to debugpy connects to PORT (plus the local rank) instead"
+    parser.add_argument("--debug-port", action=Once, type=whole, metavar="PORT", help=text)
+
+
 def command(name: str, more: str = "", run: bool = True) -> Parser:
     """The parser of ``launch NAME``: a run (unless `run` is False), the folder of runs, and JSON."""
     parser = Parser(
@@ -163,6 +173,7 @@ def launch_parser() -> Parser:
     more = add_options(parser)["how"]
     more.add_argument("--dry-run", action="store_true", help="print all that would be sent, and send nothing")
     more.add_argument("--detach", action="store_true", help="return once it is submitted")
+    add_debug(more)
     add_json(more)  # type: ignore[arg-type]
     more.add_argument("--version", action=Version, help="print the versions of launch, Python and the engines")
     more.add_argument("-m", dest="module", action=Once, metavar="MODULE", help="run a module as a script")

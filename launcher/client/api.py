@@ -30,6 +30,7 @@ from training.files import write_atomic
 
 if TYPE_CHECKING:
     from launcher.client.terminal import Attachment
+    from launcher.rank.debugger import DebugRequest
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -142,10 +143,12 @@ def submit(
     function: Callable[..., Any] | None = None,
     given: Given = NOTHING_GIVEN,
     attachment: Attachment | None = None,
+    debug: DebugRequest | None = None,
 ) -> Run:
     """Make the run directory, copy the code, and send the plan. After an error nothing of it is left.
 
-    `function` and `given` are those of `make_plan`, and `attachment` has streams of this process for the rank.
+    `function` and `given` are those of `make_plan`, and `attachment` has streams of this process for the rank. With `debug` the
+    ranks wait at their breakpoints.
 
     Raises:
         BadRequest: a check failed, or the engine refused.
@@ -160,6 +163,7 @@ def submit(
         if plan.target.path:
             _copy_code(plan, run_dir)
         run_dir.write_plan(plan)
+        _write_debug(run_dir, debug)
         _check_target(plan)
         return _send(plan, run_dir, attachment)
     except BaseException:
@@ -167,10 +171,15 @@ def submit(
         raise
 
 
-def resubmit(run: Run, attach: Callable[[Plan], Attachment | None] = lambda _: None, **changes: Any) -> Run:
+def resubmit(
+    run: Run,
+    attach: Callable[[Plan], Attachment | None] = lambda _: None,
+    debug: DebugRequest | None = None,
+    **changes: Any,
+) -> Run:
     """Send a run again; see `resume`. After an error the run directory is what it was.
 
-    `attach` returns streams of this process for the rank of the plan that is sent.
+    `attach` returns streams of this process for the rank of the plan that is sent; `debug` as for `submit`.
     """
     with reading(run.path):
         run.dir.check_own()
@@ -207,6 +216,7 @@ def resubmit(run: Run, attach: Callable[[Plan], Attachment | None] = lambda _: N
     _check_target(plan)
     with acting(run.path), run.dir.reopened():
         run.dir.write_plan(plan)
+        _write_debug(run.dir, debug)
         return _send(plan, run.dir, attach(plan))
 
 
@@ -253,6 +263,13 @@ def _send(plan: Plan, run_dir: RunDir, attachment: Attachment | None = None) -> 
     run_dir.write_job(backend.name, job)
     registry.register(run_dir.path)
     return Run(run_dir)
+
+
+def _write_debug(run_dir: RunDir, debug: DebugRequest | None) -> None:
+    if debug is None:
+        run_dir.debug_file.unlink(missing_ok=True)
+    else:
+        write_atomic(run_dir.debug_file, to_json(to_data(debug)))
 
 
 def _pickle(function: Callable[..., Any] | None, run_dir: RunDir) -> None:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, TextIO
 
@@ -25,6 +25,8 @@ from launcher.request.spec import RunSpec, State
 from training.files import parse_json
 from training.flags.typed import is_count, is_number
 
+Wait = Callable[[Screen, float], None]
+
 
 def follow(run: Run, out: TextIO, rank: int = 0) -> State:
     """Print what happens until the run has ended, and return its state; see `Follower`."""
@@ -34,12 +36,14 @@ def follow(run: Run, out: TextIO, rank: int = 0) -> State:
 class Follower:
     """Prints what one rank prints and what happens to the run; on a terminal, one line of progress below.
 
-    With `terminal` the rank itself writes to it, and its log is not read.
+    With `terminal` the rank itself writes to it, and its log is not read. `wait` takes the place of a pause between two looks.
     """
 
-    def __init__(self, run: Run, out: TextIO, rank: int = 0, terminal: Terminal | None = None) -> None:
+    def __init__(
+        self, run: Run, out: TextIO, rank: int = 0, terminal: Terminal | None = None, wait: Wait | None = None
+    ) -> None:
         self.run = Run(WatchedDir(run.path))
-        self.rank, self.terminal = rank, terminal
+        self.rank, self.terminal, self.wait = rank, terminal, wait
         self.screen = Screen(out)
         plan = run.dir.plan()
         self.backend, self.has_queue = plan.backend, backends.of(plan.cluster).capabilities.queue
@@ -66,6 +70,8 @@ class Follower:
             pause = max(TIMEOUTS.follow, min((time.monotonic() - news) / 20, TIMEOUTS.follow_silent))
             if self.terminal is not None and self.terminal.connection is not None:
                 self.terminal.relay(self.screen, pause)
+            elif self.wait is not None:
+                self.wait(self.screen, pause)
             else:
                 time.sleep(pause)
 
@@ -229,13 +235,13 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM was received while a run was followed."""
 
 
-def attend(run: Run, out: TextIO, terminal: Terminal | None = None) -> State | None:
-    """Follow a run to its end and return its state; None if Ctrl-C ended only the watching.
+def attend(run: Run, out: TextIO, terminal: Terminal | None = None, wait: Wait | None = None) -> State | None:
+    """Follow a run to its end and return its state; None if Ctrl-C ended only the watching. See `Follower`.
 
     On this machine the first Ctrl-C, or SIGTERM, asks the run to stop, and the second one ends it; so does a pipe that
     nobody reads any more. A run of a cluster continues after Ctrl-C; SIGTERM keeps its usual effect there.
     """
-    follower = Follower(run, out, terminal=terminal)
+    follower = Follower(run, out, terminal=terminal, wait=wait)
     follower.attempt = _earlier_attempts(
         run.dir.events(re.compile('"(?:submitted|started)"'))
     )  # the first ones may be over

@@ -44,6 +44,7 @@ class Timeouts:
         visit_connect: a session tries to connect to one address of a client.
         visit_next: after this time it also tries the next address.
         py_spy: py-spy shows the stacks of a process.
+        rank_answers: a rank that was asked to open a debugger comes to its next line of Python.
         session_end: a session ends its processes before it is killed.
 
     Attributes of checks:
@@ -109,6 +110,7 @@ class Timeouts:
     visit_connect: float = 8.0
     visit_next: float = 0.3
     py_spy: float = 20.0
+    rank_answers: float = 3.0
     session_end: float = 5.0
 
     probe: float = 5.0

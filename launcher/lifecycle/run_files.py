@@ -86,6 +86,8 @@ class RunPaths:
     session_file = FileOfRun("session.json")
     visits = FileOfRun("visits")
     """Requests of clients to look inside (`launcher.lifecycle.records.visits`)."""
+    debug_file = FileOfRun("debug.json")
+    """What ``launch --debug`` asks of the ranks of the newest submission; only with it."""
     logs = FileOfRun("logs")
 
     def log(self, attempt: int, rank: int) -> Path:
@@ -98,6 +100,10 @@ class RunPaths:
     def collectives(self, attempt: int, rank: int) -> Path:
         """The newest collectives of a rank that hung (`training.distributed.hangs.collectives`)."""
         return self.logs / str(attempt) / f"{rank}.collectives.json"
+
+    def profile(self, attempt: int, rank: int, visit: str) -> Path:
+        """The Chrome trace that a rank wrote for ``launch profile``; the table is beside it, as ``.txt``."""
+        return self.path / "profiles" / f"attempt-{attempt}-rank-{rank}-{visit}.json"
 
     def nccl_dump(self, attempt: int) -> Path:
         """What NCCL writes the record of a rank to at a timeout, followed by the number of the rank."""

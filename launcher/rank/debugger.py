@@ -11,27 +11,34 @@ To quit, or to lose the connection, lets the program go on: a run of many ranks 
 from __future__ import annotations
 
 import io
+import json
 import os
 import pdb
 import sys
 import time
-from collections.abc import Collection
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
-from launcher.rank.visits import Visit, connect
+from launcher.rank.visits import LONGEST, Visit, connect
+from launcher.request import own_packages
 from training.distributed import group
 from training.distributed.heartbeat import Heartbeat
 from training.distributed.world import World
+from training.files import read_plain
+from training.flags.typed import from_data
 
 LOOK = 0.5
 """Seconds between two attempts of a rank at a breakpoint to find somebody who debugs."""
 
 PATIENCE = timedelta(days=7)
 """Limit of a collective in a run with ``--debug``: the other ranks wait for a person."""
+
+_OURS = (f"{own_packages.ROOT}/launcher/", "<string>", "<frozen")
 
 
 class Terminal(io.TextIOBase):
@@ -78,6 +85,14 @@ class Debugger(pdb.Pdb):
         finally:
             hold(self.heartbeat, False)
 
+    def get_stack(self, f: FrameType | None, t: Any) -> tuple[list[tuple[FrameType, int]], int]:
+        """Return the stack without the calls of the launcher that lead to the program."""
+        stack, index = super().get_stack(f, t)
+        ours = 0
+        while ours < index and stack[ours][0].f_code.co_filename.startswith(_OURS):
+            ours += 1
+        return stack[ours:], index - ours
+
     def do_continue(self, arg: str) -> Any:
         """c(ont(inue)): go on, and leave the debugger unless it has breakpoints."""
         result = super().do_continue(arg)
@@ -121,23 +136,32 @@ def stop(visit: Visit, frame: FrameType) -> None:
 # ---- launch --debug ---------------------------------------------------------------------------------------------------
 
 
-def begin(world: World, ranks: Collection[int] | None, port: int | None) -> None:
-    """Prepare this process, a rank, for ``launch --debug``: `breakpoint` waits for the command.
+@dataclass(frozen=True)
+class DebugRequest:
+    """What ``launch --debug`` asks of the ranks of a run, as ``debug.json`` of its directory.
 
-    Args:
+    Attributes:
         ranks: those that stop at a breakpoint, None for all; the others pass over it.
         port: debugpy waits for an editor on this port plus the local rank, instead.
     """
+
+    ranks: list[int] | None = None
+    port: int | None = None
+
+
+def begin(file: Path, world: World) -> None:
+    """Prepare this process, a rank, for what `file` asks: `breakpoint` waits for the command."""
+    request = from_data(DebugRequest, json.loads(read_plain(file, LONGEST, file.parent)), str(file))
     group.TIMEOUT = PATIENCE
     sys.meta_path.insert(0, _LongTimeouts())
     # NCCL's watchdog would end the ranks that wait.
     os.environ |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
     if os.environ.get("PYTHONBREAKPOINT") == "0":
         return
-    if ranks is not None and world.rank not in ranks:
+    if request.ranks is not None and world.rank not in request.ranks:
         sys.breakpointhook = lambda *_, **__: None
-    elif port is not None:
-        _wait_for_editor(world.rank, port + world.local_rank)
+    elif request.port is not None:
+        _wait_for_editor(world.rank, request.port + world.local_rank)
     else:
         sys.breakpointhook = lambda *_, **__: _wait(world)
 

@@ -29,6 +29,7 @@ from launcher.lifecycle.exit_status import (
 from launcher.lifecycle.run_dir import RunDir
 from launcher.rank.affinity import settle
 from launcher.rank.output import drop_output_on_full_disk, write_stacks_on_signal
+from launcher.rank.visits import receive_visits
 from launcher.request import own_packages
 from launcher.request.spec import Plan
 from launcher.request.target import call, short_traceback
@@ -184,12 +185,19 @@ def main(run_dir: Path, world: World, heartbeats: int, *, prepared: bool = False
     faulthandler.enable(2)  # a crash in native code leaves the Python stack in the log
     faulthandler.register(signal.SIGQUIT, 2)  # and the agent asks a rank that hangs for it
     write_stacks_on_signal()
+    receive_visits()
     heartbeat = Heartbeat.of(heartbeats, world.local_rank)
     if os.isatty(0):
         from launcher.rank.terminal.prompts import report_prompts
 
         report_prompts(heartbeat)
-    return work(RunDir(run_dir), world, heartbeat, prepared=prepared)
+    own = RunDir(run_dir)
+    if own.debug_file.exists():
+        from launcher.rank import debugger
+
+        Heartbeat.of_process = heartbeat
+        debugger.begin(own.debug_file, world)
+    return work(own, world, heartbeat, prepared=prepared)
 
 
 def enter(bare: frozenset[str]) -> NoReturn:

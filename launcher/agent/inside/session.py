@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launcher.agent.inside import commands, stacks
+from launcher.agent.inside import commands, ranks, stacks
 from launcher.agent.inside.line import Line, introduce
 from launcher.agent.inside.start import SessionStart
 from launcher.config.timeouts import TIMEOUTS
@@ -33,6 +33,8 @@ SERVED: dict[str, Serve] = {
     "stacks": stacks.serve,
     "command": commands.serve_command,
     "shell": commands.serve_shell,
+    "debug": ranks.serve_debug,
+    "profile": ranks.serve_profile,
 }
 """What serves each kind of request, with the first message of the client."""
 
@@ -109,8 +111,8 @@ async def run() -> None:
 
 
 async def _serve(line: Line, start: SessionStart) -> None:
-    ranks = [each.rank for each in start.ranks]
-    await line.send(node=start.node, host=start.host, attempt=start.attempt, ranks=ranks)
+    own = [each.rank for each in start.ranks]
+    await line.send(node=start.node, host=start.host, attempt=start.attempt, ranks=own)
     if (fields := await line.receive_fields()) is not None:
         await SERVED[start.request.kind](line, start, fields)
 

@@ -22,7 +22,7 @@ from typing import Any
 from launcher.agent.hangs.detection import FRAME, LIBRARIES, STOPPED_STATES
 from launcher.agent.inside.line import Line
 from launcher.agent.inside.start import SessionStart, VisitedRank
-from launcher.agent.processes import process_state, start_time
+from launcher.agent.processes import catches, has_signal, process_state, start_time
 from launcher.config.timeouts import TIMEOUTS
 from launcher.rank.output import STACK_FILE, STACK_SIGNAL
 from launcher.request import own_packages
@@ -150,7 +150,7 @@ async def dump(pid: int) -> str:
         own = len(file.readline())
         file.truncate(own)
         blocked = _threads_that_block(pid)
-        if not _caught(pid):
+        if not catches(pid, STACK_SIGNAL):
             raise NoStacksError("has replaced the handler of the signal that asks for its stacks")
         os.kill(pid, STACK_SIGNAL)
         while (
@@ -190,12 +190,8 @@ def _stack_file(pid: int) -> str:
     raise NoStacksError("has no Python stacks to show: it is starting, or has closed the file for them")
 
 
-def _caught(pid: int) -> bool:
-    return bool(_mask(f"/proc/{pid}/status", "SigCgt"))
-
-
 def _pending(pid: int) -> bool:
-    return bool(_mask(f"/proc/{pid}/status", "ShdPnd"))
+    return has_signal(f"/proc/{pid}/status", "ShdPnd", STACK_SIGNAL)
 
 
 def _threads_that_block(pid: int) -> set[str]:
@@ -203,17 +199,9 @@ def _threads_that_block(pid: int) -> set[str]:
     found = set()
     for thread in os.listdir(f"/proc/{pid}/task"):
         with suppress(OSError):
-            if _mask(f"/proc/{pid}/task/{thread}/status", "SigBlk"):
+            if has_signal(f"/proc/{pid}/task/{thread}/status", "SigBlk", STACK_SIGNAL):
                 found.add(thread)
     return found
-
-
-def _mask(path: str, name: str) -> int:
-    """The bit of `STACK_SIGNAL` in a set of signals; see proc_pid_status(5)."""
-    for line in Path(path).read_text(errors="replace").splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1], 16) >> (STACK_SIGNAL - 1) & 1
-    return 0
 
 
 def _condition(pid: int) -> str:
