@@ -27,6 +27,10 @@ def profile(run: Run, ranks: Sequence[int] = (0,), steps: int = 5, seconds: floa
     Raises:
         BadRequest: the run does not run, belongs to somebody else, has no such rank, or no node answers.
     """
+    if steps < 1 or not 0 < seconds <= 3600:
+        raise BadRequest(
+            f"a profile of {steps} steps and {seconds:g} s: at least one step, and at most an hour, is needed."
+        )
     target = inside(run)
     for rank in ranks:
         target.of_rank(rank)
