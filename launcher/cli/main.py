@@ -13,6 +13,7 @@ from typing import NoReturn
 from launcher.cli import runs
 from launcher.cli.clusters import run_clusters
 from launcher.cli.doctor import run_doctor
+from launcher.cli.inside.enter import run_code, run_exec, run_shell
 from launcher.cli.inside.stacks import run_stacks
 from launcher.cli.launch import run_launch, run_resume
 from launcher.cli.parser import COMMANDS, SHOW_PARSER, Parser, ShownParser, add_json, launch_parser
@@ -119,6 +120,9 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "logs": runs.run_logs,
     "cancel": runs.run_cancel,
     "stacks": run_stacks,
+    "exec": run_exec,
+    "shell": run_shell,
+    "code": run_code,
     "resume": run_resume,
     "clusters": run_clusters,
     "doctor": run_doctor,

@@ -43,6 +43,7 @@ class Timeouts:
         visit: a client waits for the sessions on the nodes.
         visit_connect: a session tries to connect to one address of a client.
         visit_next: after this time it also tries the next address.
+        stack_answer: a rank writes its stacks for `launch stacks`, even if its cores are busy.
         py_spy: py-spy shows the stacks of a process.
         session_end: a session ends its processes before it is killed.
 
@@ -108,6 +109,7 @@ class Timeouts:
     visit: float = 15.0
     visit_connect: float = 8.0
     visit_next: float = 0.3
+    stack_answer: float = 3.0
     py_spy: float = 20.0
     session_end: float = 5.0
 

@@ -176,7 +176,20 @@ def test_the_command_line() -> None:
         "-h/--help --backend --cluster --gpus --tpus --cpus --nodes --spare-nodes --gpus-per-node --ranks --ranks-per-node"
         " --cpus-per-rank --accelerator --topology --set --env --env-file --time --max-restarts --name --dry-run --detach --json --version -m"
     )
-    assert list(COMMANDS) == ["list", "status", "logs", "cancel", "stacks", "resume", "clusters", "doctor", "completion"]
+    assert list(COMMANDS) == [
+        "list",
+        "status",
+        "logs",
+        "cancel",
+        "stacks",
+        "exec",
+        "shell",
+        "code",
+        "resume",
+        "clusters",
+        "doctor",
+        "completion",
+    ]
 
 
 ONCE = {

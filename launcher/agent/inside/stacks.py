@@ -144,7 +144,7 @@ async def dump(pid: int) -> str:
     if process_state(pid) in [*STOPPED_STATES, "t"]:
         raise NoStacksError(f"is {_condition(pid)}")
     with open(os.open(_stack_file(pid), os.O_RDWR | os.O_CLOEXEC), "r+b", buffering=0) as file:
-        deadline = asyncio.get_running_loop().time() + TIMEOUTS.stack_dump
+        deadline = asyncio.get_running_loop().time() + TIMEOUTS.stack_answer
         while not _locked(file.fileno()):  # another client reads it
             await _pause(deadline, pid)
         own = len(file.readline())

@@ -43,7 +43,7 @@ async def _collect(target: Target, native: bool) -> dict[str, Any]:
 
 async def _ask(session: Session, native: bool) -> tuple[Session, list[dict[str, Any]] | None]:
     try:
-        async with asyncio.timeout(TIMEOUTS.stack_dump + TIMEOUTS.py_spy + TIMEOUTS.hello):
+        async with asyncio.timeout(TIMEOUTS.stack_answer + TIMEOUTS.py_spy + TIMEOUTS.hello):
             await session.line.send(native=native)
             answer = await session.line.receive_fields() or {}
     except (TimeoutError, OSError):
