@@ -84,7 +84,11 @@ def run_shell(argv: Sequence[str]) -> int:
     from launcher.client.inside.shell import shell
     from launcher.client.tail import printable
 
-    status, reason = shell(_target(options))
+    try:
+        status, reason = shell(_target(options))
+    except KeyboardInterrupt:  # before the node has answered; later it is for the shell
+        print(file=sys.stderr)
+        return 130
     if reason:
         print(printable(f"launch: {reason}", 1000), file=sys.stderr)
     return status

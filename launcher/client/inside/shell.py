@@ -32,7 +32,10 @@ def shell(target: Target) -> tuple[int, str]:
         raise BadRequest(
             f"a shell needs a terminal. Without one, `launch exec {target.name} -- COMMAND` runs a command."
         )
-    return asyncio.run(_shell(target))
+    try:
+        return asyncio.run(_shell(target))
+    except asyncio.CancelledError:
+        return 128 + signal.SIGTERM, "the shell was ended by a signal to this command"
 
 
 async def _shell(target: Target) -> tuple[int, str]:

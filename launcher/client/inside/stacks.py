@@ -25,7 +25,11 @@ def stacks(run: Run, rank: int | None = None, native: bool = False) -> dict[str,
         BadRequest: the run does not run, belongs to somebody else, has no such rank, or no node answers.
     """
     target = inside(run) if rank is None else inside(run).of_rank(rank)
-    with ThreadPoolExecutor(1) as pool:  # a notebook's thread has an event loop that runs already
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(_collect(target, native))
+    with ThreadPoolExecutor(1) as pool:  # in a notebook
         return pool.submit(asyncio.run, _collect(target, native)).result()
 
 

@@ -116,14 +116,15 @@ def test_the_supervisor_sends_each_request_once_and_ignores_others(
     requests = VisitRequests(run_dir)
     assert requests.new() == []
     requests.prepare()
+    assert (run_dir.claim_attempt(), run_dir.claim_attempt()) == (1, 2)
     first = visits.leave(run_dir.visits, REQUEST)
     for name in ("x.json", "../x.json".replace("/", "_"), f"{'a' * 32}.json.tmp", f"{'b' * 31}.json"):
         (run_dir.visits / name).write_text("{}")
-    assert requests.new() == [Visit(first, [3], [])]
+    assert requests.new() == [Visit(first, 2, [3], [])]
     assert requests.new() == []
     (run_dir.visits / f"{'c' * 32}.json").write_text("{}")
     second = visits.leave(run_dir.visits, replace(REQUEST, kind="command", ranks=[], nodes=[1]))
-    assert requests.new() == [Visit(second, [], [1])]
+    assert requests.new() == [Visit(second, 2, [], [1])]
     assert "a request to look inside was ignored" in capsys.readouterr().err
     events = [(e["kind"], e["ranks"], e["nodes"]) for e in run_dir.events() if e["event"] == "visited"]
     assert events == [("stacks", [3], []), ("command", [], [1])]
