@@ -158,11 +158,13 @@ class Visit:
     """Start a session for the client that left the request `id` (`launcher.lifecycle.records.visits`).
 
     Attributes:
+        attempt: the newest one; a node that has no ranks in it starts no session.
         ranks: for the nodes of these ranks.
         nodes: for these nodes, by their numbers in the placement; with no ranks and no nodes, for every node.
     """
 
     id: str
+    attempt: int
     ranks: list[int] = field(default_factory=list)
     nodes: list[int] = field(default_factory=list)
 

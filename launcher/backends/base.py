@@ -108,6 +108,10 @@ class Backend(ABC):
         """Return the engine's own command for a shell in the job on `host`; empty if it has none. Asks nothing."""
         return ""
 
+    def ssh_note(self) -> str:
+        """Return what a cluster has to allow for ssh to the nodes of a job; empty if nothing is known."""
+        return ""
+
     @abstractmethod
     def submit(self, plan: Plan) -> str:
         """Submit the request that `render` shows; return the job id.

@@ -14,6 +14,7 @@ from launcher.cli import runs
 from launcher.cli.clusters import run_clusters
 from launcher.cli.doctor import run_doctor
 from launcher.cli.inside.debug import run_debug, run_profile
+from launcher.cli.inside.enter import run_code, run_exec, run_shell
 from launcher.cli.inside.stacks import run_stacks
 from launcher.cli.launch import run_launch, run_resume
 from launcher.cli.parser import COMMANDS, SHOW_PARSER, Parser, ShownParser, add_json, launch_parser
@@ -120,6 +121,9 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "logs": runs.run_logs,
     "cancel": runs.run_cancel,
     "stacks": run_stacks,
+    "exec": run_exec,
+    "shell": run_shell,
+    "code": run_code,
     "debug": run_debug,
     "profile": run_profile,
     "resume": run_resume,

@@ -67,7 +67,7 @@ def attach(plan: Plan, out: TextIO) -> Attachment | None:
     keyboard = sys.stdin is not None and os.isatty(0)
     screen = 0 if keyboard else out.fileno()
     termios.tcsetattr(slave, termios.TCSANOW, termios.tcgetattr(screen))
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, _size(screen))
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, window_size(screen))
     with remote, open(os.devnull, "rb") as null:
         stdin = slave if keyboard else null.fileno() if sys.stdin is None else 0
         passed = {STDIN: stdin, CONNECTION: remote.fileno(), MASTER: master, SLAVE: slave}
@@ -85,7 +85,8 @@ def _in_foreground(terminal: int) -> bool:
         return error.errno == errno.ENOTTY  # it is not that of this session, so that it has no job control
 
 
-def _size(descriptor: int) -> bytes:
+def window_size(descriptor: int) -> bytes:
+    """The size of the window of a terminal, as ``struct winsize``."""
     return fcntl.ioctl(descriptor, termios.TIOCGWINSZ, bytes(8))
 
 
@@ -123,7 +124,7 @@ class Terminal:
 
     def _resized(self, *_: object) -> None:
         with suppress(OSError):
-            self._send(SIZE + _size(self.descriptor))
+            self._send(SIZE + window_size(self.descriptor))
 
     def _hung_up(self, number: int, _: object) -> None:
         self.restore()

@@ -43,6 +43,7 @@ class Timeouts:
         visit: a client waits for the sessions on the nodes.
         visit_connect: a session tries to connect to one address of a client.
         visit_next: after this time it also tries the next address.
+        stack_answer: a rank writes its stacks for `launch stacks`, even if its cores are busy.
         py_spy: py-spy shows the stacks of a process.
         rank_answers: a rank that was asked to open a debugger comes to its next line of Python.
         session_end: a session ends its processes before it is killed.
@@ -109,6 +110,7 @@ class Timeouts:
     visit: float = 15.0
     visit_connect: float = 8.0
     visit_next: float = 0.3
+    stack_answer: float = 3.0
     py_spy: float = 20.0
     rank_answers: float = 3.0
     session_end: float = 5.0

@@ -30,10 +30,8 @@ from launcher.request import own_packages
 MAX_DUMP = 1 << 20
 THREAD = re.compile(r"^(?:Current thread|Thread) (0x[0-9a-f]+)(?: \[(.*)\])? \(most recent call first\):$")
 MAIN = "MainThread"
-_OF_THE_RANK = (f"{own_packages.ROOT}/launcher/", "<string>")
-"""Files of the outermost frames of a rank, which call the program."""
-
-_OURS = (*LIBRARIES, *_OF_THE_RANK, "<frozen")
+_TOOLKIT = f"{own_packages.ROOT}/launcher/"
+_NOT_OF_USER = (*LIBRARIES, _TOOLKIT, "<frozen")
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def where(threads: Sequence[Thread]) -> str:
     frames = threads[0].frames if threads else []
     if not frames:
         return ""
-    own = next((n for n, frame in enumerate(frames) if not frame.file.startswith(_OURS)), 0)
+    own = next((n for n, frame in enumerate(frames) if not frame.file.startswith(_NOT_OF_USER)), 0)
     frame = frames[own]
     return f"{frames[max(0, own - 1)].function} {os.path.basename(frame.file)}:{frame.line}"
 
@@ -144,7 +142,7 @@ async def dump(pid: int) -> str:
     if process_state(pid) in [*STOPPED_STATES, "t"]:
         raise NoStacksError(f"is {_condition(pid)}")
     with open(os.open(_stack_file(pid), os.O_RDWR | os.O_CLOEXEC), "r+b", buffering=0) as file:
-        deadline = asyncio.get_running_loop().time() + TIMEOUTS.stack_dump
+        deadline = asyncio.get_running_loop().time() + TIMEOUTS.stack_answer
         while not _locked(file.fileno()):  # another client reads it
             await _pause(deadline, pid)
         own = len(file.readline())
@@ -224,10 +222,17 @@ def parse(text: str) -> list[Thread]:
             threads[-1].frames.append(Frame(frame["file"], int(frame["line"]), frame["function"]))
     if not threads:
         return []
-    main = threads[-1].frames
-    while main and main[-1].file.startswith(_OF_THE_RANK):
-        main.pop()
-    return [Thread(MAIN, main), *threads[:-1]]
+    return [Thread(MAIN, _of_program(threads[-1].frames)), *threads[:-1]]
+
+
+def _of_program(frames: list[Frame]) -> list[Frame]:
+    """Leave out the outermost calls of a rank, which are those of this toolkit."""
+    outer = len(frames)
+    if outer > 1 and frames[-1].file == "<string>" and frames[-2].file.startswith(_TOOLKIT):
+        outer -= 1  # the statement with which its interpreter was started
+    while outer and frames[outer - 1].file.startswith(_TOOLKIT):
+        outer -= 1
+    return frames[:outer] or frames
 
 
 # ---- by py-spy ------------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ class VisitRequests:
             _log(f"a request to look inside was ignored: {error}")
             return None
         history.record_visited(self.run_dir, request.kind, request.ranks, request.nodes)
-        return Visit(visit, request.ranks, request.nodes)
+        return Visit(visit, self.run_dir.last_attempt(), request.ranks, request.nodes)
 
 
 class Sessions:
@@ -64,14 +64,15 @@ class Sessions:
 
     Attributes:
         environments: of the ranks of the newest attempt here.
-        node: the number of this node in the placement; -1 before it had ranks.
+        node: the number of this node in the placement.
+        attempt: the newest one that had ranks on this node; 0: none.
     """
 
     def __init__(self, run_dir: RunDir, plan: Plan, agent_info: AgentInfo) -> None:
         self.run_dir, self.plan, self.agent_info = run_dir, plan, agent_info
         self.environments: dict[int, dict[str, str]] = {}
         self.environment: dict[str, str] = {}
-        self.node, self.attempt = -1, 0
+        self.node = self.attempt = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     def begin(self, worlds: Sequence[World], environment: dict[str, str]) -> None:
@@ -83,7 +84,7 @@ class Sessions:
     def visit(self, visit: Visit, pids: Mapping[int, int]) -> None:
         """Start a session if the visit is about this node; `pids` are the processes of the ranks that run."""
         ranks = [rank for rank in self.environments if not visit.ranks or rank in visit.ranks]
-        if self.node < 0 or not ranks or (visit.nodes and self.node not in visit.nodes):
+        if visit.attempt != self.attempt or not ranks or (visit.nodes and self.node not in visit.nodes):
             return
         found = [VisitedRank(rank, *_process(pids.get(rank)), self.environments[rank]) for rank in sorted(ranks)]
         task = asyncio.create_task(self._run(visit.id, found))

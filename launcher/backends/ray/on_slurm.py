@@ -332,5 +332,11 @@ class RayOnSlurmBackend(Backend):
     def cancel(self, job_id: str) -> None:
         self.slurm.cancel(job_id)
 
+    def way_in(self, job_id: str, host: str) -> str:
+        return self.slurm.way_in(job_id, host)
+
+    def ssh_note(self) -> str:
+        return self.slurm.ssh_note()
+
     def diagnose(self, cluster: Cluster, cwd: Path) -> Iterator[Check]:
         return self.slurm.diagnose(cluster, cwd)

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -249,6 +250,17 @@ class SlurmBackend(Backend):
 
     def cancel(self, job_id: str) -> None:
         cancel(job_id)
+
+    def way_in(self, job_id: str, host: str) -> str:
+        """A step beside that of the run."""
+        check_id(SLURM_ID, job_id)
+        return f"srun --jobid={job_id} --overlap --nodelist={shlex.quote(host)} --pty bash"
+
+    def ssh_note(self) -> str:
+        return (
+            "ssh to a node of a job has to be allowed, as by pam_slurm_adopt, which puts it into the job; ask the cluster's"
+            " administrators if it is refused"
+        )
 
     def diagnose(self, cluster: Cluster, cwd: Path) -> Iterator[Check]:
         """Check commands, controller, partitions, nodes and accounting."""

@@ -22,7 +22,11 @@ def run_stacks(argv: Sequence[str]) -> int:
     from launcher.client.run import find
     from launcher.client.tail import printable
 
-    found = stacks(find(options.run, Path(options.runs)), options.rank, options.native)
+    try:
+        found = stacks(find(options.run, Path(options.runs)), options.rank, options.native)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
     if options.json:
         print(json.dumps(found))
     else:

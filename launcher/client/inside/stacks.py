@@ -25,7 +25,11 @@ def stacks(run: Run, rank: int | None = None, native: bool = False) -> dict[str,
         BadRequest: the run does not run, belongs to somebody else, has no such rank, or no node answers.
     """
     target = inside(run) if rank is None else inside(run).of_rank(rank)
-    with ThreadPoolExecutor(1) as pool:  # a notebook's thread has an event loop that runs already
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(_collect(target, native))
+    with ThreadPoolExecutor(1) as pool:  # in a notebook
         return pool.submit(asyncio.run, _collect(target, native)).result()
 
 
@@ -43,7 +47,7 @@ async def _collect(target: Target, native: bool) -> dict[str, Any]:
 
 async def _ask(session: Session, native: bool) -> tuple[Session, list[dict[str, Any]] | None]:
     try:
-        async with asyncio.timeout(TIMEOUTS.stack_dump + TIMEOUTS.py_spy + TIMEOUTS.hello):
+        async with asyncio.timeout(TIMEOUTS.stack_answer + TIMEOUTS.py_spy + TIMEOUTS.hello):
             await session.line.send(native=native)
             answer = await session.line.receive_fields() or {}
     except (TimeoutError, OSError):

@@ -39,13 +39,18 @@ class Target:
 
     def of_node(self, node: str) -> Target:
         """Return the part that is one node, given by its number or its host. Raises BadRequest if there is none."""
-        if node in self.hosts:
-            return replace(self, ranks=(), nodes=(self.hosts.index(node),))
+        named = [number for number in range(len(self.hosts)) if node in (self.hosts[number], self.host(number))]
+        if len(named) == 1:
+            return replace(self, ranks=(), nodes=(named[0],))
         if node.isdecimal() and len(node) < 10 and int(node) < len(self.hosts):
             return replace(self, ranks=(), nodes=(int(node),))
         shown = ", ".join(f"{number} ({host})" for number, host in list(enumerate(self.hosts))[:8])
         more = ", ..." if len(self.hosts) > 8 else ""
         raise BadRequest(f"--node {node}: the nodes of {self.name} are {shown}{more}.")
+
+    def host(self, node: int) -> str:
+        """Return the name of a node alone; on Ray, the hosts have the id of the node besides."""
+        return self.hosts[node].partition(" (")[0]
 
     def everywhere(self) -> Target:
         """Return all of the run."""
@@ -61,12 +66,31 @@ class Target:
         """Whether the run is on this machine alone."""
         return not backends.of(self.run.dir.plan().cluster).capabilities.multi_node
 
-    def other_way(self) -> str:
-        """Return the engine's own command for a shell on the node; empty if it has none."""
-        host = self.hosts[(self.nodes or (0,))[0]]
+    def node(self) -> int:
+        """Return the number of its node, the first one if there are several.
+
+        Raises:
+            BadRequest: the nodes have different numbers of ranks, so that only the run's driver has that of a rank.
+        """
+        if not self.ranks:
+            return (self.nodes or (0,))[0]
+        each, rest = divmod(self.world_size, len(self.hosts))
+        if rest and self.ranks != (0,):
+            raise BadRequest(f"the nodes of {self.name} have different numbers of ranks; choose one by --node.")
+        return self.ranks[0] // each
+
+    def ssh_note(self) -> str:
+        """Return what the cluster has to allow for ssh to its nodes; empty: nothing that is known."""
         with suppress(BadRequest):
             if job := self.run.job():
-                return backends.get(job["backend"]).way_in(job["job_id"], host)
+                return backends.get(job["backend"]).ssh_note()
+        return ""
+
+    def other_way(self) -> str:
+        """Return the engine's own command for a shell on the node; empty if it has none."""
+        with suppress(BadRequest):
+            if job := self.run.job():
+                return backends.get(job["backend"]).way_in(job["job_id"], self.host(self.node()))
         return ""
 
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
-from launcher.agent.inside.line import Line, admit
+from launcher.agent.inside.line import Line, NotTrusted, admit
 from launcher.agent.network.addresses import listener, own_addresses
 from launcher.client.inside.target import Target
 from launcher.config.timeouts import TIMEOUTS
@@ -107,7 +107,7 @@ class Visitor:
         try:
             async with asyncio.timeout(TIMEOUTS.hello):
                 line = await admit(reader, writer, self._key)
-                session = _session(line, await line.receive_fields())
+                session = self._session(line, await line.receive_fields())
         except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.CancelledError):
             writer.transport.abort()  # a stranger, or a session whose client has gone on
             return
@@ -118,6 +118,12 @@ class Visitor:
             return
         self._lines[session.node] = line
         self._arrived.put_nowait(session)
+
+    def _session(self, line: Line, fields: dict[str, Any] | None) -> Session:
+        match fields:
+            case {"node": int(node), "ranks": [*ranks]} if 0 <= node < len(self.target.hosts):
+                return Session(line, node, self.target.hosts[node], tuple(map(int, ranks)))
+        raise NotTrusted("not the first message of a session")
 
     async def sessions(self) -> AsyncIterator[Session]:
         """Yield each session when it has connected, until all have, or for `Timeouts.visit` seconds.
@@ -166,10 +172,3 @@ class Visitor:
             )
         other = self.target.other_way()
         return f"{text} Another way in: `{other}`." if other else text
-
-
-def _session(line: Line, fields: dict[str, Any] | None) -> Session:
-    match fields:
-        case {"node": int(node), "host": str(host), "ranks": list(ranks)} if all(type(rank) is int for rank in ranks):
-            return Session(line, node, host, tuple(ranks))
-    raise ConnectionError("not the first message of a session")
