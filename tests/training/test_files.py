@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import json
 import math
 import os
 import random
 import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -280,3 +283,79 @@ def test_the_newest_record_with_a_key_is_found_from_the_end(tmp_path: Path) -> N
     assert newest_record(file, "loss") == {"loss": 1}
     file.write_bytes(b'{"loss": 2}\n\n' + b"\xff\xfe\n" * 5)
     assert newest_record(file, "loss") == {"loss": 2}
+
+
+NFS_CLIENT = """
+# Appends as an NFS client does, which knows the size of a file from when it opened or locked it, and writes there.
+import fcntl, os, sys, time
+from pathlib import Path
+
+from training.files import append_line, lines
+
+sizes = {}
+system = {"open": os.open, "write": os.write, "lockf": fcntl.lockf}
+
+
+def opened(path, flags, *more, **options):
+    handle = system["open"](path, flags & ~os.O_APPEND, *more, **options)
+    sizes[handle] = os.fstat(handle).st_size
+    return handle
+
+
+def locked(handle, operation):
+    system["lockf"](handle, operation)
+    sizes[handle] = os.fstat(handle).st_size
+
+
+def written(handle, data):
+    time.sleep(0.001)  # the others are as far
+    if handle in sizes:
+        os.lseek(handle, sizes[handle], os.SEEK_SET)
+    return system["write"](handle, data)
+
+
+os.open, os.write, fcntl.lockf = opened, written, locked
+if sys.argv[3] == "without":
+    lines._lock = lambda handle: None
+lines.LOCK_SECONDS = 60.0
+Path(f"{sys.argv[1]}.{sys.argv[2]}").touch()
+while len(os.listdir(Path(sys.argv[1]).parent)) < 4:  # then all begin
+    time.sleep(0.001)
+for number in range(50):
+    append_line(Path(sys.argv[1]), {"client": int(sys.argv[2]), "number": number})
+"""
+
+
+@pytest.mark.parametrize("lock", ["with", "without"])
+def test_lines_of_several_clients_of_a_shared_disk_are_kept(lock: str, tmp_path: Path) -> None:
+    """Without the lock the same clients overwrite each other's lines, which shows that they behave as those of NFS do."""
+    path = tmp_path / "events.jsonl"
+    commands = [[sys.executable, "-c", NFS_CLIENT, str(path), str(client), lock] for client in range(4)]
+    clients = [subprocess.Popen(command, cwd=Path(__file__).parents[2]) for command in commands]
+    assert [client.wait(60) for client in clients] == [0] * 4
+    found = {(line["client"], line["number"]) for line in read_lines(path)}
+    assert (len(found) == 200) == (lock == "with")
+
+
+def test_a_lock_that_somebody_keeps_does_not_hold_up_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOCK_SECONDS", 0.1)
+    path = tmp_path / "events.jsonl"
+    append_line(path, {"n": 1})
+    program = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        append_line(path, {"n": 2})
+        holder.communicate(b"\n")
+    assert read_lines(path) == [{"n": 1}, {"n": 2}]
+
+
+def test_a_disk_without_locks_takes_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr("fcntl.lockf", refused)
+    append_line(tmp_path / "events.jsonl", {"n": 1})
+    assert read_lines(tmp_path / "events.jsonl") == [{"n": 1}]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from training.checkpoints.host_memory import HostMemory, HostTensor, paired
@@ -13,8 +13,22 @@ from training.checkpoints.host_memory import HostMemory, HostTensor, paired
 if TYPE_CHECKING:
     import torch
 
-    Pairs = list[tuple[list[torch.Tensor], torch.Tensor]]
-    """(pieces of host memory, the tensor whose bytes they get)"""
+    Pairs = list[tuple[HostTensor, torch.Tensor]]
+    """(host memory, the tensor whose bytes it gets)"""
+
+
+READABLE = 2**16
+"""Characters of a JSON file up to which it has lines; to write these takes ten times as long."""
+
+SMALL = 2**14
+"""Elements of a tensor up to which torch copies it in the thread that asks for it."""
+
+
+MANY = 256
+"""Tensors that are copied by one call, for the time of which another thread may wait for the interpreter."""
+
+KNOWN = ("cpu", "cuda")
+"""Kinds of devices whose copies overlap with training; tensors of others are copied at once."""
 
 
 class Buffers:
@@ -24,6 +38,29 @@ class Buffers:
         self.pageable = HostMemory(pinned=False)
         self.pinned = HostMemory(pinned=True)
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._layout: list[tuple[Any, ...]] | None = None
+        self._places: list[HostTensor] = []
+
+    def places(self, tensors: Sequence[torch.Tensor]) -> list[HostTensor]:
+        """Return host memory for each of `tensors`, of the host or of a GPU: that of the last save, if it had the same."""
+        layout = [(tensor.shape, tensor.dtype, tensor.is_cuda) for tensor in tensors]
+        if layout == self._layout:
+            self.pageable.reserve_again()
+            self.pinned.reserve_again()
+        else:
+            self._layout = None
+            self.pageable.reserve(tensor.nbytes for tensor in tensors if not tensor.is_cuda)
+            self.pinned.reserve(tensor.nbytes for tensor in tensors if tensor.is_cuda)
+            self._places = [
+                HostTensor(
+                    tensor.dtype,
+                    tuple(tensor.shape),
+                    (self.pinned if tensor.is_cuda else self.pageable).take(tensor.nbytes),
+                )
+                for tensor in tensors
+            ]
+            self._layout = layout
+        return self._places
 
     def stream(self, device: torch.device) -> torch.cuda.Stream:
         """The stream of a GPU for copies, beside that on which training computes."""
@@ -54,30 +91,32 @@ class Copy:
         self._on_gpu: dict[torch.device, Pairs] = {}
         self._ends: dict[torch.device, torch.cuda.Event] = {}
         self._waits: list[tuple[torch.device, torch.cuda.Event, torch.cuda.Event]] = []
-        tensors = {file: content for file, content in parts.items() if file.endswith(".safetensors")}
-        every = [tensor for content in tensors.values() for tensor in content.values()]
-        buffers.pageable.reserve(tensor.nbytes for tensor in every if tensor.device.type == "cpu")
-        buffers.pinned.reserve(tensor.nbytes for tensor in every if tensor.is_cuda)
+        tensors = [
+            tensor
+            for file, content in parts.items()
+            if file.endswith(".safetensors")
+            for tensor in content.values()
+            if tensor.device.type in KNOWN
+        ]
+        places = iter(buffers.places(tensors))
         for file, content in parts.items():
-            if file in tensors:
-                self._contents[file] = {name: self._place(each.detach(), buffers) for name, each in content.items()}
+            if file.endswith(".safetensors"):
+                self._contents[file] = {name: self._place(tensor, places) for name, tensor in content.items()}
             else:
-                self._contents[file] = json.dumps(content, indent=1).encode()
+                self._contents[file] = _spell(content)
         for device, pairs in self._on_gpu.items():
             self._ends[device] = _send(pairs, device, buffers.stream(device))
         if not self._on_host:
             self.done.set()
 
-    def _place(self, tensor: torch.Tensor, buffers: Buffers) -> HostTensor:
-        """Choose the place of `tensor` in host memory and note the copy, or copy it."""
-        if tensor.is_cuda:
-            pieces, pairs = buffers.pinned.take(tensor.nbytes), self._on_gpu.setdefault(tensor.device, [])
-        elif tensor.device.type == "cpu":
-            pieces, pairs = buffers.pageable.take(tensor.nbytes), self._on_host
-        else:  # no streams that this module knows
-            return HostTensor.of(tensor.cpu())
-        pairs.append((pieces, tensor))
-        return HostTensor(tensor.dtype, tuple(tensor.shape), pieces)
+    def _place(self, tensor: torch.Tensor, places: Iterator[HostTensor]) -> HostTensor:
+        """Note the copy of `tensor` to the next of `places`, or copy it."""
+        if tensor.device.type not in KNOWN:
+            return HostTensor.of(tensor.detach().cpu())
+        place = next(places)
+        pairs = self._on_gpu.setdefault(tensor.device, []) if tensor.is_cuda else self._on_host
+        pairs.append((place, tensor))
+        return place
 
     def hold_updates(self) -> bool:
         """Have what comes next wait until the state is read; returns whether it has been read completely.
@@ -122,8 +161,7 @@ class Copy:
         import torch
 
         try:
-            for pieces, source in self._on_host:
-                _copy(pieces, source)
+            _copy(self._on_host)
         finally:  # also after an error, which the writer reports: training waits for `done`
             self._on_host.clear()
             self.done.set()
@@ -134,6 +172,13 @@ class Copy:
         return self._contents
 
 
+def _spell(content: Any) -> bytes:
+    text = json.dumps(content)
+    if len(text) <= READABLE:
+        text = json.dumps(content, indent=1)
+    return text.encode()
+
+
 def _send(pairs: Pairs, device: torch.device, stream: torch.cuda.Stream) -> torch.cuda.Event:
     """Queue the copies of one GPU on `stream`, after the work of its current stream; returns the event at their end."""
     import torch
@@ -141,8 +186,8 @@ def _send(pairs: Pairs, device: torch.device, stream: torch.cuda.Stream) -> torc
     with torch.cuda.device(device):
         stream.wait_event(torch.cuda.current_stream(device).record_event())
         with torch.cuda.stream(stream):  # also for the contiguous copy of a tensor that is not contiguous
-            for pieces, source in pairs:
-                for piece, part in paired(pieces, source):
+            for place, source in pairs:
+                for piece, part in paired(place.pieces, source.detach()):
                     piece.copy_(part, non_blocking=True)
         end = _event(blocking=True)  # a thread that waits for it leaves its core free
         stream.record_event(end)
@@ -155,9 +200,23 @@ def _event(*, timing: bool = False, blocking: bool = False) -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=timing, blocking=blocking)  # type: ignore[no-untyped-call]
 
 
-def _copy(pieces: list[torch.Tensor], source: torch.Tensor) -> None:
-    """Copy in this thread alone: torch would use all cores, which training needs."""
-    import numpy as np
+def _copy(pairs: Pairs) -> None:
+    """Copy in this thread alone: torch would use all cores, which training needs.
 
-    for piece, part in paired(pieces, source):
-        np.copyto(piece.numpy(), part.numpy())
+    Small tensors are copied by one call for many of them: what Python takes for ten thousand, training waits for.
+    """
+    import numpy as np
+    import torch
+
+    places: list[torch.Tensor] = []
+    sources: list[torch.Tensor] = []
+    for place, source in pairs:
+        if len(place.pieces) == 1 and source.numel() <= SMALL:
+            places.append(place.tensor)
+            sources.append(source)
+            continue
+        for piece, part in paired(place.pieces, source.detach()):
+            np.copyto(piece.numpy(), part.numpy())
+    for begin in range(0, len(places), MANY):
+        with torch.no_grad():
+            torch._foreach_copy_(places[begin : begin + MANY], sources[begin : begin + MANY])

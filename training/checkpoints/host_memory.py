@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,6 +15,9 @@ CHUNK = 2**26
 """Bytes of a chunk, a power of two."""
 
 LEAST_CHUNK = 2**12
+KEPT = 4
+"""States whose memory is kept."""
+
 ALIGNMENT = 64  # bytes, a cache line
 
 
@@ -23,6 +28,11 @@ class HostTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     pieces: list[torch.Tensor]
+
+    @cached_property
+    def tensor(self) -> torch.Tensor:
+        """The tensor itself, if it is one piece."""
+        return self.pieces[0].view(self.dtype).view(self.shape)
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> HostTensor:
@@ -53,24 +63,41 @@ class HostMemory:
 
     torch takes a power of two from the driver for each page-locked tensor, up to twice its size, and keeps it. Chunks have
     such sizes and are filled one after the other, so that at most one chunk more than the largest state is taken. They
-    are kept, because new pages take longer than the copy itself.
+    are kept, because new pages take longer than the copy itself; those that the last `KEPT` states did not need are given back.
     """
 
     def __init__(self, *, pinned: bool) -> None:
         self._pinned = pinned
         self._chunks: list[torch.Tensor] = []
         self._chunk = self._offset = 0
+        self._needed: deque[int] = deque(maxlen=KEPT)
 
     def reserve(self, sizes: Iterable[int]) -> None:
         """Have memory for tensors of so many bytes, taken from the beginning: what was taken before is used again."""
         import torch
 
         self._chunk = self._offset = 0
-        missing = sum(map(_aligned, sizes)) - sum(chunk.numel() for chunk in self._chunks)
+        self._needed.append(sum(map(_aligned, sizes)))
+        self._give_back()
+        missing = self._needed[-1] - self.nbytes
         while missing > 0:
             size = min(CHUNK, max(LEAST_CHUNK, 1 << (missing - 1).bit_length()))
             self._chunks.append(torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned))
             missing -= size
+
+    def reserve_again(self) -> None:
+        """Note that another save has the sizes of the last one, and so the same memory."""
+        self._needed.append(self._needed[-1])
+        self._give_back()
+
+    def _give_back(self) -> None:
+        while self._chunks and self.nbytes - self._chunks[-1].numel() >= max(self._needed):
+            self._chunks.pop()
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that is taken, in bytes."""
+        return sum(chunk.numel() for chunk in self._chunks)
 
     def take(self, size: int) -> list[torch.Tensor]:
         """Return the next `size` bytes, 1-D and uint8, out of what was reserved; several pieces at the end of a chunk."""

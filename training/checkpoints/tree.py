@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from training.errors import CheckpointError
@@ -29,73 +29,96 @@ def encode(state: Any, name: str) -> tuple[Any, dict[str, torch.Tensor]]:
     A tensor is named after its path of keys in the state. Raises CheckpointError, naming the path that begins with `name`,
     for a value that cannot be saved without pickle.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    return _encode(state, (), name, tensors), tensors
+    encoder = _Encoder(name)
+    return encoder.encode(state, ()), encoder.tensors
 
 
-def _encode(value: Any, path: tuple[str, ...], name: str, tensors: dict[str, torch.Tensor]) -> Any:
-    import numpy as np
-    import torch
+class _Encoder:
+    """Encodes one state; see `encode`."""
 
-    if len(path) > MAX_DEPTH:
-        raise CheckpointError(f"{_where(name, path[:4])}...: the state is nested more than {MAX_DEPTH} levels deep")
+    def __init__(self, name: str) -> None:
+        import numpy as np
+        import torch
 
-    def inner(key: Any, item: Any) -> Any:
-        return _encode(item, (*path, str(key)), name, tensors)
+        self.np, self.torch = np, torch  # an import in each call would take longer than the rest of it
+        self.name = name
+        self.tensors: dict[str, torch.Tensor] = {}
 
-    def add(tensor: torch.Tensor) -> str:
-        full = ".".join(path) or "value"
-        while full in tensors:
-            full += "_"
-        tensors[full] = tensor
-        return full
+    def encode(self, value: Any, path: tuple[str, ...]) -> Any:
+        """Return `value` as a JSON value; add its tensors."""
+        kind = type(value)
+        if kind in (bool, str, int) or value is None:  # the usual ones first: a state may have ten thousand of them
+            return value
+        if isinstance(value, self.torch.Tensor):
+            return self._tensor(value, path)
+        if kind is dict:
+            return self._dict(value, path)
+        if kind is list:
+            return ["list", [self._inner(number, item, path) for number, item in enumerate(value)]]
+        return self._other(value, path)
 
-    match value:
-        case None | bool() | str():
-            if value is None or type(value) in (bool, str):
-                return value
-        case np.generic():
-            return _scalar(value, name, path)
-        case int():
-            if type(value) is int:
-                return value
-        case float():
-            return value if math.isfinite(value) else ["float", repr(float(value))]
-        case complex():
-            return ["complex", repr(value.real), repr(value.imag)]
-        case bytes():
-            return ["bytes", base64.b64encode(value).decode()]
-        case torch.Tensor():
-            return _tensor(value, add, name, path)
-        case np.ndarray() if value.dtype.kind in "biufc":
-            return ["array", _tensor(torch.from_numpy(np.array(value, order="C")), add, name, path), list(value.shape)]
-        case torch.dtype():
-            return ["dtype", str(value).removeprefix("torch.")]
-        case Mapping():
+    def _other(self, value: Any, path: tuple[str, ...]) -> Any:
+        np, torch = self.np, self.torch
+        match value:
+            case np.generic():
+                return _scalar(value, self.name, path)
+            case float():
+                return value if math.isfinite(value) else ["float", repr(float(value))]
+            case complex():
+                return ["complex", repr(value.real), repr(value.imag)]
+            case bytes():
+                return ["bytes", base64.b64encode(value).decode()]
+            case np.ndarray() if value.dtype.kind in "biufc":
+                tensor = torch.from_numpy(np.array(value, order="C"))
+                return ["array", self._tensor(tensor, path), list(value.shape)]
+            case torch.dtype():
+                return ["dtype", str(value).removeprefix("torch.")]
+            case Mapping():
+                return self._dict(value, path)
+            case list():
+                return ["list", [self._inner(number, item, path) for number, item in enumerate(value)]]
+            case tuple() if not hasattr(value, "_fields"):
+                return ["tuple", [self._inner(number, item, path) for number, item in enumerate(value)]]
+            case set() | frozenset():
+                items = sorted(value, key=repr)
+                return ["set", [self._inner(number, item, path) for number, item in enumerate(items)]]
+        raise _refused(value, self.name, path)
+
+    def _dict(self, value: Mapping[Any, Any], path: tuple[str, ...]) -> Any:
+        pairs = []
+        for key in value:
+            written = key if type(key) is str else self._inner("key", key, path)
+            pairs.append([written, self._inner(key, value[key], path)])
+        return ["dict", pairs]
+
+    def _inner(self, key: Any, item: Any, path: tuple[str, ...]) -> Any:
+        if len(path) >= MAX_DEPTH:
+            raise CheckpointError(
+                f"{_where(self.name, path[:4])}...: the state is nested more than {MAX_DEPTH} levels deep"
+            )
+        return self.encode(item, (*path, str(key)))
+
+    def _tensor(self, value: torch.Tensor, path: tuple[str, ...]) -> list[Any]:
+        tensor = value.detach()
+        device = "cpu" if tensor.device.type == "cpu" else "accelerator"
+        if tensor.layout is not self.torch.strided or tensor.is_quantized or tensor.device.type == "meta":
+            raise _refused(value, self.name, path)
+        if tensor.is_complex():
+            kind = str(tensor.dtype).removeprefix("torch.")
             return [
-                "dict",
-                [[inner("key", key) if type(key) is not str else key, inner(key, value[key])] for key in value],
+                "complex tensor",
+                self._add(self.torch.view_as_real(tensor.resolve_conj()), path),
+                device,
+                kind,
             ]
-        case list():
-            return ["list", [inner(number, item) for number, item in enumerate(value)]]
-        case tuple() if not hasattr(value, "_fields"):
-            return ["tuple", [inner(number, item) for number, item in enumerate(value)]]
-        case set() | frozenset():
-            return ["set", [inner(number, item) for number, item in enumerate(sorted(value, key=repr))]]
-    raise _refused(value, name, path)
+        return ["tensor", self._add(tensor.resolve_neg(), path), device]
 
-
-def _tensor(value: torch.Tensor, add: Callable[[torch.Tensor], str], name: str, path: tuple[str, ...]) -> list[Any]:
-    import torch
-
-    tensor = value.detach()
-    device = "cpu" if tensor.device.type == "cpu" else "accelerator"
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type == "meta":
-        raise _refused(value, name, path)
-    if tensor.is_complex():
-        kind = str(tensor.dtype).removeprefix("torch.")
-        return ["complex tensor", add(torch.view_as_real(tensor.resolve_conj())), device, kind]
-    return ["tensor", add(tensor.resolve_neg()), device]
+    def _add(self, tensor: torch.Tensor, path: tuple[str, ...]) -> str:
+        full = ".".join(path) or "value"
+        while full in self.tensors:
+            full += "_"
+        self.tensors[full] = tensor
+        return full
 
 
 def _scalar(value: Any, name: str, path: tuple[str, ...]) -> list[Any]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import re
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from json.scanner import make_scanner
@@ -18,16 +21,20 @@ from training.files.access import BLOCK_BYTES, FULL_DISK, MAX_JSON_BYTES, open_p
 MAX_LINES_BYTES = 1 << 30
 """Limit of `read_lines`, which reads the end of a larger file."""
 
+LOCK_SECONDS = 2.0
+
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Append `record` as one line of JSON by one write, so that lines of several processes do not mix.
 
-    An incomplete last line, left by a killed writer, is terminated first. Raises NotPlain for a symbolic link, and the
-    OSError of the file system, such as ENOSPC.
+    A lock makes that true on NFS, too, where a client writes to the end of the file that it knows. An incomplete last line, left
+    by a killed writer, is terminated first. Raises NotPlain for a symbolic link, and the OSError of the file system, such as
+    ENOSPC.
     """
     line = json.dumps(record, separators=(",", ":"), default=str).encode() + b"\n"
     handle = open_plain(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
     try:
+        _lock(handle)
         size = os.fstat(handle).st_size
         if size and os.pread(handle, 1, size - 1) != b"\n":
             line = b"\n" + line
@@ -35,6 +42,22 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
             line = line[os.write(handle, line) :]
     finally:
         os.close(handle)
+
+
+def _lock(handle: int) -> None:
+    """Lock a file until it is closed, for which an NFS client asks the server for its size.
+
+    A file system may have no locks, and a process may have been stopped with the lock: then the line is written without.
+    """
+    deadline = time.monotonic() + LOCK_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                return
+        time.sleep(0.002)
 
 
 class Lines:

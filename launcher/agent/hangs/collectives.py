@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,12 @@ SAME_SIZES = frozenset(
 """Collectives whose tensors have the same sizes on all ranks."""
 
 
+DIRECTIONS = {"send": "to", "recv": "from"}
+
+EXCHANGE = re.compile(r"\w+:(send|recv) [0-9]{1,7}(?:->|<-)([0-9]{1,7})")
+"""The name of a send or receive, with the numbers of both ranks in the group: ``nccl:send 1->2``, ``nccl:recv 3<-0``."""
+
+
 @dataclass(frozen=True)
 class Entered:
     """A collective that a rank has entered: its number in the group, its name, and the sizes of its input tensors."""
@@ -31,6 +38,21 @@ class Entered:
     number: int
     operation: str
     sizes: str
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A send to the rank `peer`, or a receive (``recv``) from it, that has not ended."""
+
+    operation: str
+    peer: int
+
+    def __post_init__(self) -> None:
+        if self.operation not in DIRECTIONS or not 0 <= self.peer < MOST_RANKS:
+            raise ValueError(f"no exchange of two ranks: {self}")
+
+    def __str__(self) -> str:
+        return f"{self.operation} {DIRECTIONS[self.operation]} rank {self.peer}"
 
 
 @dataclass(frozen=True)
@@ -43,6 +65,7 @@ class GroupRecord:
         members: the ranks of the group as runs (first, last, stride); empty: not known.
         last: the number of the newest collective that the rank entered.
         pending: the first collectives that have not ended on this rank.
+        exchanges: sends and receives that have not ended on this rank, the first ones.
     """
 
     name: str
@@ -50,6 +73,7 @@ class GroupRecord:
     members: list[list[int]]
     last: int
     pending: list[Entered] = field(default_factory=list)
+    exchanges: list[Exchange] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         runs = self.members
@@ -125,21 +149,37 @@ def _groups(backend: str, trace: Any, members: Mapping[str, Any]) -> list[GroupR
                 "process_group": [str(name), str(title), *_],
                 "collective_seq_id": int(number),
                 "profiling_name": str(operation),
-                "is_p2p": False,
-            } if 0 < number < 1 << 63:
+                "is_p2p": bool(alone),
+            } if alone or 0 < number < 1 << 63:
                 pass
             case _:
                 continue
+        waits = not is_done(backend, entry)
+        exchange = _exchange(operation, members.get(name)) if alone and waits else None
+        if alone and exchange is None:
+            continue
         if name not in found:
             runs = runs_of(members.get(name))
             found[name] = GroupRecord(_clip(f"{backend} {name}"), _title(backend, name, title), runs, 0)
         group = found[name]
-        if not is_done(backend, entry) and number not in {each.number for each in group.pending}:
+        if exchange is not None:
+            found[name] = replace(group, exchanges=[*group.exchanges, exchange][:MOST_PENDING])
+            continue
+        if waits and number not in {each.number for each in group.pending}:
             sizes = _clip(str(entry.get("input_sizes", "")))
             pending = [*group.pending, Entered(number, _clip(operation.rpartition(":")[2]), sizes)]
-            group = GroupRecord(group.name, group.title, group.members, group.last, _first(pending))
-        found[name] = GroupRecord(group.name, group.title, group.members, max(group.last, number), group.pending)
-    return sorted(found.values(), key=lambda group: (not group.pending, -group.last))[:MOST_GROUPS]
+            group = replace(group, pending=_first(pending))
+        found[name] = replace(group, last=max(group.last, number))
+    return sorted(found.values(), key=lambda group: (not (group.pending or group.exchanges), -group.last))[:MOST_GROUPS]
+
+
+def _exchange(operation: str, members: object) -> Exchange | None:
+    """The exchange that is called `operation` in a group of the ranks `members`; None if its peer is not known."""
+    match = EXCHANGE.match(operation)
+    if match is None or not isinstance(members, list) or int(match[2]) >= len(members):
+        return None
+    peer = members[int(match[2])]
+    return Exchange(match[1], peer) if type(peer) is int and 0 <= peer < MOST_RANKS else None
 
 
 def _first(pending: list[Entered]) -> list[Entered]:
@@ -217,7 +257,8 @@ def find_absent(
     for each in stuck:
         if found := _disagreement(each):
             return found
-    waiting = {rank for each in stuck if each.missing or each.silent for rank in each.entered}
+    exchanges = {rank: found for rank, groups in known.items() if (found := [e for g in groups for e in g.exchanges])}
+    waiting = {rank for each in stuck if each.missing or each.silent for rank in each.entered} | exchanges.keys()
     absent = {rank for each in stuck for rank in each.missing}
     blamed = absent - waiting or (absent & {*busy} if absent - {*busy} else set())
     for each in stuck:
@@ -228,9 +269,13 @@ def find_absent(
         if each.ended:
             text = f"{ranks_text(each.ended)} ended without {each}, which {each.waits} in"
             return (each.ended[0] if len(each.ended) == 1 else None), text
-    if absent:
+    if exchanges and (found := _without_peer(exchanges, waiting, set(ranks))):
+        return found
+    if absent or exchanges:
         pairs = [f"{each.waits} in {each} for {ranks_text(each.missing)}" for each in stuck if each.missing]
-        return None, "the ranks wait for each other: " + "; ".join(pairs[:4])
+        pairs += [f"rank {rank} waits in {found[0]}" for rank, found in sorted(exchanges.items())]
+        more = f"; and {len(pairs) - 4} more" if len(pairs) > 4 else ""
+        return None, "the ranks wait for each other: " + "; ".join(pairs[:4]) + more
     for each in stuck:
         if each.silent:
             text = f"{ranks_text(each.silent)} left no record of collectives; {each.waits} in {each}"
@@ -238,6 +283,20 @@ def find_absent(
     for each in stuck:
         ended = f"; it ended on {ranks_text(each.done)}" if each.done else ""
         return None, f"{each.waits} in {each}, which all ranks of the group entered and which does not end{ended}"
+    return None
+
+
+def _without_peer(
+    exchanges: Mapping[int, Sequence[Exchange]], waiting: Collection[int], ranks: set[int]
+) -> tuple[int | None, str] | None:
+    """Return the rank that others wait for in a send or receive, and that waits for nothing itself."""
+    for rank, pending in sorted(exchanges.items()):
+        for each in pending:
+            if each.peer in waiting:
+                continue
+            own = "receive" if each.operation == "send" else "send"
+            did = f"rank {each.peer} " + ("does not" if each.peer in ranks else "ended and did not") + f" {own}"
+            return each.peer, f"{did}: rank {rank} waits in {each}"
     return None
 
 

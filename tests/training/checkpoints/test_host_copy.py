@@ -206,6 +206,43 @@ def test_pieces_neither_overlap_nor_leave_their_chunks(monkeypatch: pytest.Monke
         assert all(bool((piece == number).all()) for number, pieces in enumerate(taken) for piece in pieces)
 
 
+def test_memory_that_one_large_save_took_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at once: the best checkpoint may be larger than the others, and come back every few saves."""
+    monkeypatch.setattr(host_memory, "CHUNK", 2**14)
+    buffers = Buffers()
+    small = {"a.safetensors": {"weight": torch.arange(1000)}}
+    large = {"a.safetensors": {f"weight {n}": torch.full((4096,), n) for n in range(16)}}
+    Copy(small, buffers).finish()
+    first = buffers.pageable.nbytes
+    for _ in range(2):
+        Copy(large, buffers).finish()
+        assert buffers.pageable.nbytes >= 16 * 4096 * 8
+        for number in range(2 * host_memory.KEPT):
+            found = Copy(small, buffers).finish()["a.safetensors"]["weight"]
+            assert found.tensor.equal(torch.arange(1000))
+            assert (buffers.pageable.nbytes <= first + host_memory.CHUNK) == (number >= host_memory.KEPT - 1)
+
+
+def test_ten_thousand_tensors_are_copied_as_they_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    kinds = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.uint8)
+    tensors = {
+        str(n): torch.randint(0, 2, (n % 7, 3) if n % 3 else (), generator=generator).to(kinds[n % len(kinds)])
+        for n in range(10_000)
+    }
+    tensors["turned"] = torch.randn(40, 50, generator=generator).t()
+    tensors["parameter"] = torch.nn.Parameter(torch.randn(5, generator=generator))
+    tensors["large"] = torch.randn(300, 300, generator=generator)
+    buffers = Buffers()
+    for step in range(3):
+        kept = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        found = Copy({"a.safetensors": tensors}, buffers).finish()["a.safetensors"]
+        with torch.no_grad():
+            for tensor in tensors.values():
+                tensor.zero_() if step else tensor.copy_(tensor.flip(0) if tensor.dim() else tensor)
+        assert all(not each.pieces or each.tensor.equal(kept[name]) for name, each in found.items())
+
+
 def test_a_tensor_of_the_host_is_wrapped_as_it_is() -> None:
     base = torch.arange(6.0)
     for tensor in (base, base.reshape(2, 3).t(), base[::2], base[:1].expand(3), base[4]):

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 
-from launcher.agent.hangs.collectives import Entered, GroupRecord, find_absent, ranks_text, read_record, runs_of
+from launcher.agent.hangs.collectives import (
+    Entered,
+    Exchange,
+    GroupRecord,
+    find_absent,
+    ranks_text,
+    read_record,
+    runs_of,
+)
 from launcher.agent.hangs.detection import RankStatus, StackLocation, find_culprit
 from launcher.agent.protocol import Collectives, FromAgent
 from launcher.rank.messages import decode, encode
@@ -177,6 +185,75 @@ def test_a_record_is_reduced_to_what_has_not_ended(tmp_path: Path) -> None:
         GroupRecord("nccl 0", ALL, [[0, 3, 1]], 1229, pending),
         GroupRecord("nccl 1", "process group 1, nccl", [], 1204, [pending[0]]),
     ]
+
+
+def exchanging(*exchanges: Exchange) -> GroupRecord:
+    return GroupRecord("nccl 0", ALL, [[0, 3, 1]], 7, [], list(exchanges))
+
+
+def to(peer: int) -> Exchange:
+    return Exchange("send", peer)
+
+
+def of(peer: int) -> Exchange:
+    return Exchange("recv", peer)
+
+
+@pytest.mark.parametrize(
+    ("records", "ranks", "rank", "text"),
+    [
+        (
+            {0: [exchanging(to(1))], 1: [exchanging(to(2))], 2: [exchanging(to(3))], 3: [group(7)]},
+            range(4),
+            3,
+            "rank 3 does not receive: rank 2 waits in send to rank 3",
+        ),
+        (
+            {0: [group(7)], 1: [exchanging(of(0))], 2: [exchanging(of(1))]},
+            range(3),
+            0,
+            "rank 0 does not send: rank 1 waits in recv from rank 0",
+        ),
+        ({1: [exchanging(of(0))]}, [1], 0, "rank 0 ended and did not send: rank 1 waits in recv from rank 0"),
+        (
+            {0: [exchanging(of(1))], 1: [exchanging(of(0))]},
+            range(2),
+            None,
+            "the ranks wait for each other: rank 0 waits in recv from rank 1; rank 1 waits in recv from rank 0",
+        ),
+        (
+            {0: [HERE], 1: [HERE], 2: [HERE], 3: [exchanging(of(0))]},
+            range(4),
+            None,
+            (
+                f"the ranks wait for each other: ranks 0-2 wait in all_reduce #1,204 ({ALL}) for rank 3; rank 3 waits in recv"
+                " from rank 0"
+            ),
+        ),
+    ],
+)
+def test_who_does_not_answer_a_send_or_receive_is_named(
+    records: dict[int, list[GroupRecord] | None], ranks: range, rank: int | None, text: str
+) -> None:
+    assert find_absent(records, ranks) == (rank, text)
+    sent = [Collectives(each, groups) for each, groups in records.items()]
+    assert [decode(FromAgent, encode(each)) for each in sent] == sent
+
+
+def test_sends_and_receives_that_have_not_ended_are_read(tmp_path: Path) -> None:
+    """Their numbers are those of the group, here of the ranks 4 and 6 of the run."""
+    send = {**ENTRY, "is_p2p": True, "collective_seq_id": 0, "profiling_name": "nccl:send 0->1"}
+    done = {**send, "state": "completed"}
+    receive = {**send, "profiling_name": "nccl:recv 0<-1"}
+    strange = [
+        {**send, "profiling_name": name} for name in ("nccl:send 0->7", "nccl:send", "send 0->1", "nccl:recv 0<-x")
+    ]
+    path = write(tmp_path / "0.json", done, send, *strange, receive)
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, "groups": {"0": [4, 6]}}))
+    [found] = read_record(path) or []
+    assert found.exchanges == [Exchange("send", 6), Exchange("recv", 6)]
+    assert (found.last, found.pending) == (0, [])
 
 
 def test_gloo_retires_what_has_ended(tmp_path: Path) -> None:
