@@ -129,8 +129,18 @@ def hold(heartbeat: Heartbeat, held: bool) -> None:
 
 
 def stop(visit: Visit, frame: FrameType) -> None:
-    """Open a debugger at the next line of `frame`, for the command at the other end of `visit`."""
-    Debugger(visit).set_trace(frame)
+    """Open a debugger at the next line of `frame`, or at the breakpoint that waits for somebody, for the command of `visit`."""
+    if _waiting and not _arrived:
+        _arrived.append(visit)
+    else:
+        Debugger(visit).set_trace(frame)
+
+
+_waiting: list[FrameType] = []
+"""Where the program waits at a breakpoint."""
+
+_arrived: list[Visit] = []
+"""Who has come to that breakpoint by a signal."""
 
 
 # ---- launch --debug ---------------------------------------------------------------------------------------------------
@@ -174,9 +184,14 @@ def _wait(world: World) -> None:
     where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
     opens = f"launch debug {world.run_id} --rank {world.rank}"
     print(f"launch: rank {world.rank} is at a breakpoint, {where}; `{opens}` opens it", flush=True)
-    while (found := connect()) is None:
-        time.sleep(LOOK)
-    stop(found[0], frame)
+    _waiting.append(frame)
+    while not _arrived:
+        if (found := connect("breakpoint")) is not None:
+            _arrived.append(found[0])
+        else:
+            time.sleep(LOOK)
+    _waiting.clear()
+    stop(_arrived.pop(), frame)
 
 
 def _wait_for_editor(rank: int, port: int) -> None:

@@ -79,7 +79,7 @@ def begin(visit: Visit, asked: dict[str, Any]) -> None:
         visit.send({"error": "the program has not imported torch, so its profiler has nothing to record"})
         visit.close()
         return
-    with_steps = Heartbeat.of_process is not None and Heartbeat.of_process.beats
+    with_steps = Heartbeat.of_process is not None and Heartbeat.of_process.read().step > 0
     profile = Profile(visit, str(asked["trace"]), int(asked["steps"]) if with_steps else 0)
     Profile.running = profile
     visit.send({"steps": with_steps})

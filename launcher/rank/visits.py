@@ -1,11 +1,8 @@
-"""Visits to a rank: a session of the agent asks it, by a signal, to open a debugger or to profile itself.
+"""Visits to a rank: a session of the agent asks it to open a debugger or to profile itself.
 
-The session listens on a socket that is named after the rank's process, in the abstract namespace of the machine. The handler of the
-signal connects to it, and reads what is asked::
-
-    session -> rank    {"kind": "debug"}    or    {"kind": "profile", "trace": PATH, "steps": N, "seconds": S}
-
-Both ends check that the other one belongs to the same user. A rank without visits keeps nothing open.
+The session listens on a socket that is named after the rank's process and the kind of the visit, in the abstract namespace of the
+machine. A rank connects to it at a signal (``debug``, ``profile``) or at a breakpoint (``breakpoint``), and reads what is asked, a
+JSON object. Both ends check that the other one belongs to the same user. A rank without visits keeps nothing open.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ import socket
 import struct
 from contextlib import suppress
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 VISIT_SIGNAL = signal.SIGRTMAX - 6
 """Asks a rank to connect to the session that listens for it."""
@@ -31,9 +28,12 @@ PATIENCE = 5.0
 _CREDENTIALS = struct.Struct("3i")  # of ucred in unix(7): pid, uid, gid
 
 
-def address_of(pid: int) -> str:
+Kind = Literal["debug", "breakpoint", "profile"]
+
+
+def address_of(pid: int, kind: Kind) -> str:
     """Return the name of the socket on which a session listens for the rank that is the process `pid`."""
-    return f"\0launch-visit-{pid}"
+    return f"\0launch-{kind}-{pid}"
 
 
 def is_own(connection: socket.socket) -> bool:
@@ -68,12 +68,12 @@ class Visit:
             self._connection.close()
 
 
-def connect() -> tuple[Visit, dict[str, Any]] | None:
+def connect(kind: Kind) -> tuple[Visit, dict[str, Any]] | None:
     """Connect to the session that listens for this process; return the visit and what it asks for, or None without one."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.settimeout(PATIENCE)
-        connection.connect(address_of(os.getpid()))
+        connection.connect(address_of(os.getpid(), kind))
         if is_own(connection):
             visit = Visit(connection)
             asked = visit.receive()
@@ -92,17 +92,11 @@ def receive_visits() -> None:
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    found = connect()
-    if found is None or frame is None:
-        return
-    visit, asked = found
-    if asked.get("kind") == "debug":
-        from launcher.rank import debugger
-
-        debugger.stop(visit, frame)
-    elif asked.get("kind") == "profile":
+    if (found := connect("profile")) is not None:
         from launcher.rank import profiler
 
-        profiler.begin(visit, asked)
-    else:
-        visit.close()
+        profiler.begin(*found)
+    if frame is not None and (found := connect("debug")) is not None:
+        from launcher.rank import debugger
+
+        debugger.stop(found[0], frame)

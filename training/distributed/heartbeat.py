@@ -47,7 +47,7 @@ class Heartbeat:
 
     Attributes:
         of_process: the one that the launcher of this process reads; a Context that a script makes reports to it.
-        after_step: called after each step that `beat` reports, while a profile runs.
+        after_step: called after each step that is reported, while a profile runs.
         beats: whether this rank reports its steps by `beat`.
     """
 
@@ -77,9 +77,12 @@ class Heartbeat:
 
     def note(self, step: int) -> None:
         """Report that `step` is done, unless the rank reports its steps by `beat`; then report progress only."""
-        if not self.beats:
-            self._step = max(self._step, step)
+        further = not self.beats and step > self._step
+        if further:
+            self._step = step
         self.beat()
+        if further and Heartbeat.after_step is not None:
+            Heartbeat.after_step()
 
     def idle(self) -> None:
         """Report that the training loop has ended: what follows has no time limit, until the next step."""

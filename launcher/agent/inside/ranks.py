@@ -7,6 +7,7 @@ as ``rank``, and answers name it, too.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -19,22 +20,26 @@ from launcher.agent.inside.start import SessionStart, VisitedRank
 from launcher.agent.processes import catches, start_time
 from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle.run_dir import RunDir
-from launcher.rank.visits import LONGEST, VISIT_SIGNAL, address_of, is_own
+from launcher.rank.visits import LONGEST, VISIT_SIGNAL, Kind, address_of, is_own
 
 
 class Ranks:
-    """The connections of a session to ranks of its node; `seen` is called with what they say."""
+    """The connections of a session to ranks of its node, for visits of one kind; `seen` is called with what they say."""
 
     def __init__(
-        self, line: Line, asked: Mapping[str, Any], seen: Callable[[VisitedRank, dict[str, Any]], None] | None = None
+        self,
+        line: Line,
+        kind: Kind,
+        asked: Mapping[str, Any],
+        seen: Callable[[VisitedRank, dict[str, Any]], None] | None = None,
     ) -> None:
-        self.line, self.asked, self.seen = line, asked, seen
+        self.line, self.kind, self.asked, self.seen = line, kind, asked, seen
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._servers: list[asyncio.Server] = []
 
-    async def listen(self, rank: VisitedRank) -> None:
-        """Wait for `rank` to connect from now on. Raises OSError if another session does."""
+    async def listen(self, rank: VisitedRank) -> bool:
+        """Wait for `rank` to connect from now on; False, with a word to the client, if another session does."""
 
         async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             if not is_own(writer.get_extra_info("socket")):
@@ -54,8 +59,15 @@ class Ranks:
                 self._writers.pop(rank.rank, None)
                 writer.close()
 
-        server = await asyncio.start_unix_server(connected, path=address_of(rank.pid), limit=LONGEST)
+        try:
+            server = await asyncio.start_unix_server(connected, path=address_of(rank.pid, self.kind), limit=LONGEST)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            await self.line.send(rank=rank.rank, refused=f"is in the hands of another `launch {self.kind}`")
+            return False
         self._servers.append(server)
+        return True
 
     async def signal(self, rank: VisitedRank) -> None:
         """Ask `rank` to connect, and tell the client if it does not soon."""
@@ -88,11 +100,11 @@ class Ranks:
 
 async def serve_debug(line: Line, start: SessionStart, fields: dict[str, Any]) -> None:
     """Connect the debuggers of ranks with the client: at once (``interrupt`` in `fields`), or at their next breakpoint."""
-    ranks = Ranks(line, {"kind": "debug"})
+    interrupt = bool(fields.get("interrupt"))
+    ranks = Ranks(line, "debug" if interrupt else "breakpoint", {})
     try:
         for rank in await _usable(line, start, fields):
-            await ranks.listen(rank)
-            if fields.get("interrupt"):
+            if await ranks.listen(rank) and interrupt:
                 await ranks.signal(rank)
         while (answer := await line.receive_fields()) is not None:
             ranks.answer(answer)
@@ -117,10 +129,10 @@ async def serve_profile(line: Line, start: SessionStart, fields: dict[str, Any])
         for rank in await _usable(line, start, fields):
             trace = run_dir.profile(start.attempt, rank.rank, start.id[:8])
             trace.parent.mkdir(mode=0o700, exist_ok=True)
-            asked = {"kind": "profile", "trace": str(trace), "steps": int(fields["steps"])}
-            opened.append(Ranks(line, asked, seen))
-            await opened[-1].listen(rank)
-            await opened[-1].signal(rank)
+            asked = {"trace": str(trace), "steps": int(fields["steps"])}
+            opened.append(Ranks(line, "profile", asked, seen))
+            if await opened[-1].listen(rank):
+                await opened[-1].signal(rank)
         while await line.receive_fields() is not None:
             pass
     finally:
@@ -131,6 +143,21 @@ async def serve_profile(line: Line, start: SessionStart, fields: dict[str, Any])
 def _ask(rank: VisitedRank) -> None:
     if start_time(rank.pid) == rank.started:
         os.kill(rank.pid, VISIT_SIGNAL)
+
+
+async def _listens(pid: int) -> bool:
+    """Whether a rank acts on the signal, which one that is starting will soon."""
+    deadline = asyncio.get_running_loop().time() + TIMEOUTS.rank_answers
+    while not (found := _catches(pid)) and asyncio.get_running_loop().time() < deadline:
+        await asyncio.sleep(0.05)
+    return found
+
+
+def _catches(pid: int) -> bool:
+    try:
+        return catches(pid, VISIT_SIGNAL)
+    except OSError:  # it has ended
+        return False
 
 
 async def _usable(line: Line, start: SessionStart, fields: Mapping[str, Any]) -> list[VisitedRank]:
@@ -145,7 +172,7 @@ async def _usable(line: Line, start: SessionStart, fields: Mapping[str, Any]) ->
             reason = "does not run"
         elif start.command:
             reason = f"runs the command {start.command}, which is no Python program of launch"
-        elif not catches(rank.pid, VISIT_SIGNAL):
+        elif not await _listens(rank.pid):
             reason = "is starting, or has replaced the handler of the signal"
         if reason:
             await line.send(rank=rank.rank, refused=reason)

@@ -113,7 +113,7 @@ class Debugging:
         if type(rank) is not int:
             return
         if "refused" in fields:
-            raise BadRequest(f"rank {rank} {fields['refused']}, so it has no debugger.")
+            raise BadRequest(f"rank {rank} {fields['refused']}: it has no debugger for this command.")
         if fields.get("late"):
             self._print(f"rank {rank} is in native code, such as a collective: it stops when it comes back from there")
         elif "text" in fields:
