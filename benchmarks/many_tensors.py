@@ -58,12 +58,13 @@ class Job:
 
 
 def main() -> None:
-    torch.set_num_threads(os.cpu_count() or 1)
+    threads = os.cpu_count() or 1
+    torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with (
-            Context(folder / "overlap", World(threads=os.cpu_count())) as beside,
-            Context(folder / "wait", World(threads=os.cpu_count())) as first,
+            Context(folder / "overlap", World(threads=threads)) as beside,
+            Context(folder / "wait", World(threads=threads)) as first,
         ):
             jobs = Job(beside, overlap=True), Job(first, overlap=False)
             peer = folder / "peer.pt"

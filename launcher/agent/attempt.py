@@ -7,8 +7,8 @@ import signal
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, assert_never
 
-from launcher.agent.hangs.collectives import GroupRecord
 from launcher.agent.hangs.detection import HangDetector, RankStatus, StackLocation, find_culprit
+from launcher.agent.hangs.records import GroupRecord
 from launcher.agent.protocol import (
     AgentMessage,
     Collectives,

@@ -31,8 +31,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.agent.hangs.collectives import GroupRecord
 from launcher.agent.hangs.detection import MOST_STEPS, RankStatus, StackLocation, columns_of, statuses_of
+from launcher.agent.hangs.records import GroupRecord
 from launcher.lifecycle.history import JobFate
 from launcher.rank.messages import JsonObject
 from launcher.request.placement import tpu

@@ -16,7 +16,7 @@ from launcher.errors import OURS, BadRequest
 from launcher.request.spec import NOT_RESUMED, RunSpec, State
 
 if TYPE_CHECKING:
-    from launcher.rank.debugger import DebugRequest
+    from launcher.rank.inside.debugger import DebugRequest
 
 
 def parse_request(argv: Sequence[str]) -> tuple[RunSpec, argparse.Namespace]:
@@ -119,7 +119,7 @@ def debug_request(ranks: str | None, port: int | None, world_size: int | None) -
     if ranks is None and port is None:
         return None
     from launcher.cli.inside.debug import ranks_of
-    from launcher.rank.debugger import DebugRequest
+    from launcher.rank.inside.debugger import DebugRequest
 
     if port is not None and not 1024 <= port <= 65000:
         raise BadRequest(f"--debug-port {port}: a port from 1024 to 65000 is needed, such as 5678.")
@@ -152,7 +152,8 @@ def _attend(run: Any, options: argparse.Namespace, attachment: Any = None, debug
         at_breakpoints = AtBreakpoints(run, debug.ranks)
     terminal = attachment.terminal if attachment is not None else None
     try:
-        state = attend(run, _shown_on(options), terminal, at_breakpoints and at_breakpoints.wait)
+        wait = at_breakpoints.wait if at_breakpoints is not None else None
+        state = attend(run, _shown_on(options), terminal, wait)
     finally:
         if at_breakpoints is not None:
             at_breakpoints.close()

@@ -30,7 +30,7 @@ from training.files import write_atomic
 
 if TYPE_CHECKING:
     from launcher.client.terminal import Attachment
-    from launcher.rank.debugger import DebugRequest
+    from launcher.rank.inside.debugger import DebugRequest
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -28,8 +28,8 @@ from launcher.lifecycle.exit_status import (
 )
 from launcher.lifecycle.run_dir import RunDir
 from launcher.rank.affinity import settle
+from launcher.rank.inside.receive import receive_visits
 from launcher.rank.output import drop_output_on_full_disk, write_stacks_on_signal
-from launcher.rank.visits import receive_visits
 from launcher.request import own_packages
 from launcher.request.spec import Plan
 from launcher.request.target import call, short_traceback
@@ -193,7 +193,7 @@ def main(run_dir: Path, world: World, heartbeats: int, *, prepared: bool = False
         report_prompts(heartbeat)
     own = RunDir(run_dir)
     if own.debug_file.exists():
-        from launcher.rank import debugger
+        from launcher.rank.inside import debugger
 
         Heartbeat.of_process = heartbeat
         debugger.begin(own.debug_file, world)

@@ -174,7 +174,7 @@ def options(parser: argparse.ArgumentParser) -> str:
 def test_the_command_line() -> None:
     assert options(launch_parser()) == (
         "-h/--help --backend --cluster --gpus --tpus --cpus --nodes --spare-nodes --gpus-per-node --ranks --ranks-per-node"
-        " --cpus-per-rank --accelerator --topology --set --env --env-file --time --max-restarts --name --dry-run --detach --json --version -m"
+        " --cpus-per-rank --accelerator --topology --set --env --env-file --time --max-restarts --name --dry-run --detach --debug --debug-port --json --version -m"
     )
     assert list(COMMANDS) == [
         "list",

@@ -69,8 +69,10 @@ class Vote:
 class TorchGroup(Group):
     """The group of all ranks, over torch.distributed. Control messages use gloo, and so do not wait for a GPU."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, timeout: timedelta | None = None) -> None:
         import torch.distributed as dist
+
+        timeout = timeout or TIMEOUT
 
         self.rank, self.size = world.rank, world.world_size
         self._owned = not dist.is_initialized()
@@ -81,14 +83,14 @@ class TorchGroup(Group):
                 init_method=runtime.init_method(world),
                 rank=world.rank,
                 world_size=world.world_size,
-                timeout=TIMEOUT,
+                timeout=timeout,
             )
             if dist.get_rank() != world.rank:  # torch_xla numbers ranks by the order of the chips
                 raise ConfigError(
                     f"rank {world.rank} of the run has number {dist.get_rank()} in its TPU runtime; "
                     "have the nodes in the order of the slice's hosts (TPU_WORKER_ID)"
                 )
-        self._control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self._control = dist.new_group(backend="gloo", timeout=timeout)
         RUNTIMES[world.device].connect()
 
     def barrier(self) -> None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-from launcher.agent.hangs.collectives import GroupRecord, find_absent
+from launcher.agent.hangs.collectives import find_absent
+from launcher.agent.hangs.records import GroupRecord
 from launcher.config.timeouts import TIMEOUTS
 from training.distributed.heartbeat import CONNECTING, DEBUGGING, IDLE, STARTING, TRAINING
 

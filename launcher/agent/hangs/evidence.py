@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 
-from launcher.agent.hangs.collectives import GroupRecord, read_record
 from launcher.agent.hangs.detection import StackLocation, stack_location_of
+from launcher.agent.hangs.records import GroupRecord, read_record
 from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle.run_dir import RunDir
 

@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from launcher.agent.hangs.collectives import find_absent, read_nccl_dump
+from launcher.agent.hangs.collectives import find_absent
+from launcher.agent.hangs.records import read_nccl_dump
 from launcher.lifecycle.recovery import abort_causes
 from launcher.lifecycle.run_dir import RunDir
 

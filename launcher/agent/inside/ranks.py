@@ -1,6 +1,6 @@
 """Debuggers and profilers in the ranks of a node: what they say goes to the client, and its answers to them.
 
-A rank connects to the session, at a signal or at a breakpoint (`launcher.rank.visits`). Its messages are passed on with its number
+A rank connects to the session, at a signal or at a breakpoint (`launcher.rank.inside.visit`). Its messages are passed on with its number
 as ``rank``, and answers name it, too.
 """
 
@@ -20,7 +20,7 @@ from launcher.agent.inside.start import SessionStart, VisitedRank
 from launcher.agent.processes import catches, start_time
 from launcher.config.timeouts import TIMEOUTS
 from launcher.lifecycle.run_dir import RunDir
-from launcher.rank.visits import LONGEST, VISIT_SIGNAL, Kind, address_of, is_own
+from launcher.rank.inside.visit import LONGEST, VISIT_SIGNAL, Kind, address_of, is_own
 
 
 class Ranks:
@@ -39,7 +39,7 @@ class Ranks:
         self._servers: list[asyncio.Server] = []
 
     async def listen(self, rank: VisitedRank) -> bool:
-        """Wait for `rank` to connect from now on; False, with a word to the client, if another session does."""
+        """Wait for `rank` to connect from now on; False, with a message to the client, if another session does."""
 
         async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             if not is_own(writer.get_extra_info("socket")):
@@ -70,13 +70,13 @@ class Ranks:
         return True
 
     async def signal(self, rank: VisitedRank) -> None:
-        """Ask `rank` to connect, and tell the client if it does not soon."""
+        """Ask `rank` to connect, and report to the client if it does not soon."""
         _ask(rank)
-        task = asyncio.create_task(self._tell_if_late(rank))
+        task = asyncio.create_task(self._report_if_late(rank))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _tell_if_late(self, rank: VisitedRank) -> None:
+    async def _report_if_late(self, rank: VisitedRank) -> None:
         await asyncio.sleep(TIMEOUTS.rank_answers)
         if rank.rank not in self._writers and start_time(rank.pid) == rank.started:
             with suppress(OSError):
@@ -161,7 +161,7 @@ def _catches(pid: int) -> bool:
 
 
 async def _usable(line: Line, start: SessionStart, fields: Mapping[str, Any]) -> list[VisitedRank]:
-    """The ranks that the client asks for and that act on the signal; the client is told about the others."""
+    """The ranks that the client asks for and that act on the signal; the client receives the reason for each of the others."""
     wanted = fields.get("ranks")
     found = []
     for rank in start.ranks:

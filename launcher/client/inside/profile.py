@@ -34,15 +34,16 @@ def profile(run: Run, ranks: Sequence[int] = (0,), steps: int = 5, seconds: floa
     target = inside(run)
     for rank in ranks:
         target.of_rank(rank)
-    fields = {"ranks": sorted(set(ranks)), "steps": steps, "seconds": seconds}
-    only = target.of_rank(ranks[0]) if len(set(ranks)) == 1 else target
+    wanted = sorted(set(ranks))
+    fields = {"ranks": wanted, "steps": steps, "seconds": seconds}
+    only = target.of_rank(ranks[0]) if len(wanted) == 1 else target
 
     async def collect() -> list[dict[str, Any]]:
         found: dict[int, dict[str, Any]] = {}
         async with Visitor(only, "profile") as visitor:
             answers = [asyncio.create_task(_collect(each, fields, found)) async for each in visitor.sessions()]
             await asyncio.gather(*answers)
-        for rank in fields["ranks"]:
+        for rank in wanted:
             found.setdefault(rank, {"rank": rank, "error": "it ended before its profile"})
         return [found[rank] for rank in sorted(found)]
 

@@ -79,9 +79,9 @@ def test_tensors_are_copied_while_training_goes_on_until_it_changes_them(
     go = threading.Event()
     copy = host_copy._copy
 
-    def slow(pieces: list[torch.Tensor], source: torch.Tensor) -> None:
+    def slow(pairs: Any) -> None:
         assert go.wait(20)
-        copy(pieces, source)
+        copy(pairs)
 
     monkeypatch.setattr(host_copy, "_copy", slow)
     state = parts(1)
@@ -100,7 +100,7 @@ def test_a_copy_that_fails_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.M
     store = Checkpoints(tmp_path)
     store.on_failed = lambda step, error: failed.append(error)
 
-    def fails(pieces: list[torch.Tensor], source: torch.Tensor) -> None:
+    def fails(pairs: Any) -> None:
         raise MemoryError
 
     monkeypatch.setattr(host_copy, "_copy", fails)

@@ -137,9 +137,9 @@ def test_an_overlapped_save_holds_the_state_of_its_step(tmp_path: Path, monkeypa
     """The copy begins only when the next forward and backward pass are done, and the update waits for it."""
     began, copied = threading.Event(), host_copy._copy
 
-    def late(pieces: list[torch.Tensor], source: torch.Tensor) -> None:
+    def late(pairs: Any) -> None:
         assert began.wait(60)
-        copied(pieces, source)
+        copied(pairs)
 
     monkeypatch.setattr(host_copy, "_copy", late)
     with Context(tmp_path, ONE) as ctx:

@@ -9,16 +9,9 @@ from typing import Any
 
 import pytest
 
-from launcher.agent.hangs.collectives import (
-    Entered,
-    Exchange,
-    GroupRecord,
-    find_absent,
-    ranks_text,
-    read_record,
-    runs_of,
-)
+from launcher.agent.hangs.collectives import find_absent, ranks_text
 from launcher.agent.hangs.detection import RankStatus, StackLocation, find_culprit
+from launcher.agent.hangs.records import Entered, Exchange, GroupRecord, read_record, runs_of
 from launcher.agent.protocol import Collectives, FromAgent
 from launcher.rank.messages import decode, encode
 

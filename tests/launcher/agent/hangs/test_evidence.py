@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch._C import _distributed_c10d
 
-from launcher.agent.hangs.collectives import GroupRecord, read_nccl_dump
 from launcher.agent.hangs.evidence import records
+from launcher.agent.hangs.records import GroupRecord, read_nccl_dump
 from launcher.agent.hangs.timeouts import causes_of_aborts
 from launcher.lifecycle.run_dir import RunDir
 

@@ -1,6 +1,6 @@
 """The debugger of a rank whose terminal is that of a command elsewhere: ``launch debug`` and ``launch --debug``.
 
-It is `pdb`. What it prints and the lines that it reads go over a visit (`launcher.rank.visits`) to the command::
+It is `pdb`. What it prints and the lines that it reads go over a visit (`launcher.rank.inside.visit`) to the command::
 
     rank -> command    {"text": TEXT}, {"prompt": TEXT} to ask for a line, {"end": true}
     command -> rank    {"line": TEXT}
@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
-from launcher.rank.visits import LONGEST, Visit, connect
+from launcher.rank.inside.visit import LONGEST, Visit, connect
 from launcher.request import own_packages
 from training.distributed import group
 from training.distributed.heartbeat import Heartbeat

@@ -13,7 +13,6 @@ import signal
 import socket
 import struct
 from contextlib import suppress
-from types import FrameType
 from typing import Any, Literal
 
 VISIT_SIGNAL = signal.SIGRTMAX - 6
@@ -84,19 +83,3 @@ def connect(kind: Kind) -> tuple[Visit, dict[str, Any]] | None:
         pass
     connection.close()
     return None
-
-
-def receive_visits() -> None:
-    """From here on this process acts on `VISIT_SIGNAL`, in its main thread, between two instructions of Python."""
-    signal.signal(VISIT_SIGNAL, _on_signal)
-
-
-def _on_signal(number: int, frame: FrameType | None) -> None:
-    if (found := connect("profile")) is not None:
-        from launcher.rank import profiler
-
-        profiler.begin(*found)
-    if frame is not None and (found := connect("debug")) is not None:
-        from launcher.rank import debugger
-
-        debugger.stop(found[0], frame)

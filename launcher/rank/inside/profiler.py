@@ -7,7 +7,7 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-from launcher.rank.visits import Visit
+from launcher.rank.inside.visit import Visit
 from training.distributed.heartbeat import Heartbeat
 
 ROWS = 10
