@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from training.checkpoints.host_memory import HostMemory, HostTensor, paired
+from training.checkpoints.host_memory import HostMemory, HostTensor, paired, without_collection
 
 if TYPE_CHECKING:
     import torch
@@ -98,12 +98,13 @@ class Copy:
             for tensor in content.values()
             if tensor.device.type in KNOWN
         ]
-        places = iter(buffers.places(tensors))
-        for file, content in parts.items():
-            if file.endswith(".safetensors"):
-                self._contents[file] = {name: self._place(tensor, places) for name, tensor in content.items()}
-            else:
-                self._contents[file] = _spell(content)
+        with without_collection():
+            places = iter(buffers.places(tensors))
+            for file, content in parts.items():
+                if file.endswith(".safetensors"):
+                    self._contents[file] = {name: self._place(tensor, places) for name, tensor in content.items()}
+                else:
+                    self._contents[file] = _spell(content)
         for device, pairs in self._on_gpu.items():
             self._ends[device] = _send(pairs, device, buffers.stream(device))
         if not self._on_host:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -56,6 +58,18 @@ def paired(pieces: Iterable[torch.Tensor], tensor: torch.Tensor) -> Iterator[tup
     for piece in pieces:
         yield piece, flat.narrow(0, offset, piece.numel())
         offset += piece.numel()
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Collect no garbage in the block: with thousands of new objects, a collection of all would take longer than the rest."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class HostMemory:

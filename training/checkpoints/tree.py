@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from training.checkpoints.host_memory import without_collection
 from training.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def encode(state: Any, name: str) -> tuple[Any, dict[str, torch.Tensor]]:
     for a value that cannot be saved without pickle.
     """
     encoder = _Encoder(name)
-    return encoder.encode(state, ()), encoder.tensors
+    with without_collection():
+        return encoder.encode(state, ()), encoder.tensors
 
 
 class _Encoder:
