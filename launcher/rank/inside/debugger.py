@@ -201,7 +201,7 @@ def _wait_for_editor(rank: int, port: int) -> None:
     hold(heartbeat, True)
     debugpy.listen(("127.0.0.1", port))
     host = os.uname().nodename
-    print(f"launch: rank {rank} waits for an editor on {host}, 127.0.0.1:{port}", flush=True)
+    print(f"launch: rank {rank} on {host} waits for an editor on 127.0.0.1:{port}", flush=True)
     debugpy.wait_for_client()
     hold(heartbeat, False)
 

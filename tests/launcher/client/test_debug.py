@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import socket
 import time
-from typing import Any
+from typing import Any, BinaryIO
 
 import pexpect
 import pytest
+import torch.distributed
 
 from launcher.cli.inside.debug import ranks_of
 from launcher.errors import BadRequest
+from launcher.rank.inside import debugger
 from tests.launcher.engines import Launch, Project, until
 from tests.launcher.plans import planned_run
+from tests.testbed.keeper import free_ports
 
 PDB = r"\[1\] \(Pdb\) "
 HANG_AFTER = 2.0
@@ -140,3 +145,46 @@ def test_ranks_are_written_as_numbers_and_ranges() -> None:
     assert ranks_of("0,3-5, 1", "--debug") == [0, 1, 3, 4, 5]
     with pytest.raises(BadRequest):
         ranks_of("", "--debug")
+
+
+def test_an_editor_attaches_before_the_program_begins(local_project: Project) -> None:
+    """The few messages of the Debug Adapter Protocol with which an editor attaches."""
+    [port] = free_ports(1)
+    (local_project.folder / "edited.py").write_text("print('begun')\n")
+    options = ("--cpus", "2", "--debug-port", str(port), "--name", "run")
+    with local_project.start(*options, "edited.py") as command:
+        log = local_project.folder / "runs" / "run" / "logs" / "1" / "0.log"
+        until(lambda: log.exists() and f"waits for an editor on 127.0.0.1:{port}" in log.read_text(), "the rank waits")
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as editor, editor.makefile("rb") as answers:
+            requests = {"initialize": {"adapterID": "x"}, "attach": {"justMyCode": True}, "configurationDone": {}}
+            for number, (request, arguments) in enumerate(requests.items(), 1):
+                fields = {"seq": number, "type": "request", "command": request, "arguments": arguments}
+                body = json.dumps(fields).encode()
+                editor.sendall(b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+                while request == "attach" and message(answers).get("event") != "initialized":
+                    pass
+            out, _ = command.communicate(timeout=120)
+    assert command.returncode == 0
+    assert "begun" in out
+
+
+def message(answers: BinaryIO) -> dict[str, Any]:
+    """Read one message of the protocol."""
+    size = 0
+    while header := answers.readline().strip():
+        if header.startswith(b"Content-Length:"):
+            size = int(header.split()[1])
+    found: dict[str, Any] = json.loads(answers.read(size))
+    return found
+
+
+def test_process_groups_wait_for_a_person() -> None:
+    finder = debugger._LongTimeouts()
+    spec = finder.find_spec("torch.distributed.constants", list(torch.distributed.__path__))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.default_pg_timeout == debugger.PATIENCE
+    assert torch.distributed.constants.default_pg_timeout < debugger.PATIENCE
+    assert finder.find_spec("torch.distributed", None) is None
