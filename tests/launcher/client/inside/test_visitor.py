@@ -208,4 +208,4 @@ def test_a_run_that_has_not_started_is_refused(
     assert (status, "has ended (succeeded), so there is nothing left to look inside" in err) == (2, True)
     monkeypatch.setattr(Run, "state", lambda _: State.QUEUED)
     status, _, err = launch("stacks", "e")
-    assert (status, "run 'e' is queued: its ranks have not started." in err) == (2, True)
+    assert (status, "run 'e' is queued, and its ranks have not started." in err) == (2, True)
