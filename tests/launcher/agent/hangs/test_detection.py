@@ -234,6 +234,6 @@ def test_a_frame_of_a_collective_above_it_means_that_the_rank_waits() -> None:
     import launcher.agent.hangs.detection
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launcher.agent.hangs.detection, "_LIBRARIES", ("/v/site-packages",))
+        patch.setattr(launcher.agent.hangs.detection, "LIBRARIES", ("/v/site-packages",))
         assert stack_location_of(dump) == StackLocation("/home/me/train.py:9 in step", True)
     assert stack_location_of("nothing of the kind") == StackLocation()
