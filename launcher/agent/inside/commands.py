@@ -51,12 +51,14 @@ def shell_of(environment: dict[str, str]) -> str:
 async def serve_command(line: Line, start: SessionStart, fields: dict[str, Any]) -> None:
     """Run ``command`` of `fields`; send its output as it comes, and its exit status."""
     command = [str(word) for word in fields["command"]]
+    # Not by asyncio: its `wait` also waits for all processes that hold a pipe.
+    (output, write_output), (errors, write_errors) = os.pipe(), os.pipe()
     try:
         process = await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
+            stdout=write_output,
+            stderr=write_errors,
             cwd=folder_of(start),
             env=environment_of(start),
             start_new_session=True,
@@ -66,11 +68,11 @@ async def serve_command(line: Line, start: SessionStart, fields: dict[str, Any])
         line.write(ERROR, f"{command[0]}: {error.strerror or error}\n".encode(errors="backslashreplace"))
         await line.send(status=status)
         return
-    assert process.stdout is not None
-    assert process.stderr is not None
+    finally:
+        os.close(write_output)
+        os.close(write_errors)
     pumps = [
-        asyncio.create_task(_pump(line, kind, reader))
-        for kind, reader in ((OUTPUT, process.stdout), (ERROR, process.stderr))
+        asyncio.create_task(_pump(line, kind, Descriptor(end))) for kind, end in ((OUTPUT, output), (ERROR, errors))
     ]
     await _supervise(line, process, pumps, {FIELDS: lambda data: _signal(process, data)})
 
@@ -97,23 +99,20 @@ async def serve_shell(line: Line, start: SessionStart, fields: dict[str, Any]) -
         raise
     finally:
         os.close(slave)
-    os.set_blocking(master, False)
-    try:
-        pumps = [asyncio.create_task(_pump(line, OUTPUT, Terminal(master)))]
-        terminal = Terminal(master)
-        await _supervise(line, process, pumps, {TYPED: terminal.write, SIZE: lambda data: _resized(master, data)})
-    finally:
-        os.close(master)
+    terminal = Descriptor(master)
+    pumps = [asyncio.create_task(_pump(line, OUTPUT, terminal))]
+    await _supervise(line, process, pumps, {TYPED: terminal.write, SIZE: lambda data: _resized(master, data)})
 
 
-class Terminal:
-    """The end of a pseudo-terminal that is not the program's."""
+class Descriptor:
+    """An end of a pipe or of a pseudo-terminal, whose other end a program has. This process closes it by its own end."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
+        os.set_blocking(descriptor, False)
 
     async def read(self, most: int) -> bytes:
-        """Return the next output; nothing once the program has closed its end."""
+        """Return the next output; nothing once all programs have closed the other end."""
         while True:
             try:
                 return os.read(self.descriptor, most)
@@ -160,7 +159,7 @@ async def _signal(process: asyncio.subprocess.Process, data: bytes) -> None:
             os.killpg(process.pid, number)
 
 
-async def _pump(line: Line, kind: bytes, reader: asyncio.StreamReader | Terminal) -> None:
+async def _pump(line: Line, kind: bytes, reader: Descriptor) -> None:
     """Send what comes from `reader`, at the pace of the client."""
     with suppress(ConnectionError):
         while data := await reader.read(CHUNK):

@@ -59,7 +59,8 @@ async def connect(request: VisitRequest) -> Line:
                 address = dialling.pop(task)
                 if (error := task.exception()) is None:
                     return task.result()
-                reasons.append(f"{address}: {error or 'no answer'}")
+                number = getattr(error, "errno", None)
+                reasons.append(f"{address}: {os.strerror(number) if number else str(error) or 'no answer'}")
     finally:
         for task in dialling:
             task.cancel()

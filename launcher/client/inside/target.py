@@ -112,6 +112,6 @@ def inside(run: Run) -> Target:
             case {"hosts": [*hosts], "world_size": int(size)} if state is State.RUNNING and hosts:
                 return Target(run, [str(host) for host in hosts], size)
         raise BadRequest(
-            f"run {name!r} is {state.value}: its ranks have not started. `launch status {name}` shows what it waits for,"
+            f"run {name!r} is {state.value}, and its ranks have not started. `launch status {name}` shows what it waits for,"
             f" `launch logs -f {name}` follows it."
         )

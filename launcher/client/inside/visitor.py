@@ -136,10 +136,12 @@ class Visitor:
         deadline = time.monotonic() + TIMEOUTS.visit
         failed: dict[int, str] = {}
         while len(self._lines) + len(failed) < self.target.expected or not self._arrived.empty():
+            session = None
             with suppress(TimeoutError):
-                async with asyncio.timeout(0.2):
-                    yield await self._arrived.get()
-                    continue
+                session = await asyncio.wait_for(self._arrived.get(), 0.2)
+            if session is not None:
+                yield session
+                continue
             failed = await asyncio.to_thread(visits.failures, self._folder, self._id)
             failed = {node: why for node, why in failed.items() if node not in self._lines}
             if time.monotonic() > deadline or self.target.run.dir.result_file.exists():

@@ -45,7 +45,7 @@ def visited(project: Project) -> Project:
     (project.folder / "spread.toml").write_text('backend = "ray"\n[ray]\nplacement_strategy = "SPREAD"\n')
     backend = () if project.engine == "ray" else ("--backend", project.engine)
     project.call(*backend, "--cpus", "4", *nodes, "--name", "v", "--detach", "visited.py")
-    until(lambda: project.status("v")["state"] == "running", "the run runs")
+    until(lambda: "started" in [event["event"] for event in project.events("v")], "the ranks start")
     return project
 
 

@@ -55,7 +55,7 @@ for each in "${{COMPREPLY[@]}}"; do echo "$each"; done
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        (["launch", "st"], ["status"]),
+        (["launch", "st"], ["status", "stacks"]),
         (["launch", "--de"], ["--detach"]),
         (["launch", "--gpus", "2", "--na"], ["--name"]),
         (["launch", "--gpus", "2", "st"], []),  # a command is the first word
