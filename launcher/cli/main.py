@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NoReturn
 
-from launcher.cli import runs
 from launcher.cli.clusters import run_clusters
 from launcher.cli.doctor import run_doctor
 from launcher.cli.launch import run_launch, run_resume
 from launcher.cli.parser import COMMANDS, SHOW_PARSER, Parser, ShownParser, add_json, launch_parser
+from launcher.cli.sent import comparing, ending, listing, removing, showing
 from launcher.errors import OURS, BadRequest, exit_status, nearest, shortened
 
 SYNONYMS: dict[str, list[str]] = {
@@ -25,6 +25,9 @@ SYNONYMS: dict[str, list[str]] = {
     "kill": ["cancel"],
     "scancel": ["cancel"],
     "log": ["logs"],
+    "remove": ["rm"],
+    "delete": ["rm"],
+    "compare": ["diff"],
     "run": [],
     "submit": ["--detach"],
     "sbatch": ["--detach"],
@@ -113,11 +116,15 @@ def parsers() -> dict[str, Parser]:
 
 
 _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "list": runs.run_list,
-    "status": runs.run_status,
-    "logs": runs.run_logs,
-    "cancel": runs.run_cancel,
+    "list": listing.run_list,
+    "status": showing.run_status,
+    "logs": showing.run_logs,
+    "wait": ending.run_wait,
+    "cancel": ending.run_cancel,
     "resume": run_resume,
+    "diff": comparing.run_diff,
+    "rm": removing.run_rm,
+    "prune": removing.run_prune,
     "clusters": run_clusters,
     "doctor": run_doctor,
     "completion": run_completion,
