@@ -25,6 +25,9 @@ Facts = dict[str, dict[str, Any]]
 SECRET = "(secret)"
 """Shown in place of a secret value."""
 
+RECORD: dict[str, Any] = {"record": "left by the first node"}
+"""Stands for the packages of a run in a comparison with one that has no record of them."""
+
 OF_A_JOB = re.compile(r"SLURM|HOSTNAME$|TMPDIR$|TPU_WORKER_ID$")
 """Variables that differ between any two jobs."""
 
@@ -56,7 +59,7 @@ def diff(a: Run | str | Path, b: Run | str | Path, *, runs_folder: str | Path = 
     facts, others = _facts(first), _facts(second)
     for part in ("packages", "machine"):  # which the first node writes
         if bool(facts[part]) != bool(others[part]):
-            facts[part], others[part] = ({"": "recorded"} if each[part] else {} for each in (facts, others))
+            facts[part], others[part] = (RECORD if each[part] else {} for each in (facts, others))
     return [
         Difference(part, name, _shown(facts[part].get(name)), _shown(others[part].get(name)))
         for part in PARTS
