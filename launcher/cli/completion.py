@@ -160,8 +160,11 @@ _launch_runs() {{
   compadd -a found
 }}
 _launch_clusters() {{
-  local -a found=({" ".join(map(shlex.quote, shipped()))}) folder
-  for folder in {PROFILES}; do found+=($folder/*.toml(N:t:r) $folder/examples/*.toml(N:r:h:t)); done
+  local -a found=({" ".join(map(shlex.quote, shipped()))}) examples; local folder
+  for folder in {PROFILES}; do
+    examples=($folder/examples/*.toml(N:t:r))
+    found+=($folder/*.toml(N:t:r) examples/$^examples)
+  done
   compadd -a found; _files -g '*.toml'
 }}
 _launch_partitions() {{

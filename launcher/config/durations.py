@@ -56,12 +56,12 @@ def parse_minutes(text: str) -> int:
 
 
 def parse_seconds(flag: str, text: str) -> int:
-    """Return the seconds of the duration `text`, which was given for the option `flag`.
+    """Return the seconds of ``90s``, ``30m``, ``1d12h``, ..., which was given for the option `flag`.
 
     Raises:
-        BadRequest: no duration, or a number without a unit, which is seconds to some programs and minutes to others.
+        BadRequest: it is none. A number without a unit is seconds to some programs and minutes to others.
     """
-    total = None if _MINUTES.fullmatch(text) else seconds(text)
+    total = seconds(text) if text and _UNITS.fullmatch(text) else None
     if total is None or total > MAX_DAYS * 24 * 60 * 60:
         number = text if _MINUTES.fullmatch(text) and len(text) < 6 else ""
         example = f"{number}s or {number}m" if number else "90s, 30m, 2h or 3d"

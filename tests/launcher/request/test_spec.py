@@ -147,16 +147,16 @@ def test_states_and_their_exit_statuses() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"), [("90s", 90), ("2h", 7200), ("1d12h", 129600), ("00:01:30", 90), ("0s", 0)]
-)
+@pytest.mark.parametrize(("text", "expected"), [("90s", 90), ("2h", 7200), ("1d12h", 129600), ("0s", 0)])
 def test_durations_with_a_unit(text: str, expected: int) -> None:
     assert parse_seconds("--timeout", text) == expected
     before = time.time()
     assert before - expected <= parse_moment("--since", text) <= time.time() - expected
 
 
-@pytest.mark.parametrize("text", ["", "60", "1.5h", "soon", "-1h", "3651d", "9" * 100, "2026-11-20", "\u0663s"])
+@pytest.mark.parametrize(
+    "text", ["", "60", "1.5h", "soon", "-1h", "3651d", "9" * 100, "2026-11", "02:30:00", "\u0663s"]
+)
 def test_no_duration_with_a_unit(text: str) -> None:
     with pytest.raises(BadRequest, match=r"^--timeout .*: write a duration with its unit, such as "):
         parse_seconds("--timeout", text)
