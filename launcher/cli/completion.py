@@ -78,9 +78,22 @@ _launch_partitions() { # PREFIX: sinfo is called once in a minute
     fi
     _launch_add "$1" "${_launch_partitions_found[@]}"
 }
+_launch_values() { # PREFIX OPTION: the values of an option; fails for other words
+    local before=
+    case $2 in
+        --backend) _launch_add "$1" @BACKENDS@ ;;
+        --cluster) _launch_profiles "$1" ;;
+        --state)
+            [[ $1 == *,* ]] && before=${1%,*},
+            _launch_add "$1" @STATES@ ;;
+        -p | --partition | slurm.partition) _launch_partitions "$1" ;;
+        *) return 1 ;;
+    esac
+}
 """.replace("@REGISTRY@", REGISTRY)
     .replace("@PROFILES@", PROFILES)
     .replace("@PARTITIONS@", PARTITIONS)
+    .replace("@STATES@", " ".join(f'"$before"{state}' for state in STATES))
 )
 
 
@@ -92,25 +105,19 @@ def bash(parsers: Parsers, texts: Mapping[str, str]) -> str:
         for name, parser in parsers.items()
         if name
     )
+    head = BASH_HEAD.replace("@SHIPPED@", " ".join(map(shlex.quote, shipped()))).replace(
+        "@BACKENDS@", " ".join(BACKENDS)
+    )
     own = parsers[""]
     foreign = [name for table in (TORCHRUN, ACCELERATE, SBATCH) for name, meaning in table.items() if meaning.takes]
     valued = "|".join(dict.fromkeys([*(s for a in options(own) if takes_value(a) for s in a.option_strings), *foreign]))
     return f"""\
-{BASH_HEAD.replace("@SHIPPED@", " ".join(map(shlex.quote, shipped())))}_launch() {{
+{head}_launch() {{
     local word=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD - 1]}} options= runs= index
     COMPREPLY=()
     [[ $previous == = ]] && previous=${{COMP_WORDS[COMP_CWORD - 2]}} # --backend=s
     [[ $word == = ]] && word=
-    case $previous in
-        --backend) _launch_add "$word" {" ".join(BACKENDS)}; return ;;
-        --cluster) _launch_profiles "$word"; return ;;
-        --state)
-            local before=
-            [[ $word == *,* ]] && before=${{word%,*}},
-            _launch_add "$word" {" ".join(f'"$before"{state}' for state in STATES)}
-            return ;;
-        -p | --partition | slurm.partition) _launch_partitions "$word"; return ;;
-    esac
+    _launch_values "$word" "$previous" && return
     if ((COMP_CWORD > 1)); then
         case ${{COMP_WORDS[1]}} in
 {cases}
