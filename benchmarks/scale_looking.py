@@ -130,7 +130,9 @@ def lists(folder: Path, largest: int) -> None:
             make_run(folder / f"list{runs}" / "runs" / f"r{number}", 100)
         return cpu_seconds(["list", "--all"], folder / f"list{runs}")
 
-    table("list --all, ended runs of 100 lines", "s", [n for n in (10, 100, 1000, 10_000) if n * 100 <= largest], listed)
+    table(
+        "list --all, ended runs of 100 lines", "s", [n for n in (10, 100, 1000, 10_000) if n * 100 <= largest], listed
+    )
 
 
 def statuses(folder: Path, largest: int) -> None:
@@ -169,20 +171,23 @@ def registered(folder: Path, largest: int) -> None:
     with script.open("w") as file:
         subprocess.run([*LAUNCH, "completion", "bash"], stdout=file, check=True)
     launch = [str(Path(sys.executable).parent / "launch")]
-    cases = {
+    peer = {"python -c pass": command([sys.executable, "-c", "pass"])}
+    commands = {
         "launch list": command([*launch, "list"], cwd),
         "launch list --all": command([*launch, "list", "--all"], cwd),
         "launch list --state running": command([*launch, "list", "--state", "running"], cwd),
         "launch status, without a run": command([*launch, "status"], cwd),
-        "completion of launch status <TAB>": completion(script, cwd, "status", ""),
-        "completion of launch status mrpc-99<TAB>": completion(script, cwd, "status", "mrpc-99"),
-        "completion of launch cancel <TAB>": completion(script, cwd, "cancel", ""),
-        "completion of launch --<TAB>": completion(script, cwd, "--"),
-        "python -c pass": command([sys.executable, "-c", "pass"]),
     }
-    found = measure(cases, ROUNDS)
-    paired_table(f"{REGISTERED:,} registered runs in {FOLDERS} folders", found, "launch list")
-    paired_table("Completion", found, "completion of launch status <TAB>")
+    completions = {
+        "launch status <TAB>": completion(script, cwd, "status", ""),
+        "launch status mrpc-99<TAB>": completion(script, cwd, "status", "mrpc-99"),
+        "launch cancel <TAB>": completion(script, cwd, "cancel", ""),
+        "launch --<TAB>": completion(script, cwd, "--"),
+    }
+    found = measure(commands | completions | peer, ROUNDS)
+    for title, cases in (("commands", commands), ("completion in bash", completions)):
+        shown = {name: found[name] for name in (*cases, *peer)}
+        paired_table(f"{REGISTERED:,} registered runs in {FOLDERS} folders: {title}", shown, next(iter(cases)))
 
 
 def completion(script: Path, cwd: str, *words: str) -> Case:
