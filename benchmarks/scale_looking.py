@@ -1,7 +1,9 @@
-"""How the cost of looking at runs grows: ``python -m benchmarks.scale_looking [LARGEST [list] [status] [follow]]``.
+"""How the cost of looking at runs grows: ``python -m benchmarks.scale_looking [LARGEST [list] [status] [follow] [registry]]``.
 
 `launch list` of 10 to 10,000 runs that have ended; `launch status`, `launch status --json` and `launch logs -f` of one run with 10^3 to
 10^6 lines of metrics and a tenth as many events. Times are CPU seconds of the whole command, of one run each.
+
+``registry``: commands and the completion of names with 1,000 registered runs in 50 folders, in seconds, beside ``python -c pass``.
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks.paired import Case, command, measure
+from benchmarks.paired import table as paired_table
 from launcher.config.cluster import Cluster
+from launcher.lifecycle.records import registry
 from launcher.lifecycle.run_dir import FORMAT, RunDir
 from launcher.request.placement.place import Placement
 from launcher.request.spec import Plan, RunSpec, State, Target
@@ -123,9 +128,11 @@ def lists(folder: Path, largest: int) -> None:
     def listed(runs: int) -> float:
         for number in range(runs):
             make_run(folder / f"list{runs}" / "runs" / f"r{number}", 100)
-        return cpu_seconds(["list"], folder / f"list{runs}")
+        return cpu_seconds(["list", "--all"], folder / f"list{runs}")
 
-    table("list, ended runs of 100 lines", "s", [n for n in (10, 100, 1000, 10_000) if n * 100 <= largest], listed)
+    table(
+        "list --all, ended runs of 100 lines", "s", [n for n in (10, 100, 1000, 10_000) if n * 100 <= largest], listed
+    )
 
 
 def statuses(folder: Path, largest: int) -> None:
@@ -148,7 +155,59 @@ def follows(folder: Path, largest: int) -> None:
     table("logs -f, lines of a silent running run", "cores", sizes, lambda n: followed(runs[n], folder))
 
 
-PARTS = {"list": lists, "status": statuses, "follow": follows}
+REGISTERED = 1000
+FOLDERS = 50
+ROUNDS = 11
+
+
+def registered(folder: Path, largest: int) -> None:
+    """Measure commands and completion with `REGISTERED` runs; every hundredth of these is running."""
+    os.environ["XDG_STATE_HOME"] = f"{folder}/state"
+    for number in range(REGISTERED):
+        path = folder / f"project{number % FOLDERS}" / "runs" / f"mrpc-{number}"
+        registry.register(make_run(path, 10, None if number % 100 == 0 else State.SUCCEEDED).path)
+    cwd = str(folder / "project0")
+    script = folder / "completion.bash"
+    with script.open("w") as file:
+        subprocess.run([*LAUNCH, "completion", "bash"], stdout=file, check=True)
+    launch = [str(Path(sys.executable).parent / "launch")]
+    peer = {"python -c pass": command([sys.executable, "-c", "pass"])}
+    commands = {
+        "launch list": command([*launch, "list"], cwd),
+        "launch list --all": command([*launch, "list", "--all"], cwd),
+        "launch list --state running": command([*launch, "list", "--state", "running"], cwd),
+        "launch status, without a run": command([*launch, "status"], cwd),
+    }
+    completions = {
+        "launch status <TAB>": completion(script, cwd, "status", ""),
+        "launch status mrpc-99<TAB>": completion(script, cwd, "status", "mrpc-99"),
+        "launch cancel <TAB>": completion(script, cwd, "cancel", ""),
+        "launch --<TAB>": completion(script, cwd, "--"),
+    }
+    found = measure(commands | completions | peer, ROUNDS)
+    for title, cases in (("commands", commands), ("completion in bash", completions)):
+        shown = {name: found[name] for name in (*cases, *peer)}
+        paired_table(f"{REGISTERED:,} registered runs in {FOLDERS} folders: {title}", shown, next(iter(cases)))
+
+
+def completion(script: Path, cwd: str, *words: str) -> Case:
+    """A case: the wall time of one completion in a bash that has read the script, as at a TAB."""
+    program = f"""
+        source {script}; COMP_WORDS=(launch {" ".join(f"'{word}'" for word in words)}); COMP_CWORD={len(words)}
+        begun=$EPOCHREALTIME; _launch; ended=$EPOCHREALTIME
+        echo $((${{ended/./}} - ${{begun/./}})) ${{#COMPREPLY[@]}}"""
+
+    def run() -> float:
+        done = subprocess.run(["bash", "-c", program], cwd=cwd, check=True, capture_output=True, text=True)
+        microseconds, offered = map(int, done.stdout.split())
+        if not offered:
+            raise RuntimeError(f"nothing is offered for {words}")
+        return microseconds / 1e6
+
+    return run
+
+
+PARTS = {"list": lists, "status": statuses, "follow": follows, "registry": registered}
 
 
 def main() -> None:

@@ -13,16 +13,37 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from launcher.client.api import launch, resume
-    from launcher.client.run import Run, runs
+    from launcher.client.run import Run
+    from launcher.client.sent.choose import runs
+    from launcher.client.sent.compare import diff
+    from launcher.client.sent.remove import remove
+    from launcher.client.sent.waiting import wait
     from launcher.errors import BadRequest, LaunchError, RunFailed, RunStopped
     from launcher.request.spec import State
 
-__all__ = ["BadRequest", "LaunchError", "Run", "RunFailed", "RunStopped", "State", "launch", "resume", "runs"]
+__all__ = [
+    "BadRequest",
+    "LaunchError",
+    "Run",
+    "RunFailed",
+    "RunStopped",
+    "State",
+    "diff",
+    "launch",
+    "remove",
+    "resume",
+    "runs",
+    "wait",
+]
 
 _HOME = {
     **dict.fromkeys(("launch", "resume"), "client.api"),
     **dict.fromkeys(("BadRequest", "LaunchError", "RunFailed", "RunStopped"), "errors"),
-    **dict.fromkeys(("Run", "runs"), "client.run"),
+    "Run": "client.run",
+    "runs": "client.sent.choose",
+    "wait": "client.sent.waiting",
+    "diff": "client.sent.compare",
+    "remove": "client.sent.remove",
     "State": "request.spec",
 }
 

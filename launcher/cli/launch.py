@@ -82,10 +82,9 @@ def run_launch(argv: Sequence[str]) -> int:
 
 
 def run_resume(argv: Sequence[str]) -> int:
-    """``launch resume RUN``."""
-    parser = command(
-        "resume", "With the code and arguments it was sent with; what is given here replaces its placement."
-    )
+    """``launch resume [RUN]``."""
+    about = "With the code and arguments it was sent with; what is given here replaces its placement."
+    parser = command("resume", about, nargs="?", left_out="shows those that can be resumed")
     add_options(parser, NOT_RESUMED)
     parser.add_argument("--detach", action="store_true", help="return once it is submitted")
     add_debug(parser)
@@ -94,15 +93,19 @@ def run_resume(argv: Sequence[str]) -> int:
     from launcher.client.run import find
     from launcher.client.terminal import attach
 
+    name = options.run
+    if name is None:
+        from launcher.cli.sent.unnamed import choose_resumed
+
+        name = choose_resumed(options, argv)
     attachments: list[Any] = [None]
 
     def attached(plan: Any) -> Any:
         attachments.append(None if options.detach else attach(plan, _shown_on(options)))
         return attachments[-1]
 
-    found = find(options.run, Path(options.runs))
     debug = debug_request(options.debug, options.debug_port, None)
-    run = resubmit(found, attached, debug, **given(options))
+    run = resubmit(find(name, Path(options.runs)), attached, debug, **given(options))
     return _attend(run, options, attachments[-1], debug)
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NoReturn
 
-from launcher.cli import runs
 from launcher.cli.clusters import run_clusters
 from launcher.cli.doctor import run_doctor
 from launcher.cli.inside.debug import run_debug, run_profile
@@ -18,6 +17,7 @@ from launcher.cli.inside.enter import run_code, run_exec, run_shell
 from launcher.cli.inside.stacks import run_stacks
 from launcher.cli.launch import run_launch, run_resume
 from launcher.cli.parser import COMMANDS, SHOW_PARSER, Parser, ShownParser, add_json, launch_parser
+from launcher.cli.sent import comparing, ending, listing, removing, showing
 from launcher.errors import OURS, BadRequest, exit_status, nearest, shortened
 
 SYNONYMS: dict[str, list[str]] = {
@@ -28,6 +28,9 @@ SYNONYMS: dict[str, list[str]] = {
     "kill": ["cancel"],
     "scancel": ["cancel"],
     "log": ["logs"],
+    "remove": ["rm"],
+    "delete": ["rm"],
+    "compare": ["diff"],
     "run": [],
     "submit": ["--detach"],
     "sbatch": ["--detach"],
@@ -116,10 +119,11 @@ def parsers() -> dict[str, Parser]:
 
 
 _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "list": runs.run_list,
-    "status": runs.run_status,
-    "logs": runs.run_logs,
-    "cancel": runs.run_cancel,
+    "list": listing.run_list,
+    "status": showing.run_status,
+    "logs": showing.run_logs,
+    "wait": ending.run_wait,
+    "cancel": ending.run_cancel,
     "stacks": run_stacks,
     "exec": run_exec,
     "shell": run_shell,
@@ -127,6 +131,9 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "debug": run_debug,
     "profile": run_profile,
     "resume": run_resume,
+    "diff": comparing.run_diff,
+    "rm": removing.run_rm,
+    "prune": removing.run_prune,
     "clusters": run_clusters,
     "doctor": run_doctor,
     "completion": run_completion,

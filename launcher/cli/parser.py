@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Collection
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from launcher.cli.version import Version
 from launcher.errors import BadRequest
@@ -15,6 +15,7 @@ COMMANDS = {
     "list": "your runs, in this folder and in others",
     "status": "one run: state, progress, metrics, failure",
     "logs": "what a run's ranks printed",
+    "wait": "wait for runs to end",
     "cancel": "ask a run to stop, and kill it after its grace",
     "stacks": "where a run's ranks stand: their Python stacks",
     "exec": "run a command on a run's nodes, beside its ranks",
@@ -23,6 +24,9 @@ COMMANDS = {
     "debug": "stop a rank of a run in a debugger, at this terminal",
     "profile": "profile some steps of a run's ranks",
     "resume": "take a run up again, from its newest checkpoint if it has one",
+    "diff": "in what two runs differ: code, arguments, profile, environment, result",
+    "rm": "remove runs that have ended",
+    "prune": "remove runs that ended long ago",
     "clusters": "the cluster profiles that were found; `clusters new` writes one",
     "doctor": "whether this machine and its engines are in order",
     "completion": "print a completion script for bash, zsh or fish",
@@ -57,6 +61,8 @@ class Parser(argparse.ArgumentParser):
         """Parse `args`; see `SHOW_PARSER` for the exception to that."""
         if args == [SHOW_PARSER]:
             raise ShownParser(self)
+        if any(action.nargs == "+" for action in self._get_positional_actions()):
+            return super().parse_intermixed_args(args, namespace)  # options may stand between the runs
         return super().parse_args(args, namespace)
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
@@ -128,16 +134,28 @@ def add_debug(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--debug-port", action=Once, type=whole, metavar="PORT", help=text)
 
 
-def command(name: str, more: str = "", run: bool = True) -> Parser:
-    """The parser of ``launch NAME``: a run (unless `run` is False), the folder of runs, and JSON."""
+def command(
+    name: str, more: str = "", run: bool = True, nargs: Literal["?", "+"] | None = None, left_out: str = ""
+) -> Parser:
+    """The parser of ``launch NAME``: a run (unless `run` is False), the folder of runs, and JSON.
+
+    `nargs` is how many runs there are, by default one; `left_out` says what is done without a run, if none is needed.
+    """
     parser = Parser(
         prog=f"launch {name}", description=f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}. {more}".rstrip()
     )
     if run:
-        parser.add_argument("run", metavar="RUN", help="its name, or the path of its directory")
+        text = "its name, or the path of its directory" + (f" (left out: {left_out})" if left_out else "")
+        parser.add_argument("run", metavar="RUN", nargs=nargs, help=text)
     parser.add_argument("--runs", action=Once, default="runs", metavar="DIR", help="the folder of runs (default: runs)")
     add_json(parser)
     return parser
+
+
+def add_states(parser: Parser, states: Collection[str]) -> None:
+    """Add ``--state``, which `launcher.client.sent.choose.states_called` reads."""
+    text = f"only runs in this state: {', '.join(states)}; several with commas"
+    parser.add_argument("--state", dest="states", action="append", default=[], metavar="STATE", help=text)
 
 
 DESCRIPTION = """\

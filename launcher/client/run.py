@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -221,7 +221,7 @@ def _state(directory: RunDir) -> State:
     alive = age is not None and abs(age) < TIMEOUTS.run_heartbeat_age
     if alive and backends.get(job["backend"]).capabilities.poll_seconds:
         return _supervised_state(directory)  # without a query
-    polled = _states(job["backend"], {job["job_id"]: _submitted(job)})[job["job_id"]]
+    polled = polled_states(job["backend"], {job["job_id"]: submitted_at(job)})[job["job_id"]]
     if polled is State.LOST and (result := directory.result()):
         return State(result["state"])  # it ended after the result was read
     return _supervised_state(directory) if alive and not polled.done else polled
@@ -237,15 +237,15 @@ def _job(directory: RunDir) -> dict[str, Any] | None:
     return job
 
 
-def _states(backend: str, jobs: Mapping[str, float]) -> dict[str, State]:
-    """The states that the engine reports, in an answer that all commands of this user share."""
+def polled_states(backend: str, jobs: Mapping[str, float]) -> dict[str, State]:
+    """Return the states that the engine reports for `jobs`, from an answer that all commands of this user share."""
     from launcher.backends import answers
 
     return answers.states(backends.get(backend), jobs)
 
 
-def _submitted(job: Mapping[str, Any]) -> float:
-    """When a job was submitted, in seconds since 1970; 0 if unknown."""
+def submitted_at(job: Mapping[str, Any]) -> float:
+    """Return when a job was submitted, in seconds since 1970; 0 if unknown."""
     return float(job["time"]) if is_number(job.get("time")) else 0.0
 
 
@@ -325,23 +325,6 @@ def _explanation(directory: RunDir, shown_rank: int | None) -> str:
             f" supervisor was killed, or {directory.path} is not the same folder on the nodes. Check its folders logs and submitit."
         )
     return explain(failure, shown_rank)
-
-
-def runs(folder: str | Path = run_dir.DEFAULT_FOLDER) -> list[Run]:
-    """The runs in `folder`, newest first."""
-    return [Run(r) for r in run_dir.all_runs(as_path("folder", folder))]
-
-
-def ask_at_once(found: Iterable[Run]) -> None:
-    """Ask each scheduler once for the jobs of all runs without a result, so that their `state` needs no question."""
-    jobs: dict[str, dict[str, float]] = {}
-    for run in found:
-        with suppress(BadRequest), reading(run.path):
-            if not os.path.lexists(run.dir.result_file) and (job := run.job()) is not None:
-                jobs.setdefault(job["backend"], {})[job["job_id"]] = _submitted(job)
-    for backend, ids in jobs.items():
-        if backends.get(backend).capabilities.poll_seconds:
-            _states(backend, ids)
 
 
 def find(name: str | Path, folder: str | Path) -> Run:

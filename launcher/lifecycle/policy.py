@@ -46,6 +46,11 @@ class Rule:
     retry: Retry
     advice: str
 
+    @property
+    def resumable(self) -> bool:
+        """Whether a run that failed by it can get further as it is, so that `launch resume` is worth a try."""
+        return self.retry is not Retry.NEVER or "`launch resume`" in self.advice
+
 
 RULES: dict[str, Rule] = {
     "user error": Rule(Retry.NEVER, "The target raised this itself; fix it and start again."),

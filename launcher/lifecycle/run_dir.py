@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from launcher.config.codec import from_data, to_data, to_json
 from launcher.errors import BadRequest, LaunchError
-from launcher.lifecycle.records import registry
+from launcher.lifecycle.records import registry, removal
 from launcher.lifecycle.records.result import check_result
 from launcher.lifecycle.run_files import FileOfRun, RunFiles, RunPaths
 from launcher.lifecycle.trust import check_job, check_own
@@ -269,6 +269,8 @@ def all_runs(folder: Path) -> Iterable[RunDir]:
     try:
         with os.scandir(os.path.realpath(folder)) as entries:
             for entry in entries:
+                if entry.name.startswith(removal.PREFIX):
+                    continue
                 try:
                     found.append((os.lstat(f"{entry.path}/plan.json").st_mtime, RunDir(Path(entry.path))))
                 except PermissionError:
@@ -283,14 +285,6 @@ def all_runs(folder: Path) -> Iterable[RunDir]:
 
 
 DEFAULT_FOLDER = Path("runs")
-
-
-def everywhere() -> list[RunDir]:
-    """The runs in the default folder, and the user's in all others, newest first."""
-    own = list(all_runs(DEFAULT_FOLDER))
-    known = {os.path.realpath(run.path) for run in own}
-    others = [RunDir(path) for path in registry.known() if os.path.realpath(path) not in known]
-    return sorted((*own, *others), key=lambda run: registry.sent_at(run.path), reverse=True) if others else own
 
 
 def find(name: str | Path, folder: Path) -> RunDir:

@@ -99,8 +99,8 @@ def _check_entry(folder: Path, path: Path, found: os.stat_result, closed: bool =
         raise BadRequest(f"{path} is a pipe, a socket or a device, which no run has. `rm {shlex.quote(str(path))}`.")
     if found.st_uid != os.geteuid():
         raise BadRequest(
-            f"{path} belongs to {_user(found.st_uid)}, and you are {_user(os.geteuid())}: a run is cancelled, resumed and"
-            " unpickled by its owner alone. `launch status` and `launch logs` show it."
+            f"{path} belongs to {_user(found.st_uid)}, and you are {_user(os.geteuid())}: a run is cancelled, resumed,"
+            " removed and unpickled by its owner alone. `launch status` and `launch logs` show it."
         )
     if found.st_mode & 0o022 and not closed:
         raise BadRequest(

@@ -142,7 +142,8 @@ def test_public_things_are_documented(package: str, module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "argv", [None, ["--help"], ["list"], ["status", "nosuch"], ["clusters"], ["logs", "nosuch"], ["--dry-run", "--cpus", "1"]]
+    "argv", [None, ["--help"], ["list"], ["status"], ["status", "nosuch"], ["clusters"], ["logs", "nosuch"], ["wait", "nosuch"],
+    ["diff", "a", "b"], ["rm", "nosuch"], ["prune", "--older", "30d"], ["--dry-run", "--cpus", "1"]]
 )  # fmt: skip
 def test_a_command_loads_nothing_heavy(tmp_path: Path, argv: list[str] | None) -> None:
     program = f"""
@@ -162,7 +163,10 @@ print("loaded:", sorted(set({HEAVY!r}) & set(sys.modules)))
 
 
 def test_what_the_package_offers() -> None:
-    expected = ["BadRequest", "LaunchError", "Run", "RunFailed", "RunStopped", "State", "launch", "resume", "runs"]
+    expected = [
+        *("BadRequest", "LaunchError", "Run", "RunFailed", "RunStopped", "State"),
+        *("diff", "launch", "remove", "resume", "runs", "wait"),
+    ]
     assert launcher.__all__ == expected
     assert all(hasattr(launcher, name) for name in expected)
 
@@ -177,20 +181,8 @@ def test_the_command_line() -> None:
         " --cpus-per-rank --accelerator --topology --set --env --env-file --time --max-restarts --name --dry-run --detach --debug --debug-port --json --version -m"
     )
     assert list(COMMANDS) == [
-        "list",
-        "status",
-        "logs",
-        "cancel",
-        "stacks",
-        "exec",
-        "shell",
-        "code",
-        "debug",
-        "profile",
-        "resume",
-        "clusters",
-        "doctor",
-        "completion",
+        *("list", "status", "logs", "wait", "cancel", "stacks", "exec", "shell", "code", "debug", "profile"),
+        *("resume", "diff", "rm", "prune", "clusters", "doctor", "completion"),
     ]
 
 

@@ -33,20 +33,23 @@ def register(run: Path) -> None:
 
 
 def forget(run: Path) -> None:
-    """Remove the link of the run that was in the directory `run`."""
-    with suppress(OSError):
-        (folder() / _link_name(run)).unlink()
+    """Remove the links of the run that was in the directory `run`, also those that lead there by another path."""
+    place = os.path.realpath(run)
+    for link, _, target in list(_links(run.name)):
+        if os.path.realpath(target) == place:
+            with suppress(OSError):
+                os.unlink(link)
 
 
 def named(name: str) -> list[Path]:
     """The directories of the runs called `name` that are there, newest first."""
-    return [run for run in known() if run.name == name]
+    return known(name)
 
 
-def known() -> list[Path]:
-    """The directories of all registered runs that are there, newest first."""
-    links = sorted(_links(), reverse=True)
-    return [run for _, run in links if os.path.lexists(run / "plan.json")]
+def known(name: str = "") -> list[Path]:
+    """The directories of all registered runs that are there, or of those called `name`, newest first."""
+    links = sorted((made, run) for _, made, run in _links(name))
+    return [run for _, run in reversed(links) if os.path.lexists(f"{run}/plan.json")]
 
 
 def sent_at(run: Path) -> float:
@@ -56,16 +59,21 @@ def sent_at(run: Path) -> float:
     return 0.0
 
 
-def _links() -> Iterator[tuple[float, Path]]:
-    """When each link was made, and where it leads; links to anything that no run could be are passed over."""
+def _links(wanted: str = "") -> Iterator[tuple[str, float, Path]]:
+    """The path of each link, when it was made, and where it leads; with `wanted`, of runs of this name.
+
+    Links to anything that no run could be are passed over.
+    """
     try:
         with os.scandir(folder()) as entries:
             for entry in entries:
                 name, separator, _ = entry.name.partition(SEPARATOR)
+                if not separator or (wanted and name != wanted):
+                    continue
                 with suppress(OSError):
                     target = Path(os.readlink(entry.path))
-                    if separator and target.is_absolute() and target.name == name:
-                        yield entry.stat(follow_symlinks=False).st_mtime, target
+                    if target.is_absolute() and target.name == name:
+                        yield entry.path, entry.stat(follow_symlinks=False).st_mtime, target
     except OSError:
         return
 

@@ -84,7 +84,7 @@ def test_a_list_of_queued_runs_asks_once(site: Site, capsys: pytest.CaptureFixtu
     site.jobs("".join(f"{number} PENDING\n" for number in range(1, 41)))
     for _ in range(2):
         with pytest.raises(SystemExit) as exited:
-            main(["list"])
+            main(["list", "--all"])
         assert (exited.value.code, capsys.readouterr().out.count(" queued ")) == (0, 40)
     (call,) = site.calls()
     assert " --me " in call

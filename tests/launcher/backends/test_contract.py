@@ -14,7 +14,9 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_torchrun_script_runs_unchanged(project: Project) -> None:
-    project.launch("--cpus", "2", "--name", "t", "torchrun_style.py", "--value", "3", "--note", "a 'b' $(c)\n\"d\"")
+    arguments = ("torchrun_style.py", "--value", "3", "--note", "a 'b' $(c)\n\"d\"")
+    project.launch("--cpus", "2", "--detach", "--name", "t", *arguments)
+    assert project.call("wait", "t", "--timeout", "3m").stdout == "t: succeeded\n"
     lines = project.logs("t")
     assert [line.split(" master=")[0] for line in lines] == [
         "[0] rank=0 local=0 world=2 sum=9",
@@ -65,13 +67,16 @@ def test_a_run_outlives_the_shell_that_sent_it(project: Project) -> None:
         os.kill(submitting.pid, signal.SIGKILL)
     assert project.status("k")["state"] == "running"
     assert "[1] step 1" in project.logs("k")
-    refused = project.call("resume", "k", status=2)
-    assert "is running" in refused.stderr
+    for argv in (("resume", "k"), ("rm", "k", "--yes")):
+        assert "is running" in project.call(*argv, status=2).stderr
+    assert "k is running" in project.call("wait", "k", "--timeout", "0s", status=124).stderr
+    assert "  launch cancel k  running" in project.call("cancel", status=2).stderr
     assert project.call("cancel", "k").stdout == "k: stopped\n"
     stopped = project.status("k")
     assert stopped["state"] == "stopped"
     reached = stopped["progress"]["step"]
     assert 1 <= reached < 4000
+    assert "  launch resume k  stopped" in project.call("resume", status=2).stderr
     # A resumed run keeps its flags, so it is shortened by its state.
     (project.folder / "runs/k/state.json").write_text("3998")
     done = project.call("resume", "k", "--json")
@@ -79,6 +84,8 @@ def test_a_run_outlives_the_shell_that_sent_it(project: Project) -> None:
     assert status["state"] == "succeeded"
     assert status["metrics"] == {"first": 3998, "ranks": [0, 1], "steps": 4000}
     assert status["attempt"] == 2
+    project.call("rm", "k", "--yes")
+    assert json.loads(project.call("list", "--json").stdout) == []
 
 
 def test_bad_input_is_refused_before_anything_is_sent(project: Project) -> None:

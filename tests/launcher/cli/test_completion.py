@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cli.completion import SHELLS
+from launcher.cli.completion import SHELLS, shipped
 from launcher.cli.main import parsers
 from launcher.cli.parser import COMMANDS
+from launcher.lifecycle.records import registry
 from tests.launcher.engines import COMMAND
 
 ROOT = Path(__file__).parents[3]
@@ -28,23 +30,34 @@ def script(shell: str) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with two runs, another folder, a profile, and folders with hostile names."""
+    """A folder with two runs, another folder, profiles, and files with hostile names; two of the user's runs elsewhere."""
     for name in ("mrpc-1", "mrpc-2", *HOSTILE):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "plan.json").write_text("{}")
+    (tmp_path / "runs/mrpc-2/result.json").write_text("{}")
     (tmp_path / "runs/other").mkdir()
-    for name in ("big", *HOSTILE):
-        (tmp_path / "cluster_configs").mkdir(exist_ok=True)
+    for name in ("far-1", "far-2", "far-3", "mrpc-1"):
+        run = tmp_path / "else where" / name
+        run.mkdir(parents=True)
+        (run / "plan.json").write_text("{}")
+        registry.register(run)
+    (tmp_path / "else where/far-2/result.json").write_text("{}")
+    shutil.rmtree(tmp_path / "else where/far-3")
+    (tmp_path / "cluster_configs/examples").mkdir(parents=True)
+    for name in ("big", "examples/small", *HOSTILE):
         (tmp_path / "cluster_configs" / f"{name}.toml").touch()
+    (tmp_path / "cluster_configs/big.toml").write_text('backend = "slurm"\n[slurm]\npartition = "gpu,gpu-long"\n')
     return tmp_path
 
 
-def completed(folder: Path, *line: str) -> list[str]:
-    """The completions of bash for the last word of the command line `line`."""
+def completed(folder: Path, *line: str, times: int = 1) -> list[str]:
+    """The completions of bash for the last word of the command line `line`, after it was asked for several times."""
     words = " ".join(f"'{word}'" for word in line)
-    program = f"""{script("bash")}
+    once = '_launch launch "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD - 1]}"'
+    program = f"""set -u
+{script("bash")}
 COMP_WORDS=({words}); COMP_CWORD={len(line) - 1}
-_launch launch "${{COMP_WORDS[COMP_CWORD]}}" "${{COMP_WORDS[COMP_CWORD - 1]}}"
+{"; ".join([once] * times)}
 for each in "${{COMPREPLY[@]}}"; do echo "$each"; done
 """
     done = subprocess.run(["bash", "-c", program], cwd=folder, capture_output=True, text=True, check=True)
@@ -61,8 +74,25 @@ for each in "${{COMPREPLY[@]}}"; do echo "$each"; done
         (["launch", "--gpus", "2", "st"], []),  # a command is the first word
         (["launch", "--backend", ""], ["local", "slurm", "ray"]),
         (["launch", "resume", "x", "--backend", "s"], ["slurm"]),
+        (["launch", "--backend", "=", "s"], ["slurm"]),
+        (["launch", "--backend", "="], ["local", "slurm", "ray"]),
+        (["launch", "--gpus", "=", "8", "--na"], ["--name"]),
+        (["launch", "-N", "2", "--mem", "=", "8G", "--na"], ["--name"]),
         (["launch", "--cluster", "b"], ["big"]),
+        (["launch", "doctor", "--cluster", "lo"], ["local"]),
+        (["launch", "--cluster", "examples/s"], ["examples/small", "examples/slurm-apptainer", "examples/slurm-h100"]),
+        (["launch", "--backend", "slurm", "-p", "g"], ["gpu", "gpu-long"]),
+        (["launch", "--partition", "=", "gpu-"], ["gpu-long"]),
+        (["launch", "--set", "slurm.partition", "=", "gpu-"], ["gpu-long"]),
+        (["launch", "list", "--state", "s"], ["succeeded", "stopped"]),
+        (["launch", "list", "--state", "failed,st"], ["failed,stopped"]),
         (["launch", "status", "mr"], ["mrpc-1", "mrpc-2"]),
+        (["launch", "status", "far"], ["far-1", "far-2"]),
+        (["launch", "cancel", "mr"], ["mrpc-1"]),
+        (["launch", "cancel", "far"], ["far-1"]),
+        (["launch", "wait", "mrpc-1", "f"], ["far-1"]),
+        (["launch", "diff", "mrpc-1", "far-2"], ["far-2"]),
+        (["launch", "prune", "--ol"], ["--older"]),
         (["launch", "status", "o"], []),
         (["launch", "status", "--gpus"], []),
         (["launch", "logs", "--fo"], ["--follow"]),
@@ -76,9 +106,82 @@ def test_bash_completes(folder: Path, line: list[str], offered: list[str]) -> No
     assert completed(folder, *line) == offered
 
 
-def test_bash_runs_nothing_that_a_file_name_contains(folder: Path) -> None:
-    assert set(completed(folder, "launch", "status", "")) == {"mrpc-1", "mrpc-2", *HOSTILE}
-    assert set(completed(folder, "launch", "--cluster", "")) == {"big", *HOSTILE}
+def test_bash_runs_nothing_that_a_file_name_contains(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "bin").mkdir()
+    (folder / "bin/sinfo").write_text("#!/bin/sh\necho '$(touch pwned)'\necho '`touch pwned`'\n")
+    (folder / "bin/sinfo").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+    assert set(completed(folder, "launch", "status", "")) == {"mrpc-1", "mrpc-2", "far-1", "far-2", *HOSTILE}
+    assert set(completed(folder, "launch", "--cluster", "")) == {"big", "examples/small", *HOSTILE, *shipped()}
+    assert set(completed(folder, "launch", "-p", "")) == {"gpu", "gpu-long", *HOSTILE[:2]}
+    assert not list(folder.rglob("pwned"))
+
+
+def test_nothing_is_offered_where_nothing_is(tmp_path: Path) -> None:
+    assert completed(tmp_path, "launch", "status", "") == []
+    assert completed(tmp_path, "launch", "--cluster", "") == shipped()
+    assert completed(tmp_path, "launch", "-p", "") == []
+
+
+def test_sinfo_is_asked_once_and_not_for_long(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "bin").mkdir()
+    sinfo = folder / "bin/sinfo"
+    sinfo.write_text("#!/bin/sh\necho called >> calls\necho debug\nexec sleep 60\n")
+    sinfo.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+    os.mkfifo(folder / "cluster_configs/a.toml")  # which nobody writes
+    assert completed(folder, "launch", "-p", "", times=3) == []
+    assert not (folder / "calls").exists()
+    (folder / "cluster_configs/a.toml").unlink()
+    assert completed(folder, "launch", "-p", "", times=3) == ["debug", "gpu", "gpu-long"]
+    assert (folder / "calls").read_text() == "called\n"
+
+
+def test_profiles_of_the_user_are_offered(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "con fig"))
+    (tmp_path / "con fig/launch/cluster_configs").mkdir(parents=True)
+    (tmp_path / "con fig/launch/cluster_configs/home.toml").write_text("partition = 'night'\n")
+    assert completed(folder, "launch", "--cluster", "h") == ["home"]
+    assert completed(folder, "launch", "-p", "n") == ["night"]
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="needs fish")
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("status f", ["far-1", "far-2"]),
+        ("rm far-1 m", ["mrpc-1", "mrpc-2"]),
+        ("--cluster b", ["big"]),
+        ("--cluster examples/slurm-h", ["examples/slurm-h100"]),
+        ("list --state s", ["stopped", "succeeded"]),
+        ("--partition g", ["gpu", "gpu-long"]),
+        ("pru", ["prune"]),
+    ],
+)
+def test_fish_completes(folder: Path, line: str, offered: list[str]) -> None:
+    program = f"{script('fish')}\ncomplete -C 'launch {line}'"
+    done = subprocess.run(
+        ["fish", "--no-config", "-c", program], cwd=folder, capture_output=True, text=True, check=True
+    )
+    assert [text.split("\t")[0] for text in done.stdout.splitlines()] == offered
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
+@pytest.mark.parametrize(
+    ("function", "offered"),
+    [
+        ("_launch_runs", {"mrpc-1", "mrpc-2", "far-1", "far-2", *HOSTILE}),
+        ("_launch_clusters", {"big", "examples/small", *HOSTILE, *shipped()}),
+        ("_launch_partitions", {"gpu", "gpu-long"}),
+    ],
+)
+def test_zsh_offers(folder: Path, function: str, offered: set[str]) -> None:
+    stubs = "functions() { }; compadd() { print -rl -- ${(P)2} }; _files() { }"
+    text = script("zsh").rpartition("(( $+functions[compdef] ))")[0]
+    done = subprocess.run(
+        ["zsh", "-f", "-c", f"{stubs}\n{text}\n{function}"], cwd=folder, capture_output=True, text=True, check=True
+    )
+    assert (set(done.stdout.splitlines()), done.stderr) == (offered, "")
     assert not list(folder.rglob("pwned"))
 
 

@@ -94,7 +94,7 @@ def test_every_command_names_both_versions_and_changes_nothing(
         assert "Traceback" not in text
         assert written(run.path.parent) == before, argv
     status, text = call(["list"], capsys)
-    assert (status, f"unreadable: runs/r/{path.name} has {shown}" in text) == (0, True)
+    assert (status, f"unreadable: {path} has {shown}" in text) == (0, True)
     listed = json.loads(call(["list", "--json"], capsys)[1])
     assert [(each["name"], each["state"]) for each in listed] == [("r", "unknown")]
     opened = launcher.runs()[0]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from datetime import datetime
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launcher.config.durations import parse_minutes, seconds
+from launcher.config.durations import parse_minutes, parse_moment, parse_seconds, seconds
 from launcher.errors import BadRequest
 from launcher.request.placement.place import Devices
 from launcher.request.spec import RunSpec, State, check_name
@@ -143,3 +145,31 @@ def test_states_and_their_exit_statuses() -> None:
         State.LOST: (True, 1),
         State.UNKNOWN: (False, 1),
     }
+
+
+@pytest.mark.parametrize(("text", "expected"), [("90s", 90), ("2h", 7200), ("1d12h", 129600), ("0s", 0)])
+def test_durations_with_a_unit(text: str, expected: int) -> None:
+    assert parse_seconds("--timeout", text) == expected
+    before = time.time()
+    assert before - expected <= parse_moment("--since", text) <= time.time() - expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "60", "1.5h", "soon", "-1h", "3651d", "9" * 100, "2026-11", "02:30:00", "\u0663s"]
+)
+def test_no_duration_with_a_unit(text: str) -> None:
+    with pytest.raises(BadRequest, match=r"^--timeout .*: write a duration with its unit, such as "):
+        parse_seconds("--timeout", text)
+
+
+def test_moments() -> None:
+    day = datetime(2026, 11, 20).timestamp()
+    assert parse_moment("--since", "2026-11-20") == day
+    for text in ("2026-11-20T18:30", "2026-11-20 18:30:00"):
+        assert parse_moment("--since", text) == day + 18.5 * 3600
+    for text in ("2026-13-01", "2026-02-30", "2026-11-20T24:01"):
+        with pytest.raises(BadRequest, match="there is no such date"):
+            parse_moment("--since", text)
+    for text in ("", "60", "2026-11", "20261120", "yesterday", "2026-11-20T18"):
+        with pytest.raises(BadRequest, match=r"write a duration .*, or a date such as 2026-11-20\.$"):
+            parse_moment("--older", text)

@@ -1,0 +1,1 @@
+"""Commands on runs that were sent, except for resuming one."""
