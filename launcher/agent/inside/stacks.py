@@ -42,6 +42,11 @@ class Frame:
     line: int
     function: str
 
+    @property
+    def native(self) -> bool:
+        """Whether it is a function of a library or a program in machine code."""
+        return ".so" in os.path.basename(self.file) or self.line == 0
+
 
 @dataclass(frozen=True)
 class Thread:
@@ -89,7 +94,7 @@ def where(threads: Sequence[Thread]) -> str:
     frames = threads[0].frames if threads else []
     if not frames:
         return ""
-    own = next((n for n, frame in enumerate(frames) if not frame.file.startswith(_NOT_OF_USER)), 0)
+    own = next((n for n, frame in enumerate(frames) if not (frame.native or frame.file.startswith(_NOT_OF_USER))), 0)
     frame = frames[own]
     return f"{frames[max(0, own - 1)].function} {os.path.basename(frame.file)}:{frame.line}"
 
@@ -228,7 +233,9 @@ def parse(text: str) -> list[Thread]:
 def _of_program(frames: list[Frame]) -> list[Frame]:
     """Leave out the outermost calls of a rank, which are those of this toolkit."""
     outer = len(frames)
-    if outer > 1 and frames[-1].file == "<string>" and frames[-2].file.startswith(_TOOLKIT):
+    while outer and frames[outer - 1].native:  # by which the interpreter was started
+        outer -= 1
+    if outer > 1 and frames[outer - 1].file == "<string>" and frames[outer - 2].file.startswith(_TOOLKIT):
         outer -= 1  # the statement with which its interpreter was started
     while outer and frames[outer - 1].file.startswith(_TOOLKIT):
         outer -= 1
@@ -273,4 +280,5 @@ def parse_py_spy(output: bytes) -> list[Thread]:
         ]
     except (ValueError, TypeError, LookupError, RecursionError):
         raise NoStacksError("py-spy's answer cannot be read") from None
-    return sorted(threads, key=lambda thread: thread.name != MAIN)
+    found = sorted(threads, key=lambda thread: thread.name != MAIN)
+    return [Thread(each.name, _of_program(each.frames)) for each in found]

@@ -121,11 +121,10 @@ def test_py_spy_is_read() -> None:
         {"thread_name": "MainThread", "thread_id": 1, "frames": frames},
     ]
     main, other = parse_py_spy(json.dumps(threads).encode())
-    assert (main.frames[1], other.name) == (Frame("train.py", 8, "step"), "7")
-    for damaged in (b"", b"{}", b"[1]", b'[{"frames": 1}]'):
-        if damaged != b"{}":
-            with pytest.raises(NoStacksError, match="cannot be read"):
-                parse_py_spy(damaged)
+    assert (main.frames[1], other.name, where([main])) == (Frame("train.py", 8, "step"), "7", "poll train.py:8")
+    for damaged in (b"", b"[1]", b'[{"frames": 1}]', b'[{"thread_name": "x", "frames": [{"name": "f"}]}]'):
+        with pytest.raises(NoStacksError, match="cannot be read"):
+            parse_py_spy(damaged)
 
 
 LIBRARY = f"{os.path.dirname(json.__file__)}/decoder.py"
