@@ -191,12 +191,12 @@ def _is_secret(key: str, value: str) -> bool:
 
 
 def _variables(plan: Plan, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    found = {**recorded, **plan.environment}
-    return {
-        name: _Secret(str(value)) if name in plan.secrets or variables.is_secret(name, str(value)) else value
-        for name, value in sorted(found.items())
-        if not OF_A_JOB.match(name)
+    given = {
+        name: _Secret(value) if name in plan.secrets or variables.is_secret(name, value) else value
+        for name, value in plan.environment.items()
     }
+    # A record has no secrets: it is made by a list of allowed names.
+    return {name: value for name, value in sorted({**recorded, **given}.items()) if not OF_A_JOB.match(name)}
 
 
 def _machine(recorded: Mapping[str, Any]) -> dict[str, Any]:

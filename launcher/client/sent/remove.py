@@ -10,6 +10,7 @@ from pathlib import Path
 
 from launcher.client.run import Run, find
 from launcher.client.sent.choose import in_states
+from launcher.config.timeouts import TIMEOUTS
 from launcher.errors import BadRequest
 from launcher.lifecycle.records import removal
 from launcher.lifecycle.run_dir import DEFAULT_FOLDER, acting, reading
@@ -48,7 +49,7 @@ def removable(run: Run) -> Removable:
     """Return what the removal of a run frees. Changes nothing.
 
     Raises:
-        BadRequest: the run has not ended; its directory belongs to another user or can be changed by others; something is
+        BadRequest: the run has not ended, or its supervisor is alive; its directory belongs to another user or can be changed by others; something is
             mounted in it; or it holds the working directory or the user's home.
     """
     with reading(run.path):
@@ -56,6 +57,12 @@ def removable(run: Run) -> Removable:
         state = run.state()
         if not state.done:
             raise BadRequest(f"run {run.name!r} is {state.value}; `launch cancel {run.name}` ends it first.")
+        age = run.dir.heartbeat_age()
+        if state is State.LOST and age is not None and abs(age) < TIMEOUTS.run_heartbeat_age:
+            raise BadRequest(
+                f"run {run.name!r} is lost by what its engine says here, but its supervisor was alive {age:.0f} s ago. Look at it"
+                " from the machine that sent it."
+            )
         for place in _own_places():
             if place.is_relative_to(run.path):
                 raise BadRequest(f"{run.path} is not removed: {place} is in it. Change to another folder first.")

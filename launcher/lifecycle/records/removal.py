@@ -32,7 +32,7 @@ def disk_bytes(run: Path) -> int:
     total, seen = top.st_blocks * 512, set[int]()
     todo = [str(run)]
     while todo:
-        with suppress(FileNotFoundError), os.scandir(todo.pop()) as entries:
+        with suppress(FileNotFoundError, PermissionError), os.scandir(todo.pop()) as entries:
             for entry in entries:
                 found = entry.stat(follow_symlinks=False)
                 if stat.S_ISDIR(found.st_mode):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +92,18 @@ def test_a_run_of_which_no_end_is_known_is_not_removed(folder: Path, launch: Lau
     status, _, err = launch("rm", "far", "--yes")
     assert (status, "run 'far' is unknown; `launch cancel far` ends it first." in err) == (2, True)
     assert run.path.exists()
+
+
+def test_a_lost_run_with_a_heartbeat_is_not_removed(folder: Path, launch: Launch) -> None:
+    """An engine of another cluster calls it lost, such as a SLURM that does not know the job's number."""
+    run = leave(folder / "runs/far", 100, State.SUCCEEDED)
+    run.result_file.unlink()
+    run.beat()
+    status, _, err = launch("rm", "far", "--yes")
+    assert (status, "is lost by what its engine says here, but its supervisor was alive 0 s ago." in err) == (2, True)
+    old = time.time() - 60
+    os.utime(run.heartbeat_file, (old, old))
+    assert launch("rm", "far", "--yes")[0] == 0
 
 
 def others_can_write(run: RunDir) -> None:

@@ -31,8 +31,21 @@ SEED = int(os.environ.get("MUTATION_SEED", "14"))
 COUNT = int(os.environ.get("MUTATIONS", "170"))
 """Mutations of each of the three runs."""
 
-COMMANDS = [("list",), ("status", "it"), ("logs", "it"), ("logs", "-f", "it"), ("cancel", "it"), ("resume", "it")]
-AS_DATA = [("list", "--json"), ("status", "--json", "it"), ("logs", "--json", "it")]
+REMOVES = ("rm", "it", "--yes")
+LOOKS = [
+    ("list",),
+    ("status", "it"),
+    ("logs", "it"),
+    ("logs", "-f", "it"),
+    ("diff", "good", "it"),
+    ("rm", "it", "--dry-run"),
+]
+ACTS = [REMOVES, ("cancel", "it"), ("resume", "it")]
+COMMANDS = LOOKS + ACTS
+AS_DATA = [
+    *(("list", "--json"), ("status", "--json", "it"), ("logs", "--json", "it"), ("diff", "--json", "good", "it")),
+    *(("wait", "--json", "it", "--timeout", "0s"), ("list", "--json", "--state", "unknown")),
+]
 HANG_SECONDS = {signal.ITIMER_PROF: 20, signal.ITIMER_REAL: 200}
 """Limits of a command: of its CPU, and of the time in which it may be waiting for a busy machine."""
 
@@ -152,11 +165,11 @@ class Stage:
             yield from (f"{argv}: {fault}" for fault in self._of(argv, status, out, err))
             if self.kills and (template.name != "running" or argv[0] != "cancel" or mutation.file == "job.json"):
                 yield f"{argv}: killed {self.kills}"
-            after = self._state(it)
+            after = self._state(it) if it.exists() else {}
             if after != before:
                 # A refused resume puts back what it moved, with newer times of folders.
-                kept = _without_times(after) == _without_times(before) if argv[0] == "resume" else argv[0] == "cancel"
-                if not kept:
+                same = argv[0] == "resume" and _without_times(after) == _without_times(before)
+                if not (same or argv[0] == "cancel" or (argv == REMOVES and not after)):
                     yield f"{argv}: the run directory was changed"
                 before = self._damage(it, template, mutation)
         if self._state(self.runs / "good", self.outside) != self.kept:
@@ -169,7 +182,7 @@ class Stage:
         return self._state(it)
 
     def _of(self, argv: tuple[str, ...], status: int, out: str, err: str) -> Iterator[str]:
-        if status not in (0, 1, 2, 3):
+        if status not in (0, 1, 2, 3, *[124] * (argv[0] == "wait")):
             yield f"status {status}"
         if "Traceback" in err or "secret" in out or "untouched" in out:
             yield f"{out[-200:]}{err[-500:]}"
@@ -289,6 +302,7 @@ def test_runs_of_another_user(open_folder: Path, templates: dict[str, Path], mon
     shutil.copytree(templates["failed"], stage.runs / "it")
     for argv in COMMANDS:
         stage.call(argv)  # imports what it needs, which the other user may not read
+    shutil.copytree(stage.runs / "good", stage.runs / "it")
     for file in (
         "",
         "plan.json",
@@ -312,7 +326,7 @@ def test_runs_of_another_user(open_folder: Path, templates: dict[str, Path], mon
         assert stage._state(stage.runs / "it") == before, file
         faults = [fault for argv, found in outcomes.items() for fault in stage._of(argv, *found)]
         assert faults == [], file
-        assert {outcomes[argv][0] for argv in COMMANDS[-2:]} == {2}, "only the owner acts"
+        assert {outcomes[argv][0] for argv in ACTS} == {2}, "only the owner acts"
         line = next(line for line in outcomes["list",][1].splitlines() if line.startswith("it "))
         needed = ("", "plan.json", "result.json")  # of an ended run
         assert ("unreadable: " in line and "Permission denied" in line) == (file in needed), line
