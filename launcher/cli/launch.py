@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from launcher.cli.parser import add_debug, add_options, command, given, launch_parser
+from launcher.cli.parser import add_debug, add_options, command, given, launch_parser, ranks_of
 from launcher.errors import OURS, BadRequest
 from launcher.request.spec import NOT_RESUMED, RunSpec, State
 
@@ -121,7 +121,6 @@ def debug_request(ranks: str | None, port: int | None, world_size: int | None) -
     """
     if ranks is None and port is None:
         return None
-    from launcher.cli.inside.debug import ranks_of
     from launcher.rank.inside.debugger import DebugRequest
 
     if port is not None and not 1024 <= port <= 65000:

@@ -94,6 +94,23 @@ def whole(text: str) -> int:
     return int(text)
 
 
+def ranks_of(text: str, option: str) -> list[int] | None:
+    """Return the ranks that an option names, ``0,3-5``; None for ``all``.
+
+    Raises:
+        BadRequest: it names none.
+    """
+    if text == "all":
+        return None
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"([0-9]{1,7})(?:-([0-9]{1,7}))?", part.strip())
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise BadRequest(f"{option} {text}: write ranks, such as 0, 0,3 or 0-7, or all.")
+        found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return sorted(found)
+
+
 def add_options(parser: Parser, without: Collection[str] = ()) -> dict[str, argparse._ArgumentGroup]:
     """Add the options that are fields of RunSpec to `parser`; return their groups by heading."""
     groups: dict[str, argparse._ArgumentGroup] = {}

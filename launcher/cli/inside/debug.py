@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.cli.parser import Once, command, whole
+from launcher.cli.parser import Once, command, ranks_of, whole
 from launcher.errors import BadRequest
 
 
@@ -60,20 +59,3 @@ def run_profile(argv: Sequence[str]) -> int:
                 print(printable(line, 1000))
             print(f"rank {each['rank']}: {printable(each['trace'])} (open it in https://ui.perfetto.dev)")
     return 1 if any("error" in each for each in found) else 0
-
-
-def ranks_of(text: str, option: str) -> list[int] | None:
-    """Return the ranks that an option names, ``0,3-5``; None for ``all``.
-
-    Raises:
-        BadRequest: it names none.
-    """
-    if text == "all":
-        return None
-    found: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"([0-9]{1,7})(?:-([0-9]{1,7}))?", part.strip())
-        if match is None or int(match[2] or match[1]) < int(match[1]):
-            raise BadRequest(f"{option} {text}: write ranks, such as 0, 0,3 or 0-7, or all.")
-        found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
-    return sorted(found)

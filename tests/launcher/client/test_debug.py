@@ -12,7 +12,7 @@ import pexpect
 import pytest
 import torch.distributed
 
-from launcher.cli.inside.debug import ranks_of
+from launcher.cli.parser import ranks_of
 from launcher.errors import BadRequest
 from launcher.rank.inside import debugger
 from tests.launcher.engines import Launch, Project, until
