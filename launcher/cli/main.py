@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -10,14 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NoReturn
 
-from launcher.cli.clusters import run_clusters
-from launcher.cli.doctor import run_doctor
-from launcher.cli.inside.debug import run_debug, run_profile
-from launcher.cli.inside.enter import run_code, run_exec, run_shell
-from launcher.cli.inside.stacks import run_stacks
-from launcher.cli.launch import run_launch, run_resume
 from launcher.cli.parser import COMMANDS, SHOW_PARSER, Parser, ShownParser, add_json, launch_parser
-from launcher.cli.sent import comparing, ending, listing, removing, showing
 from launcher.errors import OURS, BadRequest, exit_status, nearest, shortened
 
 SYNONYMS: dict[str, list[str]] = {
@@ -47,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr; a terminal need not have every character
     try:
         argv = _named(argv)
-        status = _COMMANDS[argv[0]](argv[1:]) if argv and argv[0] in COMMANDS else run_launch(argv)
+        status = _command(argv[0])(argv[1:]) if argv and argv[0] in COMMANDS else _command("launch")(argv)
     except OURS as error:
         status = _complain(error, exit_status(error), argv)
     except BrokenPipeError:
@@ -110,31 +104,39 @@ def run_completion(argv: Sequence[str]) -> int:
 def parsers() -> dict[str, Parser]:
     """Return the parser of each command, none of which is run; the empty name stands for ``launch`` itself."""
     found = {"": launch_parser()}
-    for name, run in _COMMANDS.items():
+    for name in COMMANDS:
         try:
-            run([SHOW_PARSER])
+            _command(name)([SHOW_PARSER])
         except ShownParser as shown:
             found[name] = shown.parser
     return found
 
 
-_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "list": listing.run_list,
-    "status": showing.run_status,
-    "logs": showing.run_logs,
-    "wait": ending.run_wait,
-    "cancel": ending.run_cancel,
-    "stacks": run_stacks,
-    "exec": run_exec,
-    "shell": run_shell,
-    "code": run_code,
-    "debug": run_debug,
-    "profile": run_profile,
-    "resume": run_resume,
-    "diff": comparing.run_diff,
-    "rm": removing.run_rm,
-    "prune": removing.run_prune,
-    "clusters": run_clusters,
-    "doctor": run_doctor,
-    "completion": run_completion,
+_MODULES = {
+    "launch": "launch",
+    "list": "sent.listing",
+    "status": "sent.showing",
+    "logs": "sent.showing",
+    "wait": "sent.ending",
+    "cancel": "sent.ending",
+    "stacks": "inside.stacks",
+    "exec": "inside.enter",
+    "shell": "inside.enter",
+    "code": "inside.enter",
+    "debug": "inside.debug",
+    "profile": "inside.debug",
+    "resume": "launch",
+    "diff": "sent.comparing",
+    "rm": "sent.removing",
+    "prune": "sent.removing",
+    "clusters": "clusters",
+    "doctor": "doctor",
+    "completion": "main",
 }
+
+
+def _command(name: str) -> Callable[[Sequence[str]], int]:
+    """Return the function of a command. Only its own module is loaded: a command has to begin at once."""
+    module = importlib.import_module(f"launcher.cli.{_MODULES[name]}")
+    found: Callable[[Sequence[str]], int] = getattr(module, f"run_{name}")
+    return found

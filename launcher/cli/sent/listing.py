@@ -33,10 +33,13 @@ def run_list(argv: Sequence[str]) -> int:
     parser.add_argument("--since", action=Once, metavar="TIME", help=text)
     options = parser.parse_args(list(argv))
     from launcher.client.sent.choose import ask_at_once, runs
-    from launcher.config.durations import parse_moment
 
     folder = Path(options.runs) if options.this_folder else folder_of(options)
-    sent_after = 0.0 if options.since is None else parse_moment("--since", options.since)
+    sent_after = 0.0
+    if options.since is not None:
+        from launcher.config.durations import parse_moment
+
+        sent_after = parse_moment("--since", options.since)
     found = runs(folder, states=options.states, sent_after=sent_after)
     shown = found if options.json or options.every else found[:MOST]
     ask_at_once(shown)
