@@ -1,6 +1,6 @@
 # `make run` starts it, `make test` runs all tests, `make check` the fast ones, `make soak` the long fault tests, `make docs`
 # builds the documentation.
-SYSTEM_PACKAGES = slurm-wlm slurm-wlm-basic-plugins munge slurmdbd mariadb-server-core
+SYSTEM_PACKAGES = slurm-wlm slurm-wlm-basic-plugins munge slurmdbd mariadb-server-core zsh fish
 
 .PHONY: run test test-slurm soak check docs format setup
 .DEFAULT_GOAL := check
@@ -8,7 +8,7 @@ SYSTEM_PACKAGES = slurm-wlm slurm-wlm-basic-plugins munge slurmdbd mariadb-serve
 run: setup
 	.venv/bin/launch $(ARGS)
 
-# Real SLURM and real Ray. Where the packages cannot be had, the tests say what is missing.
+# Real SLURM, real Ray and real shells. Where the packages cannot be had, the tests say what is missing.
 test: setup
 	scripts/apt-install $(SYSTEM_PACKAGES) || true
 	scripts/test $(ARGS)

@@ -69,7 +69,7 @@ for each in "${{COMPREPLY[@]}}"; do echo "$each"; done
     ("line", "offered"),
     [
         (["launch", "st"], ["status", "stacks"]),
-        (["launch", "--de"], ["--detach"]),
+        (["launch", "--det"], ["--detach"]),
         (["launch", "--gpus", "2", "--na"], ["--name"]),
         (["launch", "--gpus", "2", "st"], []),  # a command is the first word
         (["launch", "--backend", ""], ["local", "slurm", "ray"]),
