@@ -8,13 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-from launcher.agent.inside.line import ERROR, FIELDS, OUTPUT, NotTrusted, fields_of
+from launcher.agent.inside.line import ERROR, FIELDS, NO_STATUS, OUTPUT, NotTrusted, fields_of
 from launcher.client.inside.target import Target
 from launcher.client.inside.visitor import Session, Visitor
 from training.flags.typed import is_count
-
-NO_STATUS = 255
-"""The status of a node whose session ended before the command, as that of ssh."""
 
 MOST_KEPT = 16 << 20
 """Bytes of output of a node that are kept for ``--json``; what follows is left out."""

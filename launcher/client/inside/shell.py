@@ -11,8 +11,7 @@ import tty
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from launcher.agent.inside.line import FIELDS, OUTPUT, SIZE, TYPED, Line, fields_of
-from launcher.client.inside.commands import NO_STATUS
+from launcher.agent.inside.line import FIELDS, NO_STATUS, OUTPUT, SIZE, TYPED, Line, fields_of
 from launcher.client.inside.target import Target
 from launcher.client.inside.visitor import Session, Visitor
 from launcher.client.terminal import window_size
