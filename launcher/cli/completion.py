@@ -147,7 +147,8 @@ complete -o filenames -o bashdefault -o default -F _launch launch
 
 def kind_of_runs(command: str) -> str:
     """Return which runs a command is completed with: ``any``, or ``going``, those that have not ended."""
-    return "going" if command in ("cancel", "wait") else "any"
+    going = ("cancel", "wait", "stacks", "exec", "shell", "code", "debug", "profile")
+    return "going" if command in going else "any"
 
 
 def zsh(parsers: Parsers, texts: Mapping[str, str]) -> str:

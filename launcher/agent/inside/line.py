@@ -34,6 +34,9 @@ CHUNK = 1 << 16
 FIELDS, OUTPUT, ERROR, TYPED, SIZE = b"j", b"o", b"e", b"i", b"w"
 """Kinds of messages: a JSON object; standard output; standard error; typed bytes; the size of the window."""
 
+NO_STATUS = 255
+"""The exit status if a session ends before the command or the shell, as that of ssh."""
+
 KEEPALIVE = {socket.TCP_KEEPIDLE: 5, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}
 
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-from launcher.agent.inside.line import ERROR, FIELDS, OUTPUT, NotTrusted, fields_of
+from launcher.agent.inside.line import ERROR, FIELDS, NO_STATUS, OUTPUT, NotTrusted, fields_of
 from launcher.client.inside.target import Target
-from launcher.client.inside.visitor import NO_STATUS, Session, Visitor
+from launcher.client.inside.visitor import Session, Visitor
 from training.flags.typed import is_count
 
 MOST_KEPT = 16 << 20

@@ -11,9 +11,9 @@ import tty
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from launcher.agent.inside.line import FIELDS, OUTPUT, SIZE, TYPED, Line, fields_of
+from launcher.agent.inside.line import FIELDS, NO_STATUS, OUTPUT, SIZE, TYPED, Line, fields_of
 from launcher.client.inside.target import Target
-from launcher.client.inside.visitor import NO_STATUS, Session, Visitor
+from launcher.client.inside.visitor import Session, Visitor
 from launcher.client.terminal import window_size
 from launcher.errors import BadRequest
 from training.flags.typed import is_count

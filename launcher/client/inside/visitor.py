@@ -23,9 +23,6 @@ from launcher.errors import BadRequest
 from launcher.lifecycle.records import visits
 from launcher.lifecycle.records.visits import Kind, VisitRequest
 
-NO_STATUS = 255
-"""The status of a node whose session ended before the command, as that of ssh."""
-
 MOST_PENDING = 64
 """So many connections may not have proved yet that they have the key, and one more for each node."""
 
