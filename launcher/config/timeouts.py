@@ -103,7 +103,7 @@ class Timeouts:
     ranks_end: float = 20.0
     stack_dump: float = 1.0
     collectives: float = 5.0
-    standby: float = 2.0
+    standby: float = 5.0
     same_stop: float = 5.0
 
     visit_look: float = 0.5

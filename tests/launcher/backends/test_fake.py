@@ -116,6 +116,7 @@ def test_a_run_from_another_shell(fake: FakeBackend, launch: Launch) -> None:
     assert (code, "run 'k' has succeeded; there is nothing to resume" in err) == (2, True)
 
 
+@pytest.mark.slow
 def test_a_job_that_does_not_stop_is_killed(fake: FakeBackend, launch: Launch) -> None:
     Path("x.toml").write_text("backend = 'fake'\ngrace = 0.1")
     assert launch("--cluster", "./x.toml", "--cpus", "1", "--name", "s", "--detach", "script.py")[0] == 0

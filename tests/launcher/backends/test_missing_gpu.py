@@ -33,6 +33,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     return made
 
 
+@pytest.mark.slow
 def test_the_default_run_does_without_and_says_why(project: Project) -> None:
     plan = make_plan(RunSpec("asks:main"), project.folder)
     assert (plan.placement.device, plan.placement.world_size, plan.cluster.node.gpus) == ("cpu", 1, 0)

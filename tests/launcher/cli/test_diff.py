@@ -258,6 +258,7 @@ def test_arguments_by_flag(args: list[str], expected: dict[str, str]) -> None:
     assert arguments(args) == expected
 
 
+@pytest.mark.slow
 def test_real_runs(local_project: Project) -> None:
     script = local_project.folder / "script.py"
     script.write_text("print('hello')\n")

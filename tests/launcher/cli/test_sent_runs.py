@@ -271,6 +271,7 @@ def test_ctrl_c_ends_the_waiting_and_not_the_run(folders: Path) -> None:
     assert not run.stop_file.exists()
 
 
+@pytest.mark.slow
 def test_real_runs_are_waited_for(local_project: Project) -> None:
     for name, seconds, fail in (("slow", "0.05", "5"), ("quick", "0.001", "-1")):
         words = ("steps:main", "--steps", "30", "--seconds", seconds, "--fail-at", fail)

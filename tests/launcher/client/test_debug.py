@@ -39,12 +39,13 @@ def spawn(project: Project, *words: str) -> Any:
     return child
 
 
+@pytest.mark.slow
 def test_a_breakpoint_opens_here_and_the_run_ends_as_without_it(project: Project) -> None:
     """Rank 1 is held for longer than a hang may last; another debugger and a profile wait for rank 0 meanwhile."""
-    ranks = ("--cpus", "2") if project.engine == "local" else ("--cpus", "4")
+    ranks = ("--cpus", "4") if project.engine == "slurm" else ("--cpus", "2")
     nodes = ("--nodes", "2") if project.engine == "slurm" else ()
     site = ("--backend", project.engine, *ranks, *nodes, "--set", f"hang_after={HANG_AFTER}")
-    project.call(*site, "--name", "plain", "debugged:main")
+    project.call(*ranks, "--name", "plain", "debugged:main")
 
     words = ("--debug", "1", "--name", "held", "debugged:main", "--breakpoint-at", "5")
     with spawn(project, *site, *words) as held:
