@@ -50,7 +50,10 @@ class Coordinator:
         self.run_dir.reserve()
         self.run_dir.beat()
         self.visits.prepare()
-        background = [asyncio.create_task(self._beat(session)), asyncio.create_task(self._receive_visits())]
+        background = [
+            asyncio.create_task(self._beat(session)),
+            asyncio.create_task(self.visits.pass_on(self.agents.send_all)),
+        ]
         await self.local.open()
         self.store.prepare()
         if self.agent_info.nodes > 1:
@@ -103,13 +106,6 @@ class Coordinator:
                 self.agents.unfit = dict(self.agent_info.unfit())
             return self.run_dir.stop_file.exists()
         return False
-
-    async def _receive_visits(self) -> None:
-        """Send the requests of clients to the agents."""
-        while True:
-            for visit in await asyncio.to_thread(self.visits.new):
-                self.agents.send_all(visit)
-            await asyncio.sleep(TIMEOUTS.visit_look)
 
     # ---- the engine of the recovery loop ----------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from launcher.agent.hangs.records import Entered, Exchange, GroupRecord
+from launcher.agent.hangs.records import Entered, Exchange, GroupRecord, spans
 
 SAME_SIZES = frozenset(
     ("all_reduce", "allreduce_coalesced", "broadcast", "reduce", "_all_gather_base", "_reduce_scatter_base")
@@ -144,12 +144,7 @@ def _disagreement(stuck: Stuck) -> tuple[int | None, str] | None:
 
 def ranks_text(ranks: Iterable[int]) -> str:
     """Return ranks in words, such as ``ranks 0-2 and 5``."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
+    runs = spans(ranks)
     texts = [str(first) if first == last else f"{first}-{last}" for first, last in runs]
     texts = [*texts[:8], f"{len(texts) - 8} more"] if len(texts) > 9 else texts
     joined = " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,14 +78,22 @@ async def serve(line: Line, start: SessionStart, fields: dict[str, Any]) -> None
 
 def folded(found: Sequence[RankStacks]) -> list[dict[str, Any]]:
     """Return the stacks as plain data; ranks whose threads are at the same calls are in one entry, as ``ranks``."""
+    return joined(
+        {"ranks": [each.rank], "where": where(each.threads), "threads": [asdict(thread) for thread in each.threads]}
+        | ({"reason": each.reason} if each.reason else {})
+        for each in found
+    )
+
+
+def joined(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return `entries` with those of the same reason and calls as one, whose ranks ascend."""
     groups: dict[str, dict[str, Any]] = {}
-    for each in found:
-        threads = [asdict(thread) for thread in each.threads]
-        key = json.dumps([each.reason or None, [thread["frames"] for thread in threads]])
-        group = groups.setdefault(key, {"ranks": [], "where": where(each.threads), "threads": threads})
-        group["ranks"].append(each.rank)
-        if each.reason:
-            group["reason"] = each.reason
+    for each in entries:
+        key = json.dumps([each.get("reason"), [thread["frames"] for thread in each["threads"]]])
+        if key in groups:
+            groups[key]["ranks"] = sorted([*groups[key]["ranks"], *each["ranks"]])
+        else:
+            groups[key] = each
     return list(groups.values())
 
 

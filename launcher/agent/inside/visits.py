@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 from launcher.agent.inside.start import SessionStart, VisitedRank
@@ -48,6 +48,13 @@ class VisitRequests:
             return []
         new, self._seen = found - self._seen, found
         return [visit for each in sorted(new) if (visit := self._visit(each))]
+
+    async def pass_on(self, send: Callable[[Visit], None]) -> None:
+        """Look for requests until cancelled, and `send` each to the agents."""
+        while True:
+            for visit in await asyncio.to_thread(self.new):
+                send(visit)
+            await asyncio.sleep(TIMEOUTS.visit_look)
 
     def _visit(self, visit: str) -> Visit | None:
         try:

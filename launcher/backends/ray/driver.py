@@ -219,7 +219,12 @@ class Driver:
             end = End(State.FAILED, Failure("bad request", str(error), advice=ADVICE["bad request"]))
         else:
             self.run_dir.event("accepted")
-            looking = [asyncio.create_task(self._look()), asyncio.create_task(self._receive_visits())]
+            visits = VisitRequests(self.run_dir)
+            visits.prepare()
+            looking = [
+                asyncio.create_task(self._look()),
+                asyncio.create_task(visits.pass_on(self.node_actors.send_all)),
+            ]
             end = End(State.STOPPED) if stopped else await self.recovery.run(self)
             for task in looking:
                 task.cancel()
@@ -258,15 +263,6 @@ class Driver:
                 requests.drained.update(going)
                 self.inbox.put_nowait((DRIVER, Drained({node: going[node] for node in new})))
             await asyncio.sleep(TIMEOUTS.ray_look)
-
-    async def _receive_visits(self) -> None:
-        """Send the requests of clients to the node actors."""
-        visits = VisitRequests(self.run_dir)
-        visits.prepare()
-        while True:
-            for visit in await asyncio.to_thread(visits.new):
-                self.node_actors.send_all(visit)
-            await asyncio.sleep(TIMEOUTS.visit_look)
 
     # ---- the engine of the recovery loop ----------------------------------------------------------------------------
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from launcher.client.inside.target import inside
-from launcher.client.inside.visitor import Session, Visitor
+from launcher.client.inside.visitor import Session, Visitor, run_visit
 from launcher.client.run import Run
 from launcher.errors import BadRequest
 
@@ -47,12 +46,7 @@ def profile(run: Run, ranks: Sequence[int] = (0,), steps: int = 5, seconds: floa
             found.setdefault(rank, {"rank": rank, "error": "it ended before its profile"})
         return [found[rank] for rank in sorted(found)]
 
-    if steps < 1 or not 0 < seconds <= 3600:
-        raise BadRequest(
-            f"a profile of {steps} steps and {seconds:g} s: at least one step, and at most an hour, is needed."
-        )
-    with ThreadPoolExecutor(1) as pool:  # a notebook's thread has an event loop that runs already
-        return pool.submit(asyncio.run, collect()).result()
+    return run_visit(collect())
 
 
 async def _collect(session: Session, fields: dict[str, Any], found: dict[int, dict[str, Any]]) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from launcher.agent.hangs.records import spans
+from launcher.agent.inside.stacks import joined
 from launcher.client.inside.target import Target, inside
-from launcher.client.inside.visitor import Session, Visitor
+from launcher.client.inside.visitor import Session, Visitor, run_visit
 from launcher.client.run import Run
 from launcher.config.timeouts import TIMEOUTS
 
@@ -25,12 +25,7 @@ def stacks(run: Run, rank: int | None = None, native: bool = False) -> dict[str,
         BadRequest: the run does not run, belongs to somebody else, has no such rank, or no node answers.
     """
     target = inside(run) if rank is None else inside(run).of_rank(rank)
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(_collect(target, native))
-    with ThreadPoolExecutor(1) as pool:  # in a notebook
-        return pool.submit(asyncio.run, _collect(target, native)).result()
+    return run_visit(_collect(target, native))
 
 
 async def _collect(target: Target, native: bool) -> dict[str, Any]:
@@ -58,14 +53,7 @@ async def _ask(session: Session, native: bool) -> tuple[Session, list[dict[str, 
 
 def merged(stacks: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Join the entries of several nodes that have the same stacks; the one with most ranks comes first."""
-    groups: dict[str, dict[str, Any]] = {}
-    for each in stacks:
-        key = json.dumps([each.get("reason"), [thread["frames"] for thread in each["threads"]]])
-        if key in groups:
-            groups[key]["ranks"] = sorted([*groups[key]["ranks"], *each["ranks"]])
-        else:
-            groups[key] = each
-    return sorted(groups.values(), key=lambda group: (-len(group["ranks"]), group["ranks"]))
+    return sorted(joined(stacks), key=lambda group: (-len(group["ranks"]), group["ranks"]))
 
 
 def summary(stacks: Sequence[Mapping[str, Any]]) -> str:
@@ -82,10 +70,4 @@ def summary(stacks: Sequence[Mapping[str, Any]]) -> str:
 
 def ranges(ranks: Iterable[int]) -> str:
     """Return numbers as text: ``0-3, 7``."""
-    spans: list[list[int]] = []
-    for rank in sorted(ranks):
-        if spans and rank == spans[-1][1] + 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    return ", ".join(f"{first}-{last}" if first < last else str(first) for first, last in spans)
+    return ", ".join(f"{first}-{last}" if first < last else str(first) for first, last in spans(ranks))

@@ -10,10 +10,11 @@ import asyncio
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from launcher.agent.inside.line import Line, NotTrusted, admit
 from launcher.agent.network.addresses import listener, own_addresses
@@ -23,8 +24,20 @@ from launcher.errors import BadRequest
 from launcher.lifecycle.records import visits
 from launcher.lifecycle.records.visits import Kind, VisitRequest
 
+Result = TypeVar("Result")
+
 MOST_PENDING = 64
 """So many connections may not have proved yet that they have the key, and one more for each node."""
+
+
+def run_visit(visit: Coroutine[Any, Any, Result]) -> Result:
+    """Run `visit` to its end and return what it returns, also in a notebook, whose thread has an event loop that runs."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(visit)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, visit).result()
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def completed(folder: Path, *line: str, times: int = 1) -> list[str]:
-    """The completions of bash for the last word of the command line `line`, after it was asked for several times."""
+    """What bash offers for the last word of the command line `line`, tried `times` times; the last offer counts."""
     words = " ".join(f"'{word}'" for word in line)
     once = '_launch launch "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD - 1]}"'
     program = f"""set -u
